@@ -47,6 +47,7 @@ import contextlib
 import csv
 import difflib
 import functools
+import glob
 import hashlib
 import importlib
 import importlib.metadata
@@ -385,9 +386,9 @@ class TrainSettings(DataSettings, ModelSettings, BridgeSettings, LossSettings, O
     seeds: list[int] | None = setting(None, "Several seeds: one run each in OUTPUT_DIR/seed<N>.", execution=True)
     output_dir: Path | None = setting(None, "Run folder; default runs/<dataset>-<digest>.", "save_dir", execution=True)
     resume: bool = setting(False, "Go on with the run in --output_dir.", execution=True)
-    log_every: int = setting(10, "Steps between rows of diagnostics.jsonl.", execution=True, ge=1)
-    state_cache: Literal["disk", "memory", "off"] = setting(
-        "disk", "Keep sender states on disk (shared by seeds and sweeps), in memory, or recompute.", execution=True
+    log_every: int = setting(1, "Steps between rows of diagnostics.jsonl.", execution=True, ge=1)
+    state_cache: Literal["disk", "memory"] = setting(
+        "disk", "Keep sender states on disk (shared by seeds and sweeps), or only in memory.", execution=True
     )
     num_dataloader_workers: int | None = setting(None, "Accepted; not needed, states are cached.", execution=True)
     dataloader_pin_memory: bool = setting(False, "Accepted; not needed, states are cached.", execution=True)
@@ -407,7 +408,7 @@ class EvalSettings(DataSettings, ModelSettings):
     source_layer: Words | None = setting(None, "Checked against the checkpoint, which knows its own.", "layers")
     seed: int = setting(42, "Seed of the shuffled and Gaussian controls and of the bootstrap.", ge=0)
     output_dir: Path | None = setting(None, "Where records and results go; default the run folder.", execution=True)
-    state_cache: Literal["disk", "memory", "off"] = setting("disk", "Where sender states are kept.", execution=True)
+    state_cache: Literal["disk", "memory"] = setting("disk", "Where sender states are kept.", execution=True)
     fresh_eval: bool = setting(False, "Compute every row again instead of resuming.", execution=True)
 
 
@@ -456,6 +457,9 @@ class Registry(Generic[Part]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
 
     def items(self) -> Iterable[tuple[str, Part]]:
         """``(name, part)`` in order of registration."""
@@ -538,11 +542,9 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add JSON lines and push them to the disk."""
+    """Add JSON lines; a kill can tear the last one at most, and ``read_rows`` mends that."""
     with saving(path), path.open("a", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -610,20 +612,22 @@ class Run:
     def start(cls, folder: Path, settings: Settings, resume: bool) -> Run:
         """A new run, or the same one again when ``resume``; never on top of a different one."""
         run = cls(folder)
+        run.check(settings, resume)
         if run.config_path.exists():
-            run.check_same(settings, resume)
             return run
-        if (folder / "checkpoint").exists() or (folder / "records.jsonl").exists():
-            raise LatentWireError(f"{folder} holds results without config.json; choose another --output_dir")
-        if resume:
-            raise LatentWireError(f"nothing to resume in {folder}; leave out --resume to start there")
         write_json(run.config_path, settings.model_dump(mode="json"))
         write_json(folder / "env.json", environment())
         write_atomic(folder / "source.py", Path(__file__).read_bytes())
         return run
 
-    def check_same(self, settings: Settings, resume: bool) -> None:
+    def check(self, settings: Settings, resume: bool) -> None:
         """Refuse a folder that holds another run, or the same one unless it is to be resumed."""
+        if not self.config_path.exists():
+            if (self.folder / "checkpoint").exists() or (self.folder / "records.jsonl").exists():
+                raise LatentWireError(f"{self.folder} holds results without config.json; choose another --output_dir")
+            if resume:
+                raise LatentWireError(f"nothing to resume in {self.folder}; leave out --resume to start there")
+            return
         saved = json.loads(self.config_path.read_text(encoding="utf-8"))
         wanted = settings.determining()
         differing = [f"{k} {saved.get(k)!r} there, {v!r} now" for k, v in wanted.items() if saved.get(k) != v]
@@ -773,8 +777,12 @@ class Task:
         return "accuracy" if self.words else "f1"
 
     def read(self, row: Mapping[str, Any], index: int) -> Example | None:
-        """One row of the source as an Example; None drops it."""
-        raise NotImplementedError
+        """One row of the source as an Example; None drops it. The documents' item shape is understood as it is."""
+        if not {"prefix", "answer"} <= row.keys():
+            raise LatentWireError(
+                f"row {index} of {self.name} has no 'prefix' and 'answer'; override read() in your task"
+            )
+        return Example(str(index), str(row["prefix"]), "", (str(row["answer"]),))
 
     def sender_text(self, example: Example) -> str:
         """What the sender reads."""
@@ -848,7 +856,7 @@ def hub_reachable() -> bool:
 
 
 def prefer_offline(offline: bool) -> None:
-    """Before the first import of a Hugging Face library: no 23 s of retries when the hub cannot answer."""
+    """Before the first import of datasets: no 23 s of retries when the hub cannot answer."""
     if offline or not hub_reachable():
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -1482,7 +1490,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
 
 
-def model_advice(name: str, error: BaseException) -> str:
+def model_advice(name: str, error: BaseException, offline: bool) -> str:
     """One line for a model that did not load: gated, unknown, or out of reach."""
     chain = f"{error} {error.__cause__} {error.__context__}"
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
@@ -1492,7 +1500,7 @@ def model_advice(name: str, error: BaseException) -> str:
             f"then: export HF_TOKEN=..."
         )
     advice = suggest(name, LMS) or f"; built in: {', '.join(LMS)}"
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+    if offline:
         return (
             f"model {name!r} is not here and the hub cannot be reached (run 'hf download {name}' once online){advice}"
         )
@@ -1502,7 +1510,7 @@ def model_advice(name: str, error: BaseException) -> str:
 
 def load_weights(name: str, dtype: torch.dtype, offline: bool) -> tuple[Any, Any, str]:
     """(model, tokenizer, revision) for an alias, local folder, GGUF file or hub id; the dtype is chosen here, at load."""
-    prefer_offline(offline or name in LMS or Path(name).exists())
+    local = offline or name in LMS or Path(name).exists() or not hub_reachable()  # the hub's own retries take 23 s
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -1520,10 +1528,10 @@ def load_weights(name: str, dtype: torch.dtype, offline: bool) -> tuple[Any, Any
     elif name.startswith((".", "/", "~")) and not Path(name).exists():
         raise LatentWireError(f"model {name} not found: no such file or folder")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=local)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise LatentWireError(model_advice(name, error)) from None
+        raise LatentWireError(model_advice(name, error, local)) from None
     return model, tokenizer, revision or str(getattr(model.config, "_commit_hash", None) or "local")
 
 
@@ -1698,8 +1706,9 @@ class LM:
     @torch.no_grad()
     def score(self, prefill: Prefill, candidates: Sequence[Sequence[TokenIds]]) -> list[list[float]]:
         """Log-likelihood (nats) of each candidate continuation of each row, all its tokens counted."""
-        first = prefill.logits.log_softmax(-1)
-        scores = [[float(first[b, c[0]]) for c in row] for b, row in enumerate(candidates)]
+        heads, _ = pad_right([[c[0] for c in row] for row in candidates], self.pad, self.device)
+        first = prefill.logits.log_softmax(-1).gather(1, heads).tolist()
+        scores = [found[: len(row)] for found, row in zip(first, candidates, strict=True)]
         longer = [(b, i) for b, row in enumerate(candidates) for i, c in enumerate(row) if len(c) > 1]
         for group in batches(longer, 64):
             rows = torch.tensor([b for b, _ in group], device=self.device)
@@ -1787,6 +1796,18 @@ def lay_out(
     ]
     picked = torch.tensor(supervised or torch.zeros(0, 4).tolist(), device=lm.device).long().reshape(-1, 4).unbind(1)
     return Packed(embeds, mask, (mask.long().cumsum(1) - 1).clamp(min=0), *picked)
+
+
+@contextlib.contextmanager
+def threads_for(*models: LM) -> Iterator[None]:
+    """One thread while only tiny models work: more only wait for each other."""
+    before = torch.get_num_threads()
+    if all(model.device.type == "cpu" and model.model.num_parameters() < 5_000_000 for model in models):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def load_lm(name: str, settings: ModelSettings, offline: bool = False) -> LM:
@@ -2362,7 +2383,7 @@ class Trainer:
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
         fused = self.receiver.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
-        self.progress, self.log = Progress(), []  # type: tuple[Progress, list[dict[str, Any]]]
+        self.progress = Progress()
 
     def prepare(self) -> None:
         """Sender states of all texts, once; token statistics into a fresh bridge."""
@@ -2467,19 +2488,16 @@ class Trainer:
         tensors = {"bridge": dict(self.bridge.state_dict())}
         if name == "latest":
             tensors["optimizer"] = optimizer_tensors(self.optimizer)
-            append_rows(self.run.folder / "diagnostics.jsonl", self.log)
-            self.log = []
         save_checkpoint(self.run.folder / "checkpoint" / name, tensors, state)
 
     def restore(self) -> None:
         """Go on from ``checkpoint/latest``: weights, optimizer, position; the log is cut back to it."""
         folder = self.run.folder / "checkpoint" / "latest"
-        if not recovered(folder).exists():
-            return
-        tensors, state = load_checkpoint(folder)
-        self.bridge.load_state_dict(tensors["bridge"])
-        restore_optimizer(self.optimizer, tensors["optimizer"])
-        self.progress = Progress(**state["progress"])
+        if recovered(folder).exists():
+            tensors, state = load_checkpoint(folder)
+            self.bridge.load_state_dict(tensors["bridge"])
+            restore_optimizer(self.optimizer, tensors["optimizer"])
+            self.progress = Progress(**state["progress"])
         path = self.run.folder / "diagnostics.jsonl"
         kept = [row for row in read_rows(path) if row["step"] <= self.progress.step]
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
@@ -2509,7 +2527,7 @@ class Trainer:
         stale = self.settings.patience and self.progress.stale >= self.settings.patience
         self.progress.finished = step >= self.steps or bool(stale)
         if step % self.settings.log_every == 0 or due:
-            self.log.append(row)
+            append_rows(self.run.folder / "diagnostics.jsonl", [row])
         self.report.tick("training", step, self.steps, f"loss {row['loss']:.3f}")
         if due or signals:
             self.save("latest")
@@ -2648,6 +2666,7 @@ def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
     ):
         kind.name_of(name)
     folder = run_folder(settings)
+    Run(folder).check(settings, settings.resume)
     splits, source = training_splits(part, settings)
     report.say(
         f"data: {part.name or settings.dataset} from {source}, {len(splits['train'])} train, {len(splits['validation'])} validation"
@@ -2665,8 +2684,8 @@ def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
     if run.done:
         report.say(f"{folder} is finished already; evaluate it: eval --checkpoint {folder}")
         return load_checkpoint(folder / "checkpoint" / "latest")[1]["progress"]
-    trainer = Trainer(settings, run, Setup(sender, receiver, part, splits, source), report)
-    return trainer.train()
+    with threads_for(sender, receiver):
+        return Trainer(settings, run, Setup(sender, receiver, part, splits, source), report).train()
 
 
 # §11 EVALUATION: methods, controls and the verdict
@@ -2689,6 +2708,7 @@ class Listener:
     def __init__(self, bridge: Bridge, prompting: Prompting, max_new_tokens: int) -> None:
         self.bridge, self.prompting, self.max_new_tokens = bridge, prompting, max_new_tokens
         self.receiver, self.name = prompting.receiver, bridge.fingerprint()
+        self.known: dict[tuple[Any, ...], Answer] = {}
 
     def open(self, data: Sequence[bytes]) -> SoftPrompt:
         """Messages written by this very bridge → one batch of soft prompts."""
@@ -2700,8 +2720,21 @@ class Listener:
             )
         return self.bridge.decode(replace(messages[0], latents=torch.cat([m.latents for m in messages])))
 
-    @torch.no_grad()
     def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
+        """One Answer per example; the same message with the same gold answer (constant controls) is heard only once."""
+        sent = data if data is not None else [b""] * len(examples)
+        keys = [(m, e.answers[0], e.id if text else None) for m, e in zip(sent, examples, strict=True)]
+        fresh = {key: i for i, key in enumerate(keys) if key not in self.known}
+        if fresh:
+            picked = list(fresh.values())
+            found = self.listen(
+                [examples[i] for i in picked], [sent[i] for i in picked] if data is not None else None, text
+            )
+            self.known |= zip(fresh, found, strict=True)
+        return [self.known[key] for key in keys]
+
+    @torch.no_grad()
+    def listen(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool) -> list[Answer]:
         """One prefill serves label scores, gold likelihood, first token and greedy generation."""
         soft = self.open(data) if data is not None else None
         prefill = self.receiver.prefill(self.prompting.pack(soft, examples, text=text))
@@ -2776,10 +2809,10 @@ class Method:
     """
 
     control: ClassVar[bool] = False
-    needs_words: ClassVar[bool] = False
+    needs_labels: ClassVar[bool] = False
 
     def __init__(self, channel: Channel) -> None:
-        self.channel, self.known = channel, {}  # type: tuple[Channel, dict[Any, Answer]]
+        self.channel = channel
 
     def message(self, example: Example) -> bytes:
         """The bytes the receiver gets for ``example``."""
@@ -2881,7 +2914,7 @@ class TextMethod(Method):
 class ProbeMethod(Method):
     """Linear probe on the sender: its mean state at the bridge's layer, same train rows."""
 
-    needs_words = True
+    needs_labels = True
 
     @functools.cached_property
     def model(self) -> Any:
@@ -2934,9 +2967,9 @@ def record_of(part: Task, example: Example, answer: Answer) -> dict[str, Any]:
 def compute_rows(
     method: Method, examples: Sequence[Example], size: int, save: Callable[[list[dict[str, Any]]], None]
 ) -> None:
-    """Answer all ``examples`` batch by batch; an example that fails is a row with its error, never a missing row."""
+    """Answer all ``examples``, short texts first; one that fails is a row with its error, never a missing row."""
     part = method.channel.setup.part
-    for group in batches(examples, size):
+    for group in batches(sorted(examples, key=lambda e: len(e.context)), size):
         started = time.perf_counter()
         try:
             rows = [record_of(part, e, answer) for e, answer in zip(group, method.answers(group), strict=True)]
@@ -3014,10 +3047,8 @@ def gold_rows(by_method: Mapping[str, Sequence[Mapping[str, Any]]]) -> Sequence[
 def resolve_checkpoint(path: Path) -> Path:
     """The checkpoint folder behind a run folder, a checkpoint folder or the documents' spelling of one."""
     if any(character in str(path) for character in "*?["):
-        found = sorted(Path().glob(str(path)), key=lambda p: p.stat().st_mtime) or sorted(
-            Path().glob(str(path.parent)), key=lambda p: p.stat().st_mtime
-        )
-        path = found[-1] if found else path
+        found = glob.glob(str(path)) or glob.glob(str(path.parent))
+        path = Path(max(found, key=os.path.getmtime)) if found else path
     spelled = re.fullmatch(r"(bridge.*|.*)\.pt|epoch\d+|step\d+|ckpt|checkpoint|preempt_checkpoint", path.name)
     places = [path, *([path.parent] if spelled else [])]
     for place in places:
@@ -3086,10 +3117,15 @@ def open_channel(settings: EvalSettings, folder: Path) -> tuple[Channel, dict[st
     run = evaluated_settings(settings, trained)
     part = make_task(run)
     own_task = not settings.dataset or part.name == make_task(trained).name
-    splits, source = training_splits(make_task(trained), run.model_copy(update={"dataset": trained.dataset}))
+    if own_task:
+        splits, source = training_splits(part, run)
+    else:
+        splits, source = {"train": [], "validation": []}, ""  # a probe of one task says nothing about another
     rows, source = (
         test_split(part, settings.num_samples) if settings.split == "test" else (splits["validation"], source)
     )
+    if not rows:
+        raise LatentWireError(f"--split {settings.split}: no rows; leave out --dataset or evaluate the test split")
     sender = load_lm(trained.sender or "", run, run.offline)
     receiver = load_lm(trained.receiver or "", run, run.offline)
     check_models(state, folder, sender, receiver)
@@ -3102,10 +3138,11 @@ def open_channel(settings: EvalSettings, folder: Path) -> tuple[Channel, dict[st
     return Channel(setup, bridge, run, settings.seed, listener), state
 
 
-def chosen_methods(settings: EvalSettings, part: Task) -> list[str]:
-    """The methods to run, in registration order; those that need class words only where there are some."""
+def chosen_methods(settings: EvalSettings, setup: Setup) -> list[str]:
+    """The methods to run, in registration order; those that need labelled train rows only where there are some."""
     wanted = {METHODS.name_of(name) for name in settings.methods or METHODS}
-    return [name for name in METHODS if name in wanted and (part.words or not METHODS[name].needs_words)]
+    labelled = bool(setup.part.words and setup.splits["train"])
+    return [name for name in METHODS if name in wanted and (labelled or not METHODS[name].needs_labels)]
 
 
 def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
@@ -3127,7 +3164,7 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
     decoding = [listener.max_new_tokens, settings.seed, listener.prompting.anchor, str(channel.setup.receiver.dtype)]
     key = digest_of([listener.name, data_digest(examples), decoding])
     report.say(f"evaluating {folder}: {len(examples)} rows of {channel.setup.source}, record key {key}")
-    path, names = where / "records.jsonl", chosen_methods(settings, part)
+    path, names = where / "records.jsonl", chosen_methods(settings, channel.setup)
     old = [] if settings.fresh_eval else [row for row in read_rows(path) if row["key"] == key and "error" not in row]
     by_method: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
     for row in old:
@@ -3144,8 +3181,9 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
 
         compute_rows(METHODS[name](channel), todo, settings.batch_size, save)
 
-    for name in names:
-        run_method(name)
+    with threads_for(channel.setup.sender, channel.setup.receiver):
+        for name in names:
+            run_method(name)
     ordered = {name: [by_method[name][example.id] for example in examples] for name in names}
     results = {
         "schema": 1, "dataset": part.name or str(channel.settings.dataset), "split": settings.split, "n": len(examples),
@@ -3254,7 +3292,7 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
         rows.append([
             PLAIN_NAMES.get(name, name),
             f"{100 * summary[results['headline']]:.1f}",
-            f"{100 * low:.1f} – {100 * high:.1f}",
+            f"{100 * low:.1f}–{100 * high:.1f}",
             "–" if name == "probe" or generated is None else f"{100 * generated:.1f}",
             f"{summary['bytes']:.0f}" if summary["bytes"] else "–",
             "" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
@@ -3262,7 +3300,7 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-TABLE_HEAD = ("method", "score %", "95 % interval", "generated %", "bytes sent", "p vs bridge")
+TABLE_HEAD = ("method", "score %", "95 % CI", "generated %", "bytes", "p vs bridge")
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
 body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
@@ -3315,8 +3353,8 @@ SUITES: Registry[Callable[[], dict[str, Any]]] = Registry("suites", "suite")
 def demo_suite() -> dict[str, Any]:
     """SmolLM2-135M tells Gemma-3-270M what a film review says, in eight latents."""
     return {
-        "dataset": "rotten_tomatoes", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "samples": 4000,
-        "steps": 400, "batch_size": 16, "val_samples": 300, "eval_every": 100,
+        "dataset": "rotten_tomatoes", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "samples": 3500,
+        "steps": 300, "batch_size": 16, "val_samples": 200, "eval_every": 75,
     }  # fmt: skip
 
 
@@ -3363,10 +3401,13 @@ class RichReport:
             return
         now = time.monotonic()
         started = self.told.setdefault(f"{job} began", now)
-        if done >= total or now - self.told.get(job, started) >= 10:
+        if done >= total:
+            self.told.pop(f"{job} began")
+            self.say(f"{job}: {done}/{total} {note}".rstrip())
+        elif now - self.told.get(job, started) >= 10:
             self.told[job] = now
             left = (now - started) / done * (total - done)
-            self.say(f"{job}: {done}/{total} {note}{'' if done >= total else f', {left:.0f} s left'}")
+            self.say(f"{job}: {done}/{total} {note}, {left:.0f} s left".replace(" ,", ","))
 
     def live_tick(self, job: str, done: int, total: int, note: str) -> None:
         """The same on a terminal."""

@@ -1,0 +1,47 @@
+"""What all tests share: no network, an own cache, one thread, and one trained toy run that is never written to."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.pop("LATENTWIRE_DATA", None)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+TOY = ("--sender", "tiny-llama", "--receiver", "tiny-qwen", "--dataset", "toy", "--device", "cpu", "--dtype", "float32")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_world(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Converted models and cached states go to a session folder; the two shared cores stay usable."""
+    os.environ["LATENTWIRE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder``, byte for byte."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of a finished tiny-llama → tiny-qwen run on toy, 60 steps. Read-only: copy it to change it."""
+    import LATENTWIRE as lw
+
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    lw.train_main([*TOY, "--steps", "60", "--width", "64", "--output_dir", str(folder)])
+    before = contents(folder)
+    yield folder
+    assert contents(folder) == before, "a test wrote into the shared toy_run; it must work on a copy"

@@ -1,0 +1,195 @@
+"""Evaluation: one door for all methods, controls that carry nothing, resumable records, the verdict, the page."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import LATENTWIRE as lw
+
+pytestmark = pytest.mark.trains
+
+
+@pytest.fixture
+def run(toy_run, tmp_path) -> Path:
+    return Path(shutil.copytree(toy_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def channel(toy_run) -> lw.Channel:
+    settings = lw.EvalSettings(checkpoint=toy_run, num_samples=40, state_cache="memory")
+    return lw.open_channel(settings, lw.resolve_checkpoint(toy_run))[0]
+
+
+def evaluate(run: Path, *flags: str) -> dict:
+    return lw.eval_main(["--checkpoint", str(run), "--num_samples", "40", "--state_cache", "memory", *flags])
+
+
+def test_toy_bridge_beats_every_control(run):
+    results = evaluate(run)
+    bridge = results["methods"]["bridge"]
+    assert results["communication"] and results["verdict"].startswith("communication shown")
+    assert bridge["accuracy"] > 0.9 and bridge["ci"][0] <= bridge["accuracy"] <= bridge["ci"][1]
+    controls = [name for name in lw.METHODS if lw.METHODS[name].control]
+    assert len(controls) == 5 and all(results["methods"][name]["accuracy"] < 0.6 for name in controls)
+    assert results["latent"]["f1"] == bridge["f1"] and results["text"] == results["methods"]["text"]
+    assert json.loads((run / "results.json").read_text())["schema"] == 1
+
+
+def test_results_follow_from_the_records(run):
+    results = evaluate(run)
+    rows = [row for row in lw.read_rows(run / "records.jsonl") if row["method"] == "bridge"]
+    assert len(rows) == results["n"] == 40
+    assert sum(row["correct"] for row in rows) / 40 == results["methods"]["bridge"]["accuracy"]
+    assert all(row["correct"] == (row["scores"].index(max(row["scores"])) == row["label"]) for row in rows)
+
+
+def test_killed_evaluation_goes_on_where_it_stopped(run, monkeypatch):
+    whole = evaluate(run)
+    path = run / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:50]) + lines[50][:20])  # killed inside a write
+    answered = []
+    answers = lw.Listener.answers
+
+    def counting(self, examples, data, text=False):
+        answered.extend(examples)
+        return answers(self, examples, data, text)
+
+    monkeypatch.setattr(lw.Listener, "answers", counting)
+    again = evaluate(run)
+    methods = len(lw.METHODS) - 1  # the probe does not listen
+    assert len(answered) == methods * 40 - 50
+    for name in whole["methods"]:
+        assert again["methods"][name]["accuracy"] == whole["methods"][name]["accuracy"]
+    assert path.read_bytes().startswith(b"".join(lines[:50]))
+    answered.clear()
+    evaluate(run)
+    assert answered == []
+    evaluate(run, "--fresh_eval")
+    assert len(answered) == methods * 40
+
+
+def test_a_failed_example_is_a_row_with_its_error(run, monkeypatch):
+    def broken(self, example):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(lw.ZeroControl, "message", broken)
+    results = evaluate(run)
+    zero = results["methods"]["control:zero"]
+    assert zero["errors"] == 40 and zero["accuracy"] == 0.0
+    assert "out of memory" in lw.read_rows(run / "records.jsonl")[40]["error"]
+
+
+def test_a_bridge_that_carries_nothing_gets_no_credit(run, monkeypatch):
+    monkeypatch.setattr(lw.BridgeMethod, "message", lw.MeanControl.message)
+    results = evaluate(run)
+    assert not results["communication"] and results["verdict"].startswith("no communication shown")
+
+
+def test_controls_do_not_use_their_own_text_and_the_bridge_does(channel):
+    method = {
+        name: lw.METHODS[name](channel) for name in ("bridge", "control:shuffled", "control:zero", "control:mean")
+    }
+    first, second = channel.examples[:2]
+    assert method["bridge"].message(first) == channel.messages[0] != method["bridge"].message(second)
+    assert method["control:zero"].message(first) == method["control:zero"].message(second)
+    assert method["control:mean"].message(first) == method["control:mean"].message(second)
+    partner = method["control:shuffled"].partner
+    assert sorted(partner) == list(range(40)) and all(i != p for i, p in enumerate(partner))
+
+
+def test_gaussian_control_has_the_size_of_the_message(channel):
+    noise = lw.Message.from_bytes(lw.GaussianControl(channel).message(channel.examples[3])).latents
+    assert noise.square().mean().sqrt() == pytest.approx(float(channel.latents[3].square().mean().sqrt()), rel=0.1)
+    assert not torch.equal(noise[0], channel.latents[3])
+
+
+def test_probe_equals_scikit_learn_called_directly(channel):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    probe = lw.ProbeMethod(channel)
+    train, part = channel.setup.splits["train"], channel.setup.part
+    chosen = probe.model[-1].C
+
+    def mean_state(example):
+        ids = [lw.sender_ids(channel.setup.sender, part.sender_text(example), 256)]
+        return channel.setup.sender.states(ids, channel.bridge.shape.layers).hidden[0].mean(1).flatten().numpy()
+
+    direct = make_pipeline(StandardScaler(), LogisticRegression(C=chosen, max_iter=1000))
+    direct.fit([mean_state(e) for e in train], [e.label for e in train])
+    wanted = direct.predict([mean_state(e) for e in channel.examples])
+    assert [lw.pick(answer.scores) for answer in probe.answers(channel.examples)] == list(wanted)
+
+
+def test_bytes_are_those_of_the_message(channel):
+    answer = lw.BridgeMethod(channel).answers(channel.examples[:1])[0]
+    assert answer.nbytes == len(channel.messages[0]) > channel.bridge.shape.latent_len * channel.bridge.shape.d_z * 2
+
+
+@pytest.mark.parametrize(
+    "spelling", ["", "checkpoint", "checkpoint/best", "bridge_toy.pt", "bridge.pt", "epoch24", "checkpoint/bridge.pt"]
+)
+def test_every_spelling_of_a_checkpoint_resolves(run, spelling):
+    assert lw.resolve_checkpoint(run / spelling) == run / "checkpoint" / "best"
+
+
+def test_runs_checkpoint_means_the_newest_run(run):
+    assert lw.resolve_checkpoint(run.parent / "checkpoint") == run / "checkpoint" / "best"
+    assert lw.resolve_checkpoint(run.parent / "ru*" / "epoch24") == run / "checkpoint" / "best"
+
+
+def test_checkpoint_killed_between_renames_is_recovered(run):
+    best = run / "checkpoint" / "best"
+    best.rename(best.with_name(".best.old"))
+    assert lw.resolve_checkpoint(run) == best and best.exists()
+
+
+def test_report_and_figures_are_drawn_from_the_records(run):
+    evaluate(run)
+    page = lw.write_report(run).read_text()
+    assert page.count("data:image/png;base64,") == 2 and "communication shown" in page and "<script" not in page
+    for name in ("methods.png", "learning_curve.png"):
+        assert (run / "figures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_without_results_says_what_to_type(run):
+    with pytest.raises(lw.LatentWireError, match="eval --checkpoint"):
+        lw.write_report(run)
+
+
+def test_seed_folders_are_evaluated_together(toy_run, tmp_path):
+    for seed in (1, 2):
+        shutil.copytree(toy_run, tmp_path / "sweep" / f"seed{seed}")
+    merged = lw.eval_main(
+        ["--checkpoint", str(tmp_path / "sweep"), "--num_samples", "20", "--methods", "bridge,control:zero"]
+    )
+    assert merged["seeds"] == ["seed1", "seed2"] and merged["methods"]["bridge"]["sd"] == 0.0
+    assert (tmp_path / "sweep" / "results.json").exists()
+
+
+def test_question_answering_task_trains_and_scores_f1(tmp_path):
+    rows = [{"context": f"the {c} cat sat", "question": "colour", "answer": c} for c in ("red", "blue", "green") * 40]
+    data = tmp_path / "own.jsonl"
+    data.write_text("".join(json.dumps({**r, "context": f"{i} {r['context']}"}) + "\n" for i, r in enumerate(rows)))
+    base = ["--sender", "tiny-llama", "--receiver", "tiny-gemma", "--device", "cpu", "--state_cache", "memory"]
+    plugin = tmp_path / "plug.py"
+    plugin.write_text(
+        "import json, pathlib, LATENTWIRE as lw\n"
+        "@lw.task('colours')\n"
+        "class Colours(lw.QuestionAnswering):\n"
+        "    '''Colours: a plug-in task.'''\n"
+        "    def load(self, split):\n"
+        f"        rows = [json.loads(l) for l in pathlib.Path({str(data)!r}).read_text().splitlines()]\n"
+        "        found = [lw.Example(str(i), r['context'], r['question'], (r['answer'],)) for i, r in enumerate(rows)]\n"
+        "        return (found[:30] if split == 'test' else found[30:]), 'plug-in'\n"
+    )
+    run = ["--dataset", "colours", "--plugin", str(plugin), "--steps", "30", "--output_dir", str(tmp_path / "run")]
+    lw.train_main([*base, *run])
+    results = lw.eval_main(["--checkpoint", str(tmp_path / "run"), "--state_cache", "memory"])
+    assert results["headline"] == "f1" and "probe" not in results["methods"]
+    assert 0 <= results["latent"]["f1"] <= 1 and results["latent"]["nll_per_token"] > 0
