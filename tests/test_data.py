@@ -141,6 +141,7 @@ ANSWERS = (
     "the Denver Broncos", "Denver Broncos.", "denver  broncos\n", "Broncos of Denver", "Broncos", "An a the", "", "!?",
     "U.S.", "us", "theatre", "the-atre", "a b a b", "b a b", "b b b", "1,000", "1000", "Café", "café", "CAFE", "don't",
     "dont", "x—y", "“quoted”", "the the cat", "cat cat", "straße", "STRASSE", "_a_", "a_b", "$5", "5", "İstanbul",
+    "x—the—y", "x——y", "x the y",
 )  # fmt: skip
 
 
@@ -210,6 +211,11 @@ COUNTS = {
     "mmlu": MMLU, "gsm8k": {"train": 7_473, "test": 1_319}, "squad": {"test": 10_570},
     "hotpotqa": {"train": 100, "test": 1_100},
 }  # fmt: skip
+WORDS = {
+    "sst2": ("negative", "positive"), "agnews": ("world", "sports", "business", "technology"), "boolq": ("no", "yes"),
+    "trec": ("abbreviation", "entity", "description", "human", "location", "number"),
+    "openbookqa": tuple("ABCD"), "arc_challenge": tuple("ABCDE"), "mmlu": tuple("ABCD"),
+}  # fmt: skip
 # A piece of the text of some row, and that row's answer.
 KNOWN = {
     "sst2": ("charming and often affecting journey", "positive"),
@@ -243,8 +249,7 @@ def test_published_rows_and_labels(name, split):
         assert found == {None: wanted}
     else:
         assert tuple(found[label] for label in range(len(wanted))) == wanted
-        words = lw.TASKS[name].words
-        assert all(example.answers == (words[example.label],) for example in rows)
+        assert all(example.answers == (WORDS[name][example.label],) for example in rows)
     assert len({example.id for example in rows}) == len(rows)
     assert all(example.context.strip() and all(example.answers) for example in rows)
     if split == "test":
@@ -363,6 +368,36 @@ def test_without_the_hub_one_line_names_data_dir(with_folder, tmp_path):
     assert "--data_dir" in text
     assert "DIR/trec/train.parquet" in text
     assert "\n" not in text
+
+
+@pytest.fixture
+def hub_unknown() -> Iterator[None]:
+    """Whether the hub answers is asked anew."""
+    lw.hub_reachable.cache_clear()
+    yield
+    lw.hub_reachable.cache_clear()
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"])
+def test_offline_never_touches_the_network(variable, hub_unknown, monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1" if name == variable else "0")
+    monkeypatch.setattr(lw.socket, "create_connection", lambda *a, **k: pytest.fail("a connection was opened"))
+    assert lw.hub_reachable() is False
+
+
+def test_a_hub_that_does_not_answer_turns_hugging_face_offline(hub_unknown, monkeypatch):
+    def refuse(address: tuple[str, int], timeout: float) -> Any:
+        assert address == ("hub.example", 8080)
+        assert timeout <= 5
+        raise TimeoutError
+
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example:8080")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(lw.socket, "create_connection", refuse)
+    lw.prefer_offline(False)
+    assert (lw.os.environ["HF_HUB_OFFLINE"], lw.os.environ["HF_DATASETS_OFFLINE"]) == ("1", "1")
 
 
 # ---- your own files ------------------------------------------------------------------------------------------------

@@ -339,6 +339,9 @@ def test_no_step_is_run_after_every_row_has_ended(tiny: lw.LM) -> None:
     script = Script(tiny, [[a, end], [a, a, end]])
     assert script.said(50) == ["a", "aa"]
     assert script.step == 3
+    script = Script(tiny, [[a, *tiny.ids("\n"), a], [a, a, end]])
+    assert script.said(50) == ["a", "aa"]
+    assert script.step == 3
 
 
 # ---- the loss ----------------------------------------------------------------------------------------------------
@@ -579,6 +582,19 @@ def test_continuation_is_tokenised_as_in_the_joined_string(lm: lw.LM, before: st
         assert [*head, *tail] == joined
 
 
+class SpacedTokenizer:
+    """Begins every text with a space, as Llama 2's and Mistral's do; a letter is a token."""
+
+    def ids(self, text: str) -> list[str]:
+        return list(f" {text}")
+
+
+def test_continuation_has_no_space_that_only_a_beginning_gets() -> None:
+    tokenizer: Any = SpacedTokenizer()
+    assert lw.LM.continuation(tokenizer, "Answer:", "blue") == list("blue")
+    assert lw.LM.continuation(tokenizer, "Answer:", " blue") == list(" blue")
+
+
 @pytest.mark.parametrize(
     "text", [*TEXTS, "", " ", "  two  spaces ", "tab\tnew\nline", "日本語 🙂", "the then ernan in"]
 )
@@ -717,7 +733,11 @@ def cached_files() -> list[str]:
     return sorted(str(path) for path in lw.cache_folder().rglob("*") if "states" not in path.parts)
 
 
-@pytest.mark.parametrize("data", [b"", b"GGUF", b"GGUF\x03\0\0\0" + bytes(64), b"GGUF" + bytes(range(256)), b"hello"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"GGUF", b"GGUF\x03\0\0\0" + bytes(64), b"GGUF" + bytes(range(256)), b"hello"],
+    ids=["empty", "magic only", "no metadata", "noise", "text"],
+)
 def test_a_corrupt_gguf_file_is_refused(tmp_path: Path, data: bytes) -> None:
     path, before = tmp_path / "broken.gguf", cached_files()
     path.write_bytes(data)
@@ -757,6 +777,7 @@ def test_a_folder_with_a_broken_file_is_refused(folder: Path, broken: str) -> No
     with pytest.raises(lw.LatentWireError) as error:
         lw.load_lm(str(folder), CPU)
     assert_one_line(error, str(folder))
+    assert "not here" not in str(error.value)  # it is here, and no hub can help
 
 
 def test_a_misspelt_alias_is_mended() -> None:

@@ -259,7 +259,7 @@ def test_a_run_never_starts_on_top_of_another(settings, resume, message, tmp_pat
 def test_the_same_run_goes_on_even_with_other_execution_settings(tmp_path):
     folder = lw.Run.start(tmp_path / "run", SETTINGS, resume=False).folder
     before = contents(folder)
-    again = SETTINGS.model_copy(update={"log_every": 1, "device": "cpu", "resume": True, "state_cache": "off"})
+    again = SETTINGS.model_copy(update={"log_every": 1, "device": "cpu", "resume": True, "state_cache": "memory"})
     assert lw.Run.start(folder, again, resume=True).folder == folder
     assert contents(folder) == before
     lw.write_atomic(folder / "DONE", b"")
