@@ -1013,7 +1013,6 @@ class Classification(Task):
 
     text_column: ClassVar[str] = "text"
     label_column: ClassVar[str] = "label"
-    max_new_tokens = 6
 
     def read(self, row: Mapping[str, Any], index: int) -> Example:
         """Label ``i`` is answered with word ``i``."""
@@ -1099,7 +1098,6 @@ class BoolQ(Task):
     words = ("no", "yes")
     sender_prompt = "{question}?\n{context}"
     receiver_prompt = "{context}\nQuestion: {question}?\n"
-    max_new_tokens = 4
 
     def read(self, row: Mapping[str, Any], index: int) -> Example:
         """Passage, question, no or yes."""
@@ -1172,7 +1170,6 @@ class MultipleChoice(Task):
     """Lettered options, answered with the letter."""
 
     words: tuple[str, ...] = ("A", "B", "C", "D")
-    max_new_tokens = 3
 
     def choice(self, index: int, question: str, options: Sequence[str], label: int) -> Example:
         """Question and options as one text."""
@@ -1228,7 +1225,6 @@ class Toy(Task):
 
     words = ("a", "b", "c", "d")
     anchor = "?"
-    max_new_tokens = 2
     sizes: ClassVar[dict[str, int]] = {"train": 480, "test": 120}
 
     def load(self, split: str) -> tuple[list[Example], str]:
@@ -2442,6 +2438,11 @@ class Prompting:
         """Ids of every class word after the anchor."""
         return [self.receiver.continuation(self.anchor, f" {word}") for word in self.part.words]
 
+    @property
+    def longest(self) -> int:
+        """Tokens to generate at most: the longest class word and one more, or the task's own limit."""
+        return max(map(len, self.label_ids)) + 1 if self.part.words else self.part.max_new_tokens
+
     def answer_ids(self, answer: str) -> TokenIds:
         """Ids of an answer after the anchor, closed by the end token."""
         return [*self.receiver.continuation(self.anchor, f" {answer}"), self.receiver.tokenizer.eos_token_id]
@@ -3243,9 +3244,8 @@ def open_channel(settings: EvalSettings, folder: Path) -> tuple[Channel, dict[st
     check_models(state, folder, sender, receiver)
     check_asked(settings, bridge, sender)
     anchor = state["task"]["anchor"] if own_task else part.anchor
-    listener = Listener(
-        bridge.to(receiver.device), Prompting(receiver, part, anchor), settings.max_new_tokens or part.max_new_tokens
-    )
+    prompting = Prompting(receiver, part, anchor)
+    listener = Listener(bridge.to(receiver.device), prompting, settings.max_new_tokens or prompting.longest)
     setup = Setup(sender, receiver, part, {**splits, "evaluated": rows[: settings.num_samples]}, source)
     return Channel(setup, bridge, run, settings.seed, listener), state
 
@@ -3466,8 +3466,8 @@ SUITES: Registry[Callable[[], dict[str, Any]]] = Registry("suites", "suite")
 def demo_suite() -> dict[str, Any]:
     """SmolLM2-135M tells Gemma-3-270M what a film review says, in eight latents."""
     return {
-        "dataset": "rotten_tomatoes", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "samples": 3500,
-        "steps": 300, "batch_size": 16, "val_samples": 200, "eval_every": 75,
+        "dataset": "rotten_tomatoes", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "samples": 3000,
+        "steps": 180, "batch_size": 16, "val_samples": 200, "eval_every": 45,
     }  # fmt: skip
 
 
@@ -3812,7 +3812,7 @@ def show_command(name: Annotated[str, typer.Argument(help="A name that 'list' pr
         raise LatentWireError(f"nothing is called {name!r}{suggest(name, everything)} (see 'list')")
     for registry, part in found:
         print(f"{registry.noun} {registry.name_of(name)}\n  {inspect.getdoc(part)}")
-        for key in ("hub", "folder", "splits", "words", "sender_prompt", "receiver_prompt", "anchor", "max_new_tokens"):
+        for key in ("hub", "folder", "splits", "words", "sender_prompt", "receiver_prompt", "anchor"):
             if getattr(part, key, None):
                 print(f"  {key}: {getattr(part, key)!r}")
         if getattr(part, "__annotations__", {}).get("return") == "Alias":

@@ -71,7 +71,9 @@ def config_file(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize(("command", "table"), [("train", TRAIN), ("eval", EVAL)])
 def test_names_and_defaults_are_pinned(command, table, capsys):
     assert {name: info.default for name, info in KINDS[command].model_fields.items()} == table
-    assert resolved(capsys, command=command) == table | {"digest": KINDS[command]().digest()}
+    shown = resolved(capsys, command=command)
+    assert len(shown.pop("digest")) == 12
+    assert shown == table
 
 
 @pytest.mark.parametrize(
