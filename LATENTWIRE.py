@@ -2621,8 +2621,7 @@ class Trainer:
             while not self.progress.finished:
                 self.one_round(signals)
         write_atomic(self.run.folder / "DONE", b"")
-        return {"run": str(self.run.folder), "steps": self.progress.step, "best_step": self.progress.best_step,
-                **self.progress.best_validation, "seconds": self.progress.seconds}  # fmt: skip
+        return summary_of(self.run.folder, self.progress)
 
     def one_round(self, signals: list[int]) -> None:
         """One step and whatever is due after it."""
@@ -2645,6 +2644,13 @@ class Trainer:
             self.save("best")
         if signals and not self.progress.finished:
             raise Interrupted(self.run, step, signals[0])
+
+
+def summary_of(folder: Path, progress: Progress) -> dict[str, Any]:
+    """What ``train`` returns: the run's folder, its length and its best validation."""
+    steps = {"steps": progress.step, "best_step": progress.best_step, "seconds": progress.seconds}
+    validation = {name: value for name, value in progress.best_validation.items() if name.startswith("val_")}
+    return {"run": str(folder), **steps, **validation}
 
 
 def validation_line(row: Mapping[str, Any], steps: int, progress: Progress) -> str:
@@ -2769,13 +2775,8 @@ def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
     load_plugins(settings.plugin)
     part = make_task(settings)
     settings, why = resolve(settings)
-    for kind, name in (
-        (ENCODERS, settings.encoder),
-        (POOLERS, settings.pooler),
-        (ADAPTERS, settings.adapter),
-        (CODECS, settings.codec),
-    ):
-        kind.name_of(name)
+    for kind in ("encoder", "pooler", "adapter", "codec"):
+        REGISTRIES[f"{kind}s"].name_of(getattr(settings, kind))
     folder = run_folder(settings)
     Run(folder).check(settings, settings.resume)
     splits, source = training_splits(part, settings)
@@ -2794,7 +2795,7 @@ def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
     run = Run.start(folder, settings, settings.resume)
     if run.done:
         report.say(f"{folder} is finished already; evaluate it: eval --checkpoint {folder}")
-        return load_checkpoint(folder / "checkpoint" / "latest")[1]["progress"]
+        return summary_of(folder, Progress(**load_checkpoint(folder / "checkpoint" / "latest")[1]["progress"]))
     with threads_for(sender, receiver):
         return Trainer(settings, run, Setup(sender, receiver, part, splits, source), report).train()
 
@@ -3620,7 +3621,7 @@ def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
     """One run, or one per seed."""
     if not settings.seeds:
         return train_run(settings, report)
-    base = run_folder(settings)
+    base = run_folder(resolve(settings)[0])
     runs = []
     for seed in settings.seeds:
         report.say(f"seed {seed}")
@@ -3731,9 +3732,7 @@ def train_command(settings: TrainSettings) -> None:
         summary = train_settings(settings, report)
     finally:
         report.close()
-    report.say(
-        f"done: {summary.get('run', run_folder(settings))}; next: eval --checkpoint {summary.get('run', run_folder(settings))}"
-    )
+    report.say(f"done: {summary['run']}; next: eval --checkpoint {summary['run']}")
 
 
 def eval_command(settings: EvalSettings) -> None:
@@ -3958,7 +3957,8 @@ def main(words: Sequence[str] | None = None) -> int:
         )
         return 128 + stop.number
     except KeyboardInterrupt:
-        print("\nstopped; finished rows are kept, the same command goes on", file=sys.stderr)
+        again = " with --resume" if words[:1] == ["train"] else ""
+        print(f"\nstopped; what was finished is kept, the same command{again} goes on", file=sys.stderr)
         return 130
 
 

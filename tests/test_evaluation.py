@@ -193,3 +193,28 @@ def test_question_answering_task_trains_and_scores_f1(tmp_path):
     results = lw.eval_main(["--checkpoint", str(tmp_path / "run"), "--state_cache", "memory"])
     assert results["headline"] == "f1" and "probe" not in results["methods"]
     assert 0 <= results["latent"]["f1"] <= 1 and results["latent"]["nll_per_token"] > 0
+
+
+DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no data folder at {DATA}")
+@pytest.mark.parametrize("dataset", [name for name in lw.TASKS if lw.TASKS[name].folder])
+def test_every_published_dataset_trains_and_evaluates(dataset, tmp_path):
+    base = ["--data_dir", str(DATA), "--device", "cpu", "--state_cache", "memory"]
+    pair = ["--sender", "tiny-llama", "--receiver", "tiny-gemma", "--dataset", dataset, "--max_tokens", "48"]
+    size = ["--samples", "24", "--val_samples", "8", "--steps", "2", "--batch_size", "4", "--width", "32"]
+    lw.train_main([*base, *pair, *size, "--output_dir", str(tmp_path / "run")])
+    methods = "bridge,control:none,probe"
+    results = lw.eval_main([*base, "--checkpoint", str(tmp_path / "run"), "--num_samples", "6", "--methods", methods])
+    bridge = results["latent"]
+    assert bridge["errors"] == 0
+    assert bridge[results["headline"]] is not None
+    assert ("probe" in results["methods"]) is bool(lw.make_task(lw.TrainSettings(dataset=dataset)).words)
+
+
+def test_a_run_without_validation_rows_still_has_a_best_checkpoint(tmp_path):
+    tiny = ["--sender", "tiny-llama", "--receiver", "tiny-qwen", "--dataset", "toy", "--device", "cpu"]
+    flags = ["--steps", "2", "--val_samples", "0", "--state_cache", "memory", "--output_dir", str(tmp_path / "run")]
+    lw.train_main([*tiny, *flags])
+    assert lw.resolve_checkpoint(tmp_path / "run").name == "best"

@@ -114,9 +114,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     ]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "config.json").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "run" / "diagnostics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
