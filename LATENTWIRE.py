@@ -3261,6 +3261,7 @@ def chosen_methods(settings: EvalSettings, setup: Setup) -> list[str]:
 def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
     """Evaluate a checkpoint with its controls; finished rows are never computed again; → the results."""
     prepare_cuda(settings)
+    made_with = environment()
     if settings.checkpoint is None:
         raise LatentWireError("--checkpoint is missing; give the run folder that 'train' printed, such as runs/sst2")
     load_plugins(settings.plugin)
@@ -3305,7 +3306,7 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
         "methods": {name: summarize(rows, part.headline, settings.seed) for name, rows in ordered.items()},
         **compare(ordered, part.headline, settings.seed),
         "provenance": {
-            **environment(), "checkpoint": str(folder), "bridge": listener.name, "step": state["progress"]["step"],
+            **made_with, "checkpoint": str(folder), "bridge": listener.name, "step": state["progress"]["step"],
             "sender": state["sender"], "receiver": state["receiver"], "task": state["task"], "record_key": key,
             "data": channel.setup.source, "data_digest": data_digest(examples), "seed_of_training": channel.settings.seed,
             "device": str(channel.setup.receiver.device), "dtype": str(channel.setup.receiver.dtype),
@@ -3346,7 +3347,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     with figure(path) as axes:
         axes.plot(steps, losses, color=COLOURS["control"], alpha=0.35, linewidth=0.8)
         axes.plot(steps, smooth, color=COLOURS["bridge"], label="training loss (weighted sum)")
-        axes.set(xlabel="optimizer step", ylabel="loss (nats)", ylim=(0, None))
+        axes.set(xlabel="optimizer step", ylabel="loss (nats)", yscale="log")
         if checks and "val_accuracy" in checks[0]:
             right = axes.twinx()
             right.plot(
@@ -3363,7 +3364,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 color=COLOURS["probe"],
                 label="validation",
             )
-        axes.legend(frameon=False, loc="upper center")
+        axes.legend(frameon=False, loc="lower left")
 
 
 PLAIN_NAMES = {
@@ -3414,12 +3415,16 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-TABLE_HEAD = ("method", "score %", "95 % CI", "generated %", "bytes", "p vs bridge")
+def table_head(results: Mapping[str, Any]) -> tuple[str, ...]:
+    """The headings of ``table_rows``."""
+    return "method", f"{results['headline']} %", "95 % CI", "generated %", "bytes", "p vs bridge"
+
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
 body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 table{border-collapse:collapse;width:100%;margin:1rem 0}th,td{padding:.35rem .7rem;border-bottom:1px solid #ddd;text-align:right}
-th:first-child,td:first-child{text-align:left}img{max-width:100%}.verdict{font-size:1.15rem;font-weight:600;padding:.7rem 1rem;
+th:first-child,td:first-child{text-align:left}tr.control{color:#777}
+tr.bridge{font-weight:600}img{max-width:100%}.verdict{font-size:1.15rem;font-weight:600;padding:.7rem 1rem;
 border-left:5px solid {{ '#0072B2' if results.communication else '#D55E00' }};background:#f6f8fa}code,pre{background:#f6f8fa;
 padding:.1rem .3rem;overflow-wrap:anywhere;white-space:pre-wrap}dt{font-weight:600}dd{margin:0 0 .3rem 0}</style></head><body>
 <h1>{{ title }}</h1><p class="verdict">{{ results.verdict }}</p>
@@ -3427,7 +3432,9 @@ padding:.1rem .3rem;overflow-wrap:anywhere;white-space:pre-wrap}dt{font-weight:6
 {{ results.provenance.receiver.name }} answers without seeing the text. Both models are frozen. Grey rows carry nothing about
 the text: a bridge that does not beat them communicates nothing.</p>
 <table><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+{% for kind, row in rows %}<tr class="{{ kind }}">{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+<p>Accuracy is by the likelihood of the whole class word, "generated" by the receiver's own words; bytes are those of one
+serialised message, or of the text; p is of a paired test on the same examples. The dotted line is the best constant answer.</p>
 {% for name, data in pictures %}<h2>{{ name }}</h2><img alt="{{ name }}" src="data:image/png;base64,{{ data }}">{% endfor %}
 <h2>How this was made</h2><dl>{% for key, value in facts %}<dt>{{ key }}</dt><dd><code>{{ value }}</code></dd>{% endfor %}</dl>
 </body></html>
@@ -3452,8 +3459,9 @@ def write_report(folder: Path) -> Path:
     facts = [(key, made[key]) for key in ("command", "started", "commit", "source_sha256", "checkpoint", "data", "data_digest",
              "bridge", "step", "device", "dtype", "layers", "packages", "platform")]  # fmt: skip
     template = require("jinja2").Environment(autoescape=True).from_string(PAGE)
-    page = template.render(title=f"LatentWire: {results['dataset']}", results=results, head=TABLE_HEAD,
-                           rows=table_rows(results), pictures=pictures, facts=facts)  # fmt: skip
+    page = template.render(title=f"LatentWire: {results['dataset']}", results=results, head=table_head(results),
+                           rows=[(family_of(name), row) for name, row in zip(results["methods"], table_rows(results), strict=True)],
+                           pictures=pictures, facts=facts)  # fmt: skip
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
 
@@ -3552,7 +3560,7 @@ class RichReport:
         pair = f"{made['sender']['name']} → {made['receiver']['name']}"
         title = f"{results['dataset']} ({results['split']}), n = {results['n']}: {pair}"
         table = Table(title=title, title_justify="left")
-        for i, head in enumerate(TABLE_HEAD):
+        for i, head in enumerate(table_head(results)):
             table.add_column(head, justify="left" if i == 0 else "right", no_wrap=i == 0)
         for name, row in zip(results["methods"], table_rows(results), strict=True):
             table.add_row(*row, style="bold" if name == "bridge" else "dim" if METHODS[name].control else "")
