@@ -1859,11 +1859,12 @@ def lay_out(
     """The one sequence contract: ``[before][soft prompt][after][answer]`` per row, padded on the right or the left.
 
     ``before`` holds BOS (and a preamble), ``after`` the anchor or question. Nothing else joins embeddings. Answer token
-    ``i`` is predicted at the position before it, once.
+    ``i`` is predicted at the position before it, once; the last one predicts nothing and is left out of the input.
     """
     count, soft_len = len(after), 0 if soft is None else soft.embeds.shape[1]
     answers = answers if answers is not None else [[]] * count
-    rows = [[*before, *[lm.pad] * soft_len, *tail, *answer] for tail, answer in zip(after, answers, strict=True)]
+    prompts = [[*before, *[lm.pad] * soft_len, *tail] for tail in after]
+    rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
     width = max(map(len, rows))
     gaps = [width - len(row) if left else 0 for row in rows]
     ids = [[*[lm.pad] * gap, *row, *[lm.pad] * (width - gap - len(row))] for gap, row in zip(gaps, rows, strict=True)]
@@ -1877,7 +1878,7 @@ def lay_out(
         row = torch.arange(count, device=lm.device)[:, None].expand_as(at)
         embeds = embeds.index_put((row, at), soft.embeds.to(embeds.dtype))
     supervised = [
-        (b, gaps[b] + len(rows[b]) - len(answer) + i - 1, token, i)
+        (b, gaps[b] + len(prompts[b]) + i - 1, token, i)
         for b, answer in enumerate(answers)
         for i, token in enumerate(answer)
     ]
@@ -2817,8 +2818,9 @@ class Answer:
 class Listener:
     """The receiving side: a frozen LM and the bridge's adapter. It sees message bytes and the question, nothing else."""
 
-    def __init__(self, bridge: Bridge, prompting: Prompting, max_new_tokens: int) -> None:
-        self.bridge, self.prompting, self.max_new_tokens = bridge, prompting, max_new_tokens
+    def __init__(self, bridge: Bridge, prompting: Prompting, max_new_tokens: int | None = None) -> None:
+        self.bridge, self.prompting = bridge, prompting
+        self.max_new_tokens = max_new_tokens or prompting.longest
         self.receiver, self.name = prompting.receiver, bridge.fingerprint()
         self.known: dict[tuple[Any, ...], Answer] = {}
 
@@ -3245,8 +3247,7 @@ def open_channel(settings: EvalSettings, folder: Path) -> tuple[Channel, dict[st
     check_models(state, folder, sender, receiver)
     check_asked(settings, bridge, sender)
     anchor = state["task"]["anchor"] if own_task else part.anchor
-    prompting = Prompting(receiver, part, anchor)
-    listener = Listener(bridge.to(receiver.device), prompting, settings.max_new_tokens or prompting.longest)
+    listener = Listener(bridge.to(receiver.device), Prompting(receiver, part, anchor), settings.max_new_tokens)
     setup = Setup(sender, receiver, part, {**splits, "evaluated": rows[: settings.num_samples]}, source)
     return Channel(setup, bridge, run, settings.seed, listener), state
 
