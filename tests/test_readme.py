@@ -1,0 +1,109 @@
+"""README says what is true: its commands parse, its numbers are those of the committed result files."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import LATENTWIRE as lw
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "latex" / "results"
+TABLE = ("sst2", "agnews", "trec")
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def results_table() -> str:
+    """README's table of results, from the files."""
+    head = (
+        "| data set (test rows) | **bridge** | 95 % CI | probe | full text | best control | best constant | largest p |"
+    )
+    lines = [head, "|---|--:|--:|--:|--:|--:|--:|--:|"]
+    for name in TABLE:
+        found = load(name)
+        methods = {method: percent(s["accuracy"]) for method, s in found["methods"].items()}
+        low, high = map(percent, found["methods"]["bridge"]["ci"])
+        lines.append(
+            f"| {name} ({found['n']:,}) | **{methods['bridge']}** | {low}–{high} | {methods['probe']} | {methods['text']} "
+            f"| {methods[found['best_control']]} | {percent(found['best_constant'])} | {found['p']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def demo_sentence() -> str:
+    """README's sentence on the demo, from the file."""
+    found = load("demo")
+    methods = {method: percent(s["accuracy"]) for method, s in found["methods"].items()}
+    return (
+        f"{methods['bridge']} % of {found['n']:,} held-out reviews right, against {methods[found['best_control']]} % for the "
+        f"best control and {methods['probe']} % for a linear probe on the sender itself."
+    )
+
+
+def bytes_sentence() -> str:
+    """README's sentence on bytes, from the file."""
+    methods = load("demo")["methods"]
+    return (
+        f"a review of the demo has {methods['text']['bytes']:.0f} bytes of UTF-8 on average, its message "
+        f"{methods['bridge']['bytes']:.0f}."
+    )
+
+
+def unwrapped(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("name", ["demo", *TABLE])
+def test_the_committed_results_hold_what_is_claimed(name):
+    found = load(name)
+    accuracy = {method: summary["accuracy"] for method, summary in found["methods"].items()}
+    assert found["communication"]
+    assert found["p"] < 0.01
+    assert accuracy["bridge"] >= accuracy["probe"] - 0.01
+    assert min(found["p_above_constant"].values()) > 0.05, "a control beats the best constant answer"
+    assert found["n"] >= 500
+    assert found["provenance"]["source_sha256"]
+
+
+def test_readme_shows_the_numbers_of_the_files():
+    assert results_table() in README
+    assert demo_sentence() in unwrapped(README)
+    assert bytes_sentence() in unwrapped(README)
+    assert (ROOT / ".github" / "assets" / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def commands() -> list[list[str]]:
+    """Every LATENTWIRE.py command in README's shell blocks, as words."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    found = [shlex.split(line, comments=True) for line in lines]
+    return [words[2:] for words in found if words[:2] in (["python", "LATENTWIRE.py"], ["bash", "RUN.sh"])]
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_of_readme_parses(words, capsys):
+    assert words[0] in lw.command_names()
+    if words[0] in ("train", "eval", "demo"):
+        assert lw.main([*words, "--dry_run"]) == 0, capsys.readouterr().err
+
+
+def test_readme_python_block_runs_what_it_imports():
+    for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
+        compile(block, "README.md", "exec")
+        for name in re.findall(r"(?:lw\.|from LATENTWIRE import )(\w+)", block):
+            assert hasattr(lw, name), name
+
+
+def test_readme_names_every_older_script_family_through_the_table():
+    assert "list scripts" in README
+    assert set(lw.SCRIPTS.values()) <= set(lw.command_names())
