@@ -561,7 +561,9 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     """Fill the yielded temporary folder; on success it takes ``target``'s place, on failure ``target`` is untouched."""
     with saving(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.tmp-", dir=target.parent))
+        temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")  # not mkdtemp: others may read a run
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         old = recovered(target).with_name(f".{target.name}.old")
         try:
             yield temporary
