@@ -1597,6 +1597,17 @@ def in_dtype(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
+def folder_revision(folder: Path) -> str:
+    """Names a model folder's contents: size, first and last MiB of every weight, config and tokenizer file."""
+    parts = []
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json")):
+        with path.open("rb") as stream:
+            head = stream.read(2**20)
+            stream.seek(max(0, path.stat().st_size - 2**20))
+            parts.append([path.name, path.stat().st_size, hashlib.sha256(head + stream.read()).hexdigest()])
+    return digest_of(parts)
+
+
 def load_weights(name: str, dtype: torch.dtype, offline: bool) -> tuple[Any, Any, str]:
     """(model, tokenizer, revision) for an alias, local folder, GGUF file or hub id; the dtype is chosen here, at load."""
     local = offline or name in LMS or Path(name).exists() or not hub_reachable()  # the hub's own retries take 23 s
@@ -1622,7 +1633,9 @@ def load_weights(name: str, dtype: torch.dtype, offline: bool) -> tuple[Any, Any
         model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=local)
     except (OSError, ValueError, RuntimeError, LookupError, ImportError, struct.error, SafetensorError) as error:
         raise LatentWireError(model_advice(name, error, local)) from None
-    return model, tokenizer, revision or str(getattr(model.config, "_commit_hash", None) or "local")
+    if Path(where).is_dir():
+        revision = revision or folder_revision(Path(where))
+    return model, tokenizer, revision or str(getattr(model.config, "_commit_hash", None))
 
 
 class StopForward(Exception):
@@ -2216,28 +2229,48 @@ class StateStore:
 def collect_states(
     sender: LM, texts: Iterable[str], layers: Sequence[int], limit: int, where: str, tick: Callable[[int, int], None]
 ) -> StateStore:
-    """Run the sender once per distinct text, shortest first, only up to the layer needed; reuse the disk's copy."""
+    """Run the sender once per distinct text, shortest first, only up to the layer needed; reuse the disk's copy.
+
+    On disk the states are one memory-mapped file, so that they may be larger than memory.
+    """
     distinct = sorted(set(texts))
     key = digest_of([sender.identity(), str(sender.dtype), list(layers), limit, distinct])
-    path = cache_folder() / "states" / f"{key}.safetensors"
+    folder = recovered(cache_folder() / "states" / key)
     index = {text: row for row, text in enumerate(distinct)}
-    if where == "disk" and path.is_file():
-        return read_store(path, index)
+    if where == "disk" and folder.is_dir():
+        return read_store(folder, index, sender.dtype, f"cached in {folder}")
     rows = [sender_ids(sender, text, limit) for text in distinct]
     cut = sum(len(sender.bos) + len(sender.ids(text)) > limit for text in distinct) / len(distinct)
     offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-    flat = torch.empty(int(offsets[-1]), len(layers), sender.width, dtype=sender.dtype)
-    done = 0
-    for group in by_length(rows, tokens=4096):
-        states = sender.states([rows[i] for i in group], layers)
-        for i, hidden in zip(group, states.hidden.cpu(), strict=True):
-            flat[offsets[i] : offsets[i + 1]] = hidden[:, : len(rows[i])].transpose(0, 1)
-        done += len(group)
-        tick(done, len(rows))
-    store = StateStore(flat, offsets, index, cut, "computed")
-    if where == "disk":
-        write_store(path, store)
-    return store
+    shape = (int(offsets[-1]), len(layers), sender.width)
+    with contextlib.ExitStack() as stack:
+        if where == "disk":
+            temporary = stack.enter_context(replacing_folder(folder))
+            flat = map_states(temporary, shape, sender.dtype)
+            notes = {"shape": shape, "offsets": offsets.tolist(), "truncated": cut}
+            (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+        else:
+            flat = torch.empty(shape, dtype=sender.dtype)
+        done = 0
+        for group in by_length(rows, tokens=4096):
+            states = sender.states([rows[i] for i in group], layers)
+            for i, hidden in zip(group, states.hidden.cpu(), strict=True):
+                flat[offsets[i] : offsets[i + 1]] = hidden[:, : len(rows[i])].transpose(0, 1)
+            done += len(group)
+            tick(done, len(rows))
+    return StateStore(flat, offsets, index, cut, "computed")
+
+
+def map_states(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor that is the file ``states.bin``, made when missing; room is checked first, a map cannot say 'disk full'."""
+    path, need = folder / "states.bin", math.prod(shape) * dtype.itemsize
+    free = shutil.disk_usage(folder).free
+    if not path.exists() and free < need:
+        raise LatentWireError(
+            f"sender states need {need / 1e9:.1f} GB in {folder.parent}, {free / 1e9:.1f} GB are free; "
+            f"use fewer --samples, --state_cache memory, or LATENTWIRE_CACHE on another disk"
+        )
+    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
 def by_length(rows: Sequence[TokenIds], tokens: int) -> Iterator[list[int]]:
@@ -2251,32 +2284,11 @@ def by_length(rows: Sequence[TokenIds], tokens: int) -> Iterator[list[int]]:
     yield group
 
 
-def read_store(path: Path, index: dict[str, int]) -> StateStore:
-    """A state file, memory-mapped."""
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        notes = file.metadata()
-        flat, offsets = file.get_tensor("flat"), file.get_tensor("offsets")
-    return StateStore(flat, offsets, index, float(notes["truncated"]), f"cached in {path}")
-
-
-def write_store(path: Path, store: StateStore) -> None:
-    """Save states for later runs: seeds and sweeps share them."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {"flat": store.flat, "offsets": store.offsets}, temporary, metadata={"truncated": str(store.truncated)}
-        )
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise LatentWireError(f"cannot write sender states to {path} ({error}); use --state_cache memory") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+def read_store(folder: Path, index: dict[str, int], dtype: torch.dtype, source: str) -> StateStore:
+    """States that an earlier run left, memory-mapped."""
+    notes = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
+    flat = map_states(folder, tuple(notes["shape"]), dtype)
+    return StateStore(flat, torch.tensor(notes["offsets"]), index, notes["truncated"], source)
 
 
 # §9 LOSSES: one function per term

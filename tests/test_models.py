@@ -674,6 +674,18 @@ def test_identity_names_the_model_and_its_sizes(lm: lw.LM) -> None:
     assert found["revision"] == ("built in" if lm.name in TINY else lw.LMS[lm.name]().sha256[:12])
 
 
+def test_a_folder_whose_weights_changed_is_another_model(tmp_path: Path) -> None:
+    """Else states cached for the old weights would be taken for the new ones."""
+    model, tokenizer, _ = lw.load_weights("tiny-llama", torch.float32, offline=True)
+    tokenizer.save_pretrained(tmp_path)
+    revisions = []
+    for scale in (1.0, 1.0, 1.5):
+        model.lm_head.weight.data.mul_(scale)
+        model.save_pretrained(tmp_path)
+        revisions.append(lw.load_lm(str(tmp_path), lw.ModelSettings(device="cpu", dtype="float32")).revision)
+    assert revisions[0] == revisions[1] != revisions[2]
+
+
 @pytest.mark.parametrize("name", REAL)
 def test_aliases_find_their_files_without_importing_the_packages(name: str) -> None:
     alias = lw.LMS[name]()
