@@ -674,6 +674,16 @@ def test_identity_names_the_model_and_its_sizes(lm: lw.LM) -> None:
     assert found["revision"] == ("built in" if lm.name in TINY else lw.LMS[lm.name]().sha256[:12])
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_blocks_that_never_run_are_freed_and_nothing_changes(name: str) -> None:
+    whole, trimmed = (lw.load_lm(name, lw.ModelSettings(device="cpu", dtype="float32")) for _ in range(2))
+    trimmed.keep_below(0)
+    rows = [whole.ids("the sky is"), whole.ids("blue")]
+    assert torch.equal(whole.states(rows, [0]).hidden, trimmed.states(rows, [0]).hidden)
+    assert (len(whole.blocks), len(trimmed.blocks)) == (2, 1)
+    assert whole.identity() == trimmed.identity()
+
+
 def test_a_folder_whose_weights_changed_is_another_model(tmp_path: Path) -> None:
     """Else states cached for the old weights would be taken for the new ones."""
     model, tokenizer, _ = lw.load_weights("tiny-llama", torch.float32, offline=True)
