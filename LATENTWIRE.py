@@ -3700,15 +3700,16 @@ class RichReport:
 
     def table(self, results: Mapping[str, Any]) -> None:
         """The evaluation as a table, then the verdict."""
+        from rich import box
         from rich.table import Table
 
         self.close()
         made = results["provenance"]
         pair = f"{made['sender']['name']} → {made['receiver']['name']}"
         title = f"{results['dataset']} ({results['split']}), n = {results['n']}: {pair}"
-        table = Table(title=title, title_justify="left")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)  # fits 80 columns
         for i, head in enumerate(table_head(results)):
-            table.add_column(head, justify="left" if i == 0 else "right", no_wrap=i == 0)
+            table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
         for name, row in zip(results["methods"], table_rows(results), strict=True):
             table.add_row(*row, style="bold" if name == "bridge" else "dim" if METHODS[name].control else "")
         self.console.print(table)
