@@ -3707,7 +3707,7 @@ class RichReport:
         made = results["provenance"]
         pair = f"{made['sender']['name']} → {made['receiver']['name']}"
         title = f"{results['dataset']} ({results['split']}), n = {results['n']}: {pair}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False)  # fits 80 columns
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns
         for i, head in enumerate(table_head(results)):
             table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
         for name, row in zip(results["methods"], table_rows(results), strict=True):
