@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch>=2.8,<3", "transformers>=5.0,<6", "datasets>=4.0", "safetensors>=0.5", "gguf>=0.17",
-#   "tokenizers>=0.21",
+#   "tokenizers>=0.21", "accelerate>=1.10",
 #   "pydantic>=2.11", "typer>=0.20", "rich>=14", "pyyaml>=6", "numpy>=2", "scipy>=1.15", "scikit-learn>=1.6",
 #   "matplotlib>=3.10", "jinja2>=3.1", "pyarrow>=20",
 # ]
@@ -4022,7 +4022,7 @@ def doctor_command() -> None:
     except LatentWireError as error:
         lines.append(("data rotten_tomatoes", str(error)))
     lines.append(("data folder", os.environ.get("LATENTWIRE_DATA", "not set; --data_dir or LATENTWIRE_DATA")))
-    for optional in ("matplotlib", "jinja2", "sklearn", "gguf"):
+    for optional in ("matplotlib", "jinja2", "sklearn", "gguf", "accelerate"):
         lines.append((optional, "here" if importlib.util.find_spec(optional) else f"missing; pip install {optional}"))
     for name, state in lines:
         print(f"{name:28} {state}")
