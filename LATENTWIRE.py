@@ -3562,7 +3562,7 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 def table_head(results: Mapping[str, Any]) -> tuple[str, ...]:
     """The headings of ``table_rows``."""
-    return "method", f"{results['headline']} %", "95 % CI", "generated %", "bytes", "p vs bridge"
+    return "method", f"{results['headline']} %", "95 % CI", "generated %", "bytes", "p"
 
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
