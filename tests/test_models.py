@@ -254,13 +254,9 @@ def test_more_candidates_than_one_group(tiny: lw.LM) -> None:
         assert scores[row] == pytest.approx(wanted, abs=1e-3)
 
 
-def test_label_scores_are_per_token_where_lengths_differ(tiny: lw.LM) -> None:
-    state, labels = prompts(tiny), [tiny.ids("ab"), tiny.ids("abcdef")]
-    raw = tiny.score(state, [labels] * len(TEXTS))
-    wanted = [[score / len(label) for score, label in zip(row, labels, strict=True)] for row in raw]
-    assert lw.label_scores(tiny, state, labels) == [pytest.approx(row, abs=1e-5) for row in wanted]
-    same = [labels[0], labels[1][:2]]
-    assert lw.label_scores(tiny, state, same) == tiny.score(state, [same] * len(TEXTS))
+def test_class_scores_are_per_token_only_where_lengths_differ() -> None:
+    assert lw.by_length_of([[1, 2], [1, 2, 3, 4]], [-2.0, -6.0]) == [-1.0, -1.5]
+    assert lw.by_length_of([[1, 2], [3, 4]], [-2.0, -6.0]) == [-2.0, -6.0]
 
 
 # ---- generation --------------------------------------------------------------------------------------------------

@@ -375,3 +375,11 @@ def test_shellcheck() -> None:
         pytest.skip("shellcheck is not installed")
     done = subprocess.run([shellcheck, "RUN.sh", ".ci/run"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_packages_that_only_carry_files_are_installed_without_their_dependencies(box: Sandbox) -> None:
+    box.requirements.write_text("# nothing\n# no-deps: model-a==1\n# no-deps: model-b==2\n")
+    assert box.run("demo").returncode == 0
+    pips = [line for line in box.calls() if "--no-deps" in line]
+    assert len(pips) == 1
+    assert pips[0].endswith("--no-deps model-a==1 model-b==2")
