@@ -2684,8 +2684,9 @@ class Trainer:
             restore_optimizer(self.optimizer, tensors["optimizer"])
             self.progress = Progress(**state["progress"])
         path = self.run.folder / "diagnostics.jsonl"
-        kept = [row for row in read_rows(path) if row["step"] <= self.progress.step]
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        if path.exists():
+            kept = [row for row in read_rows(path) if row["step"] <= self.progress.step]
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def train(self) -> dict[str, Any]:
         """The loop: step, log, validate, keep the best, stop early or when asked; → summary."""
@@ -4110,6 +4111,8 @@ def main(words: Sequence[str] | None = None) -> int:
                 f"unknown command {words[0]!r}{suggest(words[0], known)} (commands: {', '.join(command_names())})"
             )
         code = app(prepared_words(words or ["--help"]), standalone_mode=False)
+        if code == 130:  # Typer turns Ctrl-C into this code without a word
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (LatentWireError, typer.TyperException) as error:
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)

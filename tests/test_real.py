@@ -43,8 +43,10 @@ def plain_loop(settings: lw.TrainSettings, rows: list[lw.Example], setup: lw.Set
     sender, receiver, prompting = setup.sender, setup.receiver, trainer.prompting
     ids = {e.id: lw.sender_ids(sender, setup.part.sender_text(e), settings.max_tokens) for e in rows}
     longest = max(map(len, ids.values()))
-    started = time.perf_counter()
-    for step in range(steps):
+    started = 0.0
+    for step in range(steps + 1):
+        if step == 1:  # the first step only warms up
+            started = time.perf_counter()
         examples = rows[step * settings.batch_size : (step + 1) * settings.batch_size]
         padded = [ids[e.id] + [sender.pad] * (longest - len(ids[e.id])) for e in examples]
         mask = torch.tensor([[i < len(ids[e.id]) for i in range(longest)] for e in examples])

@@ -114,7 +114,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     ]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "run" / "diagnostics.jsonl").exists() and time.monotonic() < deadline:
+    log = tmp_path / "run" / "diagnostics.jsonl"
+    while not (log.exists() and log.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
