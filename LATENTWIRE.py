@@ -9,7 +9,7 @@
 # ///
 """LatentWire: two frozen language models of different families talk through learned latents instead of text.
 
-    python LATENTWIRE.py demo                                         two real models, six minutes on a laptop CPU
+    python LATENTWIRE.py demo                                         two real models, five minutes on a laptop CPU
     python LATENTWIRE.py train --dataset sst2 --output_dir runs/sst2  learn a bridge for your task
     python LATENTWIRE.py eval --checkpoint runs/sst2                  what came through, against every control
     python LATENTWIRE.py test                                         prove this copy works
@@ -3918,7 +3918,7 @@ def eval_command(settings: EvalSettings) -> None:
 
 
 def demo_command(settings: TrainSettings) -> None:
-    """Two real models on a laptop: train, evaluate with controls, draw, in six minutes."""
+    """Two real models on a laptop: train, evaluate with controls, draw, in five minutes."""
     if settings.seeds:
         raise LatentWireError("demo trains one bridge; for several seeds use train --seeds")
     folder = settings.output_dir or Path("runs/demo")
