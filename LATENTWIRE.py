@@ -381,10 +381,13 @@ class LossSettings(Settings):
         return self
 
 
+DEFAULT_STEPS = 1000
+
+
 class OptimSettings(Settings):
     """Optimisation"""
 
-    steps: int | None = setting(None, "Optimizer steps; default 1,000.", "max_steps", ge=1)
+    steps: int | None = setting(None, f"Optimizer steps; default {DEFAULT_STEPS:,}.", "max_steps", ge=1)
     epochs: float | None = setting(None, "Passes over the training rows, instead of --steps.", gt=0)
     batch_size: int = setting(32, "Rows per micro-batch.", ge=1)
     grad_accum: int = setting(
@@ -1346,15 +1349,14 @@ class OwnFile(Task):
             raise LatentWireError(f"{where}: label {answer!r} is not one of {', '.join(self.words)}")
         return replace(example, answers=(self.words[label],), label=label)
 
-    def rows_for_test(self) -> list[Example]:
-        """Every row of a file, or of a folder's test file, for a run that was trained elsewhere."""
-        found = self.rows_of("test") if self.folder_of_splits else self.everything
+    def labelled_rows(self, split: str) -> list[Example]:
+        """Every row of the split's file; a single file is the file of both splits."""
+        found = self.rows_of("test") if self.folder_of_splits and split == "test" else self.everything
         return [self.labelled(where, example) for where, example in found]
 
     def load(self, split: str) -> tuple[list[Example], str]:
         """The split's own file, or the fixed fifth (test) and the rest (train) of the one file."""
-        found = self.rows_of("test") if self.folder_of_splits and split == "test" else self.everything
-        rows = [self.labelled(where, example) for where, example in found]
+        rows = self.labelled_rows(split)
         if not self.folder_of_splits:
             ordered = hash_order(rows, seed=0)
             cut = clean_cut(ordered, max(2, len(ordered) // 5))
@@ -1382,7 +1384,9 @@ def training_splits(part: Task, settings: TrainSettings) -> tuple[Splits, str]:
     ordered = hash_order(published, settings.data_seed)
     cut = min(settings.val_samples, max(1, len(ordered) // 10)) if settings.val_samples else 0
     cut = clean_cut(ordered, cut)
-    seen = (settings.steps or 1000) * settings.batch_size * settings.grad_accum  # more rows would never be looked at
+    seen = (
+        (settings.steps or DEFAULT_STEPS) * settings.batch_size * settings.grad_accum
+    )  # more rows would never be looked at
     most = min(settings.samples or len(ordered), len(ordered) if settings.epochs else seen)
     return {"train": distinct_ids(ordered[cut:][:most]), "validation": distinct_ids(ordered[:cut])}, source
 
@@ -2285,8 +2289,9 @@ def collect_states(
     index = {text: row for row, text in enumerate(distinct)}
     if where == "disk" and (kept := read_store(folder, index, sender.dtype)):
         return kept
-    rows = [sender_ids(sender, text, limit) for text in distinct]
-    cut = sum(len(sender.bos) + len(sender.ids(text)) > limit for text in distinct) / len(distinct)
+    longer = [sender_ids(sender, text, limit + 1) for text in distinct]
+    cut = sum(len(row) > limit for row in longer) / len(distinct)
+    rows = [row[:limit] for row in longer]
     offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     shape = (int(offsets[-1]), len(layers), sender.width)
     with contextlib.ExitStack() as stack:
@@ -2554,7 +2559,7 @@ class Trainer:
         self.prompting = Prompting(self.receiver, self.part, settings.anchor_text or self.part.anchor)
         per_step = settings.batch_size * settings.grad_accum
         epoch_steps = math.ceil(len(self.train_rows) / per_step)
-        self.steps = settings.steps or (math.ceil(settings.epochs * epoch_steps) if settings.epochs else 1000)
+        self.steps = settings.steps or (math.ceil(settings.epochs * epoch_steps) if settings.epochs else DEFAULT_STEPS)
         self.eval_every = settings.eval_every or max(1, self.steps // 10)
         seed_everything(settings.seed)
         self.bridge = Bridge(BridgeShape.of(settings, self.sender, self.receiver)).to(self.receiver.device)
@@ -3322,13 +3327,12 @@ def data_key(settings: DataSettings) -> str:
 
 
 def evaluated_rows(
-    settings: EvalSettings, run: TrainSettings, trained: TrainSettings, digest: str
+    settings: EvalSettings, part: Task, run: TrainSettings, trained: TrainSettings, digest: str
 ) -> tuple[Splits, str, int]:
     """Rows to evaluate beside the run's own train rows, their source, and how many stand in train as well.
 
     The probe is fitted on the train rows, so they are left empty where they are another task's or have changed.
     """
-    part = make_task(run)
     home = make_task(trained.model_copy(update={"data_dir": run.data_dir, "offline": run.offline}))
     if part.name and part.name in home.related:
         raise LatentWireError(f"{home.name} and {part.name} share texts: never train on one and report the other")
@@ -3337,7 +3341,7 @@ def evaluated_rows(
     if settings.split == "validation":
         rows = own["validation"] if same else []
     elif isinstance(part, OwnFile) and not same:
-        rows, source = distinct_ids(hash_order(part.rows_for_test(), seed=0)), str(part.path)
+        rows, source = distinct_ids(hash_order(part.labelled_rows("test"), seed=0)), str(part.path)
     else:
         rows, source = test_split(part, None)
     rows = rows[: settings.num_samples]
@@ -3362,8 +3366,8 @@ def open_channel(settings: EvalSettings, folder: Path) -> tuple[Channel, dict[st
     bridge, trained, state = open_bridge(folder)
     load_plugins([*trained.plugin, *settings.plugin])
     run = evaluated_settings(settings, trained, state["task"]["words"])
-    splits, source, overlap = evaluated_rows(settings, run, trained, state["task"]["train_digest"])
     part = make_task(run)
+    splits, source, overlap = evaluated_rows(settings, part, run, trained, state["task"]["train_digest"])
     sender = load_lm(trained.sender or "", run, run.offline)
     receiver = load_lm(trained.receiver or "", run, run.offline)
     check_models(state, folder, sender, receiver)
@@ -3758,11 +3762,6 @@ def normalize_flags(settings: type[Settings], words: Sequence[str], extra: Mappi
     return pairs
 
 
-def parsed(settings: type[Settings], pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Values for pydantic: lists split at commas and spaces, flags as bool."""
-    return {name: value == "yes" if settings.model_fields[name].annotation is bool else value for name, value in pairs}
-
-
 EXTRA_FLAGS = {"config": True, "dry_run": False}
 
 
@@ -3770,7 +3769,7 @@ def settings_from(kind: type[Settings], words: Sequence[str]) -> tuple[Any, bool
     """Validated settings from command-line words; → (settings, dry run?)."""
     pairs = normalize_flags(kind, words, EXTRA_FLAGS)
     own = {name: value for name, value in pairs if name in EXTRA_FLAGS}
-    flags = parsed(kind, [pair for pair in pairs if pair[0] not in EXTRA_FLAGS])
+    flags = {name: value for name, value in pairs if name not in EXTRA_FLAGS}
     return kind.build(flags, Path(own["config"]) if "config" in own else None), own.get("dry_run") == "yes"
 
 
@@ -3877,9 +3876,8 @@ def register_command(name: str, kind: type[Settings], body: Callable[[Any], None
 
     def command(**values: Any) -> None:
         flags = {k: v for k, v in values.items() if v is not None and k not in EXTRA_FLAGS}
-        pairs = [(k, ("yes" if v else "no") if isinstance(v, bool) else v) for k, v in flags.items()]
         config = Path(values["config"]) if values["config"] else None
-        settings = kind.build(parsed(kind, pairs), config, SUITES[name]() if name in SUITES else None)
+        settings = kind.build(flags, config, SUITES[name]() if name in SUITES else None)
         if values["dry_run"]:
             print(json.dumps(preview(settings), indent=2))
         else:
