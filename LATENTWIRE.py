@@ -45,8 +45,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import datetime
 import difflib
 import functools
+import gc
 import glob
 import hashlib
 import importlib
@@ -167,9 +169,12 @@ RIVALS = {
 }
 
 
-def setting(default: Any, text: str, *aliases: str, execution: bool = False, **limits: Any) -> Any:
-    """One setting: its default, help text, the documents' other spellings, and whether it only says *how* to run."""
-    extra: dict[str, Any] = {"aliases": list(aliases), "execution": execution}
+def setting(default: Any, text: str, *aliases: str, execution: bool = False, alone: str = "", **limits: Any) -> Any:
+    """One setting: its default, help text, the documents' other spellings, and whether it only says *how* to run.
+
+    ``alone`` is the value of a flag that stands without one.
+    """
+    extra: dict[str, Any] = {"aliases": list(aliases), "execution": execution, "alone": alone}
     return Field(default, description=text, json_schema_extra=extra, **limits)
 
 
@@ -217,6 +222,8 @@ class Settings(BaseModel):
             return [str(item).strip() for item in items]
         if annotation is bool and isinstance(value, str) and value.lower() in (*YES, *NO):
             return value.lower() in YES
+        if (alone := cls.extras(name)["alone"]) and str(value).lower() in (*YES, *NO):
+            return alone if str(value).lower() in YES else None
         return value
 
     @classmethod
@@ -309,6 +316,13 @@ class ModelSettings(Settings):
     """Models"""
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps.", execution=True)
+    sender_device: str | None = setting(None, "The sender's own device, such as cuda:0.", execution=True)
+    receiver_device: str | None = setting(None, "The receiver's and the bridge's own device.", execution=True)
+    device_map: Literal["auto"] | None = setting(
+        None, "auto spreads each model over all devices (and CPU memory) by accelerate.", execution=True
+    )
+    load_in_8bit: bool = setting(False, "Frozen models in 8 bits (bitsandbytes, CUDA).", "use_8bit")
+    load_in_4bit: bool = setting(False, "Frozen models in 4-bit NF4 (bitsandbytes, CUDA).", "use_4bit")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Number format of the frozen models; auto takes bfloat16 where the hardware has it."
     )
@@ -321,7 +335,9 @@ class ModelSettings(Settings):
     def short_dtypes(cls, values: dict[str, Any]) -> dict[str, Any]:
         """``--bf16`` and ``--fp16`` set ``dtype``."""
         short = [name for key, name in (("bf16", "bfloat16"), ("fp16", "float16")) if values.get(key) is True]
-        given = {*short, values.get("dtype") or (short or ["auto"])[0]}
+        if not short:
+            return values
+        given = {*short, values.get("dtype") or short[0]}
         if len(given) > 1:
             raise ValueError(f"--bf16, --fp16 and --dtype disagree: {', '.join(sorted(map(str, given)))}; give one")
         return {**values, "dtype": given.pop()}
@@ -389,9 +405,18 @@ class OptimSettings(Settings):
 
     steps: int | None = setting(None, f"Optimizer steps; default {DEFAULT_STEPS:,}.", "max_steps", ge=1)
     epochs: float | None = setting(None, "Passes over the training rows, instead of --steps.", gt=0)
-    batch_size: int = setting(32, "Rows per micro-batch.", ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = setting(
+        32, "Rows at a time; auto finds the most that fit into memory. Running out of memory halves it, either way."
+    )
     grad_accum: int = setting(
-        1, "Micro-batches per optimizer step.", "gradient_accumulation_steps", "grad_accum_steps", ge=1
+        1,
+        "An optimizer step sees batch_size x grad_accum rows, over all processes.",
+        "gradient_accumulation_steps",
+        "grad_accum_steps",
+        ge=1,
+    )
+    effective_batch: int | None = setting(
+        None, "Rows per optimizer step with --batch_size auto; default 32.", "elastic_base_batch", ge=1
     )
     lr: float = setting(1e-3, "Peak learning rate of AdamW.", "learning_rate", gt=0)
     weight_decay: float = setting(0.01, "AdamW's weight decay, matrices only.", ge=0)
@@ -408,7 +433,18 @@ class OptimSettings(Settings):
         """The run's length is said once."""
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give --steps or --epochs, not both")
+        if self.batch_size == "auto" and self.grad_accum > 1:
+            raise ValueError(
+                "--batch_size auto chooses the accumulation itself; give --effective_batch, not --grad_accum"
+            )
+        if self.batch_size != "auto" and self.effective_batch:
+            raise ValueError("--effective_batch belongs to --batch_size auto; else it is batch_size x grad_accum")
         return self
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that one optimizer step sees, whatever the micro-batch and the number of processes."""
+        return self.effective_batch or 32 if self.batch_size == "auto" else self.batch_size * self.grad_accum
 
 
 class TrainSettings(DataSettings, ModelSettings, BridgeSettings, LossSettings, OptimSettings):
@@ -430,7 +466,27 @@ class TrainSettings(DataSettings, ModelSettings, BridgeSettings, LossSettings, O
     max_tokens: int = setting(256, "Sender tokens per text; the share cut off is printed.", "max_length", ge=8)
     seeds: list[int] | None = setting(None, "Several seeds: one run each in OUTPUT_DIR/seed<N>.", execution=True)
     output_dir: Path | None = setting(None, "Run folder; default runs/<dataset>-<digest>.", "save_dir", execution=True)
-    resume: bool = setting(False, "Go on with the run in --output_dir.", execution=True)
+    resume: str | None = setting(
+        None,
+        "Go on with the run in --output_dir, or with the run whose folder is given here.",
+        "resume_from",
+        execution=True,
+        alone="yes",
+    )
+    auto_resume: bool = setting(False, "Go on where there is something to resume, else start.", execution=True)
+    checkpoint_interval: float = setting(
+        300.0, "Seconds between checkpoints; validations and signals save as well.", execution=True, ge=0
+    )
+    keep_checkpoints: int = setting(
+        2, "Newest checkpoints to keep beside the best.", "keep_last_n", execution=True, ge=1
+    )
+    world_size: int | None = setting(
+        None, "Refuse to start with another number of processes.", "num_processes", execution=True, ge=1
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Compute activations again instead of keeping them: slower, less memory.", "grad_ckpt", execution=True
+    )
+    optimizer_offload: bool = setting(False, "Keep the optimizer's state in CPU memory.", "cpu_offload", execution=True)
     log_every: int = setting(1, "Steps between rows of diagnostics.jsonl.", execution=True, ge=1)
     state_cache: Literal["disk", "memory"] = setting(
         "disk", "Keep sender states on disk (shared by seeds and sweeps), or only in memory.", execution=True
@@ -557,6 +613,30 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=2, default=str, allow_nan=False) + "\n").encode())
 
 
+def works_elsewhere(pid: int) -> bool:
+    """Whether another process of this number lives on this machine."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def sweep(folder: Path) -> None:
+    """Finish or remove what saves that were killed left behind in ``folder``."""
+    for path in folder.glob(".*.old"):
+        recovered(folder / path.name[1:-4])
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".*"):
+        owner = re.fullmatch(r"\..+\.(?:tmp-(\d+)|(\d+)\.tmp)", path.name)
+        if owner and not works_elsewhere(int(owner[1] or owner[2])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def recovered(folder: Path) -> Path:
     """``folder``, put back from its predecessor when a save was killed between its two renames."""
     old = folder.with_name(f".{folder.name}.old")
@@ -612,6 +692,59 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class Interrupted(Exception):
+    """A signal asked the work to stop; what was done is saved in ``folder``."""
+
+    def __init__(self, folder: Path, where: str, number: int) -> None:
+        self.folder, self.where, self.number = folder, where, number
+        super().__init__(f"stopped at {where}")
+
+
+@contextlib.contextmanager
+def catching_signals() -> Iterator[list[int]]:
+    """SIGINT, SIGTERM and SIGUSR1 are noted in the yielded list instead of killing; a second SIGINT kills."""
+    seen: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, previous[signal.SIGINT])
+
+    wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    try:
+        previous = {number: signal.signal(number, note) for number in wanted}
+    except ValueError:  # not the main thread: signals are its business
+        yield seen
+        return
+    try:
+        yield seen
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Nobody else on this machine trains in ``folder`` meanwhile; the lock goes with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # other errors: a file system without locks
+        if isinstance(error, BlockingIOError):
+            raise LatentWireError(
+                f"another process is training in {folder}; wait, stop it, or take another --output_dir"
+            ) from None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def package_versions() -> dict[str, str]:
     """Installed versions of the libraries that can change a number."""
     names = ("torch", "transformers", "tokenizers", "datasets", "peft", "safetensors", "numpy", "scipy", "scikit-learn")
@@ -635,9 +768,19 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
+        "job": os.environ.get("SLURM_JOB_ID"),
         "packages": package_versions(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def grew(key: str, before: Any, now: Any) -> bool:
+    """Whether a run only got longer: the one determining setting that a resumed run may change, and only upwards."""
+    return (
+        key in ("steps", "epochs")
+        and now is not None
+        and now > (before or (DEFAULT_STEPS if key == "steps" else math.inf))
+    )
 
 
 @dataclass(frozen=True)
@@ -663,10 +806,20 @@ class Run:
         run.check(settings, resume)
         if run.config_path.exists():
             return run
-        write_json(run.config_path, settings.model_dump(mode="json"))
         write_json(folder / "env.json", environment())
         write_atomic(folder / "source.py", Path(__file__).read_bytes())
+        write_json(run.config_path, settings.model_dump(mode="json"))  # last: where it stands, all of it stands
         return run
+
+    def saved(self) -> dict[str, Any]:
+        """The settings the run began with."""
+        try:
+            saved = json.loads(self.config_path.read_text(encoding="utf-8"))
+        except ValueError:
+            saved = None
+        if not saved or not isinstance(saved, dict):
+            raise LatentWireError(f"{self.config_path} is damaged; choose another --output_dir")
+        return saved
 
     def check(self, settings: Settings, resume: bool) -> None:
         """Refuse a folder that holds another run, or the same one unless it is to be resumed."""
@@ -676,17 +829,18 @@ class Run:
             if resume:
                 raise LatentWireError(f"nothing to resume in {self.folder}; leave out --resume to start there")
             return
-        try:
-            saved = dict(json.loads(self.config_path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            saved = {}
-        if not saved:
-            raise LatentWireError(f"{self.config_path} is damaged; choose another --output_dir")
-        wanted = settings.determining()
-        differing = [f"{k} {saved.get(k)!r} there, {v!r} now" for k, v in wanted.items() if saved.get(k) != v]
+        saved, wanted = self.saved(), settings.determining()
+        changed = {k: (saved.get(k), v) for k, v in wanted.items() if saved.get(k) != v}
+        differing = [f"{k} {old!r} there, {new!r} now" for k, (old, new) in changed.items() if not grew(k, old, new)]
         if differing:
             raise LatentWireError(
                 f"{self.folder} holds a different run ({'; '.join(differing)}); choose another --output_dir"
+            )
+        if not resume and changed:
+            grown = "; ".join(f"{k} {old!r} there, {new!r} now" for k, (old, new) in changed.items())
+            raise LatentWireError(
+                f"{self.folder} holds a shorter run ({grown}); add --resume to go on to the new length, or choose another "
+                f"--output_dir"
             )
         if not resume:
             state = "finished" if self.done else "unfinished"
@@ -1384,9 +1538,7 @@ def training_splits(part: Task, settings: TrainSettings) -> tuple[Splits, str]:
     ordered = hash_order(published, settings.data_seed)
     cut = min(settings.val_samples, max(1, len(ordered) // 10)) if settings.val_samples else 0
     cut = clean_cut(ordered, cut)
-    seen = (
-        (settings.steps or DEFAULT_STEPS) * settings.batch_size * settings.grad_accum
-    )  # more rows would never be looked at
+    seen = (settings.steps or DEFAULT_STEPS) * settings.rows_per_step  # more rows would never be looked at
     most = min(settings.samples or len(ordered), len(ordered) if settings.epochs else seen)
     return {"train": distinct_ids(ordered[cut:][:most]), "validation": distinct_ids(ordered[:cut])}, source
 
@@ -1582,10 +1734,125 @@ def gguf_to_dense(pieces: Sequence[Path], name: str, sha256: str | None = None) 
     return target
 
 
+def launched() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) as torchrun or srun started this process; (0, 1, 0) alone."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:  # the batch script itself has no step
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train one bridge together; each has its own frozen models and its share of every batch."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+    def share_of(self, items: Sequence[Part]) -> Sequence[Part]:
+        """This process's part of ``items``: as equal as can be, in order."""
+        return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
+
+    def reduce(self, tensor: Tensor, how: str = "SUM") -> Tensor:
+        """``tensor`` summed (or another ReduceOp) over all processes, in place."""
+        if self.size > 1:
+            with self.met():
+                torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
+        return tensor
+
+    def highest(self, *values: float) -> list[float]:
+        """Each value's maximum over all processes: how they agree to stop."""
+        return self.reduce(torch.tensor(values, dtype=torch.float64), "MAX").tolist() if self.size > 1 else [*values]
+
+    def total(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Each value's sum over all processes."""
+        return dict(
+            zip(values, self.reduce(torch.tensor([*values.values()], dtype=torch.float64)).tolist(), strict=True)
+        )
+
+    def told(self, value: Part) -> Part:
+        """The leader's ``value``, everywhere."""
+        held = [value]
+        if self.size > 1:
+            with self.met():
+                torch.distributed.broadcast_object_list(held)
+        return held[0]
+
+    def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum of the gradients of all processes, in one message."""
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if self.size > 1:
+            flat = self.reduce(torch.cat([grad.flatten() for grad in grads]))
+            for grad, total in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(total.view_as(grad))
+
+    @contextlib.contextmanager
+    def met(self) -> Iterator[None]:
+        """A process that died ends the others' wait with one line."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0][-120:]
+            raise LatentWireError(
+                f"process {self.rank} of {self.size} lost the others ({reason}); see their errors, then go on with --auto_resume"
+            ) from None
+
+    @contextlib.contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """The leader does this before the others: downloads and conversions happen once."""
+        if not self.leads:
+            self.told(None)
+        yield
+        if self.leads:
+            self.told(None)
+
+
+@contextlib.contextmanager
+def joined(asked: int | None) -> Iterator[World]:
+    """The World this process belongs to, over NCCL for CUDA tensors and gloo for the CPU's."""
+    rank, size, local = launched()
+    if asked not in (None, size):
+        raise LatentWireError(
+            f"--world_size {asked}, but {size} started; type: torchrun --nproc_per_node {asked} LATENTWIRE.py ..., or srun --ntasks"
+        )
+    if size == 1:
+        yield World()
+        return
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    world, patience = World(rank, size), datetime.timedelta(minutes=60)  # a death is noticed at once, not by this
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with world.met():
+        torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
+    try:
+        yield world
+    except Interrupted:
+        world.told(None)  # the leader has saved; nobody leaves before
+        torch.distributed.destroy_process_group()
+        raise
+    torch.distributed.destroy_process_group()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device or the machine has no memory left."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def resolve_device(name: str) -> torch.device:
-    """``auto`` → cuda, mps or cpu, whichever is there first."""
+    """``auto`` → cuda, mps or cpu, whichever is there first; each process of a machine takes its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and launched()[1] > 1:
+        name = f"cuda:{launched()[2] % max(1, torch.cuda.device_count())}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -1650,7 +1917,23 @@ def folder_revision(folder: Path) -> str:
     return digest_of(parts)
 
 
-def load_weights(name: str, dtype: torch.dtype, offline: bool) -> tuple[Any, Any, str]:
+def placement(settings: ModelSettings) -> dict[str, Any]:
+    """How from_pretrained spreads and quantises a model that is too large for one device."""
+    bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else 0
+    options: dict[str, Any] = {"device_map": settings.device_map} if settings.device_map else {}
+    if bits:
+        if not torch.cuda.is_available():  # NF4 on the CPU gives wrong gradients without a word
+            raise LatentWireError(f"--load_in_{bits}bit needs CUDA; on the CPU use --dtype bfloat16 or a smaller model")
+        require("bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        compute = resolve_dtype(settings.dtype, torch.device("cuda"))
+        four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": compute}
+        options["quantization_config"] = BitsAndBytesConfig(**(four if bits == 4 else {"load_in_8bit": True}))
+    return options
+
+
+def load_weights(name: str, dtype: torch.dtype, offline: bool, **placed: Any) -> tuple[Any, Any, str]:
     """(model, tokenizer, revision) for an alias, local folder, GGUF file or hub id; the dtype is chosen here, at load."""
     local = offline or name in LMS or Path(name).exists() or not hub_reachable()  # the hub's own retries take 23 s
     import transformers
@@ -1672,7 +1955,7 @@ def load_weights(name: str, dtype: torch.dtype, offline: bool) -> tuple[Any, Any
         if Path(name).is_file():
             where = str(gguf_to_dense([Path(name)], Path(name).stem))
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local)
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=local)
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=local, **placed)
     except (OSError, ValueError, RuntimeError, LookupError, ImportError, struct.error, SafetensorError) as error:
         raise LatentWireError(model_advice(name, error, local)) from None
     if Path(where).is_dir():
@@ -1686,10 +1969,11 @@ class StopForward(Exception):
 
 @dataclass(frozen=True)
 class States:
-    """Sender hidden states: hidden (B, L, T, D_s), mask (B, T)."""
+    """Sender hidden states: hidden (B, L, T, D_s), mask (B, T); while training, a random key for each row."""
 
     hidden: Tensor
     mask: Tensor
+    keys: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -1725,8 +2009,10 @@ class LM:
     """A frozen causal language model of any family: embeddings in, hidden states and log-probabilities out."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any, revision: str, device: torch.device) -> None:
-        self.name, self.revision, self.device = name, revision, device
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.name, self.revision = name, revision
+        placed = hasattr(model, "hf_device_map")  # already on its devices, which accelerate's hooks connect
+        self.model = (model if placed else model.to(device)).eval().requires_grad_(False)
+        self.device: torch.device = model.get_input_embeddings().weight.device if placed else device
         self.tokenizer = tokenizer
         self.config = model.config.get_text_config()
         self.backbone = model.base_model
@@ -1776,14 +2062,18 @@ class LM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden (N, D) → float32 (N, V). Contiguous: a strided slice is up to 560× slower on CPU."""
-        logits = self.head(hidden.contiguous())
+        logits = self.head(hidden.contiguous()).to(self.device)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return (torch.tanh(logits / cap) * cap if cap else logits).float()
 
     def forward(self, packed: Packed, **options: Any) -> Any:
         """The backbone's output on a packed batch; positions are explicit, since padding may be on either side."""
         mask = packed.mask.long()
-        return self.backbone(inputs_embeds=packed.embeds, attention_mask=mask, position_ids=packed.positions, **options)
+        output = self.backbone(
+            inputs_embeds=packed.embeds, attention_mask=mask, position_ids=packed.positions, **options
+        )
+        output.last_hidden_state = output.last_hidden_state.to(self.device)
+        return output
 
     @torch.no_grad()
     def check_contract(self) -> None:
@@ -1795,6 +2085,12 @@ class LM:
             raise LatentWireError(
                 f"model {self.name} ({self.config.model_type}) computes logits from embeddings in a way not supported here"
             )
+
+    def checkpoint_activations(self) -> None:
+        """Keep no activations inside blocks, compute them again in backward (Chen et al. 2016); outputs stay the same."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        for block in self.blocks:
+            block.training = True  # the library recomputes only then; what is inside stays in eval mode
 
     def keep_below(self, layer: int) -> None:
         """Free the blocks above ``layer``: a sender that is read there never runs them."""
@@ -1840,7 +2136,7 @@ class LM:
         finally:
             for hook in hooks:
                 hook.remove()
-        return States(torch.stack([seen[layer] for layer in layers], 1), packed.mask)
+        return States(torch.stack([seen[layer].to(self.device) for layer in layers], 1), packed.mask)
 
     @torch.no_grad()
     def prefill(self, packed: Packed) -> Prefill:
@@ -1855,7 +2151,7 @@ class LM:
         output = self.backbone(
             inputs_embeds=self.embed(ids), attention_mask=mask.long(), position_ids=positions, past_key_values=cache
         )
-        return output.last_hidden_state, mask
+        return output.last_hidden_state.to(self.device), mask
 
     @torch.no_grad()
     def score(self, prefill: Prefill, candidates: Sequence[Sequence[TokenIds]]) -> list[list[float]]:
@@ -1965,10 +2261,13 @@ def threads_for(*models: LM) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def load_lm(name: str, settings: ModelSettings, offline: bool = False) -> LM:
+def load_lm(name: str, settings: ModelSettings, offline: bool = False, own_device: str | None = None) -> LM:
     """A frozen LM by name, on the device and in the dtype the settings resolve to."""
-    device = resolve_device(settings.device)
-    model, tokenizer, revision = load_weights(name, resolve_dtype(settings.dtype, device), offline)
+    device = resolve_device(own_device or settings.device)
+    placed = placement(settings)
+    if "quantization_config" in placed:
+        placed.setdefault("device_map", {"": device})
+    model, tokenizer, revision = load_weights(name, resolve_dtype(settings.dtype, device), offline, **placed)
     return LM(name, model, tokenizer, revision, device)
 
 
@@ -2110,6 +2409,26 @@ class BridgeShape:
         return cls(sender.width, layers, receiver.width, receiver.embed_rms, **chosen)
 
 
+class RowDropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) whose mask follows from each row's key alone, not from the rows beside it.
+
+    However a batch is cut into micro-batches or shared among processes, every row meets the same mask.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, values: Tensor, mask: Tensor, keys: Sequence[int]) -> Tensor:
+        """values (B, T, D), mask (B, T), one key a row → (B, T, D)."""
+        if not self.training or not self.rate:
+            return values
+        generator, kept = torch.Generator(values.device), torch.zeros_like(values)
+        for row, key, length in zip(kept, keys, mask.sum(1).tolist(), strict=True):
+            row[:length].bernoulli_(1 - self.rate, generator=generator.manual_seed(key))
+        return values * kept / (1 - self.rate)
+
+
 @ENCODERS.register("hidden")
 class HiddenEncoder(nn.Module):
     """Frozen sender states: standardised per dimension, layers mixed by a learned softmax, projected.
@@ -2126,7 +2445,7 @@ class HiddenEncoder(nn.Module):
         self.register_buffer("deviation", torch.ones(len(shape.layers), shape.sender_width))
         self.mix = nn.Parameter(torch.zeros(len(shape.layers)))
         self.project = nn.Linear(shape.sender_width, shape.width)
-        self.dropout = nn.Dropout(shape.dropout)
+        self.dropout = RowDropout(shape.dropout)
 
     def calibrate(self, mean: Tensor, deviation: Tensor) -> None:
         """Take the token statistics (L, D_s) of the training texts."""
@@ -2137,7 +2456,7 @@ class HiddenEncoder(nn.Module):
         """(B, L, T, D_s) → (B, T, W)."""
         hidden = (states.hidden.float() - self.mean[:, None]) / (self.deviation[:, None] + 1e-6)
         mixed = torch.einsum("l,bltd->btd", self.mix.softmax(0), hidden.clamp(-10, 10))
-        return self.project(self.dropout(mixed))
+        return self.project(self.dropout(mixed, states.mask, states.keys))
 
 
 class ResamplerBlock(nn.Module):
@@ -2166,6 +2485,9 @@ class Resampler(nn.Module):
     The queries start from the mean token, so the average state reaches the wire from the first step on.
     """
 
+    recompute = False
+    """Whether training computes activations again instead of keeping them."""
+
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(shape.latent_len, shape.width) * 0.5)
@@ -2180,7 +2502,10 @@ class Resampler(nn.Module):
         latents = self.queries + self.mean_gain * mean[:, None]
         keys = self.norm(tokens)
         for block in self.blocks:
-            latents = block(latents, keys, mask)
+            if self.recompute and self.training:
+                latents = torch.utils.checkpoint.checkpoint(block, latents, keys, mask, use_reentrant=False)
+            else:
+                latents = block(latents, keys, mask)
         return latents
 
 
@@ -2277,46 +2602,119 @@ class StateStore:
 
 
 def collect_states(
-    sender: LM, texts: Iterable[str], layers: Sequence[int], limit: int, where: str, tick: Callable[[int, int], None]
+    sender: LM,
+    texts: Iterable[str],
+    layers: Sequence[int],
+    limit: int,
+    where: str,
+    tick: Callable[[int, int], None],
+    owner: Path = Path(),
+    world: World = World(),
 ) -> StateStore:
     """Run the sender once per distinct text, shortest first, only up to the layer needed; reuse the disk's copy.
 
-    On disk the states are one memory-mapped file, so that they may be larger than memory.
+    On disk the states are one memory-mapped file, so that they may be larger than memory. All processes fill it
+    together, and what a killed ``owner`` (its run folder) had done is not done again.
     """
     distinct = sorted(set(texts))
     key = digest_of([sender.identity(), str(sender.dtype), list(layers), limit, distinct])
     folder = recovered(cache_folder() / "states" / key)
     index = {text: row for row, text in enumerate(distinct)}
-    if where == "disk" and (kept := read_store(folder, index, sender.dtype)):
-        return kept
+    kept = read_store(folder, index, sender.dtype) if where == "disk" else None
+    if world.told(kept is not None):
+        return kept or lost_store(folder)
     longer = [sender_ids(sender, text, limit + 1) for text in distinct]
     cut = sum(len(row) > limit for row in longer) / len(distinct)
     rows = [row[:limit] for row in longer]
     offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     shape = (int(offsets[-1]), len(layers), sender.width)
-    with contextlib.ExitStack() as stack:
-        if where == "disk":
-            temporary = stack.enter_context(replacing_folder(folder))
-            flat = new_states(temporary, shape, sender.dtype)
-            notes = {"shape": shape, "offsets": offsets.tolist(), "truncated": cut}
+    groups = list(by_length(rows, tokens=4096))
+
+    def fill(flat: Tensor, number: int) -> None:
+        states = sender.states([rows[i] for i in groups[number]], layers)
+        for i, hidden in zip(groups[number], states.hidden.cpu(), strict=True):
+            flat[offsets[i] : offsets[i + 1]] = hidden[:, : len(rows[i])].transpose(0, 1)
+
+    if where == "memory":
+        flat = torch.empty(shape, dtype=sender.dtype)
+        for number in range(len(groups)):
+            fill(flat, number)
+            tick(number + 1, len(groups))
+        return StateStore(flat, offsets, index, cut, "computed")
+    partial = folder.with_name(f".{key}.partial-{digest_of(str(owner.resolve()))}")
+    if world.leads:
+        with saving(partial):
+            new_states(partial, shape, sender.dtype, len(groups))
+    world.told(None)
+    fill_states(partial, shape, sender.dtype, fill, tick, world)
+    if world.leads:
+        if not all((partial / "done.bin").read_bytes()):
+            raise LatentWireError(
+                "another process stopped before its sender states were done; go on with --auto_resume"
+            )
+        notes = {"shape": shape, "offsets": offsets.tolist(), "truncated": cut}
+        with replacing_folder(folder) as temporary:
+            (partial / "states.bin").replace(temporary / "states.bin")
             (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
-        else:
-            flat = torch.empty(shape, dtype=sender.dtype)
-        done = 0
-        for group in by_length(rows, tokens=4096):
-            states = sender.states([rows[i] for i in group], layers)
-            for i, hidden in zip(group, states.hidden.cpu(), strict=True):
-                flat[offsets[i] : offsets[i + 1]] = hidden[:, : len(rows[i])].transpose(0, 1)
-            done += len(group)
-            tick(done, len(rows))
-    return StateStore(flat, offsets, index, cut, "computed")
+        shutil.rmtree(partial)
+    world.told(None)
+    stored = read_store(folder, index, sender.dtype) or lost_store(folder)
+    return replace(stored, source="computed")
 
 
-def new_states(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor that is the new file ``states.bin``; room is taken first, since a map cannot say 'disk full'."""
+def lost_store(folder: Path) -> StateStore:
+    """Not every process sees the cache that the leader sees."""
+    raise LatentWireError(f"sender states are not at {folder} for every process; set LATENTWIRE_CACHE to a shared disk")
+
+
+def fill_states(
+    partial: Path,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    fill: Callable[[Tensor, int], None],
+    tick: Callable[[int, int], None],
+    world: World,
+) -> None:
+    """This process's share of the groups that ``done.bin`` (one byte each) does not mark yet; marked once on disk."""
+    flat = torch.from_file(str(partial / "states.bin"), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    marks = (partial / "done.bin").read_bytes()
+    world.told(None)  # nobody marks before all have read
+    todo = world.share_of([number for number, mark in enumerate(marks) if not mark])
+    with (partial / "states.bin").open("rb") as states, (partial / "done.bin").open("r+b", buffering=0) as done:
+        fresh: list[int] = []
+        started = time.monotonic()
+        try:
+            for count, number in enumerate(todo, 1):
+                fill(flat, number)
+                fresh.append(number)
+                tick(count, len(todo))
+                if time.monotonic() - started > 10:
+                    started = mark_done(states, done, fresh)
+        finally:
+            mark_done(states, done, fresh)
+    world.told(None)
+
+
+def mark_done(states: Any, done: Any, fresh: list[int]) -> float:
+    """Force the states to disk, then mark their groups; → now."""
+    os.fsync(states.fileno())
+    for number in fresh:
+        done.seek(number)
+        done.write(b"\1")
+    fresh.clear()
+    return time.monotonic()
+
+
+def new_states(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, groups: int) -> None:
+    """An empty ``states.bin``, unless it was begun; room is taken first, since a map cannot say 'disk full'."""
     path, need = folder / "states.bin", math.prod(shape) * dtype.itemsize
+    if path.exists() and path.stat().st_size == need and (folder / "done.bin").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     free = shutil.disk_usage(folder).free
     if free < need:
+        shutil.rmtree(folder)
         raise LatentWireError(
             f"sender states need {need / 1e9:.1f} GB in {folder.parent}, {free / 1e9:.1f} GB are free; "
             f"use fewer --samples, --state_cache memory, or LATENTWIRE_CACHE on another disk"
@@ -2324,7 +2722,7 @@ def new_states(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tens
     with path.open("wb") as stream:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(stream.fileno(), 0, need)
-    return torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    write_atomic(folder / "done.bin", bytes(groups))
 
 
 def by_length(rows: Sequence[TokenIds], tokens: int) -> Iterator[list[int]]:
@@ -2440,37 +2838,6 @@ class Silent:
         """Nothing."""
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop; everything is saved."""
-
-    def __init__(self, run: Run, step: int, number: int) -> None:
-        self.run, self.step, self.number = run, step, number
-        super().__init__(f"stopped at step {step}")
-
-
-@contextlib.contextmanager
-def catching_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM are noted in the yielded list instead of killing; a second SIGINT kills."""
-    seen: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, previous[signal.SIGINT])
-
-    wanted = (signal.SIGINT, signal.SIGTERM)
-    try:
-        previous = {number: signal.signal(number, note) for number in wanted}
-    except ValueError:  # not the main thread: signals are its business
-        yield seen
-        return
-    try:
-        yield seen
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
     """Linear warm-up to the peak, then half a cosine down to 2 % of it; ``step`` counts from 1."""
     warmup = min(settings.warmup_steps if settings.warmup_steps is not None else steps // 20, steps // 2)
@@ -2482,8 +2849,11 @@ def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
 
 def seed_everything(*key: int) -> None:
     """Everything random afterwards is a pure function of ``key``, so that no generator's state needs saving."""
+    import numpy
+
     number = int(digest_of(list(key)), 16) % 2**32
     random.seed(number)
+    numpy.random.seed(number)  # ours never draws from it, a plug-in's part may
     torch.manual_seed(number)
 
 
@@ -2547,35 +2917,97 @@ class Progress:
     stale: int = 0
     seconds: float = 0.0
     finished: bool = False
+    micro: int = 0
+    """Rows at a time in training; 0 is not yet known, and running out of memory halves it."""
+    group: int = 64
+    """Rows at a time in validation, likewise."""
+
+
+class OffloadedAdamW:
+    """AdamW whose state and master weights live in CPU memory; the device holds weights and gradients only."""
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        self.served: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        masters = [{**g, "params": [nn.Parameter(p.detach().cpu().clone()) for p in g["params"]]} for g in groups]
+        self.inner = torch.optim.AdamW(masters, **options)
+        self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Groups of master weights."""
+        return self.inner.param_groups
+
+    def pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """(on the device, master) for each parameter."""
+        return zip(self.served, [p for group in self.param_groups for p in group["params"]], strict=True)
+
+    @torch.no_grad()
+    def pull(self) -> None:
+        """Take weights that were loaded into the device's copy."""
+        for served, master in self.pairs():
+            master.copy_(served)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Gradients down, one step, weights up."""
+        for served, master in self.pairs():
+            master.grad = None if served.grad is None else served.grad.cpu()
+        self.inner.step()
+        for served, master in self.pairs():
+            served.copy_(master)
 
 
 class Trainer:
     """Trains one bridge between two frozen models and leaves a run folder behind."""
 
-    def __init__(self, settings: TrainSettings, run: Run, setup: Setup, report: Report) -> None:
+    def __init__(
+        self,
+        settings: TrainSettings,
+        run: Run,
+        setup: Setup,
+        report: Report,
+        world: World = World(),
+        signals: Sequence[int] = (),
+    ) -> None:
         self.settings, self.run, self.setup, self.report = settings, run, setup, report
+        self.world, self.signals = world, signals
         self.sender, self.receiver, self.part = setup.sender, setup.receiver, setup.part
         self.train_rows, self.validation_rows = setup.splits["train"], setup.splits["validation"]
         self.prompting = Prompting(self.receiver, self.part, settings.anchor_text or self.part.anchor)
-        per_step = settings.batch_size * settings.grad_accum
-        epoch_steps = math.ceil(len(self.train_rows) / per_step)
+        epoch_steps = math.ceil(len(self.train_rows) / settings.rows_per_step)
         self.steps = settings.steps or (math.ceil(settings.epochs * epoch_steps) if settings.epochs else DEFAULT_STEPS)
         self.eval_every = settings.eval_every or max(1, self.steps // 10)
         seed_everything(settings.seed)
         self.bridge = Bridge(BridgeShape.of(settings, self.sender, self.receiver)).to(self.receiver.device)
+        if settings.gradient_checkpointing:
+            self.bridge.pooler.recompute = True  # type: ignore[assignment]
+            self.receiver.checkpoint_activations()
+        self.optimizer = self.new_optimizer()
+        self.progress = Progress()
+        self.saved_at = time.monotonic()
+
+    def new_optimizer(self) -> torch.optim.AdamW | OffloadedAdamW:
+        """AdamW (Loshchilov & Hutter 2019) over the bridge; only matrices decay."""
         decayed = [p for p in self.bridge.parameters() if p.ndim > 1]
         rest = [p for p in self.bridge.parameters() if p.ndim <= 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
-        fused = self.receiver.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused)
-        self.progress = Progress()
+        options: dict[str, Any] = {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay}
+        if self.settings.optimizer_offload:
+            return OffloadedAdamW(groups, **options)
+        return torch.optim.AdamW(groups, **options, fused=self.receiver.device.type == "cuda")
 
     def prepare(self) -> None:
-        """Sender states of all texts, once; token statistics into a fresh bridge."""
+        """Sender states of all texts, once; token statistics into a fresh bridge; the micro-batch."""
         texts = [self.part.sender_text(e) for e in (*self.train_rows, *self.validation_rows)]
+
+        def tick(done: int, total: int) -> None:
+            self.report.tick("sender states", done, total)
+            if self.signals:
+                raise Interrupted(self.run.folder, "the sender states", self.signals[0])
+
         self.store = collect_states(
-            self.sender, texts, self.bridge.shape.layers, self.settings.max_tokens, self.settings.state_cache,
-            lambda done, total: self.report.tick("sender states", done, total),
+            self.sender, texts, self.bridge.shape.layers, self.settings.max_tokens, self.settings.state_cache, tick,
+            self.run.folder, self.world,
         )  # fmt: skip
         self.report.say(
             f"sender states: {len(self.store.index)} texts, {len(self.store.flat)} tokens, {self.store.source}; "
@@ -2583,36 +3015,109 @@ class Trainer:
         )
         if self.settings.normalize == "token" and not self.progress.step and hasattr(self.bridge.encoder, "calibrate"):
             self.bridge.encoder.calibrate(*self.store.statistics())
+        if not self.progress.micro:
+            size = self.settings.batch_size
+            self.progress.micro = self.fitting() if size == "auto" else size
 
-    def soft_prompt(self, examples: Sequence[Example]) -> SoftPrompt:
-        """Bridge forward on cached states."""
+    def soft_prompt(self, examples: Sequence[Example], places: Sequence[int] = ()) -> SoftPrompt:
+        """Bridge forward on cached states; a row's place in the training stream decides its dropout."""
         texts = [self.part.sender_text(example) for example in examples]
-        return self.bridge.decode(self.bridge.encode(self.store.batch(texts, self.receiver.device)))
+        keys = tuple(int(digest_of([self.settings.seed, place, "dropout"]), 16) for place in places)
+        states = replace(self.store.batch(texts, self.receiver.device), keys=keys)
+        return self.bridge.decode(self.bridge.encode(states))
 
-    def micro_batch(self, number: int) -> list[Example]:
-        """The ``number``-th micro-batch of the run."""
-        size, seed = self.settings.batch_size, self.settings.seed
-        return [self.train_rows[row_at(seed, number * size + i, len(self.train_rows))] for i in range(size)]
+    def backward(self, places: Sequence[int]) -> dict[str, float]:
+        """Gradients of some rows of a step, named by their places in the endless stream; → their share of its values."""
+        settings = self.settings
+        examples = [self.train_rows[row_at(settings.seed, place, len(self.train_rows))] for place in places]
+        packed = self.prompting.pack(self.soft_prompt(examples, places), examples, answers=True)
+        found = supervise(self.receiver, packed)
+        loss, terms = total_loss(found, settings)
+        weight = len(places) / settings.rows_per_step
+        (loss * self.loss_scale * weight).backward()
+        values = {"loss": float(loss.detach()), **terms, "first_acc": float(found.first_accuracy())}
+        return {name: value * weight for name, value in values.items()} | {"tokens": float(packed.mask.sum())}
+
+    @property
+    def loss_scale(self) -> float:
+        """Small float16 gradients would vanish."""
+        return 1024.0 if self.receiver.dtype == torch.float16 else 1.0
+
+    def gradients(self, step: int, size: int) -> dict[str, float]:
+        """This process's share of a step, ``size`` rows at a time; → its share of the step's values."""
+        self.bridge.zero_grad()
+        seed_everything(self.settings.seed, step)
+        rows = self.settings.rows_per_step
+        sums: dict[str, float] = {}
+        for places in batches(self.world.share_of(range((step - 1) * rows, step * rows)), size):
+            for name, value in self.backward(places).items():
+                sums[name] = sums.get(name, 0.0) + value
+        return sums
+
+    def halving(self, which: Literal["micro", "group"], work: Callable[[int], dict[str, float]]) -> dict[str, float]:
+        """``work(rows at a time)``; when memory runs out in any process, all do it again with half as many rows."""
+        while True:
+            size, found, short = getattr(self.progress, which), {}, False
+            try:
+                found = work(size)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                short = True
+            if not self.world.highest(short)[0]:
+                return self.world.total(found)
+            if size == 1:
+                raise LatentWireError(
+                    "one row at a time does not fit into memory; use --gradient_checkpointing, a smaller --max_tokens, or "
+                    "--sender_device and --receiver_device"
+                )
+            setattr(self.progress, which, size // 2)
+            self.free_memory()
+            self.report.say(f"memory ran out with {size} rows at a time; going on with {size // 2}")
+
+    def free_memory(self) -> None:
+        """Give back what a failed attempt held."""
+        self.bridge.zero_grad()
+        gc.collect()
+        if self.receiver.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def fitting(self) -> int:
+        """The most rows at a time that fit into memory, tried on the longest texts (``--batch_size auto``)."""
+        rows, count = self.settings.rows_per_step, len(self.train_rows)
+        order = [row_at(self.settings.seed, place, count) for place in range(count)]
+        lengths = [int(n) for n in self.store.offsets.diff()]
+        size_of = [lengths[self.store.index[self.part.sender_text(self.train_rows[row])]] for row in order]
+        longest = sorted(range(count), key=size_of.__getitem__, reverse=True)
+
+        def fits(size: int) -> bool:
+            short = False
+            try:
+                self.backward([longest[i % count] for i in range(size)])
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                short = True
+            self.free_memory()
+            return not self.world.highest(short)[0]
+
+        most = math.ceil(rows / self.world.size)
+        low, high = (most, most) if fits(most) else (1, most - 1)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        self.report.say(f"--batch_size auto: {low} rows at a time, {rows} per optimizer step")
+        return max(1, low)
 
     def step(self) -> dict[str, float]:
         """One optimizer step; → its row for the log."""
-        started, step, accum = time.perf_counter(), self.progress.step + 1, self.settings.grad_accum
-        seed_everything(self.settings.seed, step)
-        scale = 1024.0 if self.receiver.dtype == torch.float16 else 1.0  # small float16 gradients would vanish
-        sums: dict[str, float] = {}
-        tokens = 0
-        for part in range(accum):
-            examples = self.micro_batch((step - 1) * accum + part)
-            packed = self.prompting.pack(self.soft_prompt(examples), examples, answers=True)
-            found = supervise(self.receiver, packed)
-            loss, terms = total_loss(found, self.settings)
-            (loss * scale / accum).backward()
-            values = {"loss": float(loss.detach()), **terms, "first_acc": float(found.first_accuracy())}
-            sums = {name: sums.get(name, 0.0) + value / accum for name, value in values.items()}
-            tokens += int(packed.mask.sum())
+        started, step = time.perf_counter(), self.progress.step + 1
+        sums = self.halving("micro", lambda size: self.gradients(step, size))
+        tokens = sums.pop("tokens")
+        self.world.add_gradients(self.bridge.parameters())
         for parameter in self.bridge.parameters():
             if parameter.grad is not None:
-                parameter.grad.div_(scale)
+                parameter.grad.div_(self.loss_scale)
         norm = float(nn.utils.clip_grad_norm_(self.bridge.parameters(), self.settings.clip))
         if not math.isfinite(norm):
             raise LatentWireError(f"the loss is not finite at step {step}; lower --lr or use --dtype float32")
@@ -2620,38 +3125,38 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
-        self.optimizer.zero_grad()
         self.progress.step = step
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
-        return {
-            "step": step,
-            **sums,
-            "grad_norm": norm,
-            "lr": rate,
-            "tokens_per_s": tokens / seconds,
-            "seconds": self.progress.seconds,
-        }
+        times = {"tokens_per_s": tokens / seconds, "seconds": self.progress.seconds}
+        return {"step": step, **sums, "grad_norm": norm, "lr": rate, **times}
 
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """Loss, and accuracy by full-label likelihood where the task has class words, on the held-out rows."""
         started = time.perf_counter()
         self.bridge.eval()
-        losses, right = [], []
-        for examples in batches(self.validation_rows, 64):
+        sums = self.halving("group", self.validation_sums)
+        self.bridge.train()
+        self.progress.seconds += time.perf_counter() - started
+        count = len(self.validation_rows)
+        found = {"val_loss": sums["loss"] / count}
+        return found | ({"val_accuracy": sums["right"] / count} if self.part.words else {})
+
+    @torch.no_grad()
+    def validation_sums(self, size: int) -> dict[str, float]:
+        """Sums over this process's share of the validation rows."""
+        sums = {"loss": 0.0, "right": 0.0}
+        for examples in batches(self.world.share_of(self.validation_rows), size):
             soft = self.soft_prompt(examples)
             found = supervise(self.receiver, self.prompting.pack(soft, examples, answers=True))
-            losses.append(float(answer_ce(found, self.settings)) * len(examples))
+            sums["loss"] += float(answer_ce(found, self.settings)) * len(examples)
             if self.part.words:
                 prefill = self.receiver.prefill(self.prompting.pack(soft, examples))
                 labels = self.prompting.label_ids
                 scores = self.receiver.score(prefill, [labels] * len(examples))
-                right += [pick(by_length_of(labels, row)) == e.label for row, e in zip(scores, examples, strict=True)]
-        self.bridge.train()
-        self.progress.seconds += time.perf_counter() - started
-        found_values = {"val_loss": sum(losses) / len(self.validation_rows)}
-        return found_values | ({"val_accuracy": sum(right) / len(right)} if right else {})
+                picks = [pick(by_length_of(labels, row)) for row in scores]
+                sums["right"] += sum(choice == e.label for choice, e in zip(picks, examples, strict=True))
+        return sums
 
     def consider(self, validation: dict[str, float]) -> bool:
         """Keep the best bridge: by accuracy, ties and tasks without classes by loss; → whether it is the best so far."""
@@ -2663,48 +3168,99 @@ class Trainer:
         self.progress.best_validation = validation
         return True
 
-    def save(self, name: str) -> None:
-        """Write ``checkpoint/<name>``; ``latest`` also holds the optimizer."""
-        state = {
-            "schema": 1, "progress": asdict(self.progress), "shape": asdict(self.bridge.shape),
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """The run's checkpoints."""
+        return Checkpoints(self.run.folder / "checkpoint", self.settings.keep_checkpoints)
+
+    def save_best(self) -> None:
+        """Write ``checkpoint/best``: what ``eval`` opens."""
+        if self.world.leads:
+            save_checkpoint(self.checkpoints.best, {"bridge": dict(self.bridge.state_dict())}, self.state())
+
+    def save(self) -> None:
+        """Write a checkpoint from which training goes on as if nothing had happened."""
+        self.saved_at = time.monotonic()
+        lost = (
+            self.world.leads and self.progress.best_step and not self.checkpoints.best.joinpath("state.json").exists()
+        )
+        if self.world.highest(bool(lost))[0]:
+            self.report.say(f"{self.checkpoints.best} was deleted meanwhile; the next validation chooses the best anew")
+            self.progress.best, self.progress.best_step = -math.inf, 0
+        if not self.world.leads:
+            return
+        diagnostics = self.run.folder / "diagnostics.jsonl"
+        if diagnostics.exists():
+            sync(diagnostics)
+        tensors = {"bridge": dict(self.bridge.state_dict()), "optimizer": optimizer_tensors(self.optimizer)}
+        self.checkpoints.save(self.progress.step, tensors, self.state())
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint says beside its tensors."""
+        return {
+            "schema": 2, "progress": asdict(self.progress), "steps": self.steps, "shape": asdict(self.bridge.shape),
             "settings": self.settings.model_dump(mode="json"), "sender": self.sender.identity(),
             "receiver": self.receiver.identity(), "task": self.setup.describe(self.prompting.anchor),
             "bridge": self.bridge.fingerprint(), "source_sha256": sha256_of(Path(__file__)),
+            "world_size": self.world.size, "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID"),
         }  # fmt: skip
-        tensors = {"bridge": dict(self.bridge.state_dict())}
-        if name == "latest":
-            tensors["optimizer"] = optimizer_tensors(self.optimizer)
-        save_checkpoint(self.run.folder / "checkpoint" / name, tensors, state)
 
     def restore(self) -> None:
-        """Go on from ``checkpoint/latest``: weights, optimizer, position; the log is cut back to it."""
-        folder = self.run.folder / "checkpoint" / "latest"
-        if recovered(folder).exists():
-            tensors, state = load_checkpoint(folder)
+        """Go on from the newest whole checkpoint: weights, optimizer, position; the log is cut back to it."""
+        if self.world.leads:
+            sweep(self.run.folder)
+        found = self.world.told(self.checkpoints.newest(self.report) if self.world.leads else None)
+        if found:
+            tensors, state = found
             if state["task"]["train_digest"] != data_digest(self.train_rows):
                 raise LatentWireError(
-                    f"the training rows changed since {folder} was saved; start anew in another --output_dir"
+                    f"the training rows changed since {self.run.folder} was saved; start anew in another --output_dir"
                 )
             self.bridge.load_state_dict(tensors["bridge"])
             restore_optimizer(self.optimizer, tensors["optimizer"])
+            if isinstance(self.optimizer, OffloadedAdamW):
+                self.optimizer.pull()
             self.progress = Progress(**state["progress"])
+            self.compare_with(state)
         path = self.run.folder / "diagnostics.jsonl"
-        if path.exists():
+        if path.exists() and self.world.leads:
             kept = [row for row in read_rows(path) if row["step"] <= self.progress.step]
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def compare_with(self, state: Mapping[str, Any]) -> None:
+        """Say what differs from when the checkpoint was written; a run that grew is not finished any more."""
+        self.report.say(f"resuming at step {self.progress.step} of {self.steps}")
+        if state["source_sha256"] != sha256_of(Path(__file__)):
+            self.report.say(
+                f"warning: {Path(__file__).name} changed since step {self.progress.step} was saved, the result may differ "
+                f"from an uninterrupted run's; the source it began with is {self.run.folder / 'source.py'}"
+            )
+        if state["world_size"] != self.world.size:
+            self.report.say(
+                f"{self.world.size} process(es) go on where {state['world_size']} worked: equal up to rounding"
+            )
+        if self.steps < self.progress.step:
+            raise LatentWireError(f"{self.run.folder} is at step {self.progress.step} already; --steps can only grow")
+        if self.steps > state["steps"]:
+            self.report.say(
+                f"the run grows from {state['steps']} to {self.steps} steps, and so does its learning-rate curve"
+            )
+            self.progress.finished, self.progress.stale = False, 0
+            if self.world.leads:
+                (self.run.folder / "DONE").unlink(missing_ok=True)
 
     def train(self) -> dict[str, Any]:
         """The loop: step, log, validate, keep the best, stop early or when asked; → summary."""
         self.restore()
         self.prepare()
         self.bridge.train()
-        with catching_signals() as signals:
-            while not self.progress.finished:
-                self.one_round(signals)
-        write_atomic(self.run.folder / "DONE", b"")
+        while not self.progress.finished:
+            self.one_round()
+        if self.world.leads:
+            write_atomic(self.run.folder / "DONE", b"")
         return summary_of(self.run.folder, self.progress)
 
-    def one_round(self, signals: list[int]) -> None:
+    def one_round(self) -> None:
         """One step and whatever is due after it."""
         row: dict[str, Any] = self.step()
         step = self.progress.step
@@ -2712,19 +3268,23 @@ class Trainer:
         if due and self.validation_rows:
             row |= self.validate()
             if self.consider(row):
-                self.save("best")
+                self.save_best()
             self.report.say(validation_line(row, self.steps, self.progress))
         stale = self.settings.patience and self.progress.stale >= self.settings.patience
         self.progress.finished = step >= self.steps or bool(stale)
-        if step % self.settings.log_every == 0 or due:
+        if self.world.leads and (step % self.settings.log_every == 0 or due):
             append_rows(self.run.folder / "diagnostics.jsonl", [row])
         self.report.tick("training", step, self.steps, f"loss {row['loss']:.3f}")
-        if due or signals:
-            self.save("latest")
-        if self.progress.finished and not self.validation_rows:
-            self.save("best")
-        if signals and not self.progress.finished:
-            raise Interrupted(self.run, step, signals[0])
+        waited = time.monotonic() - self.saved_at if self.world.leads else 0.0
+        number, late = self.world.highest(
+            self.signals[0] if self.signals else 0, waited >= self.settings.checkpoint_interval and self.world.leads
+        )
+        if due or late or number:
+            self.save()
+        if self.progress.finished and not self.checkpoints.best.exists():
+            self.save_best()
+        if number and not self.progress.finished:
+            raise Interrupted(self.run.folder, f"step {step}", int(number))
 
 
 def summary_of(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -2752,19 +3312,64 @@ def pick(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=scores.__getitem__)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.AdamW | OffloadedAdamW) -> dict[str, Tensor]:
     """AdamW's state by parameter number."""
     state = optimizer.state_dict()["state"]
     return {f"{number}.{key}": value for number, values in state.items() for key, value in values.items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.AdamW | OffloadedAdamW, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of ``optimizer_tensors``."""
     whole = optimizer.state_dict()
     for key, value in tensors.items():
         number, name = key.split(".", 1)
         whole["state"].setdefault(int(number), {})[name] = value
     optimizer.load_state_dict(whole)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """A run's checkpoints: ``best``, and the newest few as ``step-00000123``."""
+
+    folder: Path
+    keep: int = 2
+
+    @property
+    def best(self) -> Path:
+        """The best bridge so far, without its optimizer."""
+        return self.folder / "best"
+
+    def steps(self) -> list[Path]:
+        """Step checkpoints, newest first."""
+        return sorted((p for p in self.folder.glob("step-*") if p.name[5:].isdigit()), reverse=True)
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
+        """Write a step's checkpoint; older ones beyond ``keep``, and any of a future that was given up, go."""
+        target = self.folder / f"step-{step:08d}"
+        save_checkpoint(target, tensors, state)
+        spelled = self.folder.with_name("preempt_checkpoint")  # the documents look for it there
+        if not spelled.is_symlink() and not spelled.exists():
+            with contextlib.suppress(OSError):  # a file system without links
+                spelled.symlink_to(self.folder.name)
+        kept = [path for path in self.steps() if path <= target][: self.keep]
+        for path in set(self.steps()) - set(kept):
+            shutil.rmtree(path)
+
+    def newest(self, report: Report) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+        """The newest whole checkpoint; a damaged one is named and the one before it taken."""
+        if not self.folder.exists():
+            return None
+        sweep(self.folder)
+        damaged = ""
+        for path in self.steps():
+            try:
+                return load_checkpoint(path)
+            except LatentWireError as error:
+                damaged = str(error)
+                report.say(f"{error}; going back to the one before")
+        if damaged:
+            raise LatentWireError(f"no checkpoint in {self.folder} is whole; start anew in another --output_dir")
+        return None
 
 
 def save_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
@@ -2850,35 +3455,83 @@ def prepare_cuda(settings: ModelSettings) -> None:
 
 
 def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
-    """Train one bridge in its run folder; → summary of the run."""
+    """Train one bridge in its run folder, alone or as one of several processes; → summary of the run."""
     prepare_cuda(settings)
     load_plugins(settings.plugin)
+    with catching_signals() as signals, joined(settings.world_size) as world:
+        return train_in(world, settings, report if world.leads else Silent(), signals)
+
+
+def train_in(world: World, settings: TrainSettings, report: Report, signals: Sequence[int]) -> dict[str, Any]:
+    """One process's part of ``train_run``."""
     part = make_task(settings)
-    settings, why = resolve(settings)
+    settings, why = world.told(resolve(settings))
     for kind in ("encoder", "pooler", "adapter", "codec"):
         REGISTRIES[f"{kind}s"].name_of(getattr(settings, kind))
+    if settings.rows_per_step < world.size:
+        raise LatentWireError(
+            f"{settings.rows_per_step} rows per step cannot feed {world.size} processes; raise --batch_size"
+        )
     folder = run_folder(settings)
-    Run(folder).check(settings, settings.resume)
-    splits, source = training_splits(part, settings)
-    report.say(
-        f"data: {part.name or settings.dataset} from {source}, {len(splits['train'])} train, {len(splits['validation'])} validation"
-    )
-    report.say(
-        f"models: {settings.sender} → {settings.receiver} ({why}), {settings.dtype} on {resolve_device(settings.device)}"
-    )
-    for note in notes_on(settings):
-        report.say(note)
-    if part.words and len({example.label for example in splits["train"]}) < 2:
-        raise LatentWireError(f"every training row of {source} has the same class; nothing can be learned from it")
-    sender = load_lm(settings.sender or "", settings, settings.offline)
-    sender.keep_below(max(sender.layer_index(text) for text in settings.layers))
-    receiver = load_lm(settings.receiver or "", settings, settings.offline)
-    run = Run.start(folder, settings, settings.resume)
-    if run.done:
+    run = Run(folder)
+    resume = bool(settings.resume) or (settings.auto_resume and run.config_path.exists())
+    if world.leads:
+        run.check(settings, resume)
+    asked, settings = settings, world.told(as_begun(settings, run))
+    with world.leader_first():
+        splits, source = training_splits(part, settings)
+        report.say(
+            f"data: {part.name or settings.dataset} from {source}, {len(splits['train'])} train, "
+            f"{len(splits['validation'])} validation"
+        )
+        if part.words and len({example.label for example in splits["train"]}) < 2:
+            raise LatentWireError(f"every training row of {source} has the same class; nothing can be learned from it")
+        report.say(
+            f"models: {settings.sender} → {settings.receiver} ({why}), {settings.dtype} on {devices_of(settings)}"
+        )
+        for note in notes_on(settings):
+            report.say(note)
+        sender = load_lm(settings.sender or "", settings, settings.offline, settings.sender_device)
+        sender.keep_below(max(sender.layer_index(text) for text in settings.layers))
+        receiver = load_lm(settings.receiver or "", settings, settings.offline, settings.receiver_device)
+    if world.leads:
+        Run.start(folder, asked, resume)
+    if world.told(run.done and not longer(settings, run)):
         report.say(f"{folder} is finished already; evaluate it: eval --checkpoint {folder}")
-        return summary_of(folder, Progress(**load_checkpoint(folder / "checkpoint" / "latest")[1]["progress"]))
-    with threads_for(sender, receiver):
-        return Trainer(settings, run, Setup(sender, receiver, part, splits, source), report).train()
+        found = Checkpoints(folder / "checkpoint").newest(report)
+        if not found:
+            raise LatentWireError(f"{folder} is marked DONE but has no checkpoint; take another --output_dir")
+        return summary_of(folder, Progress(**found[1]["progress"]))
+    number = int(world.highest(signals[0] if signals else 0)[0])
+    if number:
+        raise Interrupted(folder, "step 0", number)
+    if world.size > 1:
+        report.say(f"{world.size} processes share {settings.rows_per_step} rows per step")
+    with threads_for(sender, receiver), alone_in(folder) if world.leads else contextlib.nullcontext():
+        setup = Setup(sender, receiver, part, splits, source)
+        return Trainer(settings, run, setup, report, world, signals).train()
+
+
+def longer(settings: TrainSettings, run: Run) -> bool:
+    """Whether more is asked of a run than it began with."""
+    saved = run.saved()
+    return any(grew(key, saved.get(key), getattr(settings, key)) for key in ("steps", "epochs"))
+
+
+def as_begun(settings: TrainSettings, run: Run) -> TrainSettings:
+    """Settings under which a run that grew keeps the training rows its first steps chose."""
+    if settings.epochs or not run.config_path.exists() or not longer(settings, run):
+        return settings
+    seen = (run.saved().get("steps") or DEFAULT_STEPS) * settings.rows_per_step
+    return settings.model_copy(update={"samples": min(settings.samples or seen, seen)})
+
+
+def devices_of(settings: ModelSettings) -> str:
+    """Where the models are, in words."""
+    if settings.device_map:
+        return "all devices"
+    own = (settings.sender_device or settings.device, settings.receiver_device or settings.device)
+    return " and ".join(dict.fromkeys(str(resolve_device(name)) for name in own))
 
 
 # §11 EVALUATION: methods, controls and the verdict
@@ -2959,6 +3612,7 @@ class Channel:
         self.examples = setup.splits["evaluated"]
         self.position = {example.id: i for i, example in enumerate(self.examples)}
         self.tick: Callable[[int, int], None] = lambda done, total: None
+        self.home = Path()
 
     def text(self, example: Example) -> str:
         """What the sender reads."""
@@ -2968,7 +3622,7 @@ class Channel:
         """Sender states of ``examples``."""
         texts = [self.text(example) for example in examples]
         layers, limit, where = self.bridge.shape.layers, self.settings.max_tokens, self.settings.state_cache
-        return collect_states(self.setup.sender, texts, layers, limit, where, self.tick)
+        return collect_states(self.setup.sender, texts, layers, limit, where, self.tick, self.home)
 
     @functools.cached_property
     def store(self) -> StateStore:
@@ -3252,10 +3906,11 @@ def resolve_checkpoint(path: Path) -> Path:
     if any(character in str(path) for character in "*?["):
         found = glob.glob(str(path)) or glob.glob(str(path.parent))
         path = Path(max(found, key=os.path.getmtime)) if found else path
-    spelled = re.fullmatch(r".*\.pt|epoch\d+|step\d+|ckpt|checkpoint|preempt_checkpoint", path.name)
+    spelled = re.fullmatch(r".*\.pt|epoch\d+|step\d+|ckpt|checkpoint|latest|preempt_checkpoint", path.name)
     places = [path, *([path.parent] if spelled else [])]
     for place in places:
-        for folder in (place, place / "best", place / "checkpoint" / "best", place / "checkpoint" / "latest"):
+        steps = Checkpoints(place / "checkpoint").steps()
+        for folder in (place, place / "best", place / "checkpoint" / "best", *steps):
             if recovered(folder).joinpath("state.json").is_file():
                 return folder
     runs = sorted(path.parent.glob("*/checkpoint/best/state.json"), key=lambda p: p.stat().st_mtime)
@@ -3309,7 +3964,10 @@ def check_asked(settings: EvalSettings, bridge: Bridge, sender: LM) -> None:
 
 def evaluated_settings(settings: EvalSettings, trained: TrainSettings, words: Sequence[str]) -> TrainSettings:
     """The run's settings with what evaluation may change: data, device and dtype; another own file keeps the classes."""
-    own = ("data_dir", "device", "offline", "state_cache", "text_column", "question_column", "label_column", "labels")
+    own = (
+        "data_dir", "device", "sender_device", "receiver_device", "device_map", "load_in_8bit", "load_in_4bit", "offline",
+        "state_cache", "text_column", "question_column", "label_column", "labels",
+    )  # fmt: skip
     changed = {name: getattr(settings, name) for name in own if name in settings.model_fields_set}
     if settings.dataset:
         changed["dataset"] = settings.dataset
@@ -3368,8 +4026,8 @@ def open_channel(settings: EvalSettings, folder: Path) -> tuple[Channel, dict[st
     run = evaluated_settings(settings, trained, state["task"]["words"])
     part = make_task(run)
     splits, source, overlap = evaluated_rows(settings, part, run, trained, state["task"]["train_digest"])
-    sender = load_lm(trained.sender or "", run, run.offline)
-    receiver = load_lm(trained.receiver or "", run, run.offline)
+    sender = load_lm(trained.sender or "", run, run.offline, run.sender_device)
+    receiver = load_lm(trained.receiver or "", run, run.offline, run.receiver_device)
     check_models(state, folder, sender, receiver)
     check_asked(settings, bridge, sender)
     sender.keep_below(max(bridge.shape.layers))
@@ -3403,6 +4061,14 @@ def results_file(folder: Path, settings: EvalSettings, channel: Channel) -> Path
 
 def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
     """Evaluate a checkpoint with its controls; finished rows are never computed again; → the results."""
+    if launched()[1] > 1:
+        raise LatentWireError("eval works in one process; start it without torchrun and with one srun task")
+    with catching_signals() as signals:
+        return evaluate(settings, report, signals)
+
+
+def evaluate(settings: EvalSettings, report: Report, signals: Sequence[int]) -> dict[str, Any]:
+    """``eval_run`` that stops, with everything kept, when a signal is noted."""
     prepare_cuda(settings)
     made_with = environment()
     if settings.checkpoint is None:
@@ -3417,7 +4083,13 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
     where = settings.output_dir or run
     with saving(where):
         where.mkdir(parents=True, exist_ok=True)
-    channel.tick = lambda done, total: report.tick("sender states", done, total)
+
+    def tick(job: str, done: int, total: int) -> None:
+        report.tick(job, done, total)
+        if signals and done < total:
+            raise Interrupted(where, f"{done} of {total} ({job})", signals[0])
+
+    channel.home, channel.tick = where, functools.partial(tick, "sender states")
     decoding = [listener.max_new_tokens, settings.seed, str(channel.setup.receiver.dtype), made_with["source_sha256"]]
     prompts = [part.words, part.sender_prompt, part.receiver_prompt, listener.prompting.anchor]
     train = data_digest(channel.setup.splits["train"])
@@ -3441,7 +4113,7 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
             full = [{"key": key, "method": name, **row} for row in rows]
             append_rows(path, full)
             done.update({row["id"]: row for row in full})
-            report.tick(f"evaluating {name}", len(done), len(examples))
+            tick(f"evaluating {name}", len(done), len(examples))
 
         compute_rows(METHODS[name](channel), todo, settings.batch_size, save)
 
@@ -3655,10 +4327,10 @@ app = typer.Typer(
 class RichReport:
     """A live progress bar on a terminal; elsewhere a plain line every ten seconds and at the end of each job."""
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
         from rich.console import Console
 
-        self.console = Console(highlight=False, emoji=False)
+        self.console = Console(highlight=False, emoji=False, quiet=quiet)
         self.bars: Any = None
         self.jobs: dict[str, Any] = {}
         self.told: dict[str, float] = {}
@@ -3753,8 +4425,11 @@ def normalize_flags(settings: type[Settings], words: Sequence[str], extra: Mappi
             pairs.append((name, "no" if negated or value.lower() in NO else "yes"))
             continue
         values = [inline] if inline else []
+        alone = settings.extras(name)["alone"] if name in known else ""
         while queue and not re.match(r"--?[A-Za-z]", queue[0]) and (not values or "list[" in str(annotation).lower()):
             values.append(queue.pop(0))
+        if alone and not values:
+            values = ["no" if negated else alone]
         if not values:
             raise LatentWireError(f"--{key} needs a value")
         earlier = [value for other, value in pairs if other == name and name == "plugin"]
@@ -3773,8 +4448,22 @@ def settings_from(kind: type[Settings], words: Sequence[str]) -> tuple[Any, bool
     return kind.build(flags, Path(own["config"]) if "config" in own else None), own.get("dry_run") == "yes"
 
 
+def resumed(settings: TrainSettings) -> TrainSettings:
+    """Settings of ``--resume PATH``: the run's own, with what was given now on top; ``Run.check`` judges differences."""
+    if settings.resume in (None, "yes"):
+        return settings
+    place = Path(str(settings.resume))
+    homes = [folder for folder in (place, *list(place.parents)[:2]) if (folder / "config.json").is_file()]
+    if not homes:
+        raise LatentWireError(f"--resume {place}: no run there (no config.json); give the folder that 'train' printed")
+    given = settings.model_dump(include=settings.model_fields_set - {"resume"})
+    own = {"resume": "yes", "output_dir": homes[0]}
+    return TrainSettings.build({}, None, {**Run(homes[0]).saved(), **given, **own})
+
+
 def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
     """One run, or one per seed."""
+    settings = resumed(settings)
     if not settings.seeds:
         return train_run(settings, report)
     base = run_folder(resolve(settings)[0])
@@ -3782,8 +4471,8 @@ def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
     for seed in settings.seeds:
         report.say(f"seed {seed}")
         folder = base / f"seed{seed}"
-        resume = settings.resume and (folder / "config.json").exists()
-        own = {"seed": seed, "seeds": None, "output_dir": folder, "resume": resume}
+        resume = settings.auto_resume or bool(settings.resume)
+        own = {"seed": seed, "seeds": None, "output_dir": folder, "resume": None, "auto_resume": resume}
         runs.append(train_run(settings.model_copy(update=own), report))
     return {"run": str(base), "runs": runs}
 
@@ -3816,7 +4505,7 @@ def eval_settings(settings: EvalSettings, report: Report) -> dict[str, Any]:
 def preview(settings: Settings) -> dict[str, Any]:
     """What --dry_run shows: the resolved settings and their digest."""
     if isinstance(settings, TrainSettings):
-        settings = resolve(settings)[0]
+        settings = resolve(resumed(settings))[0]
     return settings.model_dump(mode="json") | {"digest": settings.digest()}
 
 
@@ -3891,7 +4580,7 @@ def register_command(name: str, kind: type[Settings], body: Callable[[Any], None
 
 def train_command(settings: TrainSettings) -> None:
     """Train a bridge between two frozen models: train --dataset sst2 --output_dir runs/sst2"""
-    report = RichReport()
+    report = RichReport(quiet=launched()[0] > 0)
     try:
         summary = train_settings(settings, report)
     finally:
@@ -3920,7 +4609,7 @@ def demo_command(settings: TrainSettings) -> None:
     if settings.seeds:
         raise LatentWireError("demo trains one bridge; for several seeds use train --seeds")
     folder = settings.output_dir or Path("runs/demo")
-    settings = settings.model_copy(update={"output_dir": folder, "resume": (folder / "config.json").exists()})
+    settings = settings.model_copy(update={"output_dir": folder, "auto_resume": True})
     report = RichReport()
     report.say(
         f"{settings.sender} reads a film review; {settings.latent_len} latents travel; {settings.receiver} says what it thinks."
@@ -4117,9 +4806,10 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error: {text}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        again = shlex.join([*words, *([] if "--resume" in words else ["--resume"])])
+        said = {"--resume", "--auto_resume", "--auto-resume"} & set(words) or words[:1] != ["train"]
+        again = shlex.join([*words, *([] if said else ["--resume"])])
         print(
-            f"\nstopped at step {stop.step}, saved in {stop.run.folder}; go on with: python {Path(sys.argv[0]).name} {again}",
+            f"\nstopped at {stop.where}, saved in {stop.folder}; go on with: python {Path(sys.argv[0]).name} {again}",
             file=sys.stderr,
         )
         return 128 + stop.number

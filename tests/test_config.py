@@ -14,7 +14,8 @@ import LATENTWIRE as lw
 SHARED = {
     "dataset": None, "data_dir": None, "text_column": None, "question_column": None, "label_column": None,
     "labels": None, "plugin": [], "offline": False,
-    "device": "auto", "dtype": "auto", "bf16": False, "fp16": False, "deterministic": False,
+    "device": "auto", "sender_device": None, "receiver_device": None, "device_map": None, "load_in_8bit": False,
+    "load_in_4bit": False, "dtype": "auto", "bf16": False, "fp16": False, "deterministic": False,
 }  # fmt: skip
 TRAIN = SHARED | {
     "data_seed": 0,
@@ -22,10 +23,11 @@ TRAIN = SHARED | {
     "width": 256, "depth": 2, "heads": 4, "dropout": 0.1, "normalize": "token", "calibration": "embed_rms",
     "codec": "fp16", "anchor_text": None,
     "answer_ce_weight": 1.0, "k_token_ce": 4, "k_token_ce_weight": 0.5, "first_token_ce_weight": 0.5,
-    "steps": None, "epochs": None, "batch_size": 32, "grad_accum": 1, "lr": 1e-3, "weight_decay": 0.01,
+    "steps": None, "epochs": None, "batch_size": 32, "grad_accum": 1, "effective_batch": None, "lr": 1e-3, "weight_decay": 0.01,
     "warmup_steps": None, "clip": 1.0, "eval_every": None, "patience": 5, "seed": 42,
     "sender": None, "receiver": None, "samples": None, "val_samples": 400, "max_tokens": 256, "seeds": None,
-    "output_dir": None, "resume": False, "log_every": 1, "state_cache": "disk",
+    "output_dir": None, "resume": None, "auto_resume": False, "checkpoint_interval": 300.0, "keep_checkpoints": 2,
+    "world_size": None, "gradient_checkpointing": False, "optimizer_offload": False, "log_every": 1, "state_cache": "disk",
     "num_dataloader_workers": None, "dataloader_pin_memory": False, "use_optimized_dataloader": False,
 }  # fmt: skip
 EVAL = SHARED | {
@@ -166,8 +168,18 @@ def test_a_file_may_write_values_as_naturally_as_flags(text, name, value, tmp_pa
         ("--K 8", "k_token_ce", 8),
         ("--k_token_ce_from_prefix 8", "k_token_ce", 8),
         ("--warm_anchor_text Reply:", "anchor_text", "Reply:"),
-        ("--no_resume", "resume", False),
-        ("--resume --seed 3", "resume", True),
+        ("--no_resume", "resume", None),
+        ("--resume no", "resume", None),
+        ("--resume", "resume", "yes"),
+        ("--resume --seed 3", "resume", "yes"),
+        ("--auto-resume --seed 3", "auto_resume", True),
+        ("--batch_size auto", "batch_size", "auto"),
+        ("--batch_size auto --elastic_base_batch 64", "effective_batch", 64),
+        ("--keep_last_n 5", "keep_checkpoints", 5),
+        ("--num_processes 2", "world_size", 2),
+        ("--cpu_offload", "optimizer_offload", True),
+        ("--grad_ckpt", "gradient_checkpointing", True),
+        ("--use_4bit", "load_in_4bit", True),
     ],
 )
 def test_every_spelling_of_a_train_flag(words, name, value, capsys):
@@ -223,7 +235,12 @@ def test_a_value_with_spaces_stays_whole(capsys):
         ("--seeds 1 two", ("--seeds", "'two'")),
         ("--dtype int8", ("--dtype", "bfloat16", "'int8'")),
         ("--state_cache tape", ("--state_cache", "memory")),
-        ("--resume=flase", ("--resume", "flase")),
+        ("--auto_resume=flase", ("--auto_resume", "flase")),
+        ("--batch_size some", ("--batch_size", "some")),
+        ("--batch_size 0", ("--batch_size", "0")),
+        ("--batch_size auto --grad_accum 2", ("--batch_size auto", "--effective_batch")),
+        ("--effective_batch 64", ("--effective_batch", "--batch_size auto")),
+        ("--resume nowhere/run", ("--resume nowhere/run", "config.json")),
         ("--width 100 --heads 3", ("--width 100", "--heads 3")),
         ("--steps 3 --epochs 1", ("--steps", "--epochs")),
         ("--bf16 --fp16", ("--bf16", "--fp16", "disagree")),
@@ -276,11 +293,14 @@ OTHER: dict[str, Any] = {"dataset": "toy", "labels": ["a"], "plugin": ["a.py"], 
     "codec": "fp32", "dtype": "float32", "normalize": "none", "calibration": "none", "encoder": "x", "pooler": "x",
     "adapter": "x", "anchor_text": "x", "text_column": "x", "question_column": "x", "label_column": "x",
     "sender": "x", "receiver": "x", "state_cache": "memory", "device": "cpu", "data_dir": "x", "output_dir": "x",
+    "sender_device": "cpu", "receiver_device": "cpu", "device_map": "auto", "resume": "yes", "world_size": 2,
     "epochs": 2.0, "steps": 7, "samples": 7, "warmup_steps": 7, "eval_every": 7, "num_dataloader_workers": 7,
 }  # fmt: skip
 EXECUTION = {
     "data_dir", "offline", "device", "bf16", "fp16", "seeds", "output_dir", "resume", "log_every", "state_cache",
-    "num_dataloader_workers", "dataloader_pin_memory", "use_optimized_dataloader",
+    "num_dataloader_workers", "dataloader_pin_memory", "use_optimized_dataloader", "sender_device", "receiver_device",
+    "device_map", "auto_resume", "checkpoint_interval", "keep_checkpoints", "world_size", "gradient_checkpointing",
+    "optimizer_offload",
 }  # fmt: skip
 
 
@@ -294,10 +314,11 @@ def another(name: str) -> Any:
 
 @pytest.mark.parametrize("name", sorted(TRAIN))
 def test_the_digest_changes_with_what_determines_the_result_and_nothing_else(name):
-    changed = lw.TrainSettings(**{name: another(name)})
-    assert getattr(changed, name) != getattr(lw.TrainSettings(), name)
+    beside = {"batch_size": "auto"} if name == "effective_batch" else {}
+    before, changed = lw.TrainSettings(**beside), lw.TrainSettings(**beside, **{name: another(name)})
+    assert getattr(changed, name) != getattr(before, name)
     comparable = changed.model_copy(update={"dtype": "auto"}) if name in ("bf16", "fp16") else changed
-    assert (comparable.digest() == lw.TrainSettings().digest()) is (name in EXECUTION)
+    assert (comparable.digest() == before.digest()) is (name in EXECUTION)
 
 
 def test_equal_settings_have_equal_digests_however_they_are_said(tmp_path, capsys):

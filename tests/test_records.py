@@ -244,8 +244,9 @@ def test_the_trainer_starts_only_after_the_run_folder_is_complete(tmp_path, monk
     ("settings", "resume", "message"),
     [
         (SETTINGS, False, r"this very run \(unfinished\); add --resume"),
-        (SETTINGS.model_copy(update={"steps": 4}), False, r"different run \(steps 3 there, 4 now\)"),
-        (SETTINGS.model_copy(update={"steps": 4, "lr": 0.5}), True, r"steps 3 there, 4 now; lr 0.001 there, 0.5 now"),
+        (SETTINGS.model_copy(update={"steps": 4}), False, r"a shorter run \(steps 3 there, 4 now\); add --resume"),
+        (SETTINGS.model_copy(update={"steps": 2}), True, r"different run \(steps 3 there, 2 now\)"),
+        (SETTINGS.model_copy(update={"seed": 4, "lr": 0.5}), True, r"lr 0.001 there, 0.5 now; seed 42 there, 4 now"),
     ],
 )
 def test_a_run_never_starts_on_top_of_another(settings, resume, message, tmp_path):
@@ -259,7 +260,7 @@ def test_a_run_never_starts_on_top_of_another(settings, resume, message, tmp_pat
 def test_the_same_run_goes_on_even_with_other_execution_settings(tmp_path):
     folder = lw.Run.start(tmp_path / "run", SETTINGS, resume=False).folder
     before = contents(folder)
-    again = SETTINGS.model_copy(update={"log_every": 1, "device": "cpu", "resume": True, "state_cache": "memory"})
+    again = SETTINGS.model_copy(update={"log_every": 1, "device": "cpu", "resume": "yes", "state_cache": "memory"})
     assert lw.Run.start(folder, again, resume=True).folder == folder
     assert contents(folder) == before
     lw.write_atomic(folder / "DONE", b"")

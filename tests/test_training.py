@@ -24,8 +24,9 @@ def train(folder: Path, *flags: str) -> dict:
     return lw.train_main([*TOY, *MEMORY, "--output_dir", str(folder), *flags])
 
 
-def weights(folder: Path, name: str = "latest") -> dict[str, torch.Tensor]:
-    return lw.load_checkpoint(folder / "checkpoint" / name)[0]["bridge"]
+def weights(folder: Path, name: str = "") -> dict[str, torch.Tensor]:
+    checkpoint = folder / "checkpoint" / name if name else lw.Checkpoints(folder / "checkpoint").steps()[0]
+    return lw.load_checkpoint(checkpoint)[0]["bridge"]
 
 
 def rows(folder: Path) -> list[dict]:
@@ -90,7 +91,7 @@ def test_interrupted_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(lw.Trainer, "step", interrupted_at_seven)
     with pytest.raises(lw.Interrupted) as stopped:
         train(tmp_path / "cut", "--steps", "10", "--eval_every", "5")
-    assert (stopped.value.step, stopped.value.number) == (7, signal.SIGTERM)
+    assert (stopped.value.where, stopped.value.number) == ("step 7", signal.SIGTERM)
     monkeypatch.setattr(lw.Trainer, "step", step)
     train(tmp_path / "cut", "--steps", "10", "--eval_every", "5", "--resume")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
@@ -121,7 +122,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "go on with:" in errors and "--resume" in errors and "Traceback" not in errors
-    assert (tmp_path / "run" / "checkpoint" / "latest" / "state.json").exists()
+    assert weights(tmp_path / "run")
 
 
 @pytest.mark.trains
@@ -134,10 +135,11 @@ def test_a_failed_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(lw.LatentWireError, match="No space left"):
-        lw.save_checkpoint(tmp_path / "run" / "checkpoint" / "latest", {"bridge": before}, {"schema": 1})
+        lw.Checkpoints(tmp_path / "run" / "checkpoint").save(2, {"bridge": before}, {"schema": 1})
     monkeypatch.undo()
     assert same(before, weights(tmp_path / "run"))
-    assert sorted(p.name for p in (tmp_path / "run" / "checkpoint").iterdir()) == ["best", "latest"]
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoint").iterdir())
+    assert names == ["best", "step-00000001", "step-00000002"]
 
 
 @pytest.mark.trains
