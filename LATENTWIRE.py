@@ -35,7 +35,7 @@ Sections
 §10 TRAINING: one loop, its checkpoint and its log
 §11 EVALUATION: methods, controls and the verdict
 §12 FIGURES AND TABLES: records to pictures, tables and a page
-§13 SUITES: named experiments as data
+§13 SUITES: named experiments as data, and the jobs that run them
 §14 CLI: thin shells around the functions above
 """
 
@@ -55,6 +55,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -82,11 +83,11 @@ from urllib.parse import urlparse
 __version__ = "0.1.0"
 
 Part = TypeVar("Part")
-TEXT_ONLY_COMMANDS = ("list", "show")
+TEXT_ONLY_COMMANDS = ("list", "show", "slurm", "status", "aggregate")
 
 
 def prints_text_only() -> bool:
-    """Whether this process only prints text (help, list, show, a version) and so can do without torch's 0.6 s."""
+    """Whether this process only handles text (help, list, slurm, status, ...) and so can do without torch's 0.6 s."""
     words = sys.argv[1:]
     flags = {"--help", "-h", "--version"} & set(words)
     return __name__ == "__main__" and (not words or bool(flags) or words[0] in TEXT_ONLY_COMMANDS)
@@ -293,6 +294,71 @@ def explain(error: ValidationError) -> str:
     return f"--{name}: {message[0].lower() + message[1:]}{given}"
 
 
+def normalize_flags(
+    settings: type[Settings], words: Sequence[str], extra: Mapping[str, bool], many: bool = False
+) -> list[tuple[str, str]]:
+    """Flags as (name, value) with one spelling each; ``extra`` names flags outside the settings, True if they take a value.
+
+    With ``many`` every flag may have several values, as an experiment's axes do.
+    ``--a-b``, ``--a_b``, ``--a_b=x``, aliases, ``--use_fp16 yes`` and ``--layers 16 20 24`` all mean what they say.
+    """
+    known, pairs, queue = settings.spellings(), [], list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--"):
+            raise LatentWireError(f"{word!r} is not a flag; flags look like --dataset sst2")
+        key, _, inline = word[2:].partition("=")
+        key, negated = key.replace("-", "_"), False
+        if key not in known and key.removeprefix("no_") in known:
+            key, negated = key.removeprefix("no_"), True
+        if key in extra or known.get(key.lower()):
+            name = key if key in extra else known[key.lower()]
+        else:
+            raise LatentWireError(f"unknown flag --{key}{suggest(key, [*known, *extra])} (all of them: --help)")
+        annotation = (
+            bool
+            if name in extra and not extra[name]
+            else settings.model_fields[name].annotation
+            if name in known
+            else str
+        )
+        if annotation is bool:
+            value = inline or (queue.pop(0) if queue and queue[0].lower() in (*YES, *NO) else "yes")
+            if value.lower() not in (*YES, *NO):
+                raise LatentWireError(f"--{key} takes yes or no, not {value!r}")
+            pairs.append((name, "no" if negated or value.lower() in NO else "yes"))
+            continue
+        values = [inline] if inline else []
+        alone = settings.extras(name)["alone"] if name in known else ""
+        while (
+            queue
+            and not re.match(r"--?[A-Za-z]", queue[0])
+            and (not values or many or "list[" in str(annotation).lower())
+        ):
+            values.append(queue.pop(0))
+        if alone and not values:
+            values = ["no" if negated else alone]
+        if not values:
+            raise LatentWireError(f"--{key} needs a value")
+        earlier = [value for other, value in pairs if other == name and name == "plugin"]
+        pairs.append((name, ",".join([*earlier[-1:], *values])))
+    return pairs
+
+
+def divided(kind: type[Settings], words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of flags that ``kind`` knows, and all others; values stay with their flag."""
+    known = {*kind.spellings(), "dry_run"}
+    mine: list[str] = []
+    others: list[str] = []
+    bucket = others
+    for word in words:
+        if word.startswith("--"):
+            key = word[2:].partition("=")[0].replace("-", "_")
+            bucket = mine if key in known or key.removeprefix("no_") in known else others
+        bucket.append(word)
+    return mine, others
+
+
 class DataSettings(Settings):
     """Data"""
 
@@ -398,6 +464,8 @@ class LossSettings(Settings):
 
 
 DEFAULT_STEPS = 1000
+DEFAULT_DATASET = "sst2"
+"""What a job or experiment takes when no data set is named."""
 
 
 class OptimSettings(Settings):
@@ -511,6 +579,37 @@ class EvalSettings(DataSettings, ModelSettings):
     output_dir: Path | None = setting(None, "Where records and results go; default the run folder.", execution=True)
     state_cache: Literal["disk", "memory"] = setting("disk", "Where sender states are kept.", execution=True)
     fresh_eval: bool = setting(False, "Compute every row again instead of resuming.", execution=True)
+
+
+class ExperimentSettings(Settings):
+    """Experiment"""
+
+    name: str = setting("experiment", "A suite from 'list suites', or any name for your own runs.")
+    output_dir: Path | None = setting(None, "Folder of all its runs; default runs/<name>.", "save_dir", execution=True)
+    num_samples: int | None = setting(None, "Test rows of each evaluation; default all.", ge=2)
+    methods: Words | None = setting(None, "Methods to evaluate; default all of 'list methods'.")
+    stage: Literal["all", "train", "eval", "aggregate"] = setting(
+        "all", "Only this part; a SLURM pipeline runs them as jobs of their own.", execution=True
+    )
+    only: int | None = setting(None, "Only the run of this number, from 0.", execution=True, ge=0)
+
+
+class SlurmSettings(Settings):
+    """SLURM"""
+
+    job: str = setting("training", "What to run; see 'list jobs'.")
+    gpus: int | None = setting(None, "GPUs; training starts one process on each.", ge=0)
+    time: str | None = setting(None, "Time limit, such as 12:00:00; a job that needs longer asks for another turn.")
+    account: str | None = setting(None, "Account to charge.")
+    partition: str | None = setting(None, "Partition.")
+    mem: str | None = setting(None, "Memory per node, such as 256GB.")
+    qos: str | None = setting(None, "Quality of service.")
+    constraint: str | None = setting(None, "Features the node must have.")
+    array_seeds: list[int] | None = setting(None, "One array element per seed, in OUTPUT_DIR/seed<N>.")
+    launcher: Literal["auto", "direct", "srun", "torchrun"] = setting(
+        "auto", "How processes start: auto takes srun for several, direct for one."
+    )
+    git_sync: bool = setting(False, "Pull before the job, commit and push its result files after it.")
 
 
 # §2 REGISTRY: named parts, looked up with advice
@@ -4290,7 +4389,55 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-# §13 SUITES: named experiments as data
+def aggregate(base: Path, output: Path) -> Path:
+    """Every results file below ``base``, grouped by all settings but the seed → aggregated_results.json and .md."""
+    groups: dict[str, dict[str, Any]] = {}
+    for path in sorted(base.rglob("results*.json")):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        made = results.get("provenance")
+        if not made:  # a summary over seeds, made of files that are here as well
+            continue
+        key = {
+            "dataset": results["dataset"],
+            "split": results["split"],
+            "metric": results["headline"],
+            "n": results["n"],
+        }
+        key |= {role: made[role]["name"] for role in ("sender", "receiver")}
+        key |= {"latent_len": made["latent_len"], "layers": made["layers"]}
+        config = Run(path.parent).config_path
+        own = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+        hidden = {
+            "seed",
+            *(
+                name
+                for name in own
+                if name not in TrainSettings.model_fields or TrainSettings.extras(name)["execution"]
+            ),
+        }
+        key["settings"] = digest_of({name: value for name, value in own.items() if name not in hidden})
+        group = groups.setdefault(digest_of(key), key | {"runs": [], "methods": {}})
+        group["runs"].append({"file": str(path), "seed": made["seed_of_training"], "verdict": results["verdict"]})
+        for name, values in results["methods"].items():
+            group["methods"].setdefault(name, []).append(values[results["headline"]])
+    if not groups:
+        raise LatentWireError(f"no results below {base}; run eval --checkpoint RUN first")
+    rows = []
+    for group in groups.values():
+        heading = f"{group['dataset']} | {group['sender']} → {group['receiver']} | {group['latent_len']} | {group['settings']}"
+        for name, values in group["methods"].items():
+            mean = sum(values) / len(values)
+            spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
+            group["methods"][name] = {"mean": mean, "sd": spread, "values": values}
+            shown = f"{mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+            rows.append(f"| {heading} | {name} | {group['metric']} | {shown} | {len(values)} |")
+    head = "| dataset | models | latents | settings | method | metric | mean ± sd | runs |\n" + "|---" * 8 + "|\n"
+    write_atomic(output / "aggregated_results.md", (head + "\n".join(rows) + "\n").encode())
+    write_json(output / "aggregated_results.json", {"schema": 1, "groups": [*groups.values()]})
+    return output / "aggregated_results.json"
+
+
+# §13 SUITES: named experiments as data, and the jobs that run them
 
 SUITES: Registry[Callable[[], dict[str, Any]]] = Registry("suites", "suite")
 
@@ -4304,6 +4451,210 @@ def demo_suite() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSettings]:
+    """The runs of an experiment: train flags with several values (``--latent_len 16,32,64``) span a grid."""
+    given = dict(normalize_flags(TrainSettings, words, {}, many=True))
+    suite = SUITES[settings.name]() if settings.name in SUITES else {}
+    if "seeds" in given:
+        given["seed"] = given.pop("seeds")
+    if not given.get("dataset", suite.get("dataset")):
+        given["dataset"] = DEFAULT_DATASET
+    lists = {name for name, info in TrainSettings.model_fields.items() if "list[" in str(info.annotation).lower()}
+    axes = {name: value.split(",") for name, value in given.items() if "," in value and name not in lists}
+    base = settings.output_dir or Path("runs") / settings.name
+    runs = []
+    for values in itertools.product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        own = "-".join(f"{Path(value).stem if name == 'dataset' else name + value}" for name, value in point.items())
+        run = TrainSettings.build({**given, **point}, None, suite)
+        runs.append(run.model_copy(update={"output_dir": base / own if own else base, "auto_resume": True}))
+    return runs
+
+
+def run_experiment(settings: ExperimentSettings, words: Sequence[str], report: Report) -> dict[str, Any]:
+    """Train and evaluate every planned run, go on after a failure, put the numbers together; → failures by folder."""
+    runs = planned(settings, words)
+    if settings.only is not None and settings.only >= len(runs):
+        raise LatentWireError(f"--only {settings.only}: the experiment has {len(runs)} runs, 0 to {len(runs) - 1}")
+    failures: dict[str, str] = {}
+    chosen = runs if settings.only is None else [runs[settings.only]]
+    for number, run in enumerate([] if settings.stage == "aggregate" else chosen, 1):
+        report.say(f"run {number} of {len(chosen)}: {run.output_dir}")
+        checked = {"checkpoint": run.output_dir, "num_samples": settings.num_samples, "methods": settings.methods}
+        copied = run.model_dump(include=EvalSettings.model_fields.keys() & {"data_dir", "device", "offline", "plugin"})
+        try:
+            if settings.stage in ("all", "train"):
+                train_run(run, report)
+            if settings.stage in ("all", "eval"):
+                eval_run(EvalSettings(**{**copied, **checked}), report)
+        except LatentWireError as error:
+            failures[str(run.output_dir)] = str(error)
+            report.say(f"failed: {error}")
+    base = settings.output_dir or Path("runs") / settings.name
+    if settings.stage in ("all", "aggregate"):
+        report.say(f"together: {aggregate(base, base)}")
+    return failures
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One sbatch call: the words for LATENTWIRE.py, array elements if any, whether every GPU gets a process."""
+
+    name: str
+    words: list[str]
+    folder: str
+    elements: int = 0
+    parallel: bool = False
+
+
+JOBS: Registry[Callable[[SlurmSettings, list[str]], list[Stage]]] = Registry("jobs", "job")
+
+
+@JOBS.register("training", "train")
+def training_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
+    """Train a bridge, one process per GPU; --array_seeds makes it an array of one run per seed."""
+    flags = dict(normalize_flags(TrainSettings, words, {"config": True}))
+    TrainSettings.build(
+        {k: v for k, v in flags.items() if k != "config"}, Path(flags["config"]) if "config" in flags else None
+    )
+    words = [*words, *([] if "dataset" in flags or "config" in flags else ["--dataset", DEFAULT_DATASET])]
+    folder = flags.get("output_dir", "runs/experiment_{job}")
+    own = []
+    if settings.array_seeds:
+        folder, own = f"{folder}/seed{{seed}}", ["--seed", "{seed}"]
+    words = ["train", *words, "--output_dir", folder, *own, "--auto_resume"]
+    return [Stage("training", words, folder, len(settings.array_seeds or ()), parallel=True)]
+
+
+@JOBS.register("eval", "evaluation")
+def eval_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
+    """Evaluate a checkpoint; without --checkpoint the run that finished last."""
+    flags = dict(normalize_flags(EvalSettings, words, {}))
+    EvalSettings.build(flags)
+    finished = sorted(Path("runs").glob("**/DONE"), key=os.path.getmtime)
+    if "checkpoint" not in flags and not finished:
+        raise LatentWireError("--checkpoint is missing and no run below runs/ is finished; give the folder of a run")
+    words = [*words, *([] if "checkpoint" in flags else ["--checkpoint", str(finished[-1].parent)])]
+    return [Stage("eval", ["eval", *words], flags.get("checkpoint", words[-1]))]
+
+
+@JOBS.register("experiment")
+def experiment_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
+    """A grid of runs as a pipeline: an array of trainings, an array of evaluations, their aggregate."""
+    mine, others = divided(ExperimentSettings, words)
+    experiment = ExperimentSettings.build(dict(normalize_flags(ExperimentSettings, mine, {})))
+    if settings.array_seeds:
+        others += ["--seeds", ",".join(map(str, settings.array_seeds))]
+    runs = planned(experiment, others)
+    folder = str(experiment.output_dir or Path("runs") / experiment.name)
+    words = ["experiment", *mine, *others]
+    task = ["--only", "{task}"]
+    return [
+        Stage("train", [*words, "--stage", "train", *task], folder, len(runs), parallel=True),
+        Stage("eval", [*words, "--stage", "eval", *task], folder, len(runs)),
+        Stage("aggregate", [*words, "--stage", "aggregate"], folder),
+    ]
+
+
+def site_settings(home: Path) -> dict[str, str]:
+    """This cluster's SBATCH_* defaults from slurm/site.env."""
+    path = home / "slurm" / "site.env"
+    if not path.is_file():
+        raise LatentWireError(
+            f"{path} is missing; 'slurm' needs the project's slurm/ folder beside {Path(__file__).name}"
+        )
+    words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
+    return dict(word.split("=", 1) for word in words)
+
+
+def sbatch_call(settings: SlurmSettings, stage: Stage, after: str | None) -> tuple[list[str], dict[str, str]]:
+    """(command, environment that it needs) of one submission; flags win over SBATCH_* variables, those over site.env."""
+    home = Path(__file__).resolve().parent
+    site = site_settings(home)
+    env = {name: value for name, value in site.items() if name not in os.environ}
+    known = site | dict(os.environ)
+    gpus = settings.gpus if settings.gpus is not None else int(known.get("SBATCH_GPUS", 0))
+    processes = max(1, gpus) if stage.parallel else 1
+    launcher = settings.launcher if settings.launcher != "auto" else "srun" if processes > 1 else "direct"
+    env |= {"LATENTWIRE_HOME": str(home), "LATENTWIRE_PYTHON": sys.executable, "LATENTWIRE_PROCESSES": str(processes),
+            "LATENTWIRE_LAUNCHER": launcher, "LATENTWIRE_GIT_SYNC": "1" if settings.git_sync else "0",
+            "LATENTWIRE_SEEDS": " ".join(map(str, settings.array_seeds or ()))}  # fmt: skip
+    asked = settings.model_dump(include={"time", "account", "partition", "mem", "qos", "constraint"}, exclude_none=True)
+    partition = asked.get("partition") or known.get("SBATCH_PARTITION", "job")
+    log = f"runs/{partition}_{stage.name}_{'%A_%a' if stage.elements else '%j'}.log"
+    options = [f"--job-name={stage.name}", f"--output={log}", f"--comment={stage.folder}"]
+    options += [f"--{name}={value}" for name, value in asked.items()]
+    options += [f"--gpus={gpus}"] if settings.gpus else []
+    if gpus == 0:
+        env["SBATCH_GPUS"] = ""
+    options += [f"--ntasks={processes}"] if launcher == "srun" else []
+    options += [f"--array=0-{stage.elements - 1}"] if stage.elements else []
+    options += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    return ["sbatch", "--parsable", *options, str(home / "slurm" / "job.slurm"), *stage.words], env
+
+
+def submit(settings: SlurmSettings, words: list[str], dry_run: bool) -> Iterator[str]:
+    """Hand a job's stages to sbatch, each after the one before; yields what to tell the user."""
+    stages = JOBS[settings.job](settings, words)
+    if not dry_run and not shutil.which("sbatch"):
+        raise LatentWireError(
+            "sbatch is not here, so this is no SLURM login node; --dry_run shows what would be submitted"
+        )
+    after = None
+    for stage in stages:
+        command, env = sbatch_call(settings, stage, after)
+        if dry_run:
+            yield (
+                shlex.join([f"{name}={value}" for name, value in env.items() if value])
+                + " \\\n  "
+                + shlex.join(command)
+            )
+            after = f"<id of {stage.name}>"
+            continue
+        with saving(Path("runs")):
+            Path("runs").mkdir(exist_ok=True)  # SLURM fails a job without a word when its log's folder is missing
+        environ = {name: value for name, value in {**os.environ, **env}.items() if value}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
+        if done.returncode:
+            earlier = f" (job {after} is queued already: scancel {after})" if after else ""
+            raise LatentWireError(f"sbatch refused the job{earlier}: {' '.join(done.stderr.split())}")
+        after = done.stdout.strip().split(";")[0]
+        log = command[3].partition("=")[2].replace("%j", after).replace("%A", after).replace("%a", "<element>")
+        yield f"job {after}: {stage.name} in {stage.folder.replace('{job}', after)}; follow it: tail -f {log}"
+
+
+def queued_jobs() -> list[dict[str, str]]:
+    """The user's jobs in SLURM's queue; none where there is no SLURM."""
+    if not shutil.which("squeue"):
+        return []
+    names = ("job", "shown", "state", "name", "reason", "folder")
+    asked = ["squeue", "--me", "--noheader", "--array", "--format=%A|%i|%T|%j|%r|%k"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=False)
+    jobs = [
+        dict(zip(names, line.split("|", 5), strict=True)) for line in done.stdout.splitlines() if line.count("|") >= 5
+    ]
+    return [job | {"folder": job["folder"].replace("{job}", job["shown"].split("_")[0])} for job in jobs]
+
+
+def run_status(run: Run, jobs: Sequence[Mapping[str, str]]) -> list[str]:
+    """One run as a table row: folder, state, step, validation, job."""
+    saved = [path / "state.json" for path in Checkpoints(run.folder / "checkpoint").steps()]
+    state = next((json.loads(path.read_text(encoding="utf-8")) for path in saved if path.is_file()), None)
+    progress: dict[str, Any] = state["progress"] if state else {"step": 0, "best_validation": {}}
+    job = next((job for job in jobs if state and job["job"] == state.get("job")), None)
+    results = "evaluated" if (run.folder / "results.json").exists() else "finished"
+    word = results if run.done else job["state"].lower() if job else "not running"
+    best = progress["best_validation"]
+    value = f"{best['val_accuracy']:.1%}" if "val_accuracy" in best else f"{best['val_loss']:.3f}" if best else ""
+    return [
+        str(run.folder),
+        word,
+        f"{progress['step']}/{state['steps']}" if state else "0",
+        value,
+        job["shown"] if job else "",
+    ]
+
+
 # §14 CLI: thin shells around the functions above
 
 
@@ -4312,7 +4663,8 @@ import typer  # noqa: E402
 SCRIPTS = {
     "telepathy/train_telepathy.py": "train", "telepathy/eval_telepathy.py": "eval", "latentwire/train.py": "train",
     "latentwire/eval.py": "eval", "latentwire.train": "train", "latentwire.eval": "eval", "latentwire.cli.train": "train",
-    "latentwire.cli.eval": "eval",
+    "latentwire.cli.eval": "eval", "finalization/training/preemptible_trainer.py": "train",
+    "finalization/slurm/submit_main.slurm": "slurm",
 }  # fmt: skip
 """Older script paths and module names → the sub-command that does their job; typing one as sub-command works too."""
 
@@ -4393,51 +4745,9 @@ class RichReport:
         self.say(results["verdict"])
 
 
-def normalize_flags(settings: type[Settings], words: Sequence[str], extra: Mapping[str, bool]) -> list[tuple[str, str]]:
-    """Flags as (name, value) with one spelling each; ``extra`` names flags outside the settings, True if they take a value.
-
-    ``--a-b``, ``--a_b``, ``--a_b=x``, aliases, ``--use_fp16 yes`` and ``--layers 16 20 24`` all mean what they say.
-    """
-    known, pairs, queue = settings.spellings(), [], list(words)
-    while queue:
-        word = queue.pop(0)
-        if not word.startswith("--"):
-            raise LatentWireError(f"{word!r} is not a flag; flags look like --dataset sst2")
-        key, _, inline = word[2:].partition("=")
-        key, negated = key.replace("-", "_"), False
-        if key not in known and key.removeprefix("no_") in known:
-            key, negated = key.removeprefix("no_"), True
-        if key in extra or known.get(key.lower()):
-            name = key if key in extra else known[key.lower()]
-        else:
-            raise LatentWireError(f"unknown flag --{key}{suggest(key, [*known, *extra])} (all of them: --help)")
-        annotation = (
-            bool
-            if name in extra and not extra[name]
-            else settings.model_fields[name].annotation
-            if name in known
-            else str
-        )
-        if annotation is bool:
-            value = inline or (queue.pop(0) if queue and queue[0].lower() in (*YES, *NO) else "yes")
-            if value.lower() not in (*YES, *NO):
-                raise LatentWireError(f"--{key} takes yes or no, not {value!r}")
-            pairs.append((name, "no" if negated or value.lower() in NO else "yes"))
-            continue
-        values = [inline] if inline else []
-        alone = settings.extras(name)["alone"] if name in known else ""
-        while queue and not re.match(r"--?[A-Za-z]", queue[0]) and (not values or "list[" in str(annotation).lower()):
-            values.append(queue.pop(0))
-        if alone and not values:
-            values = ["no" if negated else alone]
-        if not values:
-            raise LatentWireError(f"--{key} needs a value")
-        earlier = [value for other, value in pairs if other == name and name == "plugin"]
-        pairs.append((name, ",".join([*earlier[-1:], *values])))
-    return pairs
-
-
 EXTRA_FLAGS = {"config": True, "dry_run": False}
+OPEN_COMMANDS: dict[str, type[Settings]] = {"experiment": ExperimentSettings, "slurm": SlurmSettings}
+"""Commands that hand the flags they do not know to another one."""
 
 
 def settings_from(kind: type[Settings], words: Sequence[str]) -> tuple[Any, bool]:
@@ -4534,10 +4844,11 @@ def option_help(kind: type[Settings], name: str) -> str:
     return text + (f" [dim]({'; '.join(map(str, notes))})[/dim]" if notes else "")
 
 
-def register_command(name: str, kind: type[Settings], body: Callable[[Any], None]) -> None:
+def register_command(name: str, kind: type[Settings], body: Callable[..., None], rest: str = "") -> None:
     """A sub-command whose flags are the fields of ``kind``; ``body`` gets the validated settings.
 
-    A command named like a suite starts from the suite's values.
+    A command named like a suite starts from the suite's values. With ``rest``, the help text for all other words, these
+    go to ``body`` as they are, and it sees to --dry_run itself.
     """
     parameters = [
         inspect.Parameter(
@@ -4548,10 +4859,9 @@ def register_command(name: str, kind: type[Settings], body: Callable[[Any], None
         )
         for field_name, info in kind.model_fields.items()
     ]  # fmt: skip
-    extra = {
-        "config": (str, "JSON or YAML file of settings; flags win."),
-        "dry_run": (bool, "Print the resolved settings and stop."),
-    }
+    extra: dict[str, tuple[Any, str]] = {"dry_run": (bool, "Print what would be done and stop.")}
+    if not rest:
+        extra["config"] = (str, "JSON or YAML file of settings; flags win.")
     for extra_name, (annotation, text) in extra.items():
         option = typer.Option(f"--{extra_name}", help=text, show_default=False)
         parameters.append(
@@ -4563,8 +4873,15 @@ def register_command(name: str, kind: type[Settings], body: Callable[[Any], None
             )
         )
 
+    if rest:
+        words = Annotated[list[str] | None, typer.Argument(help=rest, show_default=False, metavar="OTHER FLAGS")]
+        parameters.append(inspect.Parameter("words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=words))
+
     def command(**values: Any) -> None:
-        flags = {k: v for k, v in values.items() if v is not None and k not in EXTRA_FLAGS}
+        flags = {k: v for k, v in values.items() if v is not None and k not in (*EXTRA_FLAGS, "words")}
+        if rest:
+            body(kind.build(flags), list(values["words"] or ()), bool(values["dry_run"]))
+            return
         config = Path(values["config"]) if values["config"] else None
         settings = kind.build(flags, config, SUITES[name]() if name in SUITES else None)
         if values["dry_run"]:
@@ -4630,6 +4947,75 @@ def demo_command(settings: TrainSettings) -> None:
 register_command("train", TrainSettings, train_command)
 register_command("eval", EvalSettings, eval_command)
 register_command("demo", TrainSettings, demo_command)
+
+
+def experiment_command(settings: ExperimentSettings, words: list[str], dry_run: bool) -> None:
+    """A grid of runs, each trained and evaluated: experiment --name tokens --dataset sst2,trec --latent_len 4,8,16"""
+    if dry_run:
+        for run in planned(settings, words):
+            point = {
+                k: v for k, v in run.model_dump(mode="json").items() if k in run.model_fields_set and v is not None
+            }
+            flags = [
+                f"--{k}" if v is True else f"--{k}={','.join(v) if isinstance(v, list) else v}"
+                for k, v in point.items()
+            ]
+            program = ["python", Path(sys.argv[0]).name]
+            print(shlex.join([*program, "train", *flags]), "&&",
+                  shlex.join([*program, "eval", "--checkpoint", str(run.output_dir)]))  # fmt: skip
+        return
+    report = RichReport(quiet=launched()[0] > 0)
+    try:
+        failures = run_experiment(settings, words, report)
+    finally:
+        report.close()
+    for folder, reason in failures.items():
+        report.say(f"failed: {folder}: {reason}")
+    if failures:
+        raise typer.Exit(1)
+
+
+def slurm_command(settings: SlurmSettings, words: list[str], dry_run: bool) -> None:
+    """Submit a job that survives preemption: slurm --job training --gpus 4 --time 12:00:00 --dataset sst2"""
+    for line in submit(settings, words, dry_run):
+        print(line)
+
+
+register_command("experiment", ExperimentSettings, experiment_command, "Any train flag; several values span the grid.")
+register_command("slurm", SlurmSettings, slurm_command, "Any flag of the job's own command.")
+
+
+@app.command("aggregate")
+def aggregate_command(
+    base_dir: Annotated[Path, typer.Option("--base_dir", help="Folder with the runs.")] = Path("runs"),
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the tables go.")] = Path("results"),
+) -> None:
+    """Put the results of all runs together: aggregate --base_dir runs --output_dir results"""
+    print(aggregate(base_dir, output_dir))
+
+
+@app.command("status")
+def status_command(
+    base: Annotated[Path, typer.Argument(help="Folder with the runs.")] = Path("runs"),
+) -> None:
+    """Runs, how far they are, and their SLURM jobs: status, status runs/sweep"""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    jobs = queued_jobs()
+    rows = [run_status(Run(path.parent), jobs) for path in sorted(base.rglob("config.json"))]
+    shown = {row[-1] for row in rows}
+    rows += [[j["folder"], j["state"].lower(), "", j["reason"], j["shown"]] for j in jobs if j["shown"] not in shown]
+    if not rows:
+        print(f"no runs below {base} and no jobs in the queue")
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for head in ("run", "state", "step", "validation", "job"):
+        table.add_column(head)
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, emoji=False).print(table)
 
 
 @app.command("report")
@@ -4773,6 +5159,12 @@ def prepared_words(words: Sequence[str]) -> list[str]:
     if not words:
         return []
     command = SCRIPTS.get(words[0], words[0])
+    if command in OPEN_COMMANDS and not {"-h", "--help"} & set(words):
+        mine, others = divided(OPEN_COMMANDS[command], words[1:])
+        pairs = normalize_flags(OPEN_COMMANDS[command], mine, {"dry_run": False})
+        flags = [f"--{name}={value}" for name, value in pairs if value not in ("yes", "no")]
+        flags += [f"--{'' if value == 'yes' else 'no_'}{name}" for name, value in pairs if value in ("yes", "no")]
+        return [command, *flags, "--", *others]
     if command not in kinds or {"-h", "--help"} & set(words):
         return [command, *words[1:]]
     ready = [command]

@@ -11,6 +11,8 @@ usage: bash RUN.sh COMMAND [ARGUMENTS]
 
   bash RUN.sh demo                a small end-to-end run; start here
   bash RUN.sh test [ARGUMENTS]    the project's tests
+  bash RUN.sh slurm --job training --gpus 4 --time 12:00:00 --dataset sst2
+                                  the same as a SLURM job that survives preemption
   bash RUN.sh list                every other COMMAND goes to LATENTWIRE.py as it is:
   bash RUN.sh train --help        train, eval, list, ..., each with its own --help
 
@@ -60,8 +62,10 @@ make_venv() {
   python_version "$VENV/bin/python" >/dev/null || die "$VENV is broken or too old; delete it and try again"
 }
 
-# A SLURM login node has no GPU but its jobs do, so sbatch counts as one.
-gpu_expected() { command -v nvidia-smi >/dev/null 2>&1 || command -v sbatch >/dev/null 2>&1; }
+# A SLURM login node has no GPU, but its cluster's jobs may.
+gpu_expected() {
+  command -v nvidia-smi >/dev/null 2>&1 || { sinfo --noheader --format=%G 2>/dev/null | grep -q gpu; }
+}
 
 reachable() {
   "$VENV/bin/python" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=3)' "$1" >/dev/null 2>&1

@@ -299,7 +299,12 @@ def gpu(box: Sandbox) -> None:
 
 
 def slurm(box: Sandbox) -> None:
+    box.stub("sinfo", "#!/bin/bash\necho gpu:h100:4\n")
+
+
+def slurm_without_gpus(box: Sandbox) -> None:
     box.stub("sbatch")
+    box.stub("sinfo", "#!/bin/bash\necho '(null)'\n")
 
 
 def mac(box: Sandbox) -> None:
@@ -319,8 +324,10 @@ def test_cpu_torch_is_not_for_this_machine(box: Sandbox, machine: Callable[[Sand
     assert box.verbs() == ["venv", "pip"]
 
 
-def test_cpu_torch_without_gpu(box: Sandbox) -> None:
+@pytest.mark.parametrize("machine", [linux, slurm_without_gpus])
+def test_cpu_torch_without_gpu(box: Sandbox, machine: Callable[[Sandbox], None]) -> None:
     linux(box)
+    machine(box)
     box.requirements.write_text("numpy==2\ntorch==2.13.0  # a comment\ntorchvision==1\n")
     assert box.run("demo", STUB_INDEX="0").returncode == 0
     _, probe, torch, rest = box.calls()
