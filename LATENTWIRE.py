@@ -5200,10 +5200,11 @@ def main(words: Sequence[str] | None = None) -> int:
     except Interrupted as stop:
         said = {"--resume", "--auto_resume", "--auto-resume"} & set(words) or words[:1] != ["train"]
         again = shlex.join([*words, *([] if said else ["--resume"])])
-        print(
-            f"\nstopped at {stop.where}, saved in {stop.folder}; go on with: python {Path(sys.argv[0]).name} {again}",
-            file=sys.stderr,
-        )
+        if launched()[0] == 0:
+            print(
+                f"\nstopped at {stop.where}, saved in {stop.folder}; go on with: python {Path(sys.argv[0]).name} {again}",
+                file=sys.stderr,
+            )
         return 128 + stop.number
     except KeyboardInterrupt:
         again = " with --resume" if words[:1] == ["train"] else ""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slurmbox import PACKAGES, SlurmBox
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -17,6 +18,15 @@ os.environ |= {
 }
 os.environ.pop("LATENTWIRE_DATA", None)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+POLICY = """
+function slurm_job_submit(job, partitions, user)
+  if job.account ~= "marlowe-m000066" then return slurm.ESLURM_INVALID_ACCOUNT end
+  return slurm.SUCCESS
+end
+function slurm_job_modify(job, record, partitions, user) return slurm.SUCCESS end
+return slurm.SUCCESS
+"""
 
 TOY = ("--sender", "tiny-llama", "--receiver", "tiny-qwen", "--dataset", "toy", "--device", "cpu", "--dtype", "float32")
 
@@ -45,3 +55,12 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     before = contents(folder)
     yield folder
     assert contents(folder) == before, "a test wrote into the shared toy_run; it must work on a copy"
+
+
+@pytest.fixture(scope="session")
+def box() -> Iterator[SlurmBox]:
+    """Two nodes of 8 CPUs and 4 pretended GPUs; the account must be right."""
+    if SlurmBox.missing():
+        pytest.skip(f"no SLURM here ({', '.join(SlurmBox.missing())}): apt-get install {PACKAGES}")
+    with SlurmBox(nodes=2, extra="JobSubmitPlugins=lua\n", files={"job_submit.lua": POLICY}) as running:
+        yield running

@@ -168,6 +168,18 @@ def test_the_documents_commands(words, capsys):
         assert log.startswith("--output=runs/preempt_") and log.endswith(".log")
 
 
+def test_the_documents_preemptible_trainer(capsys):
+    words = "finalization/training/preemptible_trainer.py --auto_resume --checkpoint_interval 180 --save_dir runs/experiment_7"
+    settings = json.loads(shown(capsys, *words.split(), "--dataset", "toy", "--dry_run"))
+    assert (settings["auto_resume"], settings["checkpoint_interval"]) == (True, 180)
+    assert settings["output_dir"] == "runs/experiment_7"
+
+
+def test_the_documents_sbatch_script_submits_training(capsys):
+    [(_, command)] = calls(shown(capsys, "finalization/slurm/submit_main.slurm", "--dry_run"))
+    assert "train" in command and "--auto_resume" in command
+
+
 def test_training_starts_one_process_per_gpu_and_goes_on_by_itself(capsys):
     [(environment, command)] = calls(
         shown(capsys, *DOCUMENTS[1].split(), "--dataset", "trec", "--lr", "0.5", "--dry_run")

@@ -94,7 +94,7 @@ def commands() -> list[list[str]]:
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_of_readme_parses(words, capsys):
     assert words[0] in lw.command_names()
-    if words[0] in ("train", "eval", "demo"):
+    if words[0] in ("train", "eval", "demo", "experiment", "slurm"):
         assert lw.main([*words, "--dry_run"]) == 0, capsys.readouterr().err
 
 

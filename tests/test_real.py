@@ -107,3 +107,27 @@ def test_training_is_about_three_times_faster_than_the_plain_loop(tmp_path, monk
         )
     assert sum(texts) == len({part.sender_text(e) for e in splits["train"]})
     assert plain / ours >= 2.5  # 3.15 and 3.21 on a quiet machine (LOG.md); the rest is room for a noisy one
+
+
+@pytest.mark.slow
+def test_checkpoints_cost_less_than_two_percent(tmp_path, monkeypatch, capsys):
+    spent: list[float] = []
+    save = lw.Trainer.save
+
+    def timed(self):
+        started = time.perf_counter()
+        save(self)
+        spent.append(time.perf_counter() - started)
+
+    monkeypatch.setattr(lw.Trainer, "save", timed)
+    flags = ["--dataset", "rotten_tomatoes", "--offline", "--device", "cpu", "--samples", "800", "--steps", "60"]
+    started = time.perf_counter()
+    lw.train_main([*flags, "--eval_every", "30", "--checkpoint_interval", "20", "--output_dir", str(tmp_path / "run")])
+    last = lw.read_rows(tmp_path / "run" / "diagnostics.jsonl")[-1]["seconds"]
+    with capsys.disabled():
+        print(
+            f"\n{len(spent)} checkpoints took {sum(spent):.2f} s of {last:.1f} s of training "
+            f"({sum(spent) / last:.2%}; {time.perf_counter() - started:.1f} s in all)"
+        )
+    assert len(spent) >= 2
+    assert sum(spent) / last < 0.02
