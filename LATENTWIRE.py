@@ -43,6 +43,7 @@ Sections
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import csv
 import datetime
@@ -1913,37 +1914,31 @@ class World:
             self.told(None)
 
 
-@contextlib.contextmanager
-def joined(asked: int | None) -> Iterator[World]:
-    """The World this process belongs to, over NCCL for CUDA tensors and gloo for the CPU's."""
+def join(asked: int | None) -> World:
+    """The World this process belongs to until it ends, over NCCL for CUDA tensors and gloo for the CPU's."""
     rank, size, local = launched()
     if asked not in (None, size):
         raise LatentWireError(
             f"--world_size {asked}, but {size} started; type: torchrun --nproc_per_node {asked} LATENTWIRE.py ..., or srun --ntasks"
         )
-    if size == 1:
-        yield World()
-        return
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local % torch.cuda.device_count())
-    world, patience = World(rank, size), datetime.timedelta(minutes=60)  # a death is noticed at once, not by this
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with world.met():
-        torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
-    try:
-        yield world
-    except Interrupted:
-        world.told(None)  # the leader has saved; nobody leaves before
-        torch.distributed.destroy_process_group()
-        raise
-    torch.distributed.destroy_process_group()
+    world = World(rank, size)
+    if size > 1 and not torch.distributed.is_initialized():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        patience = datetime.timedelta(minutes=60)  # a death is noticed at once, not by this
+        with world.met():
+            torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
+        atexit.register(torch.distributed.destroy_process_group)
+    return world
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device or the machine has no memory left."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -3383,6 +3378,7 @@ class Trainer:
         if self.progress.finished and not self.checkpoints.best.exists():
             self.save_best()
         if number and not self.progress.finished:
+            self.world.told(None)  # nobody leaves before the leader has saved
             raise Interrupted(self.run.folder, f"step {step}", int(number))
 
 
@@ -3557,7 +3553,8 @@ def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
     """Train one bridge in its run folder, alone or as one of several processes; → summary of the run."""
     prepare_cuda(settings)
     load_plugins(settings.plugin)
-    with catching_signals() as signals, joined(settings.world_size) as world:
+    with catching_signals() as signals:
+        world = join(settings.world_size)
         return train_in(world, settings, report if world.leads else Silent(), signals)
 
 
