@@ -934,7 +934,8 @@ class Run:
         differing = [f"{k} {old!r} there, {new!r} now" for k, (old, new) in changed.items() if not grew(k, old, new)]
         if differing:
             raise LatentWireError(
-                f"{self.folder} holds a different run ({'; '.join(differing)}); choose another --output_dir"
+                f"{self.folder} holds a different run ({'; '.join(differing)}); choose another --output_dir, or give these "
+                f"as they were ('train --help' marks what may differ)"
             )
         if not resume and changed:
             grown = "; ".join(f"{k} {old!r} there, {new!r} now" for k, (old, new) in changed.items())
@@ -1941,6 +1942,18 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
 
 
+@contextlib.contextmanager
+def short_of_memory() -> Iterator[list[str]]:
+    """Running out of memory inside the block is noted in the yielded list, and the block left; other errors go on."""
+    short: list[str] = []
+    try:
+        yield short
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        short.append(f"{type(error).__name__}: {error}")
+
+
 def resolve_device(name: str) -> torch.device:
     """``auto`` → cuda, mps or cpu, whichever is there first; each process of a machine takes its own GPU."""
     if name == "auto":
@@ -2102,6 +2115,9 @@ class Prefill:
 class LM:
     """A frozen causal language model of any family: embeddings in, hidden states and log-probabilities out."""
 
+    recompute = False
+    """Whether training computes activations again instead of keeping them."""
+
     def __init__(self, name: str, model: Any, tokenizer: Any, revision: str, device: torch.device) -> None:
         self.name, self.revision = name, revision
         placed = hasattr(model, "hf_device_map")  # already on its devices, which accelerate's hooks connect
@@ -2163,6 +2179,8 @@ class LM:
     def forward(self, packed: Packed, **options: Any) -> Any:
         """The backbone's output on a packed batch; positions are explicit, since padding may be on either side."""
         mask = packed.mask.long()
+        for block in self.blocks:  # the library recomputes, and drops the cache, where a block says it is in training
+            block.training = self.recompute and torch.is_grad_enabled()
         output = self.backbone(
             inputs_embeds=packed.embeds, attention_mask=mask, position_ids=packed.positions, **options
         )
@@ -2182,9 +2200,9 @@ class LM:
 
     def checkpoint_activations(self) -> None:
         """Keep no activations inside blocks, compute them again in backward (Chen et al. 2016); outputs stay the same."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        for block in self.blocks:
-            block.training = True  # the library recomputes only then; what is inside stays in eval mode
+        old = self.model.gradient_checkpointing_enable  # its name before transformers 5.23
+        getattr(self.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        self.recompute = True
 
     def keep_below(self, layer: int) -> None:
         """Free the blocks above ``layer``: a sender that is read there never runs them."""
@@ -2724,33 +2742,45 @@ def collect_states(
     shape = (int(offsets[-1]), len(layers), sender.width)
     groups = list(by_length(rows, tokens=4096))
 
-    def fill(flat: Tensor, number: int) -> None:
-        states = sender.states([rows[i] for i in groups[number]], layers)
-        for i, hidden in zip(groups[number], states.hidden.cpu(), strict=True):
-            flat[offsets[i] : offsets[i + 1]] = hidden[:, : len(rows[i])].transpose(0, 1)
+    def fill(flat: Tensor, group: Sequence[int]) -> None:
+        with short_of_memory() as short:
+            states = sender.states([rows[i] for i in group], layers)
+            for i, hidden in zip(group, states.hidden.cpu(), strict=True):
+                flat[offsets[i] : offsets[i + 1]] = hidden[:, : len(rows[i])].transpose(0, 1)
+        if short and len(group) == 1:
+            raise LatentWireError(
+                "the sender has no memory for one text; use a smaller --max_tokens or --sender_device"
+            )
+        if short:
+            for half in batches(group, math.ceil(len(group) / 2)):
+                fill(flat, half)
 
     if where == "memory":
         flat = torch.empty(shape, dtype=sender.dtype)
-        for number in range(len(groups)):
-            fill(flat, number)
-            tick(number + 1, len(groups))
+        for count, group in enumerate(groups, 1):
+            fill(flat, group)
+            tick(count, len(groups))
         return StateStore(flat, offsets, index, cut, "computed")
     partial = folder.with_name(f".{key}.partial-{digest_of(str(owner.resolve()))}")
     if world.leads:
         with saving(partial):
             new_states(partial, shape, sender.dtype, len(groups))
     world.told(None)
-    fill_states(partial, shape, sender.dtype, fill, tick, world)
+    fill_states(partial, shape, sender.dtype, lambda flat, number: fill(flat, groups[number]), tick, world)
     if world.leads:
         if not all((partial / "done.bin").read_bytes()):
             raise LatentWireError(
                 "another process stopped before its sender states were done; go on with --auto_resume"
             )
         notes = {"shape": shape, "offsets": offsets.tolist(), "truncated": cut}
-        with replacing_folder(folder) as temporary:
-            (partial / "states.bin").replace(temporary / "states.bin")
-            (temporary / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
-        shutil.rmtree(partial)
+        with saving(folder):
+            (partial / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
+            sync(partial / "notes.json")
+            if read_store(folder, index, sender.dtype) is None:  # else another run was faster
+                shutil.rmtree(folder, ignore_errors=True)
+                partial.rename(folder)
+                sync(folder.parent)
+            shutil.rmtree(partial, ignore_errors=True)
     world.told(None)
     stored = read_store(folder, index, sender.dtype) or lost_store(folder)
     return replace(stored, source="computed")
@@ -3151,14 +3181,10 @@ class Trainer:
     def halving(self, which: Literal["micro", "group"], work: Callable[[int], dict[str, float]]) -> dict[str, float]:
         """``work(rows at a time)``; when memory runs out in any process, all do it again with half as many rows."""
         while True:
-            size, found, short = getattr(self.progress, which), {}, False
-            try:
+            size, found = getattr(self.progress, which), {}
+            with short_of_memory() as short:
                 found = work(size)
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                short = True
-            if not self.world.highest(short)[0]:
+            if not self.world.highest(bool(short))[0]:
                 return self.world.total(found)
             if size == 1:
                 raise LatentWireError(
@@ -3185,15 +3211,10 @@ class Trainer:
         longest = sorted(range(count), key=size_of.__getitem__, reverse=True)
 
         def fits(size: int) -> bool:
-            short = False
-            try:
+            with short_of_memory() as short:
                 self.backward([longest[i % count] for i in range(size)])
-            except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error):
-                    raise
-                short = True
             self.free_memory()
-            return not self.world.highest(short)[0]
+            return not self.world.highest(bool(short))[0]
 
         most = math.ceil(rows / self.world.size)
         low, high = (most, most) if fits(most) else (1, most - 1)
@@ -3333,8 +3354,10 @@ class Trainer:
             self.report.say(
                 f"{self.world.size} process(es) go on where {state['world_size']} worked: equal up to rounding"
             )
-        if self.steps < self.progress.step:
-            raise LatentWireError(f"{self.run.folder} is at step {self.progress.step} already; --steps can only grow")
+        if self.steps < state["steps"]:
+            raise LatentWireError(
+                f"{self.run.folder} is on its way to {state['steps']} steps; add --steps {state['steps']}, --steps can only grow"
+            )
         if self.steps > state["steps"]:
             self.report.say(
                 f"the run grows from {state['steps']} to {self.steps} steps, and so does its learning-rate curve"
@@ -3350,7 +3373,10 @@ class Trainer:
         self.bridge.train()
         while not self.progress.finished:
             self.one_round()
+        if not self.checkpoints.best.exists():
+            self.save_best()
         if self.world.leads:
+            self.checkpoints.prune(self.progress.step)
             write_atomic(self.run.folder / "DONE", b"")
         return summary_of(self.run.folder, self.progress)
 
@@ -3358,6 +3384,8 @@ class Trainer:
         """One step and whatever is due after it."""
         row: dict[str, Any] = self.step()
         step = self.progress.step
+        if self.world.leads and not self.run.config_path.exists():
+            raise LatentWireError(f"{self.run.folder} was deleted meanwhile; nothing of this run can be saved there")
         due = step % self.eval_every == 0 or step == self.steps
         if due and self.validation_rows:
             row |= self.validate()
@@ -3375,8 +3403,6 @@ class Trainer:
         )
         if due or late or number:
             self.save()
-        if self.progress.finished and not self.checkpoints.best.exists():
-            self.save_best()
         if number and not self.progress.finished:
             self.world.told(None)  # nobody leaves before the leader has saved
             raise Interrupted(self.run.folder, f"step {step}", int(number))
@@ -3439,14 +3465,17 @@ class Checkpoints:
         return sorted((p for p in self.folder.glob("step-*") if p.name[5:].isdigit()), reverse=True)
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
-        """Write a step's checkpoint; older ones beyond ``keep``, and any of a future that was given up, go."""
-        target = self.folder / f"step-{step:08d}"
-        save_checkpoint(target, tensors, state)
+        """Write a step's checkpoint; others go."""
+        save_checkpoint(self.folder / f"step-{step:08d}", tensors, state)
         spelled = self.folder.with_name("preempt_checkpoint")  # the documents look for it there
         if not spelled.is_symlink() and not spelled.exists():
             with contextlib.suppress(OSError):  # a file system without links
                 spelled.symlink_to(self.folder.name)
-        kept = [path for path in self.steps() if path <= target][: self.keep]
+        self.prune(step)
+
+    def prune(self, step: int) -> None:
+        """Remove checkpoints older than the ``keep`` newest up to ``step``, and any of a future that was given up."""
+        kept = [path for path in self.steps() if int(path.name[5:]) <= step][: self.keep]
         for path in set(self.steps()) - set(kept):
             shutil.rmtree(path)
 
@@ -3477,7 +3506,8 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], s
             data = save({key: value.detach().cpu().contiguous() for key, value in group.items()})
             sums[name] = hashlib.sha256(data).hexdigest()
             (temporary / f"{name}.safetensors").write_bytes(data)
-        text = json.dumps({**state, "sha256": sums}, indent=2, default=str)
+        whole = {**state, "sha256": sums}
+        text = json.dumps({**whole, "digest": digest_of(whole)}, indent=2, default=str)
         (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
 
 
@@ -3488,6 +3518,8 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     path = folder / "state.json"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
+        if state.pop("digest") != digest_of(state):
+            raise ValueError("state.json does not match its own sum")
         tensors = {}
         for name, wanted in state["sha256"].items():
             data = (folder / f"{name}.safetensors").read_bytes()
@@ -3913,11 +3945,19 @@ def compute_rows(
     """Answer all ``examples``, short texts first; one that fails is a row with its error, never a missing row."""
     part = method.channel.setup.part
     for group in batches(sorted(examples, key=lambda e: len(e.context)), size):
-        started = time.perf_counter()
-        try:
-            rows = [record_of(part, e, answer) for e, answer in zip(group, method.answers(group), strict=True)]
-        except (RuntimeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        started, rows, reason = time.perf_counter(), [], ""
+        with short_of_memory() as short:
+            try:
+                rows = [record_of(part, e, answer) for e, answer in zip(group, method.answers(group), strict=True)]
+            except (RuntimeError, ValueError) as error:
+                if out_of_memory(error):
+                    raise
+                reason = f"{type(error).__name__}: {error}"
+        if short and len(group) > 1:
+            compute_rows(method, group, math.ceil(len(group) / 2), save)
+            continue
+        if short or reason:
+            reason = reason or short[0]
             rows = [{"id": example.id, "gold": list(example.answers), "error": reason} for example in group]
         seconds = (time.perf_counter() - started) / len(group)
         save([{**row, "seconds": seconds} for row in rows])
@@ -4765,7 +4805,9 @@ def resumed(settings: TrainSettings) -> TrainSettings:
         raise LatentWireError(f"--resume {place}: no run there (no config.json); give the folder that 'train' printed")
     given = settings.model_dump(include=settings.model_fields_set - {"resume"})
     own = {"resume": "yes", "output_dir": homes[0]}
-    return TrainSettings.build({}, None, {**Run(homes[0]).saved(), **given, **own})
+    newest = Checkpoints(homes[0] / "checkpoint").newest(Silent())
+    length = {key: newest[1]["settings"][key] for key in ("steps", "epochs")} if newest else {}  # it may have grown
+    return TrainSettings.build({}, None, {**Run(homes[0]).saved(), **length, **given, **own})
 
 
 def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
@@ -4837,6 +4879,9 @@ def option_help(kind: type[Settings], name: str) -> str:
     info = kind.model_fields[name]
     notes = [f"default {info.default}"] if info.default not in (None, False, []) else []
     notes += [f"also --{alias}" for alias in kind.extras(name)["aliases"]]
+    if kind is TrainSettings and name not in ("bf16", "fp16"):  # these two are another spelling of dtype
+        notes += ["may differ on --resume"] if kind.extras(name)["execution"] else []
+        notes += ["may grow on --resume"] if name in ("steps", "epochs") else []
     text = (info.description or "").replace("[", r"\[")
     return text + (f" [dim]({'; '.join(map(str, notes))})[/dim]" if notes else "")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slurmbox import PACKAGES, SlurmBox
@@ -43,6 +45,17 @@ def own_world(tmp_path_factory: pytest.TempPathFactory) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below ``folder``, byte for byte."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def edit_state(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a checkpoint's state as if it had been written so."""
+    import LATENTWIRE as lw
+
+    path = folder / "state.json"
+    state = json.loads(path.read_text())
+    del state["digest"]
+    change(state)
+    path.write_text(json.dumps({**state, "digest": lw.digest_of(state)}))
 
 
 @pytest.fixture(scope="session")

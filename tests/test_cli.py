@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TOY, contents
+from conftest import TOY, contents, edit_state
 
 import LATENTWIRE as lw
 
@@ -309,14 +309,13 @@ def cut_state(run: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
 
 
-def edit_state(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    def edit(run: Path) -> None:
-        path = best(run) / "state.json"
-        state = json.loads(path.read_text())
-        change(state)
-        path.write_text(json.dumps(state))
+def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    return lambda run: edit_state(best(run), change)
 
-    return edit
+
+def flip_digit(run: Path) -> None:
+    path = best(run) / "state.json"
+    path.write_text(path.read_text().replace('"step": 60', '"step": 61'))
 
 
 def torn_in_two(run: Path) -> None:
@@ -328,17 +327,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "no-tensors": (lambda run: (best(run) / "bridge.safetensors").unlink(), ("missing or corrupt",)),
     "flipped": (flip_bytes, ("corrupt", "bridge.safetensors")),
     "cut-state": (cut_state, ("missing or corrupt",)),
+    "flipped-digit": (flip_digit, ("corrupt", "its own sum")),
     "empty-state": (lambda run: (best(run) / "state.json").write_text(""), ("missing or corrupt",)),
     "list-state": (lambda run: (best(run) / "state.json").write_text("[]"), ("corrupt",)),
-    "no-sums": (edit_state(lambda s: s.pop("sha256")), ("missing or corrupt",)),
+    "no-sums": (edited(lambda s: s.pop("sha256")), ("missing or corrupt",)),
     "other-receiver": (
-        edit_state(lambda s: s["receiver"].update(revision="other", width=65)),
+        edited(lambda s: s["receiver"].update(revision="other", width=65)),
         ("another receiver", "revision 'other' there, 'built in' here", "width 65 there, 64 here"),
     ),
-    "other-sender": (edit_state(lambda s: s["sender"].update(layers=9)), ("another sender", "layers 9 there, 2 here")),
-    "other-shape": (edit_state(lambda s: s["shape"].update(latent_len=9)), ("does not fit", "source.py")),
-    "newer-shape": (edit_state(lambda s: s["shape"].update(invented=1)), ("does not fit", "invented")),
-    "newer-settings": (edit_state(lambda s: s["settings"].update(invented=1)), ("invented", "source.py")),
+    "other-sender": (edited(lambda s: s["sender"].update(layers=9)), ("another sender", "layers 9 there, 2 here")),
+    "other-shape": (edited(lambda s: s["shape"].update(latent_len=9)), ("does not fit", "source.py")),
+    "newer-shape": (edited(lambda s: s["shape"].update(invented=1)), ("does not fit", "invented")),
+    "newer-settings": (edited(lambda s: s["settings"].update(invented=1)), ("invented", "source.py")),
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import edit_state
 
 import LATENTWIRE as lw
 
@@ -224,10 +225,7 @@ def test_a_run_without_validation_rows_still_has_a_best_checkpoint(tmp_path):
 
 
 def test_a_data_set_is_never_reported_by_a_run_trained_on_its_relative(run):
-    state = run / "checkpoint" / "best" / "state.json"
-    text = json.loads(state.read_text())
-    text["settings"]["dataset"] = "rotten_tomatoes"
-    state.write_text(json.dumps(text))
+    edit_state(run / "checkpoint" / "best", lambda state: state["settings"].update(dataset="rotten_tomatoes"))
     with pytest.raises(lw.LatentWireError, match="share texts"):
         evaluate(run, "--dataset", "sst2")
 
