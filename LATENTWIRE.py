@@ -2148,7 +2148,9 @@ class LM:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint remembers of a model."""
         sizes = {"width": self.width, "layers": self.n_layers, "vocabulary": self.config.vocab_size}
-        return {"name": self.name, "family": self.config.model_type, "revision": self.revision, **sizes}
+        bits = [b for b in (4, 8) if getattr(self.model, f"is_loaded_in_{b}bit", False)]  # other weights, other states
+        quantized = {"bits": bits[0]} if bits else {}
+        return {"name": self.name, "family": self.config.model_type, "revision": self.revision, **sizes, **quantized}
 
     def ids(self, text: str) -> TokenIds:
         """Token ids without special tokens."""
@@ -3600,6 +3602,8 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
         raise LatentWireError(
             f"{settings.rows_per_step} rows per step cannot feed {world.size} processes; raise --batch_size"
         )
+    if settings.device_map and world.size > 1:
+        raise LatentWireError("--device_map spreads a model over all devices, which several processes cannot share")
     folder = run_folder(settings)
     run = Run(folder)
     resume = bool(settings.resume) or (settings.auto_resume and run.config_path.exists())

@@ -269,6 +269,13 @@ def test_an_evaluation_short_of_memory_takes_fewer_rows_at_a_time(plain_run, tmp
     assert small["methods"]["bridge"]["accuracy"] == whole["methods"]["bridge"]["accuracy"]
 
 
+def test_quantised_models_are_other_models():
+    lm = lw.load_lm("tiny-llama", lw.ModelSettings(device="cpu"))
+    before = lm.identity()
+    lm.model.is_loaded_in_4bit = True
+    assert lm.identity() == before | {"bits": 4}
+
+
 def test_more_processes_asked_than_started_is_one_line(tmp_path, capsys):
     assert lw.main(["train", *TOY, "--world_size", "2", "--output_dir", str(tmp_path / "run")]) == 2
     errors = capsys.readouterr().err
