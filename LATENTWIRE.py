@@ -487,7 +487,7 @@ class OptimSettings(Settings):
     effective_batch: int | None = setting(
         None, "Rows per optimizer step with --batch_size auto; default 32.", "elastic_base_batch", ge=1
     )
-    lr: float = setting(1e-3, "Peak learning rate of AdamW.", "learning_rate", gt=0)
+    lr: float = setting(5e-4, "Peak learning rate of AdamW.", "learning_rate", gt=0)
     weight_decay: float = setting(0.01, "AdamW's weight decay, matrices only.", ge=0)
     warmup_steps: int | None = setting(
         None, "Linear warm-up; default 5 % of the steps. Then cosine to 2 % of the peak.", ge=0
@@ -2534,9 +2534,9 @@ class RowDropout(nn.Module):
         self.rate = rate
 
     def forward(self, values: Tensor, mask: Tensor, keys: Sequence[int]) -> Tensor:
-        """values (B, T, D), mask (B, T), one key a row → (B, T, D)."""
-        if not self.training or not self.rate:
-            return values
+        """values (B, T, D), mask (B, T), one key a row → (B, T, D); without keys any mask will do."""
+        if not self.training or not keys:
+            return F.dropout(values, self.rate, self.training)
         generator, kept = torch.Generator(values.device), torch.zeros_like(values)
         for row, key, length in zip(kept, keys, mask.sum(1).tolist(), strict=True):
             row[:length].bernoulli_(1 - self.rate, generator=generator.manual_seed(key))
@@ -4488,7 +4488,7 @@ def demo_suite() -> dict[str, Any]:
     """SmolLM2-135M tells Gemma-3-270M what a film review says, in eight latents."""
     return {
         "dataset": "rotten_tomatoes", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "samples": 3000,
-        "steps": 180, "batch_size": 16, "val_samples": 200, "eval_every": 45,
+        "steps": 180, "lr": 1e-3, "batch_size": 16, "val_samples": 200, "eval_every": 45,
     }  # fmt: skip
 
 

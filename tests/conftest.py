@@ -64,7 +64,7 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     import LATENTWIRE as lw
 
     folder = tmp_path_factory.mktemp("toy") / "run"
-    lw.train_main([*TOY, "--steps", "60", "--width", "64", "--output_dir", str(folder)])
+    lw.train_main([*TOY, "--steps", "60", "--width", "64", "--lr", "1e-3", "--output_dir", str(folder)])
     before = contents(folder)
     yield folder
     assert contents(folder) == before, "a test wrote into the shared toy_run; it must work on a copy"

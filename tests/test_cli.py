@@ -136,7 +136,7 @@ def test_help_of_a_command_names_every_flag_its_default_and_other_spellings(say,
     shown = say("train", "--help")
     for name in lw.TrainSettings.model_fields:
         assert f"--{name}" in shown
-    for piece in ("--soft_tokens", "default 0.001", "--config", "--dry_run"):
+    for piece in ("--soft_tokens", "default 0.0005", "--config", "--dry_run"):
         assert piece in shown
 
 
@@ -315,7 +315,7 @@ def edited(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 
 def flip_digit(run: Path) -> None:
     path = best(run) / "state.json"
-    path.write_text(path.read_text().replace('"step": 60', '"step": 61'))
+    path.write_text(re.sub(r'"step": \d', '"step": 7', path.read_text(), count=1))
 
 
 def torn_in_two(run: Path) -> None:

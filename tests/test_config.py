@@ -23,7 +23,7 @@ TRAIN = SHARED | {
     "width": 256, "depth": 2, "heads": 4, "dropout": 0.1, "normalize": "token", "calibration": "embed_rms",
     "codec": "fp16", "anchor_text": None,
     "answer_ce_weight": 1.0, "k_token_ce": 4, "k_token_ce_weight": 0.5, "first_token_ce_weight": 0.5,
-    "steps": None, "epochs": None, "batch_size": 32, "grad_accum": 1, "effective_batch": None, "lr": 1e-3, "weight_decay": 0.01,
+    "steps": None, "epochs": None, "batch_size": 32, "grad_accum": 1, "effective_batch": None, "lr": 5e-4, "weight_decay": 0.01,
     "warmup_steps": None, "clip": 1.0, "eval_every": None, "patience": 5, "seed": 42,
     "sender": None, "receiver": None, "samples": None, "val_samples": 400, "max_tokens": 256, "seeds": None,
     "output_dir": None, "resume": None, "auto_resume": False, "checkpoint_interval": 300.0, "keep_checkpoints": 2,

@@ -23,7 +23,7 @@ def two_threads():
 @pytest.fixture(scope="module")
 def real_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("real") / "run"
-    sizes = ["--samples", "2000", "--steps", "150", "--batch_size", "16", "--val_samples", "150"]
+    sizes = ["--samples", "2000", "--steps", "150", "--lr", "1e-3", "--batch_size", "16", "--val_samples", "150"]
     lw.train_main([*PAIR, *sizes, "--output_dir", str(folder)])
     return folder
 

@@ -246,7 +246,7 @@ def test_the_trainer_starts_only_after_the_run_folder_is_complete(tmp_path, monk
         (SETTINGS, False, r"this very run \(unfinished\); add --resume"),
         (SETTINGS.model_copy(update={"steps": 4}), False, r"a shorter run \(steps 3 there, 4 now\); add --resume"),
         (SETTINGS.model_copy(update={"steps": 2}), True, r"different run \(steps 3 there, 2 now\)"),
-        (SETTINGS.model_copy(update={"seed": 4, "lr": 0.5}), True, r"lr 0.001 there, 0.5 now; seed 42 there, 4 now"),
+        (SETTINGS.model_copy(update={"seed": 4, "lr": 0.5}), True, r"lr 0.0005 there, 0.5 now; seed 42 there, 4 now"),
     ],
 )
 def test_a_run_never_starts_on_top_of_another(settings, resume, message, tmp_path):

@@ -504,7 +504,7 @@ def test_a_kill_before_the_first_checkpoint_starts_from_the_beginning(tmp_path, 
 @pytest.mark.parametrize(
     ("flag", "value", "told"),
     [
-        ("lr", "0.5", "lr 0.001 there, 0.5 now"),
+        ("lr", "0.5", "lr 0.0005 there, 0.5 now"),
         ("seed", "7", "seed 42 there, 7 now"),
         ("batch_size", "16", "batch_size 8 there, 16 now"),
         ("latent_len", "3", "latent_len 8 there, 3 now"),

@@ -47,7 +47,7 @@ def test_same_seed_same_weights_and_other_seed_other_weights(tmp_path):
 
 @pytest.mark.trains
 def test_toy_loss_curve_is_pinned(tmp_path):
-    train(tmp_path / "run", "--steps", "20", "--log_every", "1", "--eval_every", "20")
+    train(tmp_path / "run", "--steps", "20", "--lr", "1e-3", "--log_every", "1", "--eval_every", "20")
     losses = [row["loss"] for row in rows(tmp_path / "run")]
     pinned = json.loads((ROOT / "tests" / "toy_losses.json").read_text())
     assert losses == pytest.approx(pinned, rel=2e-3)
