@@ -4662,6 +4662,7 @@ def submit(settings: SlurmSettings, words: list[str], dry_run: bool) -> Iterator
         after = done.stdout.strip().split(";")[0]
         log = command[3].partition("=")[2].replace("%j", after).replace("%A", after).replace("%a", "<element>")
         yield f"job {after}: {stage.name} in {stage.folder.replace('{job}', after)}; follow it: tail -f {log}"
+        yield "  " + shlex.join(word.replace("{job}", after) for word in stage.words)
 
 
 def queued_jobs() -> list[dict[str, str]]:

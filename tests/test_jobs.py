@@ -257,6 +257,7 @@ def test_a_refusal_by_sbatch_is_passed_on(capsys, monkeypatch, tmp_path):
     stub.write_text('#!/bin/sh\necho "$SBATCH_ACCOUNT $LATENTWIRE_PROCESSES $*" > called\necho "77;box"\n')
     out = shown(capsys, "slurm", "--gpus", "2", "--dataset", "sst2")
     assert "job 77: training in runs/experiment_77; follow it: tail -f runs/preempt_training_77.log" in out
+    assert "  train --dataset sst2 --output_dir runs/experiment_77 --auto_resume" in out
     called = Path("called").read_text()
     assert called.startswith("marlowe-m000066 2 --parsable") and "--ntasks=2" in called
     assert Path("runs").is_dir()
