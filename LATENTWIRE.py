@@ -346,6 +346,17 @@ def normalize_flags(
     return pairs
 
 
+EXTRA_FLAGS = {"config": True, "dry_run": False}
+
+
+def settings_from(kind: type[Settings], words: Sequence[str]) -> tuple[Any, bool]:
+    """Validated settings from command-line words; → (settings, dry run?)."""
+    pairs = normalize_flags(kind, words, EXTRA_FLAGS)
+    own = {name: value for name, value in pairs if name in EXTRA_FLAGS}
+    flags = {name: value for name, value in pairs if name not in EXTRA_FLAGS}
+    return kind.build(flags, Path(own["config"]) if "config" in own else None), own.get("dry_run") == "yes"
+
+
 def divided(kind: type[Settings], words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words of flags that ``kind`` knows, and all others; values stay with their flag."""
     known = {*kind.spellings(), "dry_run"}
@@ -593,6 +604,11 @@ class ExperimentSettings(Settings):
         "all", "Only this part; a SLURM pipeline runs them as jobs of their own.", execution=True
     )
     only: int | None = setting(None, "Only the run of this number, from 0.", execution=True, ge=0)
+
+    @property
+    def folder(self) -> Path:
+        """Where all its runs are."""
+        return self.output_dir or Path("runs") / self.name
 
 
 class SlurmSettings(Settings):
@@ -2181,8 +2197,11 @@ class LM:
     def forward(self, packed: Packed, **options: Any) -> Any:
         """The backbone's output on a packed batch; positions are explicit, since padding may be on either side."""
         mask = packed.mask.long()
-        for block in self.blocks:  # the library recomputes, and drops the cache, where a block says it is in training
-            block.training = self.recompute and torch.is_grad_enabled()
+        if self.recompute:
+            for (
+                block
+            ) in self.blocks:  # the library recomputes, and drops the cache, where a block says it is in training
+                block.training = torch.is_grad_enabled()
         output = self.backbone(
             inputs_embeds=packed.embeds, attention_mask=mask, position_ids=packed.positions, **options
         )
@@ -4502,8 +4521,7 @@ def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSet
         given["dataset"] = DEFAULT_DATASET
     lists = {name for name, info in TrainSettings.model_fields.items() if "list[" in str(info.annotation).lower()}
     axes = {name: value.split(",") for name, value in given.items() if "," in value and name not in lists}
-    base = settings.output_dir or Path("runs") / settings.name
-    runs = []
+    base, runs = settings.folder, []
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
         own = "-".join(f"{Path(value).stem if name == 'dataset' else name + value}" for name, value in point.items())
@@ -4531,9 +4549,8 @@ def run_experiment(settings: ExperimentSettings, words: Sequence[str], report: R
         except LatentWireError as error:
             failures[str(run.output_dir)] = str(error)
             report.say(f"failed: {error}")
-    base = settings.output_dir or Path("runs") / settings.name
     if settings.stage in ("all", "aggregate"):
-        report.say(f"together: {aggregate(base, base)}")
+        report.say(f"together: {aggregate(settings.folder, settings.folder)}")
     return failures
 
 
@@ -4554,10 +4571,8 @@ JOBS: Registry[Callable[[SlurmSettings, list[str]], list[Stage]]] = Registry("jo
 @JOBS.register("training", "train")
 def training_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
     """Train a bridge, one process per GPU; --array_seeds makes it an array of one run per seed."""
-    flags = dict(normalize_flags(TrainSettings, words, {"config": True}))
-    TrainSettings.build(
-        {k: v for k, v in flags.items() if k != "config"}, Path(flags["config"]) if "config" in flags else None
-    )
+    settings_from(TrainSettings, words)  # a mistake is told here, not in the job
+    flags = dict(normalize_flags(TrainSettings, words, EXTRA_FLAGS))
     words = [*words, *([] if "dataset" in flags or "config" in flags else ["--dataset", DEFAULT_DATASET])]
     folder = flags.get("output_dir", "runs/experiment_{job}")
     own = []
@@ -4587,7 +4602,7 @@ def experiment_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
     if settings.array_seeds:
         others += ["--seeds", ",".join(map(str, settings.array_seeds))]
     runs = planned(experiment, others)
-    folder = str(experiment.output_dir or Path("runs") / experiment.name)
+    folder = str(experiment.folder)
     words = ["experiment", *mine, *others]
     task = ["--only", "{task}"]
     return [
@@ -4787,17 +4802,8 @@ class RichReport:
         self.say(results["verdict"])
 
 
-EXTRA_FLAGS = {"config": True, "dry_run": False}
 OPEN_COMMANDS: dict[str, type[Settings]] = {"experiment": ExperimentSettings, "slurm": SlurmSettings}
 """Commands that hand the flags they do not know to another one."""
-
-
-def settings_from(kind: type[Settings], words: Sequence[str]) -> tuple[Any, bool]:
-    """Validated settings from command-line words; → (settings, dry run?)."""
-    pairs = normalize_flags(kind, words, EXTRA_FLAGS)
-    own = {name: value for name, value in pairs if name in EXTRA_FLAGS}
-    flags = {name: value for name, value in pairs if name not in EXTRA_FLAGS}
-    return kind.build(flags, Path(own["config"]) if "config" in own else None), own.get("dry_run") == "yes"
 
 
 def resumed(settings: TrainSettings) -> TrainSettings:
@@ -5200,27 +5206,27 @@ def test_command(
     raise typer.Exit(subprocess.run(command, cwd=tests.parent, check=False).returncode)
 
 
+def typer_words(kind: type[Settings], words: Sequence[str], extra: Mapping[str, bool]) -> list[str]:
+    """Flags of ``kind`` in the one form Typer knows."""
+    ready = []
+    for name, value in normalize_flags(kind, words, extra):
+        boolean = not extra[name] if name in extra else kind.model_fields[name].annotation is bool
+        ready += [f"--{name}" if value == "yes" else f"--no_{name}"] if boolean else [f"--{name}", value]
+    return ready
+
+
 def prepared_words(words: Sequence[str]) -> list[str]:
     """Command-line words with older script names, spellings and lists brought into the one form Typer knows."""
     kinds: dict[str, type[Settings]] = {"train": TrainSettings, "eval": EvalSettings, "demo": TrainSettings}
     if not words:
         return []
     command = SCRIPTS.get(words[0], words[0])
-    if command in OPEN_COMMANDS and not {"-h", "--help"} & set(words):
-        mine, others = divided(OPEN_COMMANDS[command], words[1:])
-        pairs = normalize_flags(OPEN_COMMANDS[command], mine, {"dry_run": False})
-        flags = [f"--{name}={value}" for name, value in pairs if value not in ("yes", "no")]
-        flags += [f"--{'' if value == 'yes' else 'no_'}{name}" for name, value in pairs if value in ("yes", "no")]
-        return [command, *flags, "--", *others]
-    if command not in kinds or {"-h", "--help"} & set(words):
+    if {"-h", "--help"} & set(words):
         return [command, *words[1:]]
-    ready = [command]
-    for name, value in normalize_flags(kinds[command], words[1:], EXTRA_FLAGS):
-        boolean = name == "dry_run" or (
-            name not in EXTRA_FLAGS and kinds[command].model_fields[name].annotation is bool
-        )
-        ready += [f"--{name}" if value == "yes" else f"--no_{name}"] if boolean else [f"--{name}", value]
-    return ready
+    if command in OPEN_COMMANDS:
+        mine, others = divided(OPEN_COMMANDS[command], words[1:])
+        return [command, *typer_words(OPEN_COMMANDS[command], mine, {"dry_run": False}), "--", *others]
+    return [command, *(typer_words(kinds[command], words[1:], EXTRA_FLAGS) if command in kinds else words[1:])]
 
 
 def main(words: Sequence[str] | None = None) -> int:
