@@ -211,6 +211,21 @@ def die_inside(functions: list[tuple[Any, str]], number: int, note: Path, alread
     Path.write_bytes = dying("write_bytes", Path.write_bytes)  # type: ignore[method-assign]
 
 
+def deaths(home: Path, work: Callable[[int, Path], None]) -> Iterator[tuple[int, str]]:
+    """Fork ``work(number, note)``, which dies at its ``number``-th call, for 1, 2, … until one lives on.
+
+    → (number, the call it died at), after each.
+    """
+    number, died = 0, True
+    while died:
+        number += 1
+        note, log = home / f"note{number}", home / f"log{number}"
+        code = exit_code(forked(functools.partial(work, number, note), log))
+        died = note.exists()
+        assert code == (-9 if died else 0), log.read_text()
+        yield number, note.read_text() if died else "the end"
+
+
 SAVES: list[tuple[Any, str]] = [(lw.Trainer, "save"), (lw.Trainer, "save_best")]
 STARTS: list[tuple[Any, str]] = [(lw.Run, "start"), (lw.Trainer, "restore")]
 
@@ -361,21 +376,17 @@ def test_a_kill_at_every_single_disk_call(begun, places, validation_rows, tmp_pa
     train(tmp_path / "whole", *flags)
     if begun:
         interrupted(tmp_path / "begun", begun, *flags)
-    number, died = 0, True
-    while died:
-        number += 1
-        run, note, log = tmp_path / f"run{number}", tmp_path / f"note{number}", tmp_path / f"log{number}"
+
+    def work(number: int, note: Path) -> None:
+        run = tmp_path / f"run{number}"
         if begun:
             shutil.copytree(tmp_path / "begun", run, symlinks=True)
+        die_inside(places, number, note)
+        train(run, *flags, "--auto_resume")
 
-        def work(number: int = number, run: Path = run, note: Path = note) -> None:
-            die_inside(places, number, note)
-            train(run, *flags, "--auto_resume")
-
-        code = exit_code(forked(work, log))
-        died = note.exists()
-        assert code == (-9 if died else 0), log.read_text()
-        at = (number, note.read_text() if died else "the end")
+    for at in deaths(tmp_path, work):
+        number = at[0]
+        run = tmp_path / f"run{number}"
         if begun and validation_rows:
             copy = Path(shutil.copytree(run, tmp_path / f"copy{number}", symlinks=True))
             assert lw.resolve_checkpoint(copy).name == "best", at
@@ -804,19 +815,12 @@ def test_a_kill_at_every_single_disk_call_of_caching(caching, tmp_path):
     """Whatever the moment: the next attempt finishes the same store, computes what is missing, and leaves nothing else."""
     collect, _ = caching
     collect("whole")
-    number, died = 0, True
-    while died:
-        number += 1
-        note, log = tmp_path / f"note{number}", tmp_path / f"log{number}"
 
-        def work(number: int = number, note: Path = note) -> None:
-            die_inside([(lw, "collect_states")], number, note)
-            collect("cut")
+    def work(number: int, note: Path) -> None:
+        die_inside([(lw, "collect_states")], number, note)
+        collect("cut")
 
-        code = exit_code(forked(work, log))
-        died = note.exists()
-        assert code == (-9 if died else 0), log.read_text()
-        at = note.read_text() if died else "the end"
+    for number, at in deaths(tmp_path, work):
         collect("cut")
         assert states_of(tmp_path, "cut") == states_of(tmp_path, "whole"), (number, at)
         assert leftovers(tmp_path / "cut") == [], (number, at)
@@ -828,25 +832,19 @@ def test_states_that_were_all_computed_are_never_computed_again(caching, tmp_pat
     """Killed at any call after the last mark: only the bookkeeping is left to do."""
     collect, read = caching
     collect("whole")
-    number, died = 0, True
-    while died:
-        number += 1
-        note = tmp_path / f"note{number}"
 
-        def work(number: int = number, note: Path = note) -> None:
-            mark = lw.mark_done
+    def work(number: int, note: Path) -> None:
+        mark = lw.mark_done
 
-            def marked(states: Any, done: Any, fresh: list[int]) -> float:
-                now = mark(states, done, fresh)
-                die_inside([], number, note, already=True)
-                return now
+        def marked(states: Any, done: Any, fresh: list[int]) -> float:
+            now = mark(states, done, fresh)
+            die_inside([], number, note, already=True)
+            return now
 
-            lw.mark_done = marked
-            collect("cut")
+        lw.mark_done = marked
+        collect("cut")
 
-        code = exit_code(forked(work, tmp_path / "log"))
-        died = note.exists()
-        assert code == (-9 if died else 0), (tmp_path / "log").read_text()
+    for number, _ in deaths(tmp_path, work):
         read.clear()
         collect("cut")
         assert read == [], number
