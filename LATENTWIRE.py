@@ -425,6 +425,11 @@ class BridgeSettings(Settings):
     """Bridge"""
 
     latent_len: int = setting(8, "K: latents on the wire, one soft token each.", "soft_tokens", "num_latents", ge=1)
+    ratio: list[float] | None = setting(
+        None, "Window pooler: tokens per latent instead of --latent_len; several are a curriculum.", "compression_ratio"
+    )
+    latent_shared_len: int | None = setting(None, "Latents for all receivers; default those not private.", ge=1)
+    latent_private_len: int = setting(0, "Latents of each receiver's own, beside the shared ones.", ge=0)
     d_z: int = setting(64, "D_w: width of a latent on the wire.", "wire_width", ge=1)
     layers: Words = setting(
         ["0.5"],
@@ -435,16 +440,38 @@ class BridgeSettings(Settings):
     )
     encoder: str = setting("hidden", "Where latents come from; see 'list encoders'.", "encoder_type")
     pooler: str = setting("resampler", "How token states become K latents; see 'list poolers'.")
+    windows_on: Literal["encoder", "receiver"] = setting(
+        "encoder", "Window pooler: windows of the encoder's tokens, or of the first receiver's."
+    )
+    init: Literal["copy", "ridge", "none"] = setting(
+        "none", "Start from latents the first receiver already reads: its own embeddings, or a ridge map onto them."
+    )
     adapter: str = setting("linear", "How latents become a soft prompt; see 'list adapters'.")
+    hidden_mult: int = setting(1, "Adapter 'mlp': its inner width as a multiple of d_z.", "adapter_hidden_mult", ge=1)
+    adapter_metadata: bool = setting(True, "A learned offset per latent slot; nothing about the gold answer.")
+    film: bool = setting(False, "Each latent scales and shifts its own soft token (FiLM).", "adapter_film")
+    colorize: bool = setting(
+        False, "Give soft tokens the embedding table's mean and deviation per dimension.", "adapter_colorize"
+    )
     width: int = setting(256, "Inner width of the resampler.", "bridge_width", ge=8)
     depth: int = setting(2, "Blocks of the resampler.", ge=1)
     heads: int = setting(4, "Attention heads of the resampler.", ge=1)
     dropout: float = setting(0.1, "Dropout on the sender states while training.", ge=0, lt=1)
     normalize: Literal["token", "none"] = setting("token", "Standardise sender states per dimension over tokens.")
-    calibration: Literal["embed_rms", "none"] = setting(
-        "embed_rms", "Scale each soft prompt to the RMS of the receiver's embedding table."
+    calibration: Literal["embed_rms", "fixed", "train_stats", "none"] = setting(
+        "embed_rms",
+        "Scale of each soft prompt: the RMS of the receiver's embedding table, --prefix_target_rms, that of the training "
+        "prompts, or as it comes.",
     )
-    codec: str = setting("fp16", "Number format on the wire; see 'list codecs'.")
+    prefix_target_rms: float = setting(0.015, "The RMS of --calibration fixed.", gt=0)
+    prefix_gain: float = setting(1.0, "Multiplies the calibrated RMS.", gt=0)
+    codec: str = setting("fp16", "Number format on the wire; see 'list codecs'.", "latent_quant_bits")
+    quantize_from: float = setting(
+        1.0,
+        "Part of training after which latents are quantised as on the wire (straight-through); 1: never.",
+        ge=0,
+        le=1,
+    )
     anchor_text: str | None = setting(
         None, "Text between soft prompt and answer; default: the task's own.", "warm_anchor_text", "latent_anchor_text"
     )
@@ -454,7 +481,49 @@ class BridgeSettings(Settings):
         """Attention heads share the width evenly."""
         if self.width % self.heads:
             raise ValueError(f"--width {self.width} is not divisible by --heads {self.heads}")
+        if self.pooler not in ("window", "auto") and (self.init != "none" or self.ratio):
+            raise ValueError(f"--init and --ratio work on windows; add --pooler window (given: {self.pooler!r})")
+        if self.latent_private_len and self.pooler != "shared_private":
+            raise ValueError("--latent_private_len belongs to --pooler shared_private")
         return self
+
+
+class FeatureSettings(Settings):
+    """Features"""
+
+    use_lora: bool = setting(False, "Low-rank adaptation (Hu et al. 2022) by peft; the base weights stay frozen.")
+    lora_on: Literal["receiver", "sender", "both"] = setting("receiver", "Which model LoRA adapts.")
+    lora_r: int = setting(8, "Rank of LoRA.", "rank", ge=1)
+    lora_alpha: float = setting(16, "LoRA's scale is alpha / r.", gt=0)
+    lora_dropout: float = setting(0.0, "Dropout inside LoRA.", ge=0, lt=1)
+    lora_target_modules: Words = setting(
+        ["auto"], "Modules, or auto, attn_firstN:N, attn_mlp_firstN:N for the first N blocks.", "lora_targets"
+    )
+    use_prefix: bool = setting(
+        False, "Prefix tuning (Li & Liang 2021) by peft: a learned change of each layer's keys and values."
+    )
+    prefix_tokens: int = setting(16, "Positions that prefix tuning changes: BOS, then soft tokens.", ge=1)
+    prefix_projection: bool = setting(False, "Prefix tuning through peft's MLP.")
+    use_deep_prefix: bool = setting(False, "Latents also change each layer's keys and values at their soft token.")
+    deep_prefix_len: int | None = setting(None, "Soft tokens with a deep prefix; default all.", "prefix_len", ge=1)
+    deep_prefix_dropout: float = setting(0.0, "Dropout on a deep prefix's input.", ge=0, lt=1)
+    use_coprocessor: bool = setting(
+        False, "An MLP on the pooled latents changes keys and values of the last soft tokens."
+    )
+    coprocessor_len: int = setting(1, "How many soft tokens the coprocessor changes.", ge=1)
+    coprocessor_width: int = setting(256, "Inner width of the coprocessor.", ge=1)
+    coprocessor_kv_scale: float = setting(0.8, "Scale of the coprocessor's keys and values.", gt=0)
+    coprocessor_pool: Literal["mean", "first", "max"] = setting("mean", "What the coprocessor sees of the latents.")
+    use_latent_adapters: bool = setting(False, "Receiver blocks cross-attend to the latents through a zero gate.")
+    latent_adapter_layers: Words = setting(["0.25", "0.5", "0.75"], "Blocks with a latent adapter: index or fraction.")
+    latent_adapter_heads: int = setting(4, "Heads of a latent adapter.", ge=1)
+    use_gist_head: bool = setting(False, "A head that reconstructs the text's embeddings from the latents in training.")
+    gist_target_len: int = setting(48, "Tokens of the text that the gist head reconstructs.", ge=1)
+    gist_hidden: int = setting(512, "Inner width of the gist head.", ge=1)
+    gist_mask_prob: float = setting(0.15, "Share of the gist head's targets that is left out at random.", ge=0, lt=1)
+    use_latent_refiner: bool = setting(False, "A small transformer over the latents before they travel.")
+    latent_refiner_layers: int = setting(2, "Layers of the refiner.", ge=1)
+    latent_refiner_heads: int = setting(4, "Heads of the refiner.", ge=1)
 
 
 class LossSettings(Settings):
@@ -466,6 +535,38 @@ class LossSettings(Settings):
     )
     k_token_ce_weight: float = setting(0.5, "Weight of the K-token term.", "k_ce_weight", ge=0)
     first_token_ce_weight: float = setting(0.5, "Weight of the first answer token's cross-entropy.", ge=0)
+    first_token_ce_schedule: Literal["none", "cosine", "warmup"] = setting(
+        "none", "Its course: constant, from --first_token_ce_peak down to the weight, or up to it over 200 steps."
+    )
+    first_token_ce_peak: float = setting(8.0, "Where the cosine schedule starts.", ge=0)
+    first_token_ce_warmup_frac: float = setting(
+        0.4, "Part of the run that the cosine schedule stays at its peak.", ge=0, le=1
+    )
+    first_token_autoscale: bool = setting(False, "Raise its weight up to 8 times while it lags behind the answer's.")
+    first_token_entropy_weight: float = setting(0.0, "Weight of a bonus for an undecided first token.", ge=0)
+    kd_weight: float = setting(
+        0.0, "Weight of distillation from the same receiver reading the text.", "kd_first_k_weight", ge=0
+    )
+    kd_tau: float = setting(1.0, "Temperature of the distillation.", gt=0)
+    state_kd_weight: float = setting(0.0, "Weight of the distance to the text reader's hidden states.", ge=0)
+    state_kd_layers: Words = setting(["0.25", "0.5", "0.75"], "Layers of that distance: index or fraction of depth.")
+    latent_align_weight: float = setting(0.0, "Weight of the first soft token's distance to the answer's first.", ge=0)
+    latent_align_metric: Literal["cosine", "mse", "both"] = setting("cosine", "How that distance is measured.")
+    latent_prefix_align_weight: float = setting(0.0, "The same for all answer tokens, slot by slot.", ge=0)
+    gist_weight: float = setting(0.0, "Weight of the gist head's reconstruction of the text's embeddings.", ge=0)
+    reconstruction_weight: float = setting(0.0, "Weight of reading the text itself back from the latents.", ge=0)
+    continuation_weight: float = setting(0.0, "Weight of continuing the text from latents of its first half.", ge=0)
+    language_tokens: int = setting(48, "Tokens that reconstruction and continuation predict.", ge=1)
+    contrast_weight: float = setting(0.0, "Weight of the margin by which other texts' latents must be worse.", ge=0)
+    contrast_margin: float = setting(0.5, "That margin, in nats per token.", ge=0)
+    manifold_weight: float = setting(
+        0.0, "Weight of the distance to the embedding table's mean and deviation.", "manifold_stat_weight", ge=0
+    )
+    scale_weight: float = setting(0.0, "Weight of (scale - 1) squared in the adapter.", "scale_l2", ge=0)
+    rms_weight: float = setting(
+        0.0, "Weight of the uncalibrated prompt's distance to the table's RMS.", "adapter_rms_l2", ge=0
+    )
+    diversity_weight: float = setting(0.0, "Weight of the likeness of prompts with different answers.", ge=0)
 
     @model_validator(mode="after")
     def some_loss(self) -> LossSettings:
@@ -527,7 +628,53 @@ class OptimSettings(Settings):
         return self.effective_batch or 32 if self.batch_size == "auto" else self.batch_size * self.grad_accum
 
 
-class TrainSettings(DataSettings, ModelSettings, BridgeSettings, LossSettings, OptimSettings):
+class ScheduleSettings(Settings):
+    """Schedule"""
+
+    stages: Words = setting(
+        ["B"],
+        "A: text and latent steps in turn, then latents only; B: latents only; C: evaluate. Such as A,B,C.",
+        "stage",
+    )
+    warmup_text_latent_steps: int | None = setting(
+        None, "Length of that turn-taking; default a quarter of the run.", ge=0
+    )
+    warmup_text_latent_epochs: float | None = setting(None, "The same in epochs.", ge=0)
+    warmup_tail_prob: float = setting(0.0, "Share of text steps after it.", ge=0, le=1)
+    text_align_weight: float = setting(
+        1.0,
+        "Text steps: weight of the soft prompt's distance to the text's own embeddings.",
+        "warmup_align_weight",
+        ge=0,
+    )
+    adaptive_k_start: int | None = setting(None, "K of the K-token term at the start; default --k_token_ce.", ge=1)
+    adaptive_k_end: int | None = setting(None, "K of the K-token term at the end; linear between.", ge=1)
+    latent_keep_start: float = setting(1.0, "Latent dropout: share of latents kept at the start.", gt=0, le=1)
+    latent_keep_end: float = setting(1.0, "The same at the end.", gt=0, le=1)
+    latent_keep_power: float = setting(1.0, "Exponent of the course between.", gt=0)
+
+
+class DecodeSettings(Settings):
+    """Decoding"""
+
+    append_bos_after_prefix: Literal["auto", "yes", "no"] = setting(
+        "auto", "BOS after the soft prompt; auto and no put it in front, where the receiver expects it."
+    )
+    first_token_top_p: float = setting(1.0, "Nucleus of the first answer token; needs a temperature.", gt=0, le=1)
+    first_token_temperature: float = setting(0.0, "Temperature of the first answer token; 0 is greedy.", ge=0)
+    eos_ban_steps: int = setting(0, "No end token during so many first answer tokens.", "min_new_tokens", ge=0)
+
+
+class TrainSettings(
+    DataSettings,
+    ModelSettings,
+    BridgeSettings,
+    FeatureSettings,
+    LossSettings,
+    ScheduleSettings,
+    DecodeSettings,
+    OptimSettings,
+):
     """Run"""
 
     sender: str | None = setting(
@@ -538,12 +685,27 @@ class TrainSettings(DataSettings, ModelSettings, BridgeSettings, LossSettings, O
         "source_model",
     )
     receiver: str | None = setting(None, "Frozen model that answers.", "receiver_model", "receiver_id", "target_model")
+    receivers: Words | None = setting(None, "Several receivers of one latent language, trained in turn.")
+    llama_id: str | None = setting(None, "One of --receivers.")
+    qwen_id: str | None = setting(None, "One of --receivers.")
+    extend: Path | None = setting(
+        None, "A trained run: learn only the adapters of new --receivers, its shared part stays frozen."
+    )
+    sentence_model: str = setting(
+        "sentence-transformers/all-MiniLM-L6-v2", "Frozen model of encoders simple-st and stq."
+    )
+    protocol: Literal["question-aware", "question-agnostic"] = setting(
+        "question-aware", "Whether the sender sees the question, or the receiver gets it as text."
+    )
     data_seed: int = setting(0, "Chooses rows for train and validation; keep it fixed while --seed varies.")
     samples: int | None = setting(
         None, "Training rows at most; never more than the steps will see.", "max_train_samples", "train_samples", ge=4
     )
     val_samples: int = setting(400, "Rows held out of train for model selection (never more than a tenth).", ge=0)
     max_tokens: int = setting(256, "Sender tokens per text; the share cut off is printed.", "max_length", ge=8)
+    max_bytes: int = setting(2048, "The same for the byte encoder.", ge=8)
+    keep: Literal["head", "tail", "both"] = setting("head", "Which part of a too long text is kept.", "truncation")
+    max_answer_tokens: int = setting(32, "Answer tokens that are trained on.", ge=1)
     seeds: list[int] | None = setting(None, "Several seeds: one run each in OUTPUT_DIR/seed<N>.", execution=True)
     output_dir: Path | None = setting(None, "Run folder; default runs/<dataset>-<digest>.", "save_dir", execution=True)
     resume: str | None = setting(
@@ -576,7 +738,7 @@ class TrainSettings(DataSettings, ModelSettings, BridgeSettings, LossSettings, O
     use_optimized_dataloader: bool = setting(False, "Accepted; not needed, states are cached.", execution=True)
 
 
-class EvalSettings(DataSettings, ModelSettings):
+class EvalSettings(DataSettings, ModelSettings, DecodeSettings):
     """Evaluation"""
 
     checkpoint: Path | None = setting(None, "Run folder, its checkpoint, or the documents' spelling of it.", "ckpt")
@@ -585,7 +747,16 @@ class EvalSettings(DataSettings, ModelSettings):
     methods: Words | None = setting(None, "Methods to run; default all of 'list methods'.")
     batch_size: int = setting(32, "Rows per batch.", execution=True, ge=1)
     max_new_tokens: int | None = setting(None, "Longest generated answer; default the task's own.", ge=1)
+    receivers: Words | None = setting(None, "Which of the run's receivers; default all.", "receiver", "models")
+    codec: str | None = setting(None, "Another number format on the wire.", "latent_quant_bits")
+    prompt: Path | None = setting(None, "A run with --encoder constant: the trained prompt without source, as control.")
+    token_budget_k: int | None = setting(None, "Receiver tokens of the token-budget method; default the latents.", ge=1)
+    sequential_eval: bool = setting(False, "Never hold two receivers in memory; then none rescores another's answers.")
     soft_tokens: int | None = setting(None, "Checked against the checkpoint, which knows its own.", "latent_len", ge=1)
+    calibration: str | None = setting(None, "Checked against the checkpoint, which knows its own.")
+    anchor_text: str | None = setting(
+        None, "Checked against the checkpoint, which knows its own.", "latent_anchor_text", "warm_anchor_text"
+    )
     source_layer: Words | None = setting(None, "Checked against the checkpoint, which knows its own.", "layers")
     seed: int = setting(42, "Seed of the shuffled and Gaussian controls and of the bootstrap.", ge=0)
     output_dir: Path | None = setting(None, "Where records and results go; default the run folder.", execution=True)
