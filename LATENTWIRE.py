@@ -31,7 +31,7 @@ Sections
 §6 MODELS: frozen language models behind one sequence contract
 §7 WIRE: the Message, the only thing the receiver sees of the sender
 §8 BRIDGES: sender states to latents to soft prompts
-§9 LOSSES: one function per term
+§9 LOSSES: what the receiver predicts, and one function per term
 §10 TRAINING: one loop, its checkpoint and its log
 §11 EVALUATION: methods, controls and the verdict
 §12 FIGURES AND TABLES: records to pictures, tables and a page
@@ -584,7 +584,9 @@ DEFAULT_DATASET = "sst2"
 class OptimSettings(Settings):
     """Optimisation"""
 
-    steps: int | None = setting(None, f"Optimizer steps; default {DEFAULT_STEPS:,}.", "max_steps", ge=1)
+    steps: int | None = setting(
+        None, f"Optimizer steps; default {DEFAULT_STEPS:,}; 0 keeps the bridge as it starts.", "max_steps", ge=0
+    )
     epochs: float | None = setting(None, "Passes over the training rows, instead of --steps.", gt=0)
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = setting(
         32, "Rows at a time; auto finds the most that fit into memory. Running out of memory halves it, either way."
@@ -1298,9 +1300,21 @@ class Task:
             )
         return Example(str(index), str(row["prefix"]), "", (str(row["answer"]),))
 
+    @property
+    def agnostic(self) -> bool:
+        """Whether the sender sees the context only, and the receiver gets the question as text."""
+        return getattr(self.settings, "protocol", "") == "question-agnostic"
+
     def sender_text(self, example: Example) -> str:
         """What the sender reads."""
+        if self.agnostic:
+            return example.context
         return self.sender_prompt.format(context=example.context, question=example.question)
+
+    def question_text(self, example: Example) -> str:
+        """What the receiver reads between the soft prompt and the anchor: the question, if the sender did not see it."""
+        asked = self.receiver_prompt.partition("{context}")[2] if self.agnostic and example.question else ""
+        return asked.format(question=example.question)
 
     def receiver_text(self, example: Example) -> str:
         """What the receiver reads in the full-text method, up to the anchor."""
@@ -1826,7 +1840,8 @@ def training_splits(part: Task, settings: TrainSettings) -> tuple[Splits, str]:
     ordered = hash_order(published, settings.data_seed)
     cut = min(settings.val_samples, max(1, len(ordered) // 10)) if settings.val_samples else 0
     cut = clean_cut(ordered, cut)
-    seen = (settings.steps or DEFAULT_STEPS) * settings.rows_per_step  # more rows would never be looked at
+    steps = DEFAULT_STEPS if settings.steps is None else settings.steps
+    seen = max(32, steps) * settings.rows_per_step  # more rows would never be looked at
     most = min(settings.samples or len(ordered), len(ordered) if settings.epochs else seen)
     return {"train": distinct_ids(ordered[cut:][:most]), "validation": distinct_ids(ordered[:cut])}, source
 
@@ -2262,19 +2277,46 @@ class StopForward(Exception):
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """Texts as one receiver's tokens: embeds (B, T, D_r), character spans (B, T, 2), mask (B, T)."""
+
+    embeds: Tensor
+    spans: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
 class States:
-    """Sender hidden states: hidden (B, L, T, D_s), mask (B, T); while training, a random key for each row."""
+    """Sender hidden states: hidden (B, L, T, D_s), mask (B, T); while training, a random key for each row.
+
+    For windows also the character spans (B, T, 2) of the tokens, and the same texts as the first receiver's tokens.
+    """
 
     hidden: Tensor
     mask: Tensor
     keys: tuple[int, ...] = ()
+    spans: Tensor | None = None
+    heard: Tokens | None = None
 
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """What the receiver reads instead of text: embeds (B, K, D_r)."""
+    """What the receiver reads instead of text: embeds (B, K, D_r), mask (B, K) where some slots are empty.
+
+    Features add to it: ``changes`` (B, K, L, 2, D_kv) to every layer's keys and values, before RoPE, at the soft tokens;
+    ``readers``, by block, which look at ``memory`` (B, K, D_w), the latents, from every token.
+    """
 
     embeds: Tensor
+    mask: Tensor | None = None
+    memory: Tensor | None = None
+    changes: Tensor | None = None
+    readers: Mapping[int, Callable[[Tensor, SoftPrompt], Tensor]] = field(default_factory=dict)
+
+    def rows(self, chosen: Tensor) -> SoftPrompt:
+        """Some rows of the batch; they may repeat."""
+        own: dict[str, Any] = {name: value[chosen] for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **own)
 
 
 @dataclass(frozen=True)
@@ -2288,15 +2330,18 @@ class Packed:
     columns: Tensor  # (N,) position whose output predicts it
     targets: Tensor  # (N,) its id
     order: Tensor  # (N,) its index within the answer
+    soft: SoftPrompt | None = None
+    at: Tensor | None = None  # (B, K) positions of the soft tokens
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """A prompt already read: its cache, the logits after it (B, V), its mask (B, T)."""
+    """A prompt already read: its cache, the logits after it (B, V), its mask (B, T), the soft prompt in it."""
 
     cache: Any
     logits: Tensor
     mask: Tensor
+    soft: SoftPrompt | None = None
 
 
 class LM:
@@ -2304,6 +2349,10 @@ class LM:
 
     recompute = False
     """Whether training computes activations again instead of keeping them."""
+    keep = "head"
+    """Which part of a too long text is read."""
+    always_tuned = False
+    """Whether LoRA works in every forward pass (a sender), or only where a soft prompt is read."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any, revision: str, device: torch.device) -> None:
         self.name, self.revision = name, revision
@@ -2324,6 +2373,8 @@ class LM:
                 f"model {name} ({self.config.model_type}) has no stack of {self.n_layers} blocks to read"
             )
         self.blocks = stacks[0]
+        self.lora: dict[str, nn.Parameter] = {}
+        self.tuned: list[Any] = []
         plain, special = self.ids("x"), tokenizer("x").input_ids
         starts = [i for i in range(len(special)) if special[i : i + len(plain)] == plain]
         self.bos: TokenIds = special[: starts[0]] if starts else []
@@ -2343,6 +2394,64 @@ class LM:
         """Token ids without special tokens."""
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
+    def pieces(self, text: str) -> tuple[TokenIds, list[tuple[int, int]]]:
+        """Ids without special tokens, and the characters of ``text`` that each stands for."""
+        if not self.tokenizer.is_fast:
+            raise LatentWireError(f"the tokenizer of {self.name} knows no character offsets; use --pooler resampler")
+        asked = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+        found = self.tokenizer(text, **asked)
+        return found.input_ids, found.offset_mapping
+
+    def heard(self, texts: Sequence[str]) -> Tokens:
+        """Texts as this model's own tokens: what the copy path copies."""
+        found = [self.pieces(text) for text in texts]
+        ids, mask = pad_right([row or [self.pad] for row, _ in found], self.pad, self.device)
+        return Tokens(
+            self.embed(ids).float(), pad_spans([spans for _, spans in found], ids.shape[1], self.device), mask
+        )
+
+    def add_lora(self, settings: FeatureSettings, always: bool) -> None:
+        """Low-rank adapters (Hu et al. 2022) by peft inside the frozen blocks; they start as zero."""
+        require("peft")
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        names = {name.rpartition(".")[2] for name, part in self.blocks.named_modules() if isinstance(part, nn.Linear)}
+        targets, count = lora_targets(settings.lora_target_modules, names)
+        rates: dict[str, Any] = {"lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
+        layers = list(range(min(count, len(self.blocks)))) if count else None
+        inject_adapter_in_model(
+            LoraConfig(r=settings.lora_r, target_modules=targets, layers_to_transform=layers, **rates), self.backbone
+        )
+        self.always_tuned = always
+        self.tuned = [part for part in self.backbone.modules() if isinstance(part, BaseTunerLayer)]
+        self.lora = {name: p for name, p in self.backbone.named_parameters() if "lora_" in name}
+        for parameter in self.lora.values():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+    @contextlib.contextmanager
+    def reading(self, soft: SoftPrompt | None, at: Tensor | None, tuned: bool = False) -> Iterator[None]:
+        """What a soft prompt brings along while it is read: LoRA, changed keys and values, blocks that see the latents.
+
+        Keys and values change where they are projected, so the model itself rotates, normalises and caches them.
+        """
+        hooks = []
+        changes = soft.changes if soft and at is not None else None
+        for number, block in enumerate(self.blocks if changes is not None else ()):
+            for which, name in enumerate(("k_proj", "v_proj")):
+                change = changes[:, :, number, which]  # type: ignore[index]  # (B, K, D_kv)
+                hooks.append(getattr(block.self_attn, name).register_forward_hook(adding(change, at)))
+        for number, reader in (soft.readers if soft else {}).items():
+            hooks.append(self.blocks[number].register_forward_hook(passing(reader, soft)))
+        for part in self.tuned:
+            part.enable_adapters(self.always_tuned or soft is not None or tuned)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def continuation(self, before: str, text: str) -> TokenIds:
         """Ids of ``text`` as it is tokenised right after ``before`` (a leading space may merge either way)."""
         whole, prefix = self.ids(before + text), self.ids(before)
@@ -2359,13 +2468,20 @@ class LM:
         ids = torch.linspace(0, self.table.weight.shape[0] - 1, 8192, device=self.device).long().unique()
         return float(self.embed(ids).float().square().mean(-1).sqrt().median())
 
+    @functools.cached_property
+    def table_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation per dimension (D,) of rows of the embedding table."""
+        ids = torch.linspace(0, self.table.weight.shape[0] - 1, 8192, device=self.device).long().unique()
+        rows = self.embed(ids).float()
+        return rows.mean(0), rows.std(0)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden (N, D) → float32 (N, V). Contiguous: a strided slice is up to 560× slower on CPU."""
         logits = self.head(hidden.contiguous()).to(self.device)
         cap = getattr(self.config, "final_logit_softcapping", None)
         return (torch.tanh(logits / cap) * cap if cap else logits).float()
 
-    def forward(self, packed: Packed, **options: Any) -> Any:
+    def forward(self, packed: Packed, tuned: bool = False, **options: Any) -> Any:
         """The backbone's output on a packed batch; positions are explicit, since padding may be on either side."""
         mask = packed.mask.long()
         if self.recompute:
@@ -2373,9 +2489,10 @@ class LM:
                 block
             ) in self.blocks:  # the library recomputes, and drops the cache, where a block says it is in training
                 block.training = torch.is_grad_enabled()
-        output = self.backbone(
-            inputs_embeds=packed.embeds, attention_mask=mask, position_ids=packed.positions, **options
-        )
+        with self.reading(packed.soft, packed.at, tuned):
+            output = self.backbone(
+                inputs_embeds=packed.embeds, attention_mask=mask, position_ids=packed.positions, **options
+            )
         output.last_hidden_state = output.last_hidden_state.to(self.device)
         return output
 
@@ -2421,6 +2538,10 @@ class LM:
     def states(self, rows: Sequence[TokenIds], layers: Sequence[int]) -> States:
         """Hidden states (B, L, T, D) at ``layers`` for right-padded rows; blocks above the last one asked never run."""
         packed = lay_out(self, None, rows)
+        return States(torch.stack(self.hidden_states(packed, layers), 1), packed.mask)
+
+    def hidden_states(self, packed: Packed, layers: Sequence[int]) -> list[Tensor]:
+        """Hidden states (B, T, D) at each of ``layers``."""
         seen: dict[int, Tensor] = {}
 
         def watch(index: int) -> Callable[..., None]:
@@ -2440,21 +2561,22 @@ class LM:
         finally:
             for hook in hooks:
                 hook.remove()
-        return States(torch.stack([seen[layer].to(self.device) for layer in layers], 1), packed.mask)
+        return [seen[layer].to(self.device) for layer in layers]
 
     @torch.no_grad()
     def prefill(self, packed: Packed) -> Prefill:
         """Read left-padded prompts once; scoring and generation both go on from here."""
         output = self.forward(packed, use_cache=True)
-        return Prefill(output.past_key_values, self.logits(output.last_hidden_state[:, -1]), packed.mask)
+        return Prefill(output.past_key_values, self.logits(output.last_hidden_state[:, -1]), packed.mask, packed.soft)
 
     def advance(self, prefill: Prefill, cache: Any, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Read ids (B, S) after ``cache``; → hidden (B, S, D) and the longer mask. Positions are explicit (trap T3)."""
         mask = torch.cat([prefill.mask, real], 1)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = self.backbone(
-            inputs_embeds=self.embed(ids), attention_mask=mask.long(), position_ids=positions, past_key_values=cache
-        )
+        with self.reading(prefill.soft, None):
+            output = self.backbone(
+                inputs_embeds=self.embed(ids), attention_mask=mask.long(), position_ids=positions, past_key_values=cache
+            )
         return output.last_hidden_state.to(self.device), mask
 
     @torch.no_grad()
@@ -2469,7 +2591,8 @@ class LM:
             tokens = [candidates[b][i] for b, i in group]
             cache = copy_cache(prefill.cache, rows)
             ids, real = pad_right([t[:-1] for t in tokens], self.pad, self.device)
-            part = Prefill(cache, prefill.logits[rows], prefill.mask[rows])
+            soft = prefill.soft.rows(rows) if prefill.soft else None
+            part = Prefill(cache, prefill.logits[rows], prefill.mask[rows], soft)
             hidden, _ = self.advance(part, cache, ids, real)
             for (b, i), states, wanted in zip(group, hidden, tokens, strict=True):
                 rest = self.logits(states[: len(wanted) - 1]).log_softmax(-1)
@@ -2477,12 +2600,21 @@ class LM:
         return scores
 
     @torch.no_grad()
-    def generate(self, prefill: Prefill, max_new_tokens: int) -> list[str]:
-        """Greedy answers up to the end token or the end of the line; consumes the prefill's cache."""
+    def generate(
+        self, prefill: Prefill, max_new_tokens: int, how: DecodeSettings | None = None, draws: Sequence[int] = ()
+    ) -> list[str]:
+        """Greedy answers up to the end token or the end of the line; consumes the prefill's cache.
+
+        ``how`` may ban the end for some steps and draw the first token from a nucleus, by one number of ``draws`` a row.
+        """
+        how = how or DecodeSettings()
         logits, state, lines = prefill.logits, prefill, [[] for _ in range(len(prefill.logits))]  # type: ignore[var-annotated]
         open_rows = [True] * len(lines)
         for step in range(max_new_tokens):
-            chosen = logits.argmax(-1)
+            if step < how.eos_ban_steps:
+                logits = logits.index_fill(1, torch.tensor(sorted(self.ends), device=logits.device), -torch.inf)
+            drawn = step == 0 and how.first_token_temperature > 0
+            chosen = nucleus(logits, how, draws) if drawn else logits.argmax(-1)
             for b, token in enumerate(chosen.tolist()):
                 open_rows[b] = open_rows[b] and token not in self.ends
                 if open_rows[b]:
@@ -2493,9 +2625,58 @@ class LM:
             real = torch.tensor(open_rows, device=self.device)[:, None]
             hidden, mask = self.advance(state, state.cache, chosen[:, None], real)
             logits = self.logits(hidden[:, -1])
-            state = Prefill(state.cache, logits, mask)
+            state = replace(state, logits=logits, mask=mask)
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in lines]
         return [text.partition("\n")[0].strip() for text in texts]
+
+
+def lora_targets(asked: Sequence[str], names: set[str]) -> tuple[list[str] | str, int]:
+    """(linear layers that LoRA adapts, in how many first blocks; 0 is all) for ``auto``, ``attn_firstN:N`` or names."""
+    attention: list[str] = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in names]
+    inner: list[str] = [name for name in ("gate_proj", "up_proj", "down_proj") if name in names]
+    found = re.fullmatch(r"(attn|attn_mlp)_firstN:(\d+)", asked[0])
+    if found:
+        return [*attention, *(inner if found[1] == "attn_mlp" else [])] or "all-linear", int(found[2])
+    if list(asked) == ["auto"]:
+        return attention or "all-linear", 0
+    missing = [name for name in asked if name not in names]
+    if missing:
+        raise LatentWireError(
+            f"--lora_target_modules {missing[0]}: not a layer here{suggest(missing[0], names)} (layers: {', '.join(sorted(names))})"
+        )
+    return list(asked), 0
+
+
+def adding(change: Tensor, at: Tensor | None) -> Callable[..., Tensor]:
+    """A hook that adds ``change`` (B, K, D) to a layer's output (B, T, D) at positions ``at`` (B, K)."""
+
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+        assert at is not None
+        rows = torch.arange(len(at), device=output.device)[:, None].expand_as(at)
+        return output.index_put((rows, at.to(output.device)), change.to(output), accumulate=True)
+
+    return hook
+
+
+def passing(reader: Callable[[Tensor, SoftPrompt], Tensor], soft: SoftPrompt | None) -> Callable[..., Any]:
+    """A hook that lets ``reader`` change a block's hidden states (B, T, D)."""
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        assert soft is not None
+        if isinstance(output, tuple):
+            return (reader(output[0], soft), *output[1:])
+        return reader(output, soft)
+
+    return hook
+
+
+def nucleus(logits: Tensor, how: DecodeSettings, draws: Sequence[int]) -> Tensor:
+    """One token a row from the smallest set whose probability reaches top-p (Holtzman et al. 2020), by its own seed."""
+    share, order = (logits / how.first_token_temperature).softmax(-1).sort(-1, descending=True)
+    share = share.masked_fill(share.cumsum(-1) - share >= how.first_token_top_p, 0.0).cpu()
+    seeds = [torch.Generator().manual_seed(number) for number in draws]
+    places = [torch.multinomial(row, 1, generator=seed) for row, seed in zip(share, seeds, strict=True)]
+    return order.gather(1, torch.stack(places).to(order.device))[:, 0]
 
 
 def copy_cache(cache: Any, rows: Tensor) -> Any:
@@ -2513,6 +2694,98 @@ def pad_right(rows: Sequence[TokenIds], pad: int, device: torch.device) -> tuple
     ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
     real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=device)
     return ids, real
+
+
+def pad_spans(rows: Sequence[Sequence[tuple[int, int]]], width: int, device: torch.device) -> Tensor:
+    """Character spans (B, width, 2) of ragged rows; padding has the empty span."""
+    return torch.tensor([[*row, *[(0, 0)] * (width - len(row))] for row in rows], device=device).view(
+        len(rows), width, 2
+    )
+
+
+class ByteReader:
+    """UTF-8 bytes of a text, four to a token, read by no model: what the byte encoder sees.
+
+    A token is the number that its bytes spell; 255, which no UTF-8 holds, fills the last one.
+    """
+
+    PATCH: ClassVar[int] = 4
+    width, dtype, pad = 4, torch.uint8, 2**32 - 1
+    bos: ClassVar[TokenIds] = []
+    name, keep = "bytes", "head"
+    lora: ClassVar[dict[str, nn.Parameter]] = {}
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of it."""
+        return {"name": self.name, "family": "bytes", "revision": f"utf-8, {self.PATCH} bytes a token"}
+
+    def ids(self, text: str) -> TokenIds:
+        """Numbers of four bytes each."""
+        data = text.encode("utf-8", "replace")
+        return [int.from_bytes(data[i : i + 4].ljust(4, b"\xff")) for i in range(0, len(data), 4)]
+
+    def pieces(self, text: str) -> tuple[TokenIds, list[tuple[int, int]]]:
+        """The same, and the characters to which the bytes belong."""
+        owner = [i for i, letter in enumerate(text) for _ in letter.encode("utf-8", "replace")]
+        return self.ids(text), [(group[0], group[-1] + 1) for group in batches(owner, self.PATCH)]
+
+    def layer_index(self, text: str) -> int:
+        """There is one layer: the bytes."""
+        return 0
+
+    def keep_below(self, layer: int) -> None:
+        """Nothing to free."""
+
+    def states(self, rows: Sequence[TokenIds], layers: Sequence[int]) -> States:
+        """Bytes as (B, 1, T, 4)."""
+        ids, mask = pad_right(rows, self.pad, torch.device("cpu"))
+        shifts = torch.tensor([24, 16, 8, 0])
+        return States((ids[..., None] >> shifts & 255).to(torch.uint8)[:, None].to(self.device), mask.to(self.device))
+
+
+class SentenceReader(ByteReader):
+    """Token states of a small frozen sentence encoder: what ``simple-st`` and ``stq`` see."""
+
+    def __init__(self, name: str, device: torch.device, offline: bool) -> None:
+        super().__init__(device)
+        local = offline or Path(name).exists() or not hub_reachable()
+        import transformers
+
+        try:
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+            model = transformers.AutoModel.from_pretrained(name, local_files_only=local, dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise LatentWireError(f"--sentence_model: {model_advice(name, error, local)}") from None
+        self.model: Any = model.to(device).eval().requires_grad_(False)
+        self.name, self.width, self.dtype = name, model.config.hidden_size, torch.float32
+        self.pad = self.tokenizer.pad_token_id or 0
+        self.revision = folder_revision(Path(name)) if Path(name).is_dir() else str(model.config._commit_hash)
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint remembers of it."""
+        return {"name": self.name, "family": self.model.config.model_type, "revision": self.revision}
+
+    def ids(self, text: str) -> TokenIds:
+        """Token ids without special tokens."""
+        return self.pieces(text)[0]
+
+    def pieces(self, text: str) -> tuple[TokenIds, list[tuple[int, int]]]:
+        """Ids and character spans."""
+        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return found.input_ids, found.offset_mapping
+
+    @torch.no_grad()
+    def states(self, rows: Sequence[TokenIds], layers: Sequence[int]) -> States:
+        """Last hidden states (B, 1, T, D_s)."""
+        ids, mask = pad_right(rows, self.pad, self.device)
+        hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        return States(hidden[:, None], mask)
+
+
+Reader = LM | ByteReader
 
 
 def lay_out(
@@ -2539,25 +2812,29 @@ def lay_out(
     length = torch.tensor([len(row) for row in rows], device=lm.device)[:, None]
     column = torch.arange(width, device=lm.device)[None]
     mask = (column >= start) & (column < start + length)
-    embeds = lm.embed(torch.tensor(ids, device=lm.device))  # (B, T, D)
+    embeds, at = lm.embed(torch.tensor(ids, device=lm.device)), None  # (B, T, D)
     if soft is not None:
         at = start + len(before) + torch.arange(soft_len, device=lm.device)[None]  # (B, K)
         row = torch.arange(count, device=lm.device)[:, None].expand_as(at)
         embeds = embeds.index_put((row, at), soft.embeds.to(embeds.dtype))
+        if soft.mask is not None:
+            mask = mask.index_put((row, at), soft.mask)
     supervised = [
         (b, gaps[b] + len(prompts[b]) + i - 1, token, i)
         for b, answer in enumerate(answers)
         for i, token in enumerate(answer)
     ]
-    picked = torch.tensor(supervised or torch.zeros(0, 4).tolist(), device=lm.device).long().reshape(-1, 4).unbind(1)
-    return Packed(embeds, mask, (mask.long().cumsum(1) - 1).clamp(min=0), *picked)
+    picked = torch.tensor(supervised or torch.zeros(0, 4).tolist(), device=lm.device).long().reshape(-1, 4)
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return Packed(embeds, mask, positions, *picked.unbind(1), soft=soft, at=at)  # type: ignore[misc, arg-type]
 
 
 @contextlib.contextmanager
-def threads_for(*models: LM) -> Iterator[None]:
+def threads_for(*models: Reader) -> Iterator[None]:
     """One thread while only tiny models work: more only wait for each other."""
     before = torch.get_num_threads()
-    if all(model.device.type == "cpu" and model.model.num_parameters() < 5_000_000 for model in models):
+    sizes = [model.model.num_parameters() for model in models if isinstance(model, LM)]
+    if all(model.device.type == "cpu" for model in models) and max(sizes) < 5_000_000:
         torch.set_num_threads(1)
     try:
         yield
@@ -2590,31 +2867,81 @@ def pick_models(settings: TrainSettings) -> tuple[str, str, str]:
 
 # §7 WIRE: the Message, the only thing the receiver sees of the sender
 
-CODECS: Registry[Callable[[], Any]] = Registry("codecs", "codec")
+
+@dataclass(frozen=True)
+class Codec:
+    """How latents (B, K, D_w) travel: as floating-point numbers, or as whole ones up to ``top`` with a scale per latent."""
+
+    dtype: torch.dtype
+    top: int = 0
+    halves: bool = False
+    """Two numbers to a byte."""
+
+    def pack(self, latents: Tensor) -> dict[str, Tensor]:
+        """The tensors that travel."""
+        if not self.top:
+            return {"latents": latents.to(self.dtype)}
+        scale = (latents.abs().amax(-1) / self.top).half()  # (B, K)
+        numbers = (latents / scale.float().clamp(min=2.0**-24)[..., None]).round().clamp(-self.top, self.top)
+        if self.halves:
+            shifted = F.pad(numbers, (0, latents.shape[-1] % 2)).add(8).to(torch.uint8)
+            numbers = shifted[..., ::2] | shifted[..., 1::2] << 4
+        return {"latents": numbers.to(self.dtype), "scale": scale}
+
+    def unpack(self, tensors: Mapping[str, Tensor], width: int) -> Tensor:
+        """Latents (B, K, ``width``) again, as float32."""
+        numbers = tensors["latents"]
+        if not self.top:
+            return numbers.float()
+        if self.halves:
+            numbers = torch.stack([numbers & 15, numbers >> 4], -1).flatten(-2)[..., :width].float() - 8
+        return numbers.float() * tensors["scale"].float()[..., None]
+
+    def through(self, latents: Tensor) -> Tensor:
+        """Latents as they arrive, with the gradient of the identity (straight-through; Bengio et al. 2013)."""
+        arrived = self.unpack(self.pack(latents.detach()), latents.shape[-1])
+        return latents + (arrived - latents.detach())
 
 
-@CODECS.register("fp32", "float32")
-def fp32() -> torch.dtype:
+CODECS: Registry[Callable[[], Codec]] = Registry("codecs", "codec")
+
+
+@CODECS.register("fp32", "float32", "32")
+def fp32() -> Codec:
     """Four bytes a number."""
-    return torch.float32
+    return Codec(torch.float32)
 
 
-@CODECS.register("fp16", "float16")
-def fp16() -> torch.dtype:
+@CODECS.register("fp16", "float16", "16")
+def fp16() -> Codec:
     """Two bytes a number (default)."""
-    return torch.float16
+    return Codec(torch.float16)
+
+
+@CODECS.register("int8", "8")
+def int8() -> Codec:
+    """One byte a number, and two for the scale of each latent."""
+    return Codec(torch.int8, 127)
+
+
+@CODECS.register("int4", "4")
+def int4() -> Codec:
+    """Half a byte a number, and two bytes for the scale of each latent."""
+    return Codec(torch.uint8, 7, halves=True)
 
 
 @dataclass(frozen=True)
 class Message:
     """Latents (B, K, D_w) as they travel. Bytes: magic, version, CRC-32 and length of the rest, then safetensors.
 
-    ``bridge`` names the bridge that wrote it, so that another one refuses to read it.
+    ``bridge`` names the latent language it is written in, so that a bridge of another one refuses to read it. ``mask``
+    (B, K) says which latents of a batch are real where texts have different numbers of them; a single row has no gaps.
     """
 
     latents: Tensor
     codec: str
     bridge: str
+    mask: Tensor | None = None
 
     MAGIC: ClassVar[bytes] = b"LWIR"
     VERSION: ClassVar[int] = 1
@@ -2624,11 +2951,16 @@ class Message:
         """Everything the receiver gets."""
         from safetensors.torch import save
 
-        tensor = self.latents.detach().to("cpu", CODECS[self.codec]()).contiguous()
-        if not tensor.isfinite().all():
+        if self.mask is not None and not self.mask.all():
+            raise LatentWireError("a message with empty slots cannot travel; send its rows()")
+        packed = CODECS[self.codec]().pack(self.latents.detach().float().cpu())
+        if not all(tensor.isfinite().all() for tensor in (self.latents, *packed.values())):
             raise LatentWireError(f"latents do not fit codec {self.codec}: not finite; use --codec fp32")
-        notes = json.dumps({"codec": self.codec, "bridge": self.bridge})  # one key: the order of several is not fixed
-        body = save({"latents": tensor}, metadata={"message": notes})
+        said = {"codec": self.codec, "bridge": self.bridge}
+        if CODECS[self.codec]().halves:
+            said["width"] = str(self.latents.shape[-1])
+        notes = json.dumps(said)  # one key: the order of several is not fixed
+        body = save({name: t.contiguous() for name, t in packed.items()}, metadata={"message": notes})
         return self.HEADER.pack(self.MAGIC, self.VERSION, zlib.crc32(body), len(body)) + body
 
     @property
@@ -2655,7 +2987,7 @@ class Message:
 
         try:
             return cls.from_body(body)
-        except (SafetensorError, ValueError, LookupError, TypeError, struct.error) as error:
+        except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError, struct.error) as error:
             raise LatentWireError(f"message body is not what its header promises ({type(error).__name__})") from None
 
     @classmethod
@@ -2665,16 +2997,22 @@ class Message:
 
         size = struct.unpack_from("<Q", body)[0]
         notes = json.loads(json.loads(body[8 : 8 + size])["__metadata__"]["message"])
-        latents = load(body)["latents"]
-        if latents.ndim != 3 or latents.numel() == 0 or latents.dtype != CODECS[notes["codec"]]():
+        tensors, codec = load(body), CODECS[notes["codec"]]()
+        sent = tensors["latents"]
+        if sent.ndim != 3 or sent.numel() == 0 or sent.dtype != codec.dtype:
             raise ValueError("not latents (B, K, D_w) in their codec")
+        if codec.top and (tensors["scale"].dtype != torch.float16 or tensors["scale"].shape != sent.shape[:2]):
+            raise ValueError("not one scale per latent")
+        latents = codec.unpack(tensors, int(notes.get("width", sent.shape[-1])))
         if not latents.isfinite().all():
             raise ValueError("not finite")
-        return cls(latents.float(), str(notes["codec"]), str(notes["bridge"]))
+        return cls(latents, str(notes["codec"]), str(notes["bridge"]))
 
     def rows(self) -> list[Message]:
-        """One message per example."""
-        return [replace(self, latents=row[None]) for row in self.latents]
+        """One message per example, of its real latents only."""
+        mask = self.mask if self.mask is not None else torch.ones(self.latents.shape[:2], dtype=torch.bool)
+        counts = mask.sum(1).tolist()
+        return [replace(self, latents=row[None, :n], mask=None) for row, n in zip(self.latents, counts, strict=True)]
 
 
 # §8 BRIDGES: sender states to latents to soft prompts
@@ -2684,33 +3022,81 @@ POOLERS: Registry[type[nn.Module]] = Registry("poolers", "pooler")
 ADAPTERS: Registry[type[nn.Module]] = Registry("adapters", "adapter")
 
 
+class PartSettings(BridgeSettings, FeatureSettings):
+    """Bridge and features"""
+
+
+@dataclass(frozen=True)
+class Ear:
+    """What a bridge must know of one receiver: width, RMS of its embeddings, blocks, width of keys and values."""
+
+    name: str
+    width: int
+    rms: float
+    layers: int
+    kv: int
+    readers: tuple[int, ...]
+    """Blocks with a latent adapter."""
+
+    @classmethod
+    def of(cls, lm: LM, own: PartSettings) -> Ear:
+        """A receiver's."""
+        attention: Any = getattr(lm.blocks[0], "self_attn", None)
+        kv = attention.k_proj.out_features if hasattr(attention, "k_proj") else 0
+        if not kv and (own.use_deep_prefix or own.use_prefix or own.use_coprocessor):
+            raise LatentWireError(
+                f"{lm.name} ({lm.config.model_type}) has no k_proj and v_proj, which --use_prefix, --use_deep_prefix and "
+                f"--use_coprocessor change; use --use_latent_adapters or --use_lora"
+            )
+        readers = sorted({min(lm.layer_index(text), lm.n_layers - 1) for text in own.latent_adapter_layers})
+        return cls(lm.name, lm.width, lm.embed_rms, lm.n_layers, kv, tuple(readers if own.use_latent_adapters else ()))
+
+
 @dataclass(frozen=True)
 class BridgeShape:
-    """Everything that fixes a bridge's tensors: stored with it, so that it opens from its path alone."""
+    """Everything that fixes a bridge's tensors: stored with it, so that it opens from its path alone.
+
+    All fields of ``own``, the settings of bridge and features, can be read here as well.
+    """
 
     sender_width: int
     layers: tuple[int, ...]
-    receiver_width: int
-    receiver_rms: float
-    latent_len: int
-    d_z: int
-    width: int
-    depth: int
-    heads: int
-    dropout: float
-    normalize: str
-    calibration: str
-    encoder: str
-    pooler: str
-    adapter: str
-    codec: str
+    ears: tuple[Ear, ...]
+    own: PartSettings
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "own":
+            raise AttributeError(name)
+        return getattr(self.own, name)
 
     @classmethod
-    def of(cls, settings: BridgeSettings, sender: LM, receiver: LM) -> BridgeShape:
-        """The shape that settings and a model pair ask for."""
+    def of(cls, settings: BridgeSettings, sender: Reader, *receivers: LM) -> BridgeShape:
+        """The shape that settings and models ask for."""
         layers = tuple(sender.layer_index(text) for text in settings.layers)
-        chosen = settings.model_dump(include=set(cls.__dataclass_fields__) - {"layers"})
-        return cls(sender.width, layers, receiver.width, receiver.embed_rms, **chosen)
+        own = PartSettings(**settings.model_dump(include=set(PartSettings.model_fields)))
+        if own.latent_shared_len:
+            own = own.model_copy(update={"latent_len": own.latent_shared_len + own.latent_private_len})
+        if own.latent_private_len >= own.latent_len:
+            raise LatentWireError("--latent_private_len leaves no shared latents; give --latent_shared_len")
+        reads = getattr(ENCODERS[own.encoder], "reads", "sender")
+        return cls(sender.width, layers if reads == "sender" else (0,), tuple(Ear.of(lm, own) for lm in receivers), own)
+
+    def saved(self) -> dict[str, Any]:
+        """As JSON."""
+        ears = [asdict(ear) for ear in self.ears]
+        return {
+            "sender_width": self.sender_width,
+            "layers": self.layers,
+            "ears": ears,
+            **self.own.model_dump(mode="json"),
+        }
+
+    @classmethod
+    def load(cls, saved: Mapping[str, Any]) -> BridgeShape:
+        """The inverse of ``saved``."""
+        rest = dict(saved)
+        ears = tuple(Ear(**{**ear, "readers": tuple(ear["readers"])}) for ear in rest.pop("ears"))
+        return cls(rest.pop("sender_width"), tuple(rest.pop("layers")), ears, PartSettings(**rest))
 
 
 class RowDropout(nn.Module):
@@ -2733,6 +3119,14 @@ class RowDropout(nn.Module):
         return values * kept / (1 - self.rate)
 
 
+def zeroed(layer: nn.Linear) -> nn.Linear:
+    """A linear layer that starts as zero, so that what it adds is learned from nothing."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
 @ENCODERS.register("hidden")
 class HiddenEncoder(nn.Module):
     """Frozen sender states: standardised per dimension, layers mixed by a learned softmax, projected.
@@ -2740,6 +3134,7 @@ class HiddenEncoder(nn.Module):
     (B, L, T, D_s) → (B, T, W). The statistics are taken over real tokens of the training and validation texts.
     """
 
+    reads: ClassVar[str] = "sender"
     mean: Tensor
     deviation: Tensor
 
@@ -2756,11 +3151,140 @@ class HiddenEncoder(nn.Module):
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
 
+    def standard(self, states: States) -> Tensor:
+        """(B, L, T, D_s), mean 0 and deviation 1."""
+        return ((states.hidden.float() - self.mean[:, None]) / (self.deviation[:, None] + 1e-6)).clamp(-10, 10)
+
+    def features(self, states: States) -> Tensor:
+        """What a ridge map sees of each token: its layers side by side (B, T, L·D_s)."""
+        return self.standard(states).transpose(1, 2).flatten(2)
+
     def forward(self, states: States) -> Tensor:
         """(B, L, T, D_s) → (B, T, W)."""
-        hidden = (states.hidden.float() - self.mean[:, None]) / (self.deviation[:, None] + 1e-6)
-        mixed = torch.einsum("l,bltd->btd", self.mix.softmax(0), hidden.clamp(-10, 10))
+        mixed = torch.einsum("l,bltd->btd", self.mix.softmax(0), self.standard(states))
         return self.project(self.dropout(mixed, states.mask, states.keys))
+
+
+def transformer(width: int, heads: int, depth: int) -> nn.TransformerEncoder:
+    """Pre-norm transformer blocks without dropout, every token seeing every other."""
+    layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+    return nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
+
+
+def sinusoids(count: int, width: int, device: torch.device) -> Tensor:
+    """Position codes (count, width) of Vaswani et al. 2017, §3.5."""
+    place = torch.arange(count, device=device)[:, None]
+    rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
+    return torch.stack([(place * rate).sin(), (place * rate).cos()], -1).flatten(1)[:, :width]
+
+
+@ENCODERS.register("byte")
+class ByteEncoder(nn.Module):
+    """A trained transformer over the text's bytes, four to a token: no sender model at all.
+
+    (B, 1, T, 4) bytes → (B, T, W); padding is masked.
+    """
+
+    reads: ClassVar[str] = "bytes"
+    contextual: ClassVar[bool] = True
+
+    def __init__(self, shape: BridgeShape) -> None:
+        super().__init__()
+        self.letters = nn.Embedding(256, 64)
+        self.join = nn.Linear(4 * 64, shape.width)
+        self.blocks = transformer(shape.width, shape.heads, shape.depth)
+
+    def local(self, states: States) -> Tensor:
+        """Each token from its own bytes only (B, T, W)."""
+        return self.join(self.letters(states.hidden[:, 0].long()).flatten(2))
+
+    features = local
+
+    def forward(self, states: States) -> Tensor:
+        """(B, 1, T, 4) → (B, T, W)."""
+        tokens = self.local(states)
+        tokens = tokens + sinusoids(tokens.shape[1], tokens.shape[2], tokens.device)
+        return self.blocks(tokens, src_key_padding_mask=~states.mask)
+
+
+@ENCODERS.register("stq")
+class SentenceTokens(HiddenEncoder):
+    """Token states of a frozen small sentence encoder (--sentence_model), standardised and projected."""
+
+    reads: ClassVar[str] = "sentence"
+
+
+@ENCODERS.register("simple-st")
+class SentenceVector(SentenceTokens):
+    """The mean token state of a frozen small sentence encoder: one vector for the whole text, a hard bottleneck."""
+
+    def forward(self, states: States) -> Tensor:
+        """(B, 1, T, D_s) → (B, T, W), the same vector at every token."""
+        weights = states.mask[..., None].float()
+        tokens = super().forward(states) * weights
+        return (tokens.sum(1, keepdim=True) / weights.sum(1, keepdim=True)).expand_as(tokens)
+
+
+@ENCODERS.register("constant", "prompt")
+class ConstantEncoder(nn.Module):
+    """Nothing of the text: the bridge becomes a trained prompt, the control that learns the answers' form only."""
+
+    reads: ClassVar[str] = "bytes"
+
+    def __init__(self, shape: BridgeShape) -> None:
+        super().__init__()
+        self.width = shape.width
+
+    def forward(self, states: States) -> Tensor:
+        """(B, 1, T, 4) → zeros (B, T, W)."""
+        return torch.zeros(*states.mask.shape, self.width, device=states.mask.device)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Which part of each token lies in which window: tokens (B, K, T), the first receiver's (B, K, J), mask (B, K)."""
+
+    tokens: Tensor
+    heard: Tensor | None
+    mask: Tensor
+    spans: Tensor
+
+    @classmethod
+    def cut(cls, states: States, on: str, count: int, ratio: float | None) -> Windows:
+        """Runs of units in order, as equal as can be: ``count`` of them, or one for ``ratio`` units.
+
+        Units are the encoder's tokens or, with ``on="receiver"``, the first receiver's; the other ones belong to the
+        windows that cover their characters.
+        """
+        assert states.spans is not None
+        own, other = (states.spans, states.mask), (states.heard.spans, states.heard.mask) if states.heard else None
+        spans, mask = other if on == "receiver" and other else own
+        real = mask & (spans[..., 1] > spans[..., 0])  # BOS stands for no character
+        total = real.sum(1, keepdim=True)  # (B, 1)
+        wanted = (total / ratio).ceil().long() if ratio else total.clamp(max=count)
+        index = ((real.long().cumsum(1) - 1) * wanted // total.clamp(min=1)).masked_fill(~real, -1)
+        places = torch.arange(int(wanted.max().clamp(min=1)), device=mask.device)
+        inside = index[:, None] == places[:, None]  # (B, K, U)
+        starts = spans[:, None, :, 0].masked_fill(~inside, 2**30).amin(-1)
+        ends = spans[:, None, :, 1].masked_fill(~inside, 0).amax(-1)
+        borders = torch.stack([starts, ends], -1)  # (B, K, 2)
+        shares = [
+            inside.float() if spans is t else share_in(borders, t, m) for t, m in (own, *([other] if other else []))
+        ]
+        return cls(shares[0], shares[1] if other else None, places < wanted.clamp(min=1), borders)
+
+
+def share_in(windows: Tensor, spans: Tensor, mask: Tensor) -> Tensor:
+    """The share (B, K, T) of each token's characters, spans (B, T, 2), inside each window (B, K, 2)."""
+    start = torch.maximum(windows[:, :, None, 0], spans[:, None, :, 0])
+    end = torch.minimum(windows[:, :, None, 1], spans[:, None, :, 1])
+    length = (spans[..., 1] - spans[..., 0]).clamp(min=1)[:, None]
+    return (end - start).clamp(min=0) / length * mask[:, None]
+
+
+def weighted(shares: Tensor, values: Tensor) -> Tensor:
+    """Means of values (B, T, D) with weights (B, K, T) → (B, K, D); a window without weight is zero."""
+    return shares @ values / shares.sum(-1, keepdim=True).clamp(min=1e-6)
 
 
 class ResamplerBlock(nn.Module):
@@ -2792,12 +3316,13 @@ class Resampler(nn.Module):
     recompute = False
     """Whether training computes activations again instead of keeping them."""
 
-    def __init__(self, shape: BridgeShape) -> None:
+    def __init__(self, shape: BridgeShape, latent_len: int | None = None) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(shape.latent_len, shape.width) * 0.5)
+        count = latent_len or shape.latent_len
+        self.queries = nn.Parameter(torch.randn(count, shape.width) * 0.5)
         self.blocks = nn.ModuleList(ResamplerBlock(shape.width, shape.heads) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(shape.width)
-        self.mean_gain = nn.Parameter(torch.ones(shape.latent_len, shape.width))
+        self.mean_gain = nn.Parameter(torch.ones(count, shape.width))
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """tokens (B, T, W), mask (B, T) → (B, K, W)."""
@@ -2813,6 +3338,88 @@ class Resampler(nn.Module):
         return latents
 
 
+@POOLERS.register("shared_private")
+class SharedPrivate(nn.Module):
+    """Resamplers: one for the latents that all receivers share, one for each receiver's private ones."""
+
+    wants: ClassVar[str] = "ear"
+
+    def __init__(self, shape: BridgeShape) -> None:
+        super().__init__()
+        own = shape.latent_private_len
+        self.shared = Resampler(shape, shape.latent_len - own)
+        self.private = nn.ModuleList(Resampler(shape, own) for _ in shape.ears if own)
+
+    def forward(self, tokens: Tensor, mask: Tensor, ear: int) -> Tensor:
+        """tokens (B, T, W), mask (B, T) → (B, K, W): shared, then the receiver's own."""
+        latents = self.shared(tokens, mask)
+        return torch.cat([latents, self.private[ear](tokens, mask)], 1) if self.private else latents
+
+
+@POOLERS.register("window")
+class WindowPooler(nn.Module):
+    """One latent per run of tokens, in order: a weighted mean, after blocks in which every token sees the others.
+
+    Local pooling keeps what global queries lose (ARC-Encoder, arXiv 2510.20535, table 8). The weights start equal.
+    """
+
+    wants: ClassVar[str] = "windows"
+
+    def __init__(self, shape: BridgeShape) -> None:
+        super().__init__()
+        mixed = getattr(ENCODERS[shape.encoder], "contextual", False)
+        self.blocks = None if mixed else transformer(shape.width, shape.heads, shape.depth)
+        self.salience = zeroed(nn.Linear(shape.width, 1))
+
+    def forward(self, tokens: Tensor, mask: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        """tokens (B, T, W), mask (B, T) → latents (B, K, W), each token's weight (B, T)."""
+        if self.blocks is not None:
+            tokens = self.blocks(tokens, src_key_padding_mask=~mask)
+        weights = self.salience(tokens)[..., 0].clamp(-8, 8).exp()
+        return weighted(windows.tokens * weights[:, None], tokens), weights
+
+
+class StartPath(nn.Module):
+    """Latents that the first receiver can read before any training, and the maps that bring them on and off the wire.
+
+    ``copy``: the mean of its own input embeddings over each window's characters; ``ridge``: a linear map of the encoder's
+    token features onto that. Where D_w is smaller than its embeddings, their principal components travel.
+    """
+
+    mean: Tensor
+    down: Tensor
+    size: Tensor
+
+    def __init__(self, shape: BridgeShape) -> None:
+        super().__init__()
+        width = shape.ears[0].width
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("down", torch.eye(width, shape.d_z))
+        self.register_buffer("size", torch.tensor(shape.ears[0].rms))
+        self.gate = zeroed(nn.Linear(shape.width, 1))
+        count = len(shape.layers) * shape.sender_width if shape.encoder != "byte" else shape.width
+        self.ridge = nn.Linear(count, shape.d_z) if shape.init == "ridge" else None
+
+    def copied(self, states: States, windows: Windows, weights: Tensor | None = None) -> Tensor:
+        """Latents (B, K, D_w) that hold the first receiver's embeddings, tokens weighted by those of the encoder (B, T)."""
+        assert states.heard is not None
+        assert states.spans is not None
+        assert windows.heard is not None
+        shares = windows.heard
+        if weights is not None:
+            covered = share_in(states.spans, states.heard.spans, states.heard.mask)  # (B, T, J)
+            shares = shares * (1 + (weights - 1)[:, None] @ covered)
+        return (weighted(shares, states.heard.embeds) - self.mean) @ self.down / self.size
+
+    def forward(self, states: States, windows: Windows, encoder: Any, latents: Tensor, weights: Tensor) -> Tensor:
+        """Start latents (B, K, D_w), each scaled by a gate that starts at 1."""
+        if self.ridge is None:
+            start = self.copied(states, windows, weights)
+        else:
+            start = self.ridge(weighted(windows.tokens * weights[:, None], encoder.features(states)))
+        return start * (1 + self.gate(latents))
+
+
 @ADAPTERS.register("linear")
 class LinearAdapter(nn.Module):
     """Affine map from wire to receiver, an offset per slot, RMS calibration, a learned scale.
@@ -2820,53 +3427,346 @@ class LinearAdapter(nn.Module):
     (B, K, D_w) → (B, K, D_r). Per example: x · rms_table / RMS(x) · scale, so every family gets tokens of its own size.
     """
 
+    seen_rms: Tensor
+
+    def __init__(self, shape: BridgeShape, ear: Ear) -> None:
+        super().__init__()
+        self.map = nn.Linear(shape.d_z, ear.width)
+        slots = torch.zeros if shape.init != "none" else torch.randn
+        counted = shape.adapter_metadata and not shape.ratio
+        self.slots = nn.Parameter(slots(shape.latent_len, ear.width) * 0.02) if counted else None
+        self.scale = nn.Parameter(torch.ones(()))
+        self.film = zeroed(nn.Linear(shape.d_z, 2 * ear.width)) if shape.film else None
+        self.colour = (
+            nn.Parameter(torch.stack([torch.zeros(ear.width), torch.ones(ear.width)])) if shape.colorize else None
+        )
+        self.mode = shape.calibration if shape.init == "none" else "none"
+        self.target = (shape.prefix_target_rms if self.mode == "fixed" else ear.rms) * shape.prefix_gain
+        self.register_buffer("seen_rms", torch.zeros(()))
+
+    def start(self, weight: Tensor, bias: Tensor) -> None:
+        """Begin as this map (D_r, D_w), (D_r)."""
+        with torch.no_grad():
+            self.map.weight.copy_(weight)
+            self.map.bias.copy_(bias)
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """(B, K, D_w) → (B, K, D_r), not calibrated."""
+        prompt = self.map(latents)
+        if self.film is not None:
+            gain, offset = self.film(latents).chunk(2, -1)
+            prompt = prompt * (1 + gain.tanh()) + offset
+        if self.slots is not None:
+            prompt = prompt + self.slots[: latents.shape[1]]
+        if self.colour is not None:
+            mean, deviation = self.colour
+            prompt = F.layer_norm(prompt, prompt.shape[-1:]) * deviation + mean
+        return prompt
+
+    def forward(self, latents: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B, K, D_w), mask (B, K) → (B, K, D_r)."""
+        prompt = self.raw(latents)
+        if self.mode == "none":
+            return prompt * self.scale
+        real = torch.ones(latents.shape[:2], device=latents.device) if mask is None else mask.float()
+        square = (prompt.square().mean(-1) * real).sum(1) / real.sum(1)
+        rms = square.sqrt()[:, None, None]
+        if self.mode == "train_stats" and self.training:
+            self.seen_rms.lerp_(rms.detach().mean(), 0.02 if self.seen_rms else 1.0)
+        if self.mode == "train_stats" and not self.training and self.seen_rms:
+            rms = self.seen_rms
+        return prompt * (self.target / (rms + 1e-8)) * self.scale
+
+
+@ADAPTERS.register("mlp")
+class MlpAdapter(LinearAdapter):
+    """The linear adapter and a GELU MLP beside its map (--hidden_mult), which starts as zero."""
+
+    def __init__(self, shape: BridgeShape, ear: Ear) -> None:
+        super().__init__(shape, ear)
+        inner = shape.d_z * shape.hidden_mult
+        self.more = nn.Sequential(
+            nn.LayerNorm(shape.d_z), nn.Linear(shape.d_z, inner), nn.GELU(), zeroed(nn.Linear(inner, ear.width))
+        )
+
+    def raw(self, latents: Tensor) -> Tensor:
+        """(B, K, D_w) → (B, K, D_r), not calibrated."""
+        return super().raw(latents) + self.more(latents)
+
+
+class KeyValues(nn.Module):
+    """What features add to each layer's keys and values at the soft tokens: (B, K, L, 2, D_kv); all of it starts as zero."""
+
+    def __init__(self, shape: BridgeShape, ear: Ear) -> None:
+        super().__init__()
+        self.size, self.own = (ear.layers, 2, ear.kv), shape.own
+        count, width = math.prod(self.size), shape.d_z
+        inner = shape.coprocessor_width
+        self.deep = nn.Sequential(
+            nn.LayerNorm(width), nn.Dropout(shape.deep_prefix_dropout), zeroed(nn.Linear(width, count, bias=False))
+        ) if shape.use_deep_prefix else None  # fmt: skip
+        self.coprocessor = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, inner), nn.GELU(),
+            zeroed(nn.Linear(inner, shape.coprocessor_len * count, bias=False)),
+        ) if shape.use_coprocessor else None  # fmt: skip
+        self.prefix = self.new_prefix(ear) if shape.use_prefix else None
+
+    def new_prefix(self, ear: Ear) -> nn.Module:
+        """peft's prefix encoder, its last layer zero."""
+        require("peft")
+        from peft import PrefixTuningConfig
+        from peft.tuners.prefix_tuning import PrefixEncoder
+
+        sizes: dict[str, Any] = {"token_dim": ear.kv, "num_layers": ear.layers, "encoder_hidden_size": ear.kv}
+        config = PrefixTuningConfig(
+            num_virtual_tokens=self.own.prefix_tokens, prefix_projection=self.own.prefix_projection, **sizes
+        )
+        encoder = PrefixEncoder(config)
+        last = encoder.transform[-1] if self.own.prefix_projection else encoder.embedding
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        return encoder
+
+    def forward(self, latents: Tensor, mask: Tensor) -> Tensor:
+        """latents (B, K, D_w), mask (B, K) → (B, K, L, 2, D_kv)."""
+        total = latents.new_zeros(*latents.shape[:2], *self.size)
+        found = []
+        if self.deep is not None:
+            found.append(self.deep(latents[:, : self.own.deep_prefix_len]))
+        if self.prefix is not None:
+            numbers = torch.arange(min(self.own.prefix_tokens, latents.shape[1]), device=latents.device)
+            found.append(self.prefix(numbers[None]).expand(len(latents), -1, -1))
+        if self.coprocessor is not None:
+            pooled = {"mean": weighted(mask[:, None].float(), latents)[:, 0], "first": latents[:, 0],
+                      "max": latents.masked_fill(~mask[..., None], -torch.inf).amax(1)}[self.own.coprocessor_pool]  # fmt: skip
+            change = self.coprocessor(pooled).view(len(latents), self.own.coprocessor_len, -1)
+            found.append(change[:, : latents.shape[1]] * self.own.coprocessor_kv_scale)
+        for change in found:
+            total = total + F.pad(change, (0, 0, 0, latents.shape[1] - change.shape[1])).view_as(total)
+        return total
+
+
+class LatentAdapter(nn.Module):
+    """Gated cross-attention from a receiver block to the latents (Alayrac et al. 2022, §3.1.2); the gate starts at 0."""
+
+    def __init__(self, shape: BridgeShape, ear: Ear) -> None:
+        super().__init__()
+        inner, self.heads = 64 * shape.latent_adapter_heads, shape.latent_adapter_heads
+        self.norms = nn.ModuleList([nn.LayerNorm(ear.width), nn.LayerNorm(shape.d_z)])
+        self.query = nn.Linear(ear.width, inner, bias=False)
+        self.key, self.value = nn.Linear(shape.d_z, inner, bias=False), nn.Linear(shape.d_z, inner, bias=False)
+        self.out = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, ear.width))
+        self.gate = nn.Parameter(torch.zeros(()))
+
+    def forward(self, hidden: Tensor, soft: SoftPrompt) -> Tensor:
+        """hidden (B, T, D_r), latents (B, K, D_w) → (B, T, D_r)."""
+        assert soft.memory is not None
+        memory = self.norms[1](soft.memory).to(hidden.device)
+        parts = [self.query(self.norms[0](hidden.float())), self.key(memory), self.value(memory)]
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        mask = None if soft.mask is None else soft.mask[:, None, None].to(hidden.device)
+        seen = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        return hidden + (self.gate.tanh() * self.out(seen)).to(hidden.dtype)
+
+
+class GistHead(nn.Module):
+    """Reconstructs a text's first embeddings from its latents, in units of the table's RMS; used by a loss only."""
+
+    def __init__(self, shape: BridgeShape, ear: Ear) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(shape.gist_target_len, shape.d_z) * 0.02)
+        self.look = nn.MultiheadAttention(shape.d_z, 1, batch_first=True)
+        self.think = nn.Sequential(
+            nn.LayerNorm(shape.d_z),
+            nn.Linear(shape.d_z, shape.gist_hidden),
+            nn.GELU(),
+            nn.Linear(shape.gist_hidden, ear.width),
+        )
+
+    def forward(self, latents: Tensor, mask: Tensor | None) -> Tensor:
+        """latents (B, K, D_w) → (B, G, D_r)."""
+        queries = self.queries.expand(len(latents), -1, -1)
+        blind = None if mask is None else ~mask
+        return self.think(queries + self.look(queries, latents, latents, key_padding_mask=blind, need_weights=False)[0])
+
+
+class Reception(nn.Module):
+    """One receiver's part of a bridge: its adapter and whatever else of it listens to the latents."""
+
+    def __init__(self, shape: BridgeShape, ear: Ear) -> None:
+        super().__init__()
+        self.adapter: Any = ADAPTERS[shape.adapter](shape, ear)
+        changing = shape.use_deep_prefix or shape.use_prefix or shape.use_coprocessor
+        self.key_values = KeyValues(shape, ear) if changing else None
+        self.readers = nn.ModuleDict({str(block): LatentAdapter(shape, ear) for block in ear.readers})
+        self.gist = GistHead(shape, ear) if shape.use_gist_head else None
+
+    def forward(self, latents: Tensor, mask: Tensor | None) -> SoftPrompt:
+        """latents (B, K, D_w), mask (B, K) → SoftPrompt."""
+        embeds = self.adapter(latents, mask) if mask is not None else self.adapter(latents)
+        real = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device) if mask is None else mask
+        changes = self.key_values(latents, real) if self.key_values is not None else None
+        return SoftPrompt(embeds, mask, latents, changes, {int(block): part for block, part in self.readers.items()})
+
+
+class Refiner(nn.Module):
+    """A small transformer over the latents before they travel; its blocks start as the identity."""
+
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
-        self.map = nn.Linear(shape.d_z, shape.receiver_width)
-        self.slots = nn.Parameter(torch.randn(shape.latent_len, shape.receiver_width) * 0.02)
-        self.scale = nn.Parameter(torch.ones(()))
-        self.target = shape.receiver_rms if shape.calibration == "embed_rms" else None
+        if shape.d_z % shape.latent_refiner_heads:
+            raise LatentWireError(
+                f"--d_z {shape.d_z} is not divisible by --latent_refiner_heads {shape.latent_refiner_heads}"
+            )
+        self.blocks = transformer(shape.d_z, shape.latent_refiner_heads, shape.latent_refiner_layers)
+        self.blocks.norm = None
+        for block in self.blocks.layers:
+            zeroed(block.self_attn.out_proj)
+            zeroed(block.linear2)
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """(B, K, D_w) → (B, K, D_r)."""
-        prompt = self.map(latents) + self.slots
-        if self.target is not None:
-            prompt = prompt * (self.target / (prompt.square().mean((1, 2), keepdim=True).sqrt() + 1e-8))
-        return prompt * self.scale
+    def forward(self, latents: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, K, D_w) → (B, K, D_w)."""
+        return self.blocks(latents, src_key_padding_mask=None if mask is None else ~mask)
 
 
 class Bridge(nn.Module):
-    """The only thing that is trained: encoder and pooler write the Message, the adapter reads it; float32 throughout."""
+    """The only thing that is trained: encoder and pooler write the Message, each receiver's part reads it; float32."""
+
+    SHARED: ClassVar[tuple[str, ...]] = ("encoder.", "pooler.", "to_wire.", "start.", "refiner.")
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
         self.shape = shape
         self.encoder: Any = ENCODERS[shape.encoder](shape)
-        self.pooler = POOLERS[shape.pooler](shape)
-        self.to_wire = nn.Sequential(nn.LayerNorm(shape.width), nn.Linear(shape.width, shape.d_z))
+        self.pooler: Any = POOLERS[shape.pooler](shape)
+        last = nn.Linear(shape.width, shape.d_z)
+        self.start = StartPath(shape) if shape.init != "none" else None
+        self.to_wire = nn.Sequential(nn.LayerNorm(shape.width), zeroed(last) if self.start is not None else last)
         self.wire_norm = nn.LayerNorm(shape.d_z, elementwise_affine=False)  # latents of unit size survive any codec
-        self.adapter = ADAPTERS[shape.adapter](shape)
+        self.refiner = Refiner(shape) if shape.use_latent_refiner else None
+        self.ears: Any = nn.ModuleList(Reception(shape, ear) for ear in shape.ears)
+        self.ratio: float | None = shape.ratio[-1] if shape.ratio else None
+        self.quantize = False
+        """Whether latents pass through the codec in training."""
 
-    def encode(self, states: States, name: str = "") -> Message:
-        """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w)."""
-        latents = self.pooler(self.encoder(states), states.mask)
-        return Message(self.wire_norm(self.to_wire(latents)), self.shape.codec, name)
+    @property
+    def wants_windows(self) -> bool:
+        """Whether states need character spans."""
+        return getattr(self.pooler, "wants", "") == "windows"
 
-    def decode(self, message: Message) -> SoftPrompt:
+    def windows(self, states: States, ratio: float | None = None) -> Windows:
+        """The windows that the pooler means one latent of; ``ratio`` overrides."""
+        return Windows.cut(states, self.shape.windows_on, self.shape.latent_len, ratio or self.ratio)
+
+    def encode(self, states: States, name: str = "", ear: int = 0) -> Message:
+        """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w); ``ear`` matters where latents are private."""
+        tokens, mask = self.encoder(states), None
+        if self.wants_windows:
+            windows = self.windows(states)
+            pooled, weights = self.pooler(tokens, states.mask, windows)
+            latents, mask = self.to_wire(pooled), windows.mask
+            if self.start is not None:
+                latents = latents + self.start(states, windows, self.encoder, pooled, weights)
+        else:
+            own = (ear,) if getattr(self.pooler, "wants", "") == "ear" else ()
+            latents = self.to_wire(self.pooler(tokens, states.mask, *own))
+        latents = self.refiner(latents, mask) if self.refiner is not None else latents
+        latents = self.wire_norm(latents) if self.start is None else latents
+        latents = CODECS[self.shape.codec]().through(latents) if self.quantize else latents
+        return Message(latents, self.shape.codec, name, mask)
+
+    def decode(self, message: Message, ear: int = 0) -> SoftPrompt:
         """The receiver's side: Message (B, K, D_w) → SoftPrompt (B, K, D_r)."""
-        return SoftPrompt(self.adapter(message.latents.to(next(self.parameters()).device)))
+        device = next(self.parameters()).device
+        mask = None if message.mask is None else message.mask.to(device)
+        return self.ears[ear](message.latents.to(device), mask)
 
-    def fingerprint(self) -> str:
-        """Names these very weights; a Message says which bridge wrote it."""
+    def ear_of(self, name: str) -> int:
+        """The number of a receiver."""
+        names = [ear.name for ear in self.shape.ears]
+        if name not in names:
+            raise LatentWireError(f"no receiver {name!r} here{suggest(name, names)} (receivers: {', '.join(names)})")
+        return names.index(name)
+
+    @torch.no_grad()
+    def begin(self, batches_of_states: Iterable[tuple[States, list[Tokens]]], fresh: Sequence[int]) -> None:
+        """Fit what starts in closed form: principal components, the ridge map onto the copied latents, and for each of
+        the ``fresh`` receivers the map from latents to its own embeddings.
+
+        The second of each pair holds the texts as every receiver's tokens. Token by token: sums over windows follow.
+        """
+        seen, path = list(batches_of_states), self.start
+        if path is None:
+            return
+        if 0 in fresh:
+            heard = torch.cat([tokens[0].embeds[tokens[0].mask] for _, tokens in seen])
+            if self.shape.d_z < heard.shape[1]:
+                path.mean.copy_(heard.mean(0))
+                path.down.copy_(torch.linalg.svd(heard - path.mean, full_matrices=False)[2][: self.shape.d_z].T)
+            path.size.copy_(((heard - path.mean) @ path.down).square().mean().sqrt())
+            self.ears[0].adapter.start(path.down * path.size, path.mean)
+        cuts = [self.windows(states, 1.0) for states, _ in seen]
+        ones = [torch.ones_like(states.mask, dtype=torch.float32) for states, _ in seen]
+        if 0 in fresh and path.ridge is not None:
+            x = [
+                weighted(cut.tokens, self.encoder.features(s))[cut.mask] for cut, (s, _) in zip(cuts, seen, strict=True)
+            ]
+            y = [path.copied(s, cut)[cut.mask] for cut, (s, _) in zip(cuts, seen, strict=True)]
+            weight, bias = ridge_map(torch.cat(x), torch.cat(y))
+            path.ridge.weight.copy_(weight)
+            path.ridge.bias.copy_(bias)
+        sent = [self.sent_plainly(s, cut, one)[cut.mask] for cut, one, (s, _) in zip(cuts, ones, seen, strict=True)]
+        for ear in fresh:
+            if ear:
+                own = [
+                    share_in(cut.spans, tokens[ear].spans, tokens[ear].mask)
+                    for cut, (_, tokens) in zip(cuts, seen, strict=True)
+                ]
+                y = [weighted(o, t[ear].embeds)[cut.mask] for o, cut, (_, t) in zip(own, cuts, seen, strict=True)]
+                self.ears[ear].adapter.start(*ridge_map(torch.cat(sent), torch.cat(y)))
+
+    def sent_plainly(self, states: States, windows: Windows, weights: Tensor) -> Tensor:
+        """Start latents of other windows, before anything is learned."""
+        assert self.start is not None
+        latents, _ = self.pooler(self.encoder(states), states.mask, windows)
+        return self.start(states, windows, self.encoder, latents, weights)
+
+    def fingerprint(self, shared: bool = False) -> str:
+        """Names these very weights, or those that write messages: the latent language."""
         sums = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
-            sums.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+            if not shared or name.startswith(self.SHARED):
+                sums.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return sums.hexdigest()[:12]
 
 
-def sender_ids(sender: LM, text: str, limit: int) -> TokenIds:
+def ridge_map(x: Tensor, y: Tensor, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
+    """Ridge regression y ≈ x·Wᵀ + b in closed form (Hoerl & Kennard 1970) → weight (D_y, D_x), bias (D_y)."""
+    x, y = x.double(), y.double()
+    centre, middle = x.mean(0), y.mean(0)
+    gram = (x - centre).T @ (x - centre)
+    gram += strength * gram.diagonal().mean() * torch.eye(len(gram), device=x.device, dtype=x.dtype)
+    weight = torch.linalg.solve(gram, (x - centre).T @ (y - middle)).T
+    return weight.float(), (middle - weight @ centre).float()
+
+
+def cut_ids(row: Sequence[Part], limit: int, keep: str) -> list[Part]:
+    """The head, the tail or both ends of a row."""
+    if len(row) <= limit or keep == "head":
+        return list(row[:limit])
+    head = 0 if keep == "tail" else limit // 2
+    return [*row[:head], *row[len(row) - (limit - head) :]]
+
+
+def sender_ids(sender: Reader, text: str, limit: int) -> TokenIds:
     """BOS policy, then at most ``limit`` tokens in all; an empty text is one end token."""
-    return [*sender.bos, *sender.ids(text)][:limit] or [sender.pad]
+    return [*sender.bos, *cut_ids(sender.ids(text), limit - len(sender.bos), sender.keep)][:limit] or [sender.pad]
+
+
+def sender_spans(sender: Reader, text: str, limit: int) -> list[tuple[int, int]]:
+    """The characters that each of ``sender_ids`` stands for; none for BOS."""
+    own = cut_ids(sender.pieces(text)[1], limit - len(sender.bos), sender.keep)
+    return [*[(0, 0)] * len(sender.bos), *own][:limit] or [(0, 0)]
 
 
 @dataclass(frozen=True)
@@ -2905,8 +3805,14 @@ class StateStore:
         return torch.stack(pieces)
 
 
+def with_spans(states: States, texts: Sequence[str], sender: Reader, limit: int, first: LM) -> States:
+    """States and where their tokens stand in the text, and the texts as the first receiver's tokens."""
+    spans = pad_spans([sender_spans(sender, text, limit) for text in texts], states.mask.shape[1], states.mask.device)
+    return replace(states, spans=spans, heard=first.heard(texts))
+
+
 def collect_states(
-    sender: LM,
+    sender: Reader,
     texts: Iterable[str],
     layers: Sequence[int],
     limit: int,
@@ -2921,15 +3827,16 @@ def collect_states(
     together, and what a killed ``owner`` (its run folder) had done is not done again.
     """
     distinct = sorted(set(texts))
-    key = digest_of([sender.identity(), str(sender.dtype), list(layers), limit, distinct])
+    kept_part = [] if sender.keep == "head" else [sender.keep]
+    key = digest_of([sender.identity(), str(sender.dtype), list(layers), limit, distinct, *kept_part])
     folder = recovered(cache_folder() / "states" / key)
     index = {text: row for row, text in enumerate(distinct)}
+    where = "memory" if sender.lora or sender.dtype == torch.uint8 else where  # cheap, or not the model of that name
     kept = read_store(folder, index, sender.dtype) if where == "disk" else None
     if world.told(kept is not None):
         return kept or lost_store(folder)
-    longer = [sender_ids(sender, text, limit + 1) for text in distinct]
-    cut = sum(len(row) > limit for row in longer) / len(distinct)
-    rows = [row[:limit] for row in longer]
+    cut = sum(len(sender_ids(sender, text, limit + 1)) > limit for text in distinct) / len(distinct)
+    rows = [sender_ids(sender, text, limit) for text in distinct]
     offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
     shape = (int(offsets[-1]), len(layers), sender.width)
     groups = list(by_length(rows, tokens=4096))
@@ -3065,7 +3972,99 @@ def read_store(folder: Path, index: dict[str, int], dtype: torch.dtype) -> State
     return StateStore(flat, torch.tensor(notes["offsets"]), index, notes["truncated"], f"cached in {folder}")
 
 
-# §9 LOSSES: one function per term
+# §9 LOSSES: what the receiver predicts, and one function per term
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How a task's examples become the receiver's token ids: fixed per run, stored in the checkpoint."""
+
+    receiver: LM
+    part: Task
+    anchor: str
+    bos_after: bool = False
+    max_answer_tokens: int = 10_000
+
+    @functools.cached_property
+    def label_ids(self) -> list[TokenIds]:
+        """Ids of every class word after the anchor."""
+        return [self.receiver.continuation(self.anchor, f" {word}") for word in self.part.words]
+
+    @property
+    def longest(self) -> int:
+        """Tokens to generate at most: the longest class word and one more, or the task's own limit."""
+        return max(map(len, self.label_ids)) + 1 if self.part.words else self.part.max_new_tokens
+
+    def answer_ids(self, answer: str) -> TokenIds:
+        """Ids of an answer after the anchor, closed by the end token."""
+        ids = self.receiver.continuation(self.anchor, f" {answer}")[: self.max_answer_tokens]
+        return [*ids, self.receiver.tokenizer.eos_token_id]
+
+    def after(self, example: Example | None = None, text: bool = True) -> TokenIds:
+        """Ids before the answer: the anchor, after the full text or, without ``text``, the question if it is the receiver's."""
+        said = "" if example is None else (self.part.receiver_text if text else self.part.question_text)(example)
+        return self.receiver.ids(said + self.anchor)
+
+    def pack(
+        self, soft: SoftPrompt | None, examples: Sequence[Example], text: bool = False, answers: bool = False
+    ) -> Packed:
+        """A batch through the sequence contract: left-padded prompts, or right-padded with gold answers."""
+        after = [self.after(example, text) for example in examples]
+        gold = [self.answer_ids(example.answers[0]) for example in examples] if answers else None
+        return self.joined(soft, after, gold, left=not answers)
+
+    def joined(
+        self, soft: SoftPrompt | None, after: Sequence[TokenIds], gold: Sequence[TokenIds] | None, left: bool = False
+    ) -> Packed:
+        """BOS, soft prompt, ids, answers; BOS behind the soft prompt where that is asked for."""
+        bos = self.receiver.bos
+        if self.bos_after and soft is not None:
+            return lay_out(self.receiver, soft, [[*bos, *ids] for ids in after], gold, left=left)
+        return lay_out(self.receiver, soft, after, gold, before=bos, left=left)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A batch on its way into one receiver: everything that a loss may look at. ``step`` counts from 1 to ``steps``."""
+
+    bridge: Bridge
+    ear: int
+    prompting: Prompting
+    examples: Sequence[Example]
+    states: States
+    message: Message
+    soft: SoftPrompt
+    step: int = 1
+    steps: int = 1
+
+    @property
+    def receiver(self) -> LM:
+        """The frozen model."""
+        return self.prompting.receiver
+
+    @property
+    def part(self) -> Reception:
+        """The bridge's part for this receiver."""
+        return self.bridge.ears[self.ear]
+
+    @functools.cached_property
+    def texts(self) -> list[str]:
+        """What the sender read."""
+        return [self.prompting.part.sender_text(example) for example in self.examples]
+
+    def answered(self, soft: SoftPrompt | None, text: bool = False) -> Packed:
+        """The gold answers after a soft prompt, or after the text."""
+        return self.prompting.pack(soft, self.examples, text=text, answers=True)
+
+    def read_back(self, soft: SoftPrompt, opening: str, wanted: Sequence[TokenIds]) -> Tensor:
+        """Mean cross-entropy of ``wanted`` after a soft prompt and an opening."""
+        after = [self.receiver.ids(opening)] * len(wanted)
+        return supervise(self.receiver, self.prompting.joined(soft, after, wanted)).nats.mean()
+
+    def embedded(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, T, D_r) of ids, in units of the table's RMS, and their mask (B, T)."""
+        ids, mask = pad_right(rows, self.receiver.pad, self.receiver.device)
+        return self.receiver.embed(ids).float() / self.receiver.embed_rms, mask
 
 
 @dataclass(frozen=True)
@@ -3076,6 +4075,13 @@ class Supervised:
     targets: Tensor
     rows: Tensor
     order: Tensor
+    heard: Heard | None = None
+
+    @property
+    def batch(self) -> Heard:
+        """What led there."""
+        assert self.heard is not None
+        return self.heard
 
     @functools.cached_property
     def nats(self) -> Tensor:
@@ -3084,10 +4090,14 @@ class Supervised:
 
     def mean_per_row(self, chosen: Tensor) -> Tensor:
         """Mean over each row's chosen tokens, then over rows: the same for one batch of many and many of one."""
+        return self.row_means(self.nats, chosen).mean()
+
+    def row_means(self, values: Tensor, chosen: Tensor) -> Tensor:
+        """Mean of each row's chosen values (N,) → (B,)."""
         count = int(self.rows.max()) + 1
-        sums = torch.zeros(count, device=self.nats.device).index_add(0, self.rows[chosen], self.nats[chosen])
-        sizes = torch.zeros(count, device=self.nats.device).index_add(0, self.rows[chosen], chosen[chosen].float())
-        return (sums / sizes).mean()
+        sums = torch.zeros(count, device=values.device).index_add(0, self.rows[chosen], values[chosen])
+        sizes = torch.zeros(count, device=values.device).index_add(0, self.rows[chosen], chosen[chosen].float())
+        return sums / sizes
 
     def first_accuracy(self) -> Tensor:
         """Share of rows whose first answer token has the highest logit."""
@@ -3095,11 +4105,11 @@ class Supervised:
         return (self.logits[first].argmax(-1) == self.targets[first]).float().mean()
 
 
-def supervise(lm: LM, packed: Packed) -> Supervised:
+def supervise(lm: LM, packed: Packed, heard: Heard | None = None, tuned: bool = False) -> Supervised:
     """One forward of the frozen LM; logits only where an answer token is predicted (Gemma's vocabulary is 262k)."""
-    hidden = lm.forward(packed, use_cache=False).last_hidden_state
+    hidden = lm.forward(packed, tuned=tuned, use_cache=False).last_hidden_state
     logits = lm.logits(hidden[packed.rows, packed.columns])
-    return Supervised(logits, packed.targets, packed.rows, packed.order)
+    return Supervised(logits, packed.targets, packed.rows, packed.order, heard)
 
 
 LOSSES: Registry[Callable[[Supervised, LossSettings], Tensor]] = Registry("losses", "loss")
@@ -3123,12 +4133,189 @@ def first_token_ce(found: Supervised, settings: LossSettings) -> Tensor:
     return found.mean_per_row(found.order == 0)
 
 
+@LOSSES.register("first_token_entropy")
+def first_token_entropy(found: Supervised, settings: LossSettings) -> Tensor:
+    """Minus the entropy (nats) of the first answer token's distribution: a bonus for staying undecided."""
+    logs = found.logits[found.order == 0].log_softmax(-1)
+    return (logs.exp() * logs).sum(-1).mean()
+
+
+@LOSSES.register("kd")
+def kd(found: Supervised, settings: LossSettings) -> Tensor:
+    """KL from the same receiver reading the text, first K tokens, at temperature tau, times tau² (Hinton et al. 2015)."""
+    batch, tau = found.batch, settings.kd_tau
+    with torch.no_grad():
+        teacher = supervise(batch.receiver, batch.answered(None, text=True)).logits
+    student = (found.logits / tau).log_softmax(-1)
+    distance = F.kl_div(student, (teacher / tau).log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return found.row_means(distance, found.order < settings.k_token_ce).mean() * tau**2
+
+
+@LOSSES.register("state_kd")
+def state_kd(found: Supervised, settings: LossSettings) -> Tensor:
+    """Squared distance of hidden states to those after the text, where the first K answer tokens are predicted.
+
+    In units of the text reader's own mean square, per layer.
+    """
+    batch, lm = found.batch, found.batch.receiver
+    layers = [lm.layer_index(text) for text in settings.state_kd_layers]
+    packed, told = batch.answered(batch.soft), batch.answered(None, text=True)
+    with torch.no_grad():
+        wanted = [h[told.rows, told.columns].float() for h in lm.hidden_states(told, layers)]
+    states = [h[packed.rows, packed.columns].float() for h in lm.hidden_states(packed, layers)]
+    first = found.order < settings.k_token_ce
+    parts = [F.mse_loss(s[first], w[first]) / w[first].square().mean() for s, w in zip(states, wanted, strict=True)]
+    return torch.stack(parts).mean()
+
+
+def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
+    """Mean distance of rows (N, D): 1 - cosine, squared error, or both."""
+    parts = [1 - F.cosine_similarity(a, b, dim=-1).mean()] if metric != "mse" else []
+    return torch.stack([*parts, *([F.mse_loss(a, b)] if metric != "cosine" else [])]).sum()
+
+
+@LOSSES.register("latent_align")
+def latent_align(found: Supervised, settings: LossSettings) -> Tensor:
+    """Distance of the first soft token to the embedding of the answer's first token."""
+    batch = found.batch
+    wanted, _ = batch.embedded([batch.prompting.answer_ids(e.answers[0])[:1] for e in batch.examples])
+    return distance(batch.soft.embeds[:, 0] / batch.receiver.embed_rms, wanted[:, 0], settings.latent_align_metric)
+
+
+@LOSSES.register("latent_prefix_align")
+def latent_prefix_align(found: Supervised, settings: LossSettings) -> Tensor:
+    """Distance of the first soft tokens to the embeddings of the answer's tokens, slot by slot."""
+    batch = found.batch
+    wanted, mask = batch.embedded([batch.prompting.answer_ids(e.answers[0])[:-1] for e in batch.examples])
+    count = min(wanted.shape[1], batch.soft.embeds.shape[1])
+    mask = mask[:, :count] if batch.soft.mask is None else mask[:, :count] & batch.soft.mask[:, :count]
+    own = batch.soft.embeds[:, :count] / batch.receiver.embed_rms
+    return distance(own[mask], wanted[:, :count][mask], settings.latent_align_metric)
+
+
+@LOSSES.register("gist")
+def gist(found: Supervised, settings: LossSettings) -> Tensor:
+    """Squared error of the gist head's reconstruction of the text's first embeddings, some left out at random."""
+    batch, head = found.batch, found.batch.part.gist
+    if head is None:
+        raise LatentWireError("--gist_weight needs the head that reconstructs; add --use_gist_head")
+    made = head(batch.message.latents, batch.message.mask)
+    wanted, mask = batch.embedded([batch.receiver.ids(text)[: made.shape[1]] for text in batch.texts])
+    mask = mask & (torch.rand(mask.shape, device=mask.device) >= batch.bridge.shape.gist_mask_prob)
+    return F.mse_loss(made[:, : wanted.shape[1]][mask], wanted[mask])
+
+
+@LOSSES.register("reconstruction")
+def reconstruction(found: Supervised, settings: LossSettings) -> Tensor:
+    """Cross-entropy of the text's own first tokens, read back from its latents."""
+    batch = found.batch
+    wanted = [batch.receiver.ids(text)[: settings.language_tokens] or [batch.receiver.pad] for text in batch.texts]
+    return batch.read_back(batch.soft, "\nText:", wanted)
+
+
+@LOSSES.register("continuation")
+def continuation(found: Supervised, settings: LossSettings) -> Tensor:
+    """Cross-entropy of the text's second half after latents that saw its first half only."""
+    batch, spans = found.batch, found.batch.states.spans
+    if spans is None:
+        raise LatentWireError("--continuation_weight needs windows; add --pooler window")
+    cuts = torch.tensor([[len(text) // 2] for text in batch.texts], device=spans.device)
+    heard = batch.states.heard
+    early = replace(batch.states, mask=batch.states.mask & (spans[..., 1] <= cuts),
+                    heard=heard and replace(heard, mask=heard.mask & (heard.spans[..., 1] <= cuts)))  # fmt: skip
+    soft = batch.bridge.decode(batch.bridge.encode(early, ear=batch.ear), batch.ear)
+    rest = [text[len(text) // 2 :] for text in batch.texts]
+    wanted = [batch.receiver.ids(text)[: settings.language_tokens] or [batch.receiver.pad] for text in rest]
+    return batch.read_back(soft, "", wanted)
+
+
+@LOSSES.register("contrast")
+def contrast(found: Supervised, settings: LossSettings) -> Tensor:
+    """How far other texts' latents fall short of being worse by a margin: against latents that are not listened to."""
+    batch = found.batch
+    if len(batch.examples) < 2:
+        return found.logits.new_zeros(())
+    latents, mask = batch.message.latents.roll(1, 0), batch.message.mask
+    turned = replace(batch.message, latents=latents, mask=None if mask is None else mask.roll(1, 0))
+    other = supervise(batch.receiver, batch.answered(batch.bridge.decode(turned, batch.ear)))
+    every = found.order >= 0
+    gain = found.row_means(other.nats, every) - found.row_means(found.nats, every)
+    return (settings.contrast_margin - gain).clamp(min=0).mean()
+
+
+@LOSSES.register("manifold")
+def manifold(found: Supervised, settings: LossSettings) -> Tensor:
+    """Squared distance of the soft tokens' mean and deviation per dimension to the embedding table's, in its RMS."""
+    lm, embeds = found.batch.receiver, found.batch.soft.embeds
+    real = embeds.flatten(0, 1) if found.batch.soft.mask is None else embeds[found.batch.soft.mask]
+    mean, deviation = lm.table_statistics
+    parts = (real.mean(0) - mean).square().mean() + (real.std(0) - deviation).square().mean()
+    return parts / lm.embed_rms**2
+
+
+@LOSSES.register("scale")
+def scale(found: Supervised, settings: LossSettings) -> Tensor:
+    """Squared distance of the adapter's learned scale to 1."""
+    return (found.batch.part.adapter.scale - 1).square()
+
+
+@LOSSES.register("rms")
+def rms(found: Supervised, settings: LossSettings) -> Tensor:
+    """Squared distance of the uncalibrated prompt's RMS to the table's, in units of the table's."""
+    batch = found.batch
+    raw = batch.part.adapter.raw(batch.message.latents).square().mean((1, 2)).sqrt()
+    return (raw / batch.receiver.embed_rms - 1).square().mean()
+
+
+@LOSSES.register("diversity")
+def diversity(found: Supervised, settings: LossSettings) -> Tensor:
+    """Mean cosine of soft prompts whose answers differ; prompts with the same answer may be alike."""
+    batch = found.batch
+    flat = F.normalize(batch.soft.embeds.flatten(1), dim=1)
+    answers = [example.answers[0] for example in batch.examples]
+    differ = torch.tensor([[a != b for b in answers] for a in answers], device=flat.device)
+    return (flat @ flat.T)[differ].mean() if differ.any() else flat.new_zeros(())
+
+
+def first_token_weight(settings: LossSettings, step: int, steps: int) -> float:
+    """The first token's weight at a step, as its schedule says."""
+    base = settings.first_token_ce_weight
+    if settings.first_token_ce_schedule == "warmup":
+        return base * min(1.0, step / 200)
+    if settings.first_token_ce_schedule == "none":
+        return base
+    held = settings.first_token_ce_warmup_frac * steps
+    progress = max(0.0, step - held) / max(1.0, steps - held)
+    return base + (settings.first_token_ce_peak - base) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
 def total_loss(found: Supervised, settings: LossSettings) -> tuple[Tensor, dict[str, float]]:
     """The weighted sum of the terms whose weight is not 0, and each term's own value."""
     weights = {name: getattr(settings, f"{name}_weight", 1.0) for name in LOSSES}  # a plug-in's term counts as it is
+    if found.heard:
+        weights["first_token_ce"] = first_token_weight(settings, found.heard.step, found.heard.steps)
     terms = {name: LOSSES[name](found, settings) for name, weight in weights.items() if weight}
+    values = {name: float(value.detach()) for name, value in terms.items()}
+    if settings.first_token_autoscale and values.keys() >= {"first_token_ce", "answer_ce"}:
+        lag = values["first_token_ce"] / max(values["answer_ce"], 1e-6)
+        weights["first_token_ce"] *= min(8.0, max(1.0, lag))
     total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
-    return total, {f"loss_{name}": float(value.detach()) for name, value in terms.items()}
+    return total, {f"loss_{name}": value for name, value in values.items()}
+
+
+def text_step(heard: Heard, settings: ScheduleSettings) -> tuple[Tensor, Supervised]:
+    """A text step: the soft prompt's distance to the text's own embeddings, pooled evenly to its length, in table RMS²;
+    and the answer's cross-entropy after the text itself, which only LoRA can lower."""
+    wanted, mask = heard.embedded([heard.receiver.ids(text) or [heard.receiver.pad] for text in heard.texts])
+    count = heard.soft.embeds.shape[1]
+    index = ((mask.long().cumsum(1) - 1) * count // mask.sum(1, keepdim=True)).masked_fill(~mask, -1)
+    shares = (index[:, None] == torch.arange(count, device=index.device)[:, None]).float()  # (B, K, T)
+    real = shares.sum(-1) > 0
+    gap = (heard.soft.embeds / heard.receiver.embed_rms - weighted(shares, wanted))[real]
+    packed, lora = heard.answered(None, text=True), bool(heard.receiver.lora)
+    with contextlib.nullcontext() if lora else torch.no_grad():
+        found = supervise(heard.receiver, packed, tuned=True)
+    return settings.text_align_weight * gap.square().mean() + (answer_ce(found, LossSettings()) if lora else 0.0), found
 
 
 # §10 TRAINING: one loop, its checkpoint and its log
@@ -3184,42 +4371,6 @@ def permutation(seed: int, epoch: int, rows: int) -> list[int]:
     """The order of one epoch."""
     generator = torch.Generator().manual_seed(int(digest_of([seed, epoch, "order"]), 16) % 2**63)
     return torch.randperm(rows, generator=generator).tolist()
-
-
-@dataclass(frozen=True)
-class Prompting:
-    """How a task's examples become the receiver's token ids: fixed per run, stored in the checkpoint."""
-
-    receiver: LM
-    part: Task
-    anchor: str
-
-    @functools.cached_property
-    def label_ids(self) -> list[TokenIds]:
-        """Ids of every class word after the anchor."""
-        return [self.receiver.continuation(self.anchor, f" {word}") for word in self.part.words]
-
-    @property
-    def longest(self) -> int:
-        """Tokens to generate at most: the longest class word and one more, or the task's own limit."""
-        return max(map(len, self.label_ids)) + 1 if self.part.words else self.part.max_new_tokens
-
-    def answer_ids(self, answer: str) -> TokenIds:
-        """Ids of an answer after the anchor, closed by the end token."""
-        return [*self.receiver.continuation(self.anchor, f" {answer}"), self.receiver.tokenizer.eos_token_id]
-
-    def after(self, example: Example | None = None) -> TokenIds:
-        """Ids between the soft prompt and the answer: the anchor, after the text itself for the full-text method."""
-        text = self.part.receiver_text(example) if example else ""
-        return self.receiver.ids(text + self.anchor)
-
-    def pack(
-        self, soft: SoftPrompt | None, examples: Sequence[Example], text: bool = False, answers: bool = False
-    ) -> Packed:
-        """A batch through the sequence contract: left-padded prompts, or right-padded with gold answers."""
-        after = [self.after(example if text else None) for example in examples]
-        gold = [self.answer_ids(example.answers[0]) for example in examples] if answers else None
-        return lay_out(self.receiver, soft, after, gold, before=self.receiver.bos, left=not answers)
 
 
 @dataclass
@@ -3289,23 +4440,64 @@ class Trainer:
         self.world, self.signals = world, signals
         self.sender, self.receiver, self.part = setup.sender, setup.receiver, setup.part
         self.train_rows, self.validation_rows = setup.splits["train"], setup.splits["validation"]
-        self.prompting = Prompting(self.receiver, self.part, settings.anchor_text or self.part.anchor)
+        self.promptings = [prompting_of(settings, self.part, lm) for lm in setup.receivers]
+        self.prompting = self.promptings[0]
         epoch_steps = math.ceil(len(self.train_rows) / settings.rows_per_step)
-        self.steps = settings.steps or (math.ceil(settings.epochs * epoch_steps) if settings.epochs else DEFAULT_STEPS)
+        asked = math.ceil(settings.epochs * epoch_steps) if settings.epochs else DEFAULT_STEPS
+        self.steps = asked if settings.steps is None else settings.steps
         self.eval_every = settings.eval_every or max(1, self.steps // 10)
         seed_everything(settings.seed)
-        self.bridge = Bridge(BridgeShape.of(settings, self.sender, self.receiver)).to(self.receiver.device)
+        for lm in (self.sender, *setup.receivers) if settings.use_lora else ():
+            if isinstance(lm, LM) and settings.lora_on in ("both", "sender" if lm is self.sender else "receiver"):
+                lm.add_lora(settings, always=lm is self.sender)
+        self.bridge = Bridge(BridgeShape.of(settings, self.sender, *setup.receivers)).to(self.receiver.device)
+        self.fresh: list[int] = [*range(len(setup.receivers))]
+        if settings.extend:
+            self.adopt(settings.extend)
         if settings.gradient_checkpointing:
-            self.bridge.pooler.recompute = True  # type: ignore[assignment]
-            self.receiver.checkpoint_activations()
+            self.bridge.pooler.recompute = True
+            for lm in setup.receivers:
+                lm.checkpoint_activations()
         self.optimizer = self.new_optimizer()
         self.progress = Progress()
         self.saved_at = time.monotonic()
 
+    def adopt(self, folder: Path) -> None:
+        """Take a trained run's bridge; what it already has stays frozen, only new receivers' parts learn."""
+        old, _, _ = open_bridge(resolve_checkpoint(folder))
+        wanted = replace(self.bridge.shape, ears=self.bridge.shape.ears[: len(old.shape.ears)])
+        if wanted.saved() != old.shape.saved():
+            differing = [k for k, v in old.shape.saved().items() if wanted.saved()[k] != v]
+            raise LatentWireError(
+                f"--extend {folder}: that bridge differs in {', '.join(differing)}; leave these flags out"
+            )
+        self.bridge.load_state_dict(old.state_dict(), strict=False)
+        self.fresh = [*range(len(old.shape.ears), len(self.bridge.ears))]
+        self.bridge.requires_grad_(False)
+        for ear in self.fresh:
+            self.bridge.ears[ear].requires_grad_(True)
+
+    @functools.cached_property
+    def lora(self) -> dict[str, nn.Parameter]:
+        """Low-rank adapters inside the frozen models, by model and layer."""
+        models = [self.sender, *self.setup.receivers]
+        return {f"{i}.{name}": p for i, lm in enumerate(models) for name, p in lm.lora.items()}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Everything that learns."""
+        return [p for p in (*self.bridge.parameters(), *self.lora.values()) if p.requires_grad]
+
+    @property
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds of them."""
+        lora: dict[str, dict[str, Tensor]] = {"lora": {**self.lora}} if self.lora else {}
+        return {"bridge": dict(self.bridge.state_dict())} | lora
+
     def new_optimizer(self) -> torch.optim.AdamW | OffloadedAdamW:
         """AdamW (Loshchilov & Hutter 2019) over the bridge; only matrices decay."""
-        decayed = [p for p in self.bridge.parameters() if p.ndim > 1]
-        rest = [p for p in self.bridge.parameters() if p.ndim <= 1]
+        decayed = [p for p in self.parameters if p.ndim > 1]
+        rest = [p for p in self.parameters if p.ndim <= 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
         options: dict[str, Any] = {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay}
         if self.settings.optimizer_offload:
@@ -3321,38 +4513,111 @@ class Trainer:
             if self.signals:
                 raise Interrupted(self.run.folder, "the sender states", self.signals[0])
 
+        limit = text_limit(self.settings, self.sender)
         self.store = collect_states(
-            self.sender, texts, self.bridge.shape.layers, self.settings.max_tokens, self.settings.state_cache, tick,
-            self.run.folder, self.world,
-        )  # fmt: skip
+            self.sender,
+            texts,
+            self.bridge.shape.layers,
+            limit,
+            self.settings.state_cache,
+            tick,
+            self.run.folder,
+            self.world,
+        )
+        lost = self.part.agnostic or questions_cut(self.part, self.validation_rows, self.sender, limit)
         self.report.say(
             f"sender states: {len(self.store.index)} texts, {len(self.store.flat)} tokens, {self.store.source}; "
-            f"{self.store.truncated:.1%} of texts were cut to {self.settings.max_tokens} tokens"
+            f"{self.store.truncated:.1%} of texts were cut to {limit} tokens"
+            + (f", {lost:.1%} of questions" if not self.part.agnostic and self.validation_rows else "")
         )
-        if self.settings.normalize == "token" and not self.progress.step and hasattr(self.bridge.encoder, "calibrate"):
-            self.bridge.encoder.calibrate(*self.store.statistics())
+        if not self.progress.step and not self.settings.extend:
+            if self.settings.normalize == "token" and hasattr(self.bridge.encoder, "calibrate"):
+                self.bridge.encoder.calibrate(*self.store.statistics())
+            for part, lm in zip(self.bridge.ears, self.setup.receivers, strict=True):
+                if getattr(part.adapter, "colour", None) is not None:
+                    part.adapter.colour.data = torch.stack(lm.table_statistics)
+        if not self.progress.step and self.bridge.start is not None:
+            self.bridge.begin([self.sample(group) for group in batches(sorted(set(texts))[:256], 16)], self.fresh)
         if not self.progress.micro:
             size = self.settings.batch_size
             self.progress.micro = self.fitting() if size == "auto" else size
 
-    def soft_prompt(self, examples: Sequence[Example], places: Sequence[int] = ()) -> SoftPrompt:
-        """Bridge forward on cached states; a row's place in the training stream decides its dropout."""
+    def states_of(self, texts: Sequence[str]) -> States:
+        """Sender states: cached, or computed with gradients where LoRA changes the sender."""
+        if self.sender.lora:
+            assert isinstance(self.sender, LM)
+            packed = lay_out(self.sender, None, [sender_ids(self.sender, t, self.settings.max_tokens) for t in texts])
+            hidden = self.sender.hidden_states(packed, self.bridge.shape.layers)
+            return States(torch.stack(hidden, 1).to(self.receiver.device), packed.mask.to(self.receiver.device))
+        return self.store.batch(texts, self.receiver.device)
+
+    def sample(self, texts: Sequence[str]) -> tuple[States, list[Tokens]]:
+        """Texts for the closed-form start: states, and the texts as every receiver's tokens."""
+        states = self.store.batch(texts, self.receiver.device)
+        limit = text_limit(self.settings, self.sender)
+        heard = [lm.heard(texts) for lm in self.setup.receivers]
+        return with_spans(states, texts, self.sender, limit, self.receiver), heard
+
+    def hear(self, examples: Sequence[Example], ear: int = 0, places: Sequence[int] = ()) -> Heard:
+        """Examples on their way into a receiver; a row's place in the training stream decides its dropout."""
         texts = [self.part.sender_text(example) for example in examples]
         keys = tuple(int(digest_of([self.settings.seed, place, "dropout"]), 16) for place in places)
-        states = replace(self.store.batch(texts, self.receiver.device), keys=keys)
-        return self.bridge.decode(self.bridge.encode(states))
+        states = replace(self.states_of(texts), keys=keys)
+        if self.bridge.wants_windows:
+            states = with_spans(states, texts, self.sender, text_limit(self.settings, self.sender), self.receiver)
+        message = self.bridge.encode(states, ear=ear)
+        soft = self.bridge.decode(message, ear)
+        if places:
+            soft = dropped(soft, keys, self.settings, (self.progress.step + 1) / self.steps)
+        step = min(self.progress.step + 1, self.steps)
+        return Heard(self.bridge, ear, self.promptings[ear], examples, states, message, soft, step, self.steps)
+
+    def ear_at(self, step: int) -> int:
+        """The receiver of a step: sampled, the same for all rows and processes."""
+        return self.fresh[int(digest_of([self.settings.seed, step, "receiver"]), 16) % len(self.fresh)]
+
+    def reads_text(self, step: int) -> bool:
+        """Whether a step is a text step: every second one of stage A's beginning, some after it."""
+        settings = self.settings
+        length = settings.warmup_text_latent_steps
+        if settings.warmup_text_latent_epochs is not None:
+            length = round(settings.warmup_text_latent_epochs * len(self.train_rows) / settings.rows_per_step)
+        if length is None:
+            length = self.steps // 4 if "a" in stages_of(settings) else 0
+        if step <= length:
+            return step % 2 == 1
+        draw = int(digest_of([settings.seed, step, "text"]), 16) % 10_000
+        return draw < 10_000 * settings.warmup_tail_prob
+
+    def scheduled(self, step: int) -> TrainSettings:
+        """Settings as they are at a step; the bridge's ratio and quantisation follow theirs."""
+        settings, progress = self.settings, (step - 1) / max(1, self.steps - 1)
+        if settings.ratio:
+            self.bridge.ratio = settings.ratio[min(len(settings.ratio) - 1, int(progress * len(settings.ratio)))]
+        self.bridge.quantize = settings.quantize_from < 1 and progress >= settings.quantize_from
+        first, last = settings.adaptive_k_start, settings.adaptive_k_end
+        if first is None and last is None:
+            return settings
+        first, last = first or settings.k_token_ce, last or settings.k_token_ce
+        return settings.model_copy(update={"k_token_ce": round(first + (last - first) * progress)})
 
     def backward(self, places: Sequence[int]) -> dict[str, float]:
         """Gradients of some rows of a step, named by their places in the endless stream; → their share of its values."""
-        settings = self.settings
+        step = self.progress.step + 1
+        settings, ear = self.scheduled(step), self.ear_at(step)
         examples = [self.train_rows[row_at(settings.seed, place, len(self.train_rows))] for place in places]
-        packed = self.prompting.pack(self.soft_prompt(examples, places), examples, answers=True)
-        found = supervise(self.receiver, packed)
-        loss, terms = total_loss(found, settings)
+        heard = self.hear(examples, ear, places)
+        if self.reads_text(step):
+            loss, found = text_step(heard, settings)
+            terms = {"loss_text_align": float(loss.detach())}
+        else:
+            found = supervise(heard.receiver, packed := heard.answered(heard.soft), heard)
+            loss, terms = total_loss(found, settings)
         weight = len(places) / settings.rows_per_step
         (loss * self.loss_scale * weight).backward()
         values = {"loss": float(loss.detach()), **terms, "first_acc": float(found.first_accuracy())}
-        return {name: value * weight for name, value in values.items()} | {"tokens": float(packed.mask.sum())}
+        tokens = float(packed.mask.sum()) if not self.reads_text(step) else float(len(found.targets))
+        return {name: value * weight for name, value in values.items()} | {"tokens": tokens}
 
     @property
     def loss_scale(self) -> float:
@@ -3361,7 +4626,8 @@ class Trainer:
 
     def gradients(self, step: int, size: int) -> dict[str, float]:
         """This process's share of a step, ``size`` rows at a time; → its share of the step's values."""
-        self.bridge.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         seed_everything(self.settings.seed, step)
         rows = self.settings.rows_per_step
         sums: dict[str, float] = {}
@@ -3389,7 +4655,8 @@ class Trainer:
 
     def free_memory(self) -> None:
         """Give back what a failed attempt held."""
-        self.bridge.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         gc.collect()
         if self.receiver.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -3421,11 +4688,11 @@ class Trainer:
         started, step = time.perf_counter(), self.progress.step + 1
         sums = self.halving("micro", lambda size: self.gradients(step, size))
         tokens = sums.pop("tokens")
-        self.world.add_gradients(self.bridge.parameters())
-        for parameter in self.bridge.parameters():
+        self.world.add_gradients(self.parameters)
+        for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(self.loss_scale)
-        norm = float(nn.utils.clip_grad_norm_(self.bridge.parameters(), self.settings.clip))
+        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
         if not math.isfinite(norm):
             raise LatentWireError(f"the loss is not finite at step {step}; lower --lr or use --dtype float32")
         rate = learning_rate(self.settings, step, self.steps)
@@ -3436,12 +4703,17 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
         times = {"tokens_per_s": tokens / seconds, "seconds": self.progress.seconds}
-        return {"step": step, **sums, "grad_norm": norm, "lr": rate, **times}
+        several: dict[str, Any] = (
+            {"receiver": self.setup.receivers[self.ear_at(step)].name} if len(self.promptings) > 1 else {}
+        )
+        mode: dict[str, Any] = {"mode": "text"} if self.reads_text(step) else {}
+        return {"step": step, **sums, "grad_norm": norm, "lr": rate, **times, **several, **mode}
 
     def validate(self) -> dict[str, float]:
         """Loss, and accuracy by full-label likelihood where the task has class words, on the held-out rows."""
         started = time.perf_counter()
         self.bridge.eval()
+        self.bridge.ratio = self.settings.ratio[-1] if self.settings.ratio else None
         sums = self.halving("group", self.validation_sums)
         self.bridge.train()
         self.progress.seconds += time.perf_counter() - started
@@ -3453,16 +4725,21 @@ class Trainer:
     def validation_sums(self, size: int) -> dict[str, float]:
         """Sums over this process's share of the validation rows."""
         sums = {"loss": 0.0, "right": 0.0}
-        for examples in batches(self.world.share_of(self.validation_rows), size):
-            soft = self.soft_prompt(examples)
-            found = supervise(self.receiver, self.prompting.pack(soft, examples, answers=True))
-            sums["loss"] += float(answer_ce(found, self.settings)) * len(examples)
+        share = [*batches(self.world.share_of(self.validation_rows), size)]
+        for examples, ear in itertools.product(share, self.fresh):
+            heard = self.hear(examples, ear)
+            found, prompting, lm = (
+                supervise(heard.receiver, heard.answered(heard.soft)),
+                heard.prompting,
+                heard.receiver,
+            )
+            sums["loss"] += float(answer_ce(found, self.settings)) * len(examples) / len(self.fresh)
             if self.part.words:
-                prefill = self.receiver.prefill(self.prompting.pack(soft, examples))
-                labels = self.prompting.label_ids
-                scores = self.receiver.score(prefill, [labels] * len(examples))
-                picks = [pick(by_length_of(labels, row)) for row in scores]
-                sums["right"] += sum(choice == e.label for choice, e in zip(picks, examples, strict=True))
+                prefill = lm.prefill(prompting.pack(heard.soft, examples))
+                scores = lm.score(prefill, [prompting.label_ids] * len(examples))
+                picks = [pick(by_length_of(prompting.label_ids, row)) for row in scores]
+                right = sum(choice == e.label for choice, e in zip(picks, examples, strict=True))
+                sums["right"] += right / len(self.fresh)
         return sums
 
     def consider(self, validation: dict[str, float]) -> bool:
@@ -3483,7 +4760,7 @@ class Trainer:
     def save_best(self) -> None:
         """Write ``checkpoint/best``: what ``eval`` opens."""
         if self.world.leads:
-            save_checkpoint(self.checkpoints.best, {"bridge": dict(self.bridge.state_dict())}, self.state())
+            save_checkpoint(self.checkpoints.best, self.tensors, self.state())
 
     def save(self) -> None:
         """Write a checkpoint from which training goes on as if nothing had happened."""
@@ -3499,15 +4776,15 @@ class Trainer:
         diagnostics = self.run.folder / "diagnostics.jsonl"
         if diagnostics.exists():
             sync(diagnostics)
-        tensors = {"bridge": dict(self.bridge.state_dict()), "optimizer": optimizer_tensors(self.optimizer)}
+        tensors = {**self.tensors, "optimizer": optimizer_tensors(self.optimizer)}
         self.checkpoints.save(self.progress.step, tensors, self.state())
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint says beside its tensors."""
         return {
-            "schema": 2, "progress": asdict(self.progress), "steps": self.steps, "shape": asdict(self.bridge.shape),
+            "schema": 3, "progress": asdict(self.progress), "steps": self.steps, "shape": self.bridge.shape.saved(),
             "settings": self.settings.model_dump(mode="json"), "sender": self.sender.identity(),
-            "receiver": self.receiver.identity(), "task": self.setup.describe(self.prompting.anchor),
+            "receivers": [lm.identity() for lm in self.setup.receivers], "task": self.setup.describe(self.prompting.anchor),
             "bridge": self.bridge.fingerprint(), "source_sha256": sha256_of(Path(__file__)),
             "world_size": self.world.size, "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID"),
         }  # fmt: skip
@@ -3524,6 +4801,7 @@ class Trainer:
                     f"the training rows changed since {self.run.folder} was saved; start anew in another --output_dir"
                 )
             self.bridge.load_state_dict(tensors["bridge"])
+            restore_lora(self.lora, tensors)
             restore_optimizer(self.optimizer, tensors["optimizer"])
             if isinstance(self.optimizer, OffloadedAdamW):
                 self.optimizer.pull()
@@ -3563,7 +4841,7 @@ class Trainer:
         self.restore()
         self.prepare()
         self.bridge.train()
-        while not self.progress.finished:
+        while not self.progress.finished and self.steps:
             self.one_round()
         if not self.checkpoints.best.exists():
             self.save_best()
@@ -3623,6 +4901,58 @@ def by_length_of(labels: Sequence[TokenIds], scores: Sequence[float]) -> list[fl
 def pick(scores: Sequence[float]) -> int:
     """Index of the highest score."""
     return max(range(len(scores)), key=scores.__getitem__)
+
+
+def restore_lora(lora: Mapping[str, nn.Parameter], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Low-rank adapters as a checkpoint has them."""
+    for name, parameter in lora.items():
+        parameter.data.copy_(tensors["lora"][name])
+
+
+def prompting_of(settings: TrainSettings, part: Task, lm: LM, anchor: str | None = None) -> Prompting:
+    """The one way in which a run prompts a receiver."""
+    after = settings.append_bos_after_prefix == "yes"
+    said = (anchor or settings.anchor_text or part.anchor).rstrip(" ")  # an answer brings its own space
+    return Prompting(lm, part, said, after, settings.max_answer_tokens)
+
+
+def stages_of(settings: ScheduleSettings) -> str:
+    """The stages as one lower-case word: A,B,C → abc."""
+    found = "".join(settings.stages).lower()
+    if set(found) - set("abc") or not found:
+        raise LatentWireError(f"--stages {found!r}: give A, B and C, such as --stages A,B,C")
+    return found
+
+
+def text_limit(settings: TrainSettings, sender: Reader) -> int:
+    """How many of its tokens a reader reads of a text."""
+    patches = type(sender) is ByteReader
+    return max(1, settings.max_bytes // ByteReader.PATCH) if patches else settings.max_tokens
+
+
+def questions_cut(part: Task, examples: Sequence[Example], sender: Reader, limit: int) -> float:
+    """The share of questions of which something is lost when long texts are cut."""
+    lost = 0
+    for example in examples:
+        text = part.sender_text(example)
+        at = text.find(example.question)
+        wanted = len(example.question.split()) if len(sender_ids(sender, text, 10**9)) > limit else 0
+        spans = sender_spans(sender, text, limit) if wanted else []
+        lost += bool(wanted) and sum(at <= a and b <= at + len(example.question) for a, b in spans) < wanted
+    return lost / max(1, len(examples))
+
+
+def dropped(soft: SoftPrompt, keys: Sequence[int], settings: ScheduleSettings, progress: float) -> SoftPrompt:
+    """Latent dropout: each row keeps some of its soft tokens, chosen by its key, and at least one."""
+    course = min(1.0, progress) ** settings.latent_keep_power
+    kept = settings.latent_keep_start + (settings.latent_keep_end - settings.latent_keep_start) * course
+    if kept >= 1:
+        return soft
+    draws = [torch.rand(soft.embeds.shape[1], generator=torch.Generator().manual_seed(key ^ 1)) for key in keys]
+    draw = torch.stack(draws).to(soft.embeds.device)
+    draw = draw if soft.mask is None else draw.masked_fill(~soft.mask, 2.0)
+    mask = (draw <= torch.maximum(draw.amin(1, keepdim=True), draw.new_tensor(kept))) & (draw < 2)
+    return replace(soft, mask=mask)
 
 
 def optimizer_tensors(optimizer: torch.optim.AdamW | OffloadedAdamW) -> dict[str, Tensor]:
@@ -3725,14 +5055,20 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run works with: two frozen models, a task and its rows."""
+    """What a run works with: frozen models, a task and its rows."""
 
-    sender: LM
+    sender: Reader
     receiver: LM
     part: Task
     splits: Splits
     source: str
     overlap: int = 0
+    others: tuple[LM, ...] = ()
+
+    @property
+    def receivers(self) -> tuple[LM, ...]:
+        """All of them."""
+        return (self.receiver, *self.others)
 
     def describe(self, anchor: str) -> dict[str, Any]:
         """What a checkpoint remembers of the task: enough to ask the same question again."""
@@ -3742,15 +5078,71 @@ class Setup:
                 "anchor": anchor, "source": self.source, **sizes, "train_digest": data_digest(self.splits["train"])}  # fmt: skip
 
 
+INTERLINGUA: dict[str, Any] = {"encoder": "byte", "pooler": "window", "init": "copy", "d_z": 256, "latent_len": 32,
+                               "adapter": "mlp"}  # fmt: skip
+"""What LatentWire means where nothing else was said: bytes to latents that start as the first receiver's embeddings."""
+
+
+def as_interlingua(settings: TrainSettings) -> TrainSettings:
+    """Several receivers, or a reading-comprehension task without a named sender, ask for the shared latent language."""
+    several = settings.receivers or settings.llama_id or settings.qwen_id
+    name = settings.dataset or ""
+    reading = name in TASKS and issubclass(TASKS[name], QuestionAnswering)
+    asked = {"encoder", "pooler", "init"} & settings.model_fields_set
+    if asked or settings.extend or (settings.sender and not several) or not (several or reading):
+        return settings
+    own = {name: value for name, value in INTERLINGUA.items() if name not in settings.model_fields_set}
+    return settings.model_copy(update=own | ({"encoder": "hidden"} if settings.sender else {}))
+
+
+def reads_of(settings: TrainSettings) -> str:
+    """What the encoder reads: a sender's states, bytes, or a sentence encoder's states."""
+    return getattr(ENCODERS[settings.encoder], "reads", "sender")
+
+
 def resolve(settings: TrainSettings) -> tuple[TrainSettings, str]:
     """Settings with the models filled in, and why they were chosen."""
-    sender, receiver, why = pick_models(settings)
+    settings = as_interlingua(settings)
+    own = reads_of(settings) != "sender"
+    named = [settings.receiver, *(settings.receivers or ()), settings.llama_id, settings.qwen_id]
+    receivers = [*dict.fromkeys(name for name in ([settings.sender] if own else []) + named if name)]
+    if own and receivers:
+        sender, why = None, "as given"
+    else:
+        first = receivers[0] if receivers else None
+        sender, first, why = pick_models(settings.model_copy(update={"receiver": first}))
+        receivers = [first, sender] if own else receivers or [first]
     device = resolve_device(settings.device)
-    tiny = sender.startswith("tiny-") and receiver.startswith("tiny-")
+    tiny = all(name.startswith("tiny-") for name in (*receivers, *([sender] if sender and not own else [])))
     best = "float32" if tiny else str(resolve_dtype("auto", device)).removeprefix("torch.")
     dtype = best if settings.dtype == "auto" else settings.dtype
     dataset = TASKS.name_of(settings.dataset) if settings.dataset and settings.dataset in TASKS else settings.dataset
-    return settings.model_copy(update={"sender": sender, "receiver": receiver, "dtype": dtype, "dataset": dataset}), why
+    models = {
+        "sender": None if own else sender,
+        "receiver": receivers[0],
+        "receivers": receivers if receivers[1:] else None,
+    }
+    rest = {"dtype": dtype, "dataset": dataset, "llama_id": None, "qwen_id": None}
+    return settings.model_copy(update=models | rest), why
+
+
+def open_reader(settings: TrainSettings) -> Reader:
+    """What reads the texts: the frozen sender, the bytes themselves, or a frozen sentence encoder."""
+    reads, device = reads_of(settings), settings.sender_device or settings.device
+    if reads == "sender":
+        reader: Reader = load_lm(settings.sender or "", settings, settings.offline, settings.sender_device)
+        reader.keep_below(max(reader.layer_index(text) for text in settings.layers))
+    elif reads == "sentence":
+        reader = SentenceReader(settings.sentence_model, resolve_device(device), settings.offline)
+    else:
+        reader = ByteReader(resolve_device(device))
+    reader.keep = settings.keep
+    return reader
+
+
+def receivers_of(settings: TrainSettings) -> list[str]:
+    """Names of all receivers, the one whose space copied latents are written in first."""
+    return settings.receivers or [settings.receiver or ""]
 
 
 def run_folder(settings: TrainSettings) -> Path:
@@ -3773,6 +5165,22 @@ def prepare_cuda(settings: ModelSettings) -> None:
         torch.use_deterministic_algorithms(True)
 
 
+def extended(settings: TrainSettings) -> TrainSettings:
+    """Settings of ``--extend RUN``: that run's own, its receivers and the new ones, with what was given now on top."""
+    if not settings.extend:
+        return settings
+    folder = resolve_checkpoint(settings.extend)
+    _, old, _ = open_bridge(folder)
+    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    new = [name for name in (settings.receiver, *(settings.receivers or ())) if name and name not in receivers_of(old)]
+    if not new:
+        raise LatentWireError(f"--extend {settings.extend}: name a new receiver, such as --receivers tiny-gemma")
+    own = {"extend": folder, "receiver": receivers_of(old)[0], "receivers": [*receivers_of(old), *new]}
+    return TrainSettings(
+        **{**old.model_dump(), "output_dir": None, "resume": None, "auto_resume": False, **given, **own}
+    )
+
+
 def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
     """Train one bridge in its run folder, alone or as one of several processes; → summary of the run."""
     prepare_cuda(settings)
@@ -3784,8 +5192,8 @@ def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
 
 def train_in(world: World, settings: TrainSettings, report: Report, signals: Sequence[int]) -> dict[str, Any]:
     """One process's part of ``train_run``."""
+    settings, why = world.told(resolve(extended(settings)))
     part = make_task(settings)
-    settings, why = world.told(resolve(settings))
     for kind in ("encoder", "pooler", "adapter", "codec"):
         REGISTRIES[f"{kind}s"].name_of(getattr(settings, kind))
     if settings.rows_per_step < world.size:
@@ -3808,14 +5216,14 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
         )
         if part.words and len({example.label for example in splits["train"]}) < 2:
             raise LatentWireError(f"every training row of {source} has the same class; nothing can be learned from it")
-        report.say(
-            f"models: {settings.sender} → {settings.receiver} ({why}), {settings.dtype} on {devices_of(settings)}"
-        )
+        source_name, names = settings.sender or reads_of(settings), ", ".join(receivers_of(settings))
+        report.say(f"models: {source_name} → {names} ({why}), {settings.dtype} on {devices_of(settings)}")
         for note in notes_on(settings):
             report.say(note)
-        sender = load_lm(settings.sender or "", settings, settings.offline, settings.sender_device)
-        sender.keep_below(max(sender.layer_index(text) for text in settings.layers))
-        receiver = load_lm(settings.receiver or "", settings, settings.offline, settings.receiver_device)
+        sender = open_reader(settings)
+        receiver, *others = [
+            load_lm(n, settings, settings.offline, settings.receiver_device) for n in receivers_of(settings)
+        ]
     if world.leads:
         Run.start(folder, asked, resume)
     if world.told(run.done and not longer(settings, run)):
@@ -3829,8 +5237,8 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
         raise Interrupted(folder, "step 0", number)
     if world.size > 1:
         report.say(f"{world.size} processes share {settings.rows_per_step} rows per step")
-    with threads_for(sender, receiver), alone_in(folder) if world.leads else contextlib.nullcontext():
-        setup = Setup(sender, receiver, part, splits, source)
+    with threads_for(sender, receiver, *others), alone_in(folder) if world.leads else contextlib.nullcontext():
+        setup = Setup(sender, receiver, part, splits, source, others=tuple(others))
         return Trainer(settings, run, setup, report, world, signals).train()
 
 
@@ -3873,10 +5281,13 @@ class Answer:
 class Listener:
     """The receiving side: a frozen LM and the bridge's adapter. It sees message bytes and the anchor, nothing else."""
 
-    def __init__(self, bridge: Bridge, prompting: Prompting, max_new_tokens: int | None = None) -> None:
-        self.bridge, self.prompting = bridge, prompting
+    def __init__(
+        self, bridge: Bridge, prompting: Prompting, max_new_tokens: int | None = None, how: DecodeSettings | None = None
+    ) -> None:
+        self.bridge, self.prompting, self.how = bridge, prompting, how or DecodeSettings()
         self.max_new_tokens = max_new_tokens or prompting.longest
-        self.receiver, self.name = prompting.receiver, bridge.fingerprint()
+        self.receiver, self.name = prompting.receiver, bridge.fingerprint(shared=True)
+        self.ear = bridge.ear_of(self.receiver.name)
         self.known: dict[tuple[Any, ...], Answer] = {}
 
     def open(self, data: Sequence[bytes]) -> SoftPrompt:
@@ -3887,15 +5298,20 @@ class Listener:
             raise LatentWireError(
                 f"message was written by bridge {strangers.pop()}, this is {self.name}; use its checkpoint"
             )
-        wanted = (1, self.bridge.shape.latent_len, self.bridge.shape.d_z)
-        if any(message.latents.shape != wanted for message in messages):
-            raise LatentWireError(f"message does not hold latents of shape {wanted}")
-        return self.bridge.decode(replace(messages[0], latents=torch.cat([m.latents for m in messages])))
+        shape, free = self.bridge.shape, self.bridge.wants_windows
+        wanted = (1, shape.latent_len, shape.d_z)
+        for rows, count, width in (message.latents.shape for message in messages):
+            fits = count == wanted[1] or (free and (self.bridge.ratio or count < wanted[1]))
+            if not fits or (rows, width) != (1, wanted[2]):
+                raise LatentWireError(f"message does not hold latents of shape {wanted}")
+        latents, mask = padded([message.latents[0] for message in messages])
+        return self.bridge.decode(replace(messages[0], latents=latents, mask=mask if free else None), self.ear)
 
     def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
         """One Answer per example; the same message with the same gold answer (constant controls) is heard only once."""
         sent = data if data is not None else [None] * len(examples)
-        keys = [(m, e.answers[0], e.id if text else None) for m, e in zip(sent, examples, strict=True)]
+        own = text or self.prompting.part.agnostic or self.how.first_token_temperature > 0
+        keys = [(m, e.answers[0], e.id if own else None, text) for m, e in zip(sent, examples, strict=True)]
         fresh = {key: i for i, key in enumerate(keys) if key not in self.known}
         if fresh:
             picked = list(fresh.values())
@@ -3907,30 +5323,61 @@ class Listener:
     def listen(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool) -> list[Answer]:
         """One prefill serves label scores, gold likelihood, first token and greedy generation."""
         soft = self.open(data) if data is not None else None
-        prefill = self.receiver.prefill(self.prompting.pack(soft, examples, text=text))
+        return self.respond(self.prompting.pack(soft, examples, text=text), examples, [len(d) for d in data or ()])
+
+    @torch.no_grad()
+    def respond(self, packed: Packed, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
+        """What the receiver says to prompts, each of some bytes."""
+        prefill = self.receiver.prefill(packed)
         gold = [self.prompting.answer_ids(example.answers[0])[:-1] for example in examples]
         labels = self.prompting.label_ids
         candidates = [[*labels, ids] for ids in gold]
         raw = self.receiver.score(prefill, candidates)
         firsts = prefill.logits.argmax(-1).tolist()
-        texts = self.receiver.generate(prefill, self.max_new_tokens)
+        draws = [int(digest_of([e.id, e.context, e.question, "draw"]), 16) for e in examples]
+        texts = self.receiver.generate(prefill, self.max_new_tokens, self.how, draws)
         return [
             Answer(
                 texts[b],
                 tuple(by_length_of(labels, raw[b][:-1])),
                 -raw[b][-1] / len(gold[b]),
                 firsts[b] == gold[b][0],
-                len(data[b]) if data is not None else 0,
+                sizes[b] if sizes else 0,
             )
             for b in range(len(examples))
         ]
 
+    @torch.no_grad()
+    def rescore(
+        self, examples: Sequence[Example], data: Sequence[bytes], texts: Sequence[Sequence[str]]
+    ) -> list[list[float]]:
+        """Log-likelihood of each of several answers to each example under its message."""
+        found: list[list[float]] = []
+        for rows in batches([*zip(examples, data, texts, strict=True)], 32):
+            group, sent, said = zip(*rows, strict=True)
+            prefill = self.receiver.prefill(self.prompting.pack(self.open(sent), group))
+            found += self.receiver.score(prefill, [[self.prompting.answer_ids(text) for text in row] for row in said])
+        return found
+
+
+def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Ragged latents (K, D_w) as a batch (B, K, D_w) and its mask (B, K)."""
+    latents = nn.utils.rnn.pad_sequence([*rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    return latents, torch.arange(latents.shape[1])[None] < lengths[:, None]
+
 
 class Channel:
-    """A trained bridge between its two models, and the examples under evaluation."""
+    """A trained bridge between its two models, and the examples under evaluation.
 
-    def __init__(self, setup: Setup, bridge: Bridge, settings: TrainSettings, seed: int, listener: Listener) -> None:
-        self.setup, self.bridge, self.settings, self.seed, self.listener = setup, bridge, settings, seed, listener
+    ``first`` is the receiver in whose space copied latents are written; the sender's side knows its embeddings.
+    """
+
+    def __init__(
+        self, setup: Setup, bridge: Bridge, settings: TrainSettings, asked: EvalSettings, listener: Listener, first: LM
+    ) -> None:
+        self.setup, self.bridge, self.settings, self.listener, self.first = setup, bridge, settings, listener, first
+        self.asked, self.seed = asked, asked.seed
         self.examples = setup.splits["evaluated"]
         self.position = {example.id: i for i, example in enumerate(self.examples)}
         self.tick: Callable[[int, int], None] = lambda done, total: None
@@ -3943,7 +5390,8 @@ class Channel:
     def store_of(self, examples: Sequence[Example]) -> StateStore:
         """Sender states of ``examples``."""
         texts = [self.text(example) for example in examples]
-        layers, limit, where = self.bridge.shape.layers, self.settings.max_tokens, self.settings.state_cache
+        layers, where = self.bridge.shape.layers, self.settings.state_cache
+        limit = text_limit(self.settings, self.setup.sender)
         return collect_states(self.setup.sender, texts, layers, limit, where, self.tick, self.home)
 
     @functools.cached_property
@@ -3957,14 +5405,20 @@ class Channel:
         sent = []
         with torch.no_grad():
             for group in batches(self.examples, 64):
-                states = self.store.batch([self.text(e) for e in group], self.setup.receiver.device)
-                sent += [row.to_bytes() for row in self.bridge.encode(states, self.listener.name).rows()]
+                texts = [self.text(e) for e in group]
+                states = self.store.batch(texts, self.setup.receiver.device)
+                if self.bridge.wants_windows:
+                    limit = text_limit(self.settings, self.setup.sender)
+                    states = with_spans(states, texts, self.setup.sender, limit, self.first)
+                sent += [
+                    row.to_bytes() for row in self.bridge.encode(states, self.listener.name, self.listener.ear).rows()
+                ]
         return sent
 
     @functools.cached_property
-    def latents(self) -> Tensor:
-        """The messages' latents (N, K, D_w)."""
-        return torch.cat([Message.from_bytes(data).latents for data in self.messages])
+    def latents(self) -> list[Tensor]:
+        """The latents (K, D_w) of each message."""
+        return [Message.from_bytes(data).latents[0] for data in self.messages]
 
     def wrap(self, latents: Tensor) -> bytes:
         """Other latents (K, D_w) through the same door."""
@@ -3978,7 +5432,13 @@ class Method:
     """
 
     control: ClassVar[bool] = False
-    needs_labels: ClassVar[bool] = False
+    usual: ClassVar[bool] = True
+    """Whether it runs when no methods are named."""
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: EvalSettings) -> bool:
+        """Whether this evaluation has what the method needs."""
+        return True
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -4012,7 +5472,7 @@ class ZeroControl(Method):
 
     def message(self, example: Example) -> bytes:
         """Zeros."""
-        return self.channel.wrap(torch.zeros_like(self.channel.latents[0]))
+        return self.channel.wrap(torch.zeros_like(self.channel.latents[self.channel.position[example.id]]))
 
 
 @METHODS.register("control:shuffled", "shuffled")
@@ -4039,8 +5499,14 @@ class MeanControl(Method):
     control = True
 
     def message(self, example: Example) -> bytes:
-        """The mean latents."""
-        return self.channel.wrap(self.channel.latents.mean(0))
+        """The mean latents, as many as its own."""
+        return self.channel.wrap(self.mean[: len(self.channel.latents[self.channel.position[example.id]])])
+
+    @functools.cached_property
+    def mean(self) -> Tensor:
+        """Mean over all messages, slot by slot."""
+        latents, mask = padded(self.channel.latents)
+        return weighted(mask.T[:, None].float(), latents.transpose(0, 1))[:, 0]
 
 
 @METHODS.register("control:gaussian", "gaussian")
@@ -4068,6 +5534,125 @@ class NoSourceControl(Method):
         return self.channel.listener.answers(examples, None)
 
 
+@METHODS.register("control:prompt", "prompt")
+class PromptControl(Method):
+    """A trained prompt of the same length, steps and data that saw no source: --prompt RUN of --encoder constant."""
+
+    control = True
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: EvalSettings) -> bool:
+        """Where such a run is named."""
+        return settings.prompt is not None
+
+    @functools.cached_property
+    def listener(self) -> Listener:
+        """The same receiver with that run's bridge."""
+        assert self.channel.asked.prompt is not None
+        bridge, trained, _ = open_bridge(resolve_checkpoint(self.channel.asked.prompt))
+        if trained.encoder != "constant":
+            raise LatentWireError(
+                f"--prompt {self.channel.asked.prompt} reads its source; train it with --encoder constant"
+            )
+        own = self.channel.listener
+        return Listener(bridge.to(own.receiver.device), own.prompting, own.max_new_tokens, own.how)
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """The one message that prompt is."""
+        bridge, name = self.listener.bridge, self.listener.name
+        reader = ByteReader(self.channel.setup.receiver.device)
+        with torch.no_grad():
+            data = bridge.encode(reader.states([[reader.pad]], [0]), name, self.listener.ear).to_bytes()
+        return self.listener.answers(examples, [data] * len(examples))
+
+
+class TokenMethod(Method):
+    """The receiver reads some tokens of the text instead of latents; override ``ids``."""
+
+    def ids(self, example: Example) -> TokenIds:
+        """Receiver tokens."""
+        return self.channel.setup.receiver.ids(self.channel.setup.part.receiver_text(example))
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """After BOS, these tokens and the anchor."""
+        listener = self.channel.listener
+        prompting, anchor = listener.prompting, self.channel.setup.receiver.ids(listener.prompting.anchor)
+        rows = [self.ids(example) for example in examples]
+        packed = prompting.joined(None, [[*row, *anchor] for row in rows], None, left=True)
+        sizes = [len(self.channel.setup.receiver.tokenizer.decode(row).encode()) for row in rows]
+        return listener.respond(packed, examples, sizes)
+
+
+@METHODS.register("token_budget")
+class TokenBudget(TokenMethod):
+    """The text's first receiver tokens, as many as there are latents; the question is kept (--token_budget_k)."""
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: EvalSettings) -> bool:
+        """Where answers are free."""
+        return not setup.part.words or "token_budget" in (settings.methods or ())
+
+    def ids(self, example: Example) -> TokenIds:
+        """The context's head, then the question, in K tokens together."""
+        channel, part = self.channel, self.channel.setup.part
+        count = channel.asked.token_budget_k or len(channel.latents[channel.position[example.id]])
+        before, _, behind = part.receiver_prompt.partition("{context}")
+        tail = channel.setup.receiver.ids(behind.format(question=example.question))
+        head = channel.setup.receiver.ids(before + example.context)
+        if part.agnostic:
+            return [*head[:count], *tail]
+        return [*head[: max(0, count - len(tail))], *tail[:count]]
+
+
+class EmbedMethod(Method):
+    """The full text as a soft prompt of its own input embeddings: what reading embeddings costs by itself."""
+
+    usual = False
+    anchored = True
+
+    def soft(self, examples: Sequence[Example]) -> SoftPrompt:
+        """The receiver's own embeddings (B, T, D_r)."""
+        lm, part = self.channel.setup.receiver, self.channel.setup.part
+        heard = lm.heard([part.receiver_text(example) for example in examples])
+        return SoftPrompt(heard.embeds, heard.mask)
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """With or without the anchor behind it."""
+        listener, lm = self.channel.listener, self.channel.setup.receiver
+        after = [lm.ids(listener.prompting.anchor if self.anchored else "\n")] * len(examples)
+        with torch.no_grad():
+            return listener.respond(listener.prompting.joined(self.soft(examples), after, None, left=True), examples)
+
+
+@METHODS.register("embed:raw", "raw")
+class EmbedRaw(EmbedMethod):
+    """Full text as embeddings, no anchor."""
+
+    anchored = False
+
+
+@METHODS.register("embed:anchor", "anchor")
+class EmbedAnchor(EmbedMethod):
+    """Full text as embeddings, then the anchor; must equal the text method up to token boundaries."""
+
+
+@METHODS.register("embed:adapter", "adapter")
+class EmbedAdapter(EmbedMethod):
+    """Full text's embeddings, cut or padded to D_w numbers, through the trained adapter: a probe, expected near zero."""
+
+    def soft(self, examples: Sequence[Example]) -> SoftPrompt:
+        """As many even means as there are latents."""
+        found, bridge = super().soft(examples), self.channel.bridge
+        assert found.mask is not None
+        count = min(bridge.shape.latent_len, found.embeds.shape[1])
+        total = found.mask.sum(1, keepdim=True)
+        index = ((found.mask.long().cumsum(1) - 1) * count // total).masked_fill(~found.mask, -1)
+        shares = (index[:, None] == torch.arange(count, device=index.device)[:, None]).float()
+        latents = weighted(shares, found.embeds)[..., : bridge.shape.d_z]
+        latents = F.pad(latents, (0, bridge.shape.d_z - latents.shape[-1]))
+        return bridge.ears[self.channel.listener.ear](F.layer_norm(latents, latents.shape[-1:]), shares.sum(-1) > 0)
+
+
 @METHODS.register("text")
 class TextMethod(Method):
     """The receiver reads the full text: what the latents replace."""
@@ -4083,7 +5668,10 @@ class TextMethod(Method):
 class ProbeMethod(Method):
     """Linear probe on the sender: its mean state at the bridge's layer, same train rows."""
 
-    needs_labels = True
+    @classmethod
+    def suits(cls, setup: Setup, settings: EvalSettings) -> bool:
+        """Where there are classes, labelled train rows and a sender."""
+        return bool(setup.part.words and setup.splits["train"]) and not isinstance(setup.sender, ByteReader)
 
     @functools.cached_property
     def model(self) -> Any:
@@ -4258,8 +5846,7 @@ def open_bridge(folder: Path) -> tuple[Bridge, TrainSettings, dict[str, Any]]:
     """A trained bridge, its settings and its state, from nothing but its path."""
     tensors, state = load_checkpoint(folder)
     try:
-        shape = BridgeShape(**{**state["shape"], "layers": tuple(state["shape"]["layers"])})
-        bridge = Bridge(shape)
+        bridge = Bridge(BridgeShape.load(state["shape"]))
         bridge.load_state_dict(tensors["bridge"])
         trained = TrainSettings(**state["settings"])
     except (KeyError, TypeError, RuntimeError, ValidationError) as error:
@@ -4270,23 +5857,25 @@ def open_bridge(folder: Path) -> tuple[Bridge, TrainSettings, dict[str, Any]]:
     return bridge.eval(), trained, state
 
 
-def check_models(state: Mapping[str, Any], folder: Path, *models: LM) -> None:
+def check_models(state: Mapping[str, Any], folder: Path, sender: Reader, *receivers: LM) -> None:
     """The checkpoint's own models, not others of the same name."""
-    for role, model in zip(("sender", "receiver"), models, strict=True):
-        differing = [
-            f"{k} {v!r} there, {model.identity()[k]!r} here" for k, v in state[role].items() if model.identity()[k] != v
-        ]
+    kept = {identity["name"]: identity for identity in state["receivers"]}
+    pairs = [("sender", state["sender"], sender), *(("receiver", kept[lm.name], lm) for lm in receivers)]
+    for role, identity, model in pairs:
+        here = model.identity()
+        differing = [f"{k} {v!r} there, {here.get(k)!r} here" for k, v in identity.items() if here.get(k) != v]
         if differing:
             raise LatentWireError(f"checkpoint {folder} was trained with another {role}: {'; '.join(differing)}")
 
 
-def check_asked(settings: EvalSettings, bridge: Bridge, sender: LM) -> None:
-    """--soft_tokens and --source_layer may repeat what the checkpoint knows, never contradict it."""
+def check_asked(settings: EvalSettings, bridge: Bridge, sender: Reader, anchor: str) -> None:
+    """Flags that repeat what the checkpoint knows may never contradict it."""
     shape = bridge.shape
-    if settings.soft_tokens not in (None, shape.latent_len):
-        raise LatentWireError(
-            f"--soft_tokens {settings.soft_tokens}: the checkpoint has {shape.latent_len}; leave the flag out"
-        )
+    known = {"soft_tokens": shape.latent_len, "calibration": shape.calibration, "anchor_text": anchor}
+    for name, value in known.items():
+        asked_for = getattr(settings, name)
+        if asked_for is not None and str(asked_for).rstrip(" ") != str(value):
+            raise LatentWireError(f"--{name} {asked_for}: the checkpoint has {value}; leave the flag out")
     asked = tuple(sender.layer_index(text) for text in settings.source_layer or ())
     if asked and asked != shape.layers:
         raise LatentWireError(f"--source_layer {asked}: the checkpoint reads {shape.layers}; leave the flag out")
@@ -4349,29 +5938,45 @@ def evaluated_rows(
     )
 
 
-def open_channel(settings: EvalSettings, folder: Path) -> tuple[Channel, dict[str, Any]]:
-    """Bridge, models and rows for an evaluation; → the channel and the checkpoint's state."""
+def open_channel(settings: EvalSettings, folder: Path, ear: int = 0) -> tuple[Channel, dict[str, Any]]:
+    """Bridge, models and rows for an evaluation with one of its receivers; → the channel and the checkpoint's state."""
     bridge, trained, state = open_bridge(folder)
+    if settings.codec:
+        own = bridge.shape.own.model_copy(update={"codec": CODECS.name_of(settings.codec)})
+        bridge.shape = replace(bridge.shape, own=own)
     load_plugins([*trained.plugin, *settings.plugin])
     run = evaluated_settings(settings, trained, state["task"]["words"])
     part = make_task(run)
     splits, source, overlap = evaluated_rows(settings, part, run, trained, state["task"]["train_digest"])
-    sender = load_lm(trained.sender or "", run, run.offline, run.sender_device)
-    receiver = load_lm(trained.receiver or "", run, run.offline, run.receiver_device)
+    sender = open_reader(run)
+    names = [one.name for one in bridge.shape.ears]
+    receiver = load_lm(names[ear], run, run.offline, run.receiver_device)
+    first = load_lm(names[0], run, run.offline, run.receiver_device) if ear and bridge.wants_windows else receiver
     check_models(state, folder, sender, receiver)
-    check_asked(settings, bridge, sender)
-    sender.keep_below(max(bridge.shape.layers))
+    if trained.use_lora:
+        reopen_lora(folder, trained, sender, receiver, ear)
     anchor = state["task"]["anchor"] if part.name == state["task"]["name"] or not part.name else part.anchor
-    listener = Listener(bridge.to(receiver.device), Prompting(receiver, part, anchor), settings.max_new_tokens)
+    check_asked(settings, bridge, sender, anchor)
+    how = {n: getattr(settings if n in settings.model_fields_set else trained, n) for n in DecodeSettings.model_fields}
+    prompting = prompting_of(trained, part, receiver, anchor)
+    listener = Listener(bridge.to(receiver.device), prompting, settings.max_new_tokens, DecodeSettings(**how))
     setup = Setup(sender, receiver, part, splits, source, overlap)
-    return Channel(setup, bridge, run, settings.seed, listener), state
+    return Channel(setup, bridge, run, settings, listener, first), state
+
+
+def reopen_lora(folder: Path, trained: TrainSettings, sender: Reader, receiver: LM, ear: int) -> None:
+    """Low-rank adapters inside fresh models, as the checkpoint has them."""
+    tensors = load_checkpoint(folder)[0]["lora"]
+    for number, lm, role in ((0, sender, "sender"), (ear + 1, receiver, "receiver")):
+        if trained.lora_on in (role, "both") and isinstance(lm, LM):
+            lm.add_lora(trained, always=role == "sender")
+            restore_lora({f"{number}.{name}": p for name, p in lm.lora.items()}, {"lora": tensors})
 
 
 def chosen_methods(settings: EvalSettings, setup: Setup) -> list[str]:
     """The methods to run, in registration order; those that need labelled train rows only where there are some."""
-    wanted = {METHODS.name_of(name) for name in settings.methods or METHODS}
-    labelled = bool(setup.part.words and setup.splits["train"])
-    return [name for name in METHODS if name in wanted and (labelled or not METHODS[name].needs_labels)]
+    wanted = {METHODS.name_of(name) for name in settings.methods or [n for n, m in METHODS.items() if m.usual]}
+    return [name for name in METHODS if name in wanted and METHODS[name].suits(setup, settings)]
 
 
 def results_file(folder: Path, settings: EvalSettings, channel: Channel) -> Path:
@@ -4381,10 +5986,11 @@ def results_file(folder: Path, settings: EvalSettings, channel: Channel) -> Path
     other = (
         f"-{name}" if channel.settings.dataset != trained else "-validation" if settings.split == "validation" else ""
     )
-    path = folder / f"results{other}.json"
+    heard = re.sub(r"[^\w.-]+", "_", f"-{channel.setup.receiver.name}") if channel.listener.ear else ""
+    path = folder / f"results{other}{heard}.json"
     if path.exists():
         bridge = json.loads(path.read_text(encoding="utf-8")).get("provenance", {}).get("bridge")
-        if bridge != channel.listener.name:
+        if bridge != channel.bridge.fingerprint():
             raise LatentWireError(f"{path} holds results of another bridge; choose another --output_dir")
     return path
 
@@ -4407,7 +6013,73 @@ def evaluate(settings: EvalSettings, report: Report, signals: Sequence[int]) -> 
     folder = resolve_checkpoint(settings.checkpoint)
     for name in settings.methods or ():
         METHODS.name_of(name)
-    channel, state = open_channel(settings, folder)
+    bridge = open_bridge(folder)[0]
+    ears = (
+        [bridge.ear_of(name) for name in settings.receivers] if settings.receivers else [*range(len(bridge.shape.ears))]
+    )
+    done, channels = [], []
+    for ear in ears:
+        channel, state = open_channel(settings, folder, ear)
+        results, rows, output = evaluate_receiver(settings, folder, channel, state, (report, signals, made_with))
+        done.append((results, rows, output))
+        channels += [] if settings.sequential_eval else [channel]
+    first, _, output = done[0]
+    if len(done) > 1:
+        first["receivers"] = {
+            r["provenance"]["receiver"]["name"]: {k: r[k] for k in ("methods", "verdict")} for r, _, _ in done
+        }
+        if len(channels) > 1 and all("bridge" in rows for _, rows, _ in done):
+            first["joint"] = joint([rows["bridge"] for _, rows, _ in done], channels, settings.seed)
+        write_json(output, first)
+    return first
+
+
+def joint(heard: Sequence[Sequence[Mapping[str, Any]]], channels: Sequence[Channel], seed: int) -> dict[str, Any]:
+    """What several receivers of the same latents do together: rescoring, the best of them, and how often they agree.
+
+    Each one's answer is scored by the sum of all receivers' log-likelihoods under their own messages.
+    """
+    examples, part = channels[0].examples, channels[0].setup.part
+    texts = [[row.get("generated", "") for row in rows] for rows in zip(*heard, strict=True)]
+    scored = [channel.listener.rescore(examples, channel.messages, texts) for channel in channels]
+    sums = [[sum(column) for column in zip(*rows, strict=True)] for rows in zip(*scored, strict=True)]
+    chosen = [row[pick(total)] for row, total in zip(texts, sums, strict=True)]
+    values: dict[str, list[float]] = {
+        "rescored": [max(token_f1(text, gold) for gold in e.answers) for text, e in zip(chosen, examples, strict=True)],
+        "rescored_correct": [part.correct(text, e) for text, e in zip(chosen, examples, strict=True)],
+        "oracle": [max(row.get("f1", 0.0) for row in rows) for rows in zip(*heard, strict=True)],
+        "oracle_correct": [max(row.get("gen_correct", 0.0) for row in rows) for rows in zip(*heard, strict=True)],
+        "agreement": [float(len({normalize_answer(text) for text in row}) == 1) for row in texts],
+    }
+    return {name: {"mean": sum(v) / len(v), "ci": list(bootstrap_interval(v, seed))} for name, v in values.items()}
+
+
+def compression(channel: Channel) -> dict[str, Any]:
+    """Four ratios, original to sent, above 1 is smaller; the sequence ratio is the one that is claimed."""
+    lm, texts = channel.setup.receiver, [channel.text(example) for example in channel.examples]
+    tokens = sum(len(lm.ids(text)) for text in texts)
+    latents, sent = sum(map(len, channel.latents)), sum(map(len, channel.messages))
+    raw, packed = sum(len(t.encode()) for t in texts), sum(len(zlib.compress(t.encode(), 9)) for t in texts)
+    count = len(texts)
+    sizes = {
+        "tokens": tokens / count,
+        "latents": latents / count,
+        "utf8_bytes": raw / count,
+        "message_bytes": sent / count,
+    }
+    ratios = {"sequence": tokens / latents, "receiver_kv": tokens / latents, "bytes_vs_utf8": raw / sent}
+    return {"claimed": "sequence", **ratios, "bytes_vs_zlib": packed / sent, **sizes}
+
+
+def evaluate_receiver(
+    settings: EvalSettings,
+    folder: Path,
+    channel: Channel,
+    state: Mapping[str, Any],
+    around: tuple[Report, Sequence[int], Mapping[str, Any]],
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], Path]:
+    """One receiver's part of an evaluation → results, rows by method, the file of the results."""
+    report, signals, made_with = around
     part, examples, listener = channel.setup.part, channel.examples, channel.listener
     run = folder.parents[1] if folder.parent.name == "checkpoint" else folder
     where = settings.output_dir or run
@@ -4421,13 +6093,21 @@ def evaluate(settings: EvalSettings, report: Report, signals: Sequence[int]) -> 
 
     channel.home, channel.tick = where, functools.partial(tick, "sender states")
     decoding = [listener.max_new_tokens, settings.seed, str(channel.setup.receiver.dtype), made_with["source_sha256"]]
-    prompts = [part.words, part.sender_prompt, part.receiver_prompt, listener.prompting.anchor]
+    decoding += [
+        listener.how.model_dump(),
+        channel.bridge.shape.codec,
+        channel.setup.receiver.name,
+        settings.token_budget_k,
+    ]
+    prompts = [part.words, part.sender_prompt, part.receiver_prompt, listener.prompting.anchor, part.agnostic]
     train = data_digest(channel.setup.splits["train"])
-    key = digest_of([listener.name, data_digest(examples), decoding, prompts, train])
+    key = digest_of(
+        [channel.bridge.fingerprint(), data_digest(examples), decoding, prompts, train, str(settings.prompt)]
+    )
     output = results_file(where, settings, channel)
     report.say(
-        f"evaluating {folder}: {len(examples)} rows of {channel.setup.source}, {channel.setup.overlap} of them also in the "
-        f"training rows; record key {key}"
+        f"evaluating {folder} with {channel.setup.receiver.name}: {len(examples)} rows of {channel.setup.source}, "
+        f"{channel.setup.overlap} of them also in the training rows; record key {key}"
     )
     path, names = where / "records.jsonl", chosen_methods(settings, channel.setup)
     kept = read_rows(path)  # mends a torn last line even when nothing of it is used
@@ -4452,22 +6132,34 @@ def evaluate(settings: EvalSettings, report: Report, signals: Sequence[int]) -> 
         for name in names:
             run_method(name)
     ordered = {name: [by_method[name][example.id] for example in examples] for name in names}
-    results = {
+    results = results_of(settings, channel, state, ordered, {**made_with, "checkpoint": str(folder), "record_key": key})
+    write_json(output, results)
+    return results, ordered, output
+
+
+def results_of(
+    settings: EvalSettings,
+    channel: Channel,
+    state: Mapping[str, Any],
+    rows: Mapping[str, list[dict[str, Any]]],
+    made_with: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What results.json says."""
+    part, examples, bridge = channel.setup.part, channel.examples, channel.bridge
+    return {
         "schema": 1, "dataset": part.name or str(channel.settings.dataset), "split": settings.split, "n": len(examples),
-        "headline": part.headline, "overlap": channel.setup.overlap,
-        "methods": {name: summarize(rows, part.headline, settings.seed) for name, rows in ordered.items()},
-        **compare(ordered, part.headline, settings.seed),
+        "headline": part.headline, "overlap": channel.setup.overlap, "protocol": channel.settings.protocol,
+        "methods": {name: summarize(found, part.headline, settings.seed) for name, found in rows.items()},
+        **compare(rows, part.headline, settings.seed), "compression": compression(channel),
         "provenance": {
-            **made_with, "checkpoint": str(folder), "bridge": listener.name, "step": state["progress"]["step"],
-            "sender": state["sender"], "receiver": state["receiver"], "task": state["task"], "record_key": key,
-            "data": channel.setup.source, "data_digest": data_digest(examples), "seed_of_training": channel.settings.seed,
-            "device": str(channel.setup.receiver.device), "dtype": str(channel.setup.receiver.dtype),
-            "latent_len": channel.bridge.shape.latent_len, "layers": list(channel.bridge.shape.layers),
-            "sender_texts_cut": channel.store.truncated,
+            **made_with, "bridge": bridge.fingerprint(), "language": channel.listener.name, "codec": bridge.shape.codec,
+            "step": state["progress"]["step"], "sender": state["sender"], "receiver": channel.setup.receiver.identity(),
+            "task": state["task"], "data": channel.setup.source, "data_digest": data_digest(examples),
+            "seed_of_training": channel.settings.seed, "device": str(channel.setup.receiver.device),
+            "dtype": str(channel.setup.receiver.dtype), "latent_len": bridge.shape.latent_len,
+            "layers": list(bridge.shape.layers), "sender_texts_cut": channel.store.truncated,
         },
     }  # fmt: skip
-    write_json(output, results)
-    return results
 
 
 # §12 FIGURES AND TABLES: records to pictures, tables and a page
