@@ -3073,7 +3073,7 @@ class BridgeShape:
     def of(cls, settings: BridgeSettings, sender: Reader, *receivers: LM) -> BridgeShape:
         """The shape that settings and models ask for."""
         layers = tuple(sender.layer_index(text) for text in settings.layers)
-        own = PartSettings(**settings.model_dump(include=set(PartSettings.model_fields)))
+        own = PartSettings(**settings.model_dump(include=set(PartSettings.model_fields) - {"layers"}))
         if own.latent_shared_len:
             own = own.model_copy(update={"latent_len": own.latent_shared_len + own.latent_private_len})
         if own.latent_private_len >= own.latent_len:
@@ -3084,12 +3084,8 @@ class BridgeShape:
     def saved(self) -> dict[str, Any]:
         """As JSON."""
         ears = [asdict(ear) for ear in self.ears]
-        return {
-            "sender_width": self.sender_width,
-            "layers": self.layers,
-            "ears": ears,
-            **self.own.model_dump(mode="json"),
-        }
+        own = self.own.model_dump(mode="json", exclude={"layers"})
+        return {"sender_width": self.sender_width, "layers": self.layers, "ears": ears, **own}
 
     @classmethod
     def load(cls, saved: Mapping[str, Any]) -> BridgeShape:

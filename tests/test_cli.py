@@ -332,7 +332,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
     "list-state": (lambda run: (best(run) / "state.json").write_text("[]"), ("corrupt",)),
     "no-sums": (edited(lambda s: s.pop("sha256")), ("missing or corrupt",)),
     "other-receiver": (
-        edited(lambda s: s["receiver"].update(revision="other", width=65)),
+        edited(lambda s: s["receivers"][0].update(revision="other", width=65)),
         ("another receiver", "revision 'other' there, 'built in' here", "width 65 there, 64 here"),
     ),
     "other-sender": (edited(lambda s: s["sender"].update(layers=9)), ("another sender", "layers 9 there, 2 here")),

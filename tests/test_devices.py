@@ -352,15 +352,15 @@ def test_one_row_that_does_not_fit_is_one_line(size, tmp_path, monkeypatch):
 
 @pytest.mark.trains
 def test_out_of_memory_in_validation_halves_its_own_rows(tmp_path, plain_run, monkeypatch):
-    plain = lw.Trainer.soft_prompt
+    plain = lw.Trainer.hear
 
-    def limited(self: lw.Trainer, examples: Any, places: Any = ()) -> lw.SoftPrompt:
-        soft = plain(self, examples, places)
+    def limited(self: lw.Trainer, examples: Any, ear: int = 0, places: Any = ()) -> lw.Heard:
+        soft = plain(self, examples, ear, places)
         if not self.bridge.training and len(examples) > 11:
             raise SHORTAGES["cpu"]()
         return soft
 
-    monkeypatch.setattr(lw.Trainer, "soft_prompt", limited)
+    monkeypatch.setattr(lw.Trainer, "hear", limited)
     report = train(tmp_path / "run")
     said = [line for line in report.said if "memory ran out" in line]
     assert said == [f"memory ran out with {n} rows at a time; going on with {n // 2}" for n in (64, 32, 16)]
@@ -380,15 +380,15 @@ def test_batch_size_auto_finds_the_most_rows_that_fit(uneven, tmp_path, monkeypa
     train(tmp_path / "plain", *uneven)
     tried = limit_training(monkeypatch, 11, SHORTAGES["cuda"])
     texts: list[list[str]] = []
-    prompt = lw.Trainer.soft_prompt
+    prompt = lw.Trainer.hear
 
-    def noting(self: lw.Trainer, examples: Any, places: Any = ()) -> lw.SoftPrompt:
+    def noting(self: lw.Trainer, examples: Any, ear: int = 0, places: Any = ()) -> lw.Heard:
         if places:
             texts.append([example.context for example in examples])
-        return prompt(self, examples, places)
+        return prompt(self, examples, ear, places)
 
     trainers: list[lw.Trainer] = []
-    monkeypatch.setattr(lw.Trainer, "soft_prompt", noting)
+    monkeypatch.setattr(lw.Trainer, "hear", noting)
     monkeypatch.setattr(lw.Trainer, "restore", lambda self: trainers.append(self))
     report = train(tmp_path / "auto", *uneven, "--batch_size", "auto")
     assert report.heard("--batch_size auto: 11 rows at a time, 32 per optimizer step")
