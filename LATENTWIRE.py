@@ -732,6 +732,15 @@ class TrainSettings(
     )
     optimizer_offload: bool = setting(False, "Keep the optimizer's state in CPU memory.", "cpu_offload", execution=True)
     log_every: int = setting(1, "Steps between rows of diagnostics.jsonl.", execution=True, ge=1)
+    track: Words = setting([], "Also log to wandb or tensorboard, where installed.", "report_to", execution=True)
+    debug: bool = setting(
+        False, "Gradient norm of each part in diagnostics.jsonl; stop at the first NaN.", execution=True
+    )
+    log_shapes: bool = setting(False, "Print the shapes that flow through the first step.", execution=True)
+    profile: bool = setting(
+        False, "Where the time of steps 3 to 8 goes: a table and a trace in the run folder.", execution=True
+    )
+    profile_memory: bool = setting(False, "Peak memory of every step in diagnostics.jsonl.", execution=True)
     state_cache: Literal["disk", "memory"] = setting(
         "disk", "Keep sender states on disk (shared by seeds and sweeps), or only in memory.", execution=True
     )
@@ -753,6 +762,9 @@ class EvalSettings(DataSettings, ModelSettings, DecodeSettings):
     codec: str | None = setting(None, "Another number format on the wire.", "latent_quant_bits")
     prompt: Path | None = setting(None, "A run with --encoder constant: the trained prompt without source, as control.")
     token_budget_k: int | None = setting(None, "Receiver tokens of the token-budget method; default the latents.", ge=1)
+    bleu: bool = setting(
+        False, "Also let the receiver write the text back from its latents, and report BLEU (sacrebleu)."
+    )
     sequential_eval: bool = setting(False, "Never hold two receivers in memory; then none rescores another's answers.")
     soft_tokens: int | None = setting(None, "Checked against the checkpoint, which knows its own.", "latent_len", ge=1)
     calibration: str | None = setting(None, "Checked against the checkpoint, which knows its own.")
@@ -2601,9 +2613,14 @@ class LM:
 
     @torch.no_grad()
     def generate(
-        self, prefill: Prefill, max_new_tokens: int, how: DecodeSettings | None = None, draws: Sequence[int] = ()
+        self,
+        prefill: Prefill,
+        max_new_tokens: int,
+        how: DecodeSettings | None = None,
+        draws: Sequence[int] = (),
+        line: bool = True,
     ) -> list[str]:
-        """Greedy answers up to the end token or the end of the line; consumes the prefill's cache.
+        """Greedy answers up to the end token or, as ``line`` says, the end of the line; consumes the prefill's cache.
 
         ``how`` may ban the end for some steps and draw the first token from a nucleus, by one number of ``draws`` a row.
         """
@@ -2619,7 +2636,7 @@ class LM:
                 open_rows[b] = open_rows[b] and token not in self.ends
                 if open_rows[b]:
                     lines[b].append(token)
-                    open_rows[b] = "\n" not in self.tokenizer.decode(lines[b]).lstrip()
+                    open_rows[b] = not line or "\n" not in self.tokenizer.decode(lines[b]).lstrip()
             if not any(open_rows) or step == max_new_tokens - 1:
                 break
             real = torch.tensor(open_rows, device=self.device)[:, None]
@@ -2627,7 +2644,7 @@ class LM:
             logits = self.logits(hidden[:, -1])
             state = replace(state, logits=logits, mask=mask)
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in lines]
-        return [text.partition("\n")[0].strip() for text in texts]
+        return [text.partition("\n")[0].strip() if line else text for text in texts]
 
 
 def lora_targets(asked: Sequence[str], names: set[str]) -> tuple[list[str] | str, int]:
@@ -3650,6 +3667,12 @@ class Bridge(nn.Module):
         """Whether states need character spans."""
         return getattr(self.pooler, "wants", "") == "windows"
 
+    @property
+    def wants_heard(self) -> bool:
+        """Whether the sender's side needs the first receiver's tokenizer and embeddings."""
+        copies = self.start is not None and self.start.ridge is None
+        return self.wants_windows and (copies or self.shape.windows_on == "receiver")
+
     def windows(self, states: States, ratio: float | None = None) -> Windows:
         """The windows that the pooler means one latent of; ``ratio`` overrides."""
         return Windows.cut(states, self.shape.windows_on, self.shape.latent_len, ratio or self.ratio)
@@ -3801,10 +3824,10 @@ class StateStore:
         return torch.stack(pieces)
 
 
-def with_spans(states: States, texts: Sequence[str], sender: Reader, limit: int, first: LM) -> States:
-    """States and where their tokens stand in the text, and the texts as the first receiver's tokens."""
+def with_spans(states: States, texts: Sequence[str], sender: Reader, limit: int, first: LM | None) -> States:
+    """States and where their tokens stand in the text, and the texts as the first receiver's tokens where these matter."""
     spans = pad_spans([sender_spans(sender, text, limit) for text in texts], states.mask.shape[1], states.mask.device)
-    return replace(states, spans=spans, heard=first.heard(texts))
+    return replace(states, spans=spans, heard=first.heard(texts) if first else None)
 
 
 def collect_states(
@@ -4420,6 +4443,96 @@ class OffloadedAdamW:
             served.copy_(master)
 
 
+@contextlib.contextmanager
+def profiling(wanted: bool, folder: Path) -> Iterator[Callable[[], None]]:
+    """torch's profiler over six steps; the trace opens in chrome://tracing or ui.perfetto.dev."""
+    if not wanted:
+        yield lambda: None
+        return
+    from torch import profiler
+
+    def save(found: Any) -> None:
+        (folder / "profile").mkdir(parents=True, exist_ok=True)
+        found.export_chrome_trace(str(folder / "profile" / "trace.json"))
+        table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
+        write_atomic(folder / "profile" / "operators.txt", table.encode())
+
+    course = profiler.schedule(wait=1, warmup=1, active=6, repeat=1)
+    with profiler.profile(schedule=course, on_trace_ready=save) as running:
+        yield running.step
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by tensors on CUDA, by the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def shapes_of(*values: Any) -> str:
+    """The shapes of all tensors in some dataclasses."""
+    fields = [(type(v).__name__, name, x) for v in values for name, x in vars(v).items() if torch.is_tensor(x)]
+    return ", ".join(f"{kind}.{name} {tuple(tensor.shape)}" for kind, name, tensor in fields)
+
+
+class Costs:
+    """Seconds of a step by part, forward and backward: a gradient that reaches a border ends the part behind it."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted, self.seconds = wanted, dict.fromkeys(("sender", "encoder", "adapter", "receiver"), 0.0)
+
+    def start(self, device: torch.device, now: bool) -> Callable[..., None]:
+        """``clock(part, border, behind)``: the time since the last call was ``part``'s; the backward pass through
+        ``border`` ends the time of ``behind``."""
+        if not (self.wanted and now):
+            return lambda *_: None
+        last = time.perf_counter()
+
+        def clock(part: str, border: Tensor | None = None, behind: str = "") -> None:
+            nonlocal last
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            self.seconds[part] += time.perf_counter() - last
+            last = time.perf_counter()
+            if border is not None and border.requires_grad:
+                border.register_hook(lambda gradient: clock(behind))
+
+        return clock
+
+    def table(self) -> str:
+        """One line a part."""
+        total = sum(self.seconds.values()) or 1.0
+        return "\n".join(f"{name:10} {value:8.3f} s {value / total:6.1%}" for name, value in self.seconds.items())
+
+
+def trackers(settings: TrainSettings, folder: Path) -> list[Callable[[dict[str, Any]], None]]:
+    """Where else a row of the log goes."""
+    unknown = set(settings.track) - {"wandb", "tensorboard"}
+    if unknown:
+        raise LatentWireError(f"--track {', '.join(sorted(unknown))}: give wandb or tensorboard")
+    found: list[Callable[[dict[str, Any]], None]] = []
+    if "tensorboard" in settings.track:
+        require("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer: Any = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+
+        def to_tensorboard(row: dict[str, Any]) -> None:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    writer.add_scalar(name, value, row["step"])
+
+        found.append(to_tensorboard)
+    if "wandb" in settings.track:
+        run = require("wandb").init(
+            project="latentwire", dir=str(folder), name=folder.name, config=settings.determining()
+        )
+        found.append(lambda row: run.log(row, step=row["step"]))
+    return found
+
+
 class Trainer:
     """Trains one bridge between two frozen models and leaves a run folder behind."""
 
@@ -4457,6 +4570,8 @@ class Trainer:
         self.optimizer = self.new_optimizer()
         self.progress = Progress()
         self.saved_at = time.monotonic()
+        self.costs = Costs(settings.profile)
+        self.trackers = trackers(settings, run.folder) if world.leads else []
 
     def adopt(self, folder: Path) -> None:
         """Take a trained run's bridge; what it already has stays frozen, only new receivers' parts learn."""
@@ -4554,15 +4669,25 @@ class Trainer:
         heard = [lm.heard(texts) for lm in self.setup.receivers]
         return with_spans(states, texts, self.sender, limit, self.receiver), heard
 
-    def hear(self, examples: Sequence[Example], ear: int = 0, places: Sequence[int] = ()) -> Heard:
+    def hear(
+        self,
+        examples: Sequence[Example],
+        ear: int = 0,
+        places: Sequence[int] = (),
+        clock: Callable[..., None] = lambda *_: None,
+    ) -> Heard:
         """Examples on their way into a receiver; a row's place in the training stream decides its dropout."""
         texts = [self.part.sender_text(example) for example in examples]
         keys = tuple(int(digest_of([self.settings.seed, place, "dropout"]), 16) for place in places)
         states = replace(self.states_of(texts), keys=keys)
         if self.bridge.wants_windows:
-            states = with_spans(states, texts, self.sender, text_limit(self.settings, self.sender), self.receiver)
+            first = self.receiver if self.bridge.wants_heard else None
+            states = with_spans(states, texts, self.sender, text_limit(self.settings, self.sender), first)
+        clock("sender")
         message = self.bridge.encode(states, ear=ear)
+        clock("encoder", message.latents, "adapter")
         soft = self.bridge.decode(message, ear)
+        clock("adapter", soft.embeds, "receiver")
         if places:
             soft = dropped(soft, keys, self.settings, (self.progress.step + 1) / self.steps)
         step = min(self.progress.step + 1, self.steps)
@@ -4602,15 +4727,20 @@ class Trainer:
         step = self.progress.step + 1
         settings, ear = self.scheduled(step), self.ear_at(step)
         examples = [self.train_rows[row_at(settings.seed, place, len(self.train_rows))] for place in places]
-        heard = self.hear(examples, ear, places)
+        clock = self.costs.start(self.receiver.device, 3 <= step <= 8)
+        heard = self.hear(examples, ear, places, clock)
         if self.reads_text(step):
             loss, found = text_step(heard, settings)
             terms = {"loss_text_align": float(loss.detach())}
         else:
             found = supervise(heard.receiver, packed := heard.answered(heard.soft), heard)
             loss, terms = total_loss(found, settings)
+            if settings.log_shapes and step == 1:
+                self.report.say(f"shapes: {shapes_of(heard.states, heard.message, heard.soft, packed, found)}")
         weight = len(places) / settings.rows_per_step
+        clock("receiver")
         (loss * self.loss_scale * weight).backward()
+        clock("encoder")
         values = {"loss": float(loss.detach()), **terms, "first_acc": float(found.first_accuracy())}
         tokens = float(packed.mask.sum()) if not self.reads_text(step) else float(len(found.targets))
         return {name: value * weight for name, value in values.items()} | {"tokens": tokens}
@@ -4703,7 +4833,19 @@ class Trainer:
             {"receiver": self.setup.receivers[self.ear_at(step)].name} if len(self.promptings) > 1 else {}
         )
         mode: dict[str, Any] = {"mode": "text"} if self.reads_text(step) else {}
+        mode |= self.parts_of_gradient() if self.settings.debug else {}
+        mode |= {"peak_memory_bytes": peak_memory(self.receiver.device)} if self.settings.profile_memory else {}
         return {"step": step, **sums, "grad_norm": norm, "lr": rate, **times, **several, **mode}
+
+    def parts_of_gradient(self) -> dict[str, float]:
+        """The gradient's norm in each part of the bridge and of its receivers' parts."""
+        squares: dict[str, float] = {}
+        for name, parameter in (*self.bridge.named_parameters(), *self.lora.items()):
+            part = ".".join(name.split(".")[: 3 if name.startswith("ears") else 1])
+            part = "lora" if "lora_" in name else part
+            if parameter.grad is not None:
+                squares[f"grad_{part}"] = squares.get(f"grad_{part}", 0.0) + float(parameter.grad.square().sum())
+        return {name: math.sqrt(value) for name, value in squares.items()}
 
     def validate(self) -> dict[str, float]:
         """Loss, and accuracy by full-label likelihood where the task has class words, on the held-out rows."""
@@ -4837,8 +4979,16 @@ class Trainer:
         self.restore()
         self.prepare()
         self.bridge.train()
-        while not self.progress.finished and self.steps:
-            self.one_round()
+        with (
+            torch.autograd.set_detect_anomaly(self.settings.debug),
+            profiling(self.settings.profile, self.run.folder) as turn,
+        ):
+            while not self.progress.finished and self.steps:
+                self.one_round()
+                turn()
+        if self.settings.profile:
+            self.report.say(f"steps 3 to 8, by part:\n{self.costs.table()}")
+            write_atomic(self.run.folder / "profile" / "parts.txt", self.costs.table().encode())
         if not self.checkpoints.best.exists():
             self.save_best()
         if self.world.leads:
@@ -4862,6 +5012,8 @@ class Trainer:
         self.progress.finished = step >= self.steps or bool(stale)
         if self.world.leads and (step % self.settings.log_every == 0 or due):
             append_rows(self.run.folder / "diagnostics.jsonl", [row])
+            for track in self.trackers:
+                track(row)
         self.report.tick("training", step, self.steps, f"loss {row['loss']:.3f}")
         waited = time.monotonic() - self.saved_at if self.world.leads else 0.0
         number, late = self.world.highest(
@@ -5370,7 +5522,13 @@ class Channel:
     """
 
     def __init__(
-        self, setup: Setup, bridge: Bridge, settings: TrainSettings, asked: EvalSettings, listener: Listener, first: LM
+        self,
+        setup: Setup,
+        bridge: Bridge,
+        settings: TrainSettings,
+        asked: EvalSettings,
+        listener: Listener,
+        first: LM | None,
     ) -> None:
         self.setup, self.bridge, self.settings, self.listener, self.first = setup, bridge, settings, listener, first
         self.asked, self.seed = asked, asked.seed
@@ -5853,10 +6011,11 @@ def open_bridge(folder: Path) -> tuple[Bridge, TrainSettings, dict[str, Any]]:
     return bridge.eval(), trained, state
 
 
-def check_models(state: Mapping[str, Any], folder: Path, sender: Reader, *receivers: LM) -> None:
+def check_models(state: Mapping[str, Any], folder: Path, sender: Reader | None, *receivers: LM) -> None:
     """The checkpoint's own models, not others of the same name."""
     kept = {identity["name"]: identity for identity in state["receivers"]}
-    pairs = [("sender", state["sender"], sender), *(("receiver", kept[lm.name], lm) for lm in receivers)]
+    pairs: list[tuple[str, Any, Any]] = [("sender", state["sender"], sender)] if sender else []
+    pairs += [("receiver", kept[lm.name], lm) for lm in receivers]
     for role, identity, model in pairs:
         here = model.identity()
         differing = [f"{k} {v!r} there, {here.get(k)!r} here" for k, v in identity.items() if here.get(k) != v]
@@ -5947,7 +6106,10 @@ def open_channel(settings: EvalSettings, folder: Path, ear: int = 0) -> tuple[Ch
     sender = open_reader(run)
     names = [one.name for one in bridge.shape.ears]
     receiver = load_lm(names[ear], run, run.offline, run.receiver_device)
-    first = load_lm(names[0], run, run.offline, run.receiver_device) if ear and bridge.wants_windows else receiver
+    other = ear and bridge.wants_heard
+    first = (
+        load_lm(names[0], run, run.offline, run.receiver_device) if other else receiver if bridge.wants_heard else None
+    )
     check_models(state, folder, sender, receiver)
     if trained.use_lora:
         reopen_lora(folder, trained, sender, receiver, ear)
@@ -5960,7 +6122,9 @@ def open_channel(settings: EvalSettings, folder: Path, ear: int = 0) -> tuple[Ch
     return Channel(setup, bridge, run, settings, listener, first), state
 
 
-def reopen_lora(folder: Path, trained: TrainSettings, sender: Reader, receiver: LM, ear: int) -> None:
+def reopen_lora(
+    folder: Path, trained: TrainSettings, sender: Reader | None, receiver: LM | None = None, ear: int = 0
+) -> None:
     """Low-rank adapters inside fresh models, as the checkpoint has them."""
     tensors = load_checkpoint(folder)[0]["lora"]
     for number, lm, role in ((0, sender, "sender"), (ear + 1, receiver, "receiver")):
@@ -6067,6 +6231,62 @@ def compression(channel: Channel) -> dict[str, Any]:
     return {"claimed": "sequence", **ratios, "bytes_vs_zlib": packed / sent, **sizes}
 
 
+@torch.no_grad()
+def written_back(channel: Channel, count: int = 64) -> dict[str, Any]:
+    """BLEU (Papineni et al. 2002; sacrebleu's defaults, of 1) of texts that the receiver writes from their latents."""
+    sacrebleu, listener, lm = require("sacrebleu"), channel.listener, channel.setup.receiver
+    examples, opening = channel.examples[:count], channel.setup.receiver.ids("\nText:")
+    texts = [channel.text(example) for example in examples]
+    said: list[str] = []
+    for rows in batches(range(len(examples)), 16):
+        soft = listener.open([channel.messages[i] for i in rows])
+        prefill = lm.prefill(listener.prompting.joined(soft, [opening] * len(rows), None, left=True))
+        said += lm.generate(prefill, max(len(lm.ids(texts[i])) for i in rows), line=False)
+    score = sacrebleu.corpus_bleu(said, [texts])
+    return {"bleu": score.score / 100, "n": len(examples), "signature": str(score), "first": [texts[0], said[0]]}
+
+
+def read_run(checkpoint: Path) -> tuple[Bridge, TrainSettings, dict[str, Any], Path]:
+    """A trained bridge with everything needed to use it."""
+    folder = resolve_checkpoint(checkpoint)
+    bridge, trained, state = open_bridge(folder)
+    load_plugins(trained.plugin)
+    return bridge, trained, state, folder
+
+
+@torch.no_grad()
+def encode_text(checkpoint: Path, text: str, question: str = "", receiver: str | None = None) -> bytes:
+    """The message of one text, serialised; ``receiver`` matters where latents are private."""
+    bridge, trained, state, folder = read_run(checkpoint)
+    part, sender = make_task(trained), open_reader(trained)
+    check_models(state, folder, sender)
+    if trained.use_lora and isinstance(sender, LM) and trained.lora_on != "receiver":
+        reopen_lora(folder, trained, sender)
+    said, limit = part.sender_text(Example("0", text, question, ("",))), text_limit(trained, sender)
+    states = sender.states([sender_ids(sender, said, limit)], bridge.shape.layers)
+    if bridge.wants_windows:
+        first = load_lm(bridge.shape.ears[0].name, trained, trained.offline) if bridge.wants_heard else None
+        states = with_spans(states, [said], sender, limit, first)
+    ear = bridge.ear_of(receiver) if receiver else 0
+    return bridge.encode(states, bridge.fingerprint(shared=True), ear).to_bytes()
+
+
+def answer_message(checkpoint: Path, data: bytes, question: str = "", receiver: str | None = None) -> Answer:
+    """What one receiver of the latent language answers to a message; it sees nothing else but the question."""
+    bridge, trained, state, folder = read_run(checkpoint)
+    lm = load_lm(receiver or bridge.shape.ears[0].name, trained, trained.offline, trained.receiver_device)
+    ear = bridge.ear_of(lm.name)
+    check_models(state, folder, None, lm)
+    if trained.use_lora:
+        reopen_lora(folder, trained, None, lm, ear)
+    part = make_task(trained)
+    how = DecodeSettings(**trained.model_dump(include=set(DecodeSettings.model_fields)))
+    listener = Listener(bridge.to(lm.device), prompting_of(trained, part, lm, state["task"]["anchor"]), None, how)
+    soft, example = listener.open([data]), Example("0", "", question, (part.words or ("",))[:1])
+    answer = listener.respond(listener.prompting.pack(soft, [example]), [example], [len(data)])[0]
+    return replace(answer, nll_per_token=None, first_correct=None)
+
+
 def evaluate_receiver(
     settings: EvalSettings,
     folder: Path,
@@ -6129,6 +6349,7 @@ def evaluate_receiver(
             run_method(name)
     ordered = {name: [by_method[name][example.id] for example in examples] for name in names}
     results = results_of(settings, channel, state, ordered, {**made_with, "checkpoint": str(folder), "record_key": key})
+    results |= {"reconstruction": written_back(channel)} if settings.bleu else {}
     write_json(output, results)
     return results, ordered, output
 
@@ -6928,6 +7149,38 @@ def status_command(
     for row in rows:
         table.add_row(*row)
     Console(highlight=False, emoji=False).print(table)
+
+
+@app.command("encode")
+def encode_command(
+    text: Annotated[str, typer.Argument(help="A text, or a file with it.", show_default=False)],
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", "--ckpt", help="Run folder.", show_default=False)],
+    question: Annotated[str, typer.Option("--question", help="What a question-aware sender is asked.")] = "",
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where the message goes.")] = Path("message.wire"),
+    receiver: Annotated[str, typer.Option("--receiver", help="For whom, where latents are private.")] = "",
+) -> None:
+    """Write a text's latents to a file: encode article.txt --checkpoint runs/squad -o article.wire"""
+    is_file = len(text) < 4096 and Path(text).is_file()
+    said = Path(text).read_text(encoding="utf-8") if is_file else text
+    data = encode_text(checkpoint, said, question, receiver or None)
+    write_atomic(output, data)
+    size = len(said.encode())
+    print(f"{output}: {len(data)} bytes, {Message.from_bytes(data).latents.shape[1]} latents, for {size} bytes of text")
+
+
+@app.command("answer")
+def answer_command(
+    message: Annotated[Path, typer.Argument(help="A file that 'encode' wrote.", show_default=False)],
+    checkpoint: Annotated[Path, typer.Option("--checkpoint", "--ckpt", help="Run folder.", show_default=False)],
+    question: Annotated[str, typer.Option("--question", help="What a question-agnostic receiver is asked.")] = "",
+    receiver: Annotated[str, typer.Option("--receiver", help="Which receiver; default the first.")] = "",
+) -> None:
+    """Answer from a message alone: answer article.wire --checkpoint runs/squad --receiver gemma-3-270m"""
+    if not message.is_file():
+        raise LatentWireError(f"message {message} not found; 'encode' writes one")
+    answer = answer_message(checkpoint, message.read_bytes(), question, receiver or None)
+    words = read_run(checkpoint)[2]["task"]["words"]
+    print(words[pick(answer.scores)] if words else answer.text)
 
 
 @app.command("report")
