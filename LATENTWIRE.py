@@ -161,19 +161,13 @@ def batches(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator  # noqa: E402
 
 Words = list[str]
+Layers = dict[str, Mapping[str, Any]]  # settings by where they come from, lowest first
 YES, NO = ("yes", "true", "1", "on"), ("no", "false", "0", "off")
 DRY_FLAGS = {"dry_run": False, "print_argv": False}
 FEATURES = ("lora", "prefix", "deep_prefix", "latent_adapter", "coprocessor", "gist", "refiner", "latent_refiner")
 """Sections of a config file that hold one feature's settings and no others."""
-REPEATED = {"plugin": ",", "override": "\n"}
-"""Flags that may be given several times, and what stands between their values."""
-RIVALS = {
-    "steps": ("epochs",),
-    "epochs": ("steps",),
-    "dtype": ("bf16", "fp16"),
-    "bf16": ("dtype", "fp16"),
-    "fp16": ("dtype", "bf16"),
-}
+REPEATED = {"plugin": ",", "override": "\n"}  # flags that may be given several times, joined by this
+RIVALS = ({"steps", "epochs"}, {"dtype", "bf16", "fp16"})  # who gives one takes back the others of a lower layer
 
 
 def setting(default: Any, text: str, *aliases: str, execution: bool = False, alone: str = "", **limits: Any) -> Any:
@@ -216,9 +210,8 @@ class Settings(BaseModel):
         parent = section.rpartition(".")[2]
         stem = parent.removesuffix("s")
         names = [known[word] for word in (f"{parent}_{short}", f"{stem}_{short}", short) if word in known]
-        if names and (
-            stem not in FEATURES or re.match(f"(use_)?(latent_)?{stem}", names[0])
-        ):  # never another's dropout
+        own = stem not in FEATURES or (names and re.match(f"(use_)?(latent_)?{stem}", names[0]))
+        if names and own:  # coprocessor.dropout is not the bridge's dropout
             return names[0]
         raise LatentWireError(f"unknown setting {key!r} in {where}{suggest(short, known)} (all of them: train --help)")
 
@@ -251,12 +244,12 @@ class Settings(BaseModel):
         return value
 
     @classmethod
-    def build(cls, flags: Mapping[str, Any], below: Mapping[str, Mapping[str, Any]] | None = None) -> Any:
+    def build(cls, flags: Mapping[str, Any], below: Layers | None = None) -> Any:
         """Defaults < the layers ``below`` by where they come from, lowest first < ``flags``, validated."""
         values: dict[str, Any] = {}
         for where, layer in {**(below or {}), "flags": flags}.items():
             own = cls.named(layer, where)
-            rivals = {rival for name in own for rival in RIVALS.get(name, ()) if rival not in own}
+            rivals = {rival for group in RIVALS if group & own.keys() for rival in group}
             values = {name: value for name, value in values.items() if name not in rivals} | own
         try:
             return cls(**values)
@@ -701,16 +694,10 @@ class TrainSettings(
     keep: Literal["head", "tail", "both"] = setting("head", "Which part of a too long text is kept.", "truncation")
     max_answer_tokens: int = setting(32, "Answer tokens that are trained on.", ge=1)
     seeds: list[int] | None = setting(None, "Several seeds: one run each in OUTPUT_DIR/seed<N>.", execution=True)
-    output_dir: Path | None = setting(
-        None, "Run folder; default runs/<dataset>-<tag>-<digest>.", "save_dir", execution=True
-    )
-    tag: str | None = setting(None, "A word of yours in the default --output_dir.", execution=True)
-    eval_samples: int | None = setting(
-        None, "Test rows of stage C; default all.", "evaluation_samples", execution=True, ge=2
-    )
-    eval_seeds: list[int] | None = setting(
-        None, "Accepted: an experiment trains one run per seed; one run's greedy answers need none.", execution=True
-    )
+    output_dir: Path | None = setting(None, "Run folder; default runs/<dataset>-<digest>.", "save_dir", execution=True)
+    tag: str | None = setting(None, "A word before the digest in the default --output_dir.", execution=True)
+    eval_samples: int | None = setting(None, "Test rows of stage C.", "evaluation_samples", execution=True, ge=2)
+    eval_seeds: list[int] | None = setting(None, "Accepted: an experiment's seeds; nothing in train.", execution=True)
     resume: str | None = setting(
         None,
         "Go on with the run in --output_dir, or with the run whose folder is given here.",
@@ -891,11 +878,8 @@ SMOKE_TESTS: dict[str, dict[str, Any]] = {
     "refiner": {"use_latent_refiner": True, "latent_refiner_layers": 2},
 }
 for test, changes in SMOKE_TESTS.items():
-    add_preset(
-        f"smoke-{test}",
-        f"SQuAD in small, {next(iter(changes), 'no feature')}: configs/smoke/{test}.json.",
-        SMOKE | changes,
-    )
+    text = f"160 rows of SQuAD, {next(iter(changes), 'no feature')}: the documents' configs/smoke/{test}.json."
+    add_preset(f"smoke-{test}", text, SMOKE | changes)
 MINIMAL = {"dataset": "squad", "samples": 1000, "epochs": 1, "batch_size": 8, "latent_len": 32}
 add_preset("minimal", "The documents' shortest training: 1,000 rows of SQuAD, once.", MINIMAL)
 add_preset("hero", "The documents' full experiment: all of SQuAD, 24 epochs; needs a GPU.", MINIMAL | {
@@ -926,10 +910,10 @@ def overridden(items: Any) -> dict[str, Any]:
     return {key: value for key, _, value in pairs}
 
 
-def layers_below(own: Mapping[str, Any], suite: Mapping[str, Any] | None = None) -> dict[str, Mapping[str, Any]]:
+def layers_below(own: Mapping[str, Any], suite: Mapping[str, Any] | None = None) -> Layers:
     """What stands below the flags, lowest first: ``suite`` < --preset < --config < --override."""
     preset, config = "hero" if own.get("hero") in (True, "yes") else own.get("preset"), own.get("config")
-    layers: dict[str, Mapping[str, Any]] = {"suite": suite or {}}
+    layers: Layers = {"suite": suite or {}}
     layers |= {f"preset {preset}": PRESETS[preset]()} if preset else {}
     layers |= {f"config file {config}": config_values(config)} if config else {}
     return layers | {"--override": overridden(list(filter(None, (own.get("override") or "").split("\n"))))}
@@ -4672,9 +4656,7 @@ def recorded(path: Path, method: str) -> tuple[dict[str, Any], dict[str, dict[st
     except ValueError:
         results = {}
     if file is None or "provenance" not in results:
-        raise LatentWireError(
-            f"no results of one run at {path}; give a run folder that 'eval' filled, or its results.json"
-        )
+        raise LatentWireError(f"no results of one run at {path}; give a run folder that 'eval' filled")
     key = (method, results["provenance"]["record_key"])
     rows = {row["id"]: row for row in read_rows(file.parent / "records.jsonl") if (row["method"], row["key"]) == key}
     if not rows or any("error" in row for row in rows.values()):
@@ -4689,9 +4671,9 @@ def head_to_head(latent: Path, text: Path) -> dict[str, Any]:
     golds = [{name: row["gold"] for name, row in rows.items()} for rows in (bridge, baseline)]
     headline = results["headline"]
     if golds[0] != golds[1] or headline != others["headline"]:
+        rows_of = f"{len(bridge)} and {len(baseline)} rows"
         raise LatentWireError(
-            f"{latent} and {text} answer different questions ({len(bridge)} and {len(baseline)} rows); evaluate both with the "
-            f"same --dataset and --num_samples"
+            f"{latent} and {text} answer different questions ({rows_of}); evaluate both on the same data"
         )
     rows = {"bridge": list(bridge.values()), "text": [baseline[name] for name in bridge]}
     values = [headline_values(own, headline) for own in rows.values()]
@@ -4812,8 +4794,7 @@ def demo_suite() -> dict[str, Any]:
     }  # fmt: skip
 
 
-PLAN = ("base_config", "base_overrides", "runs", "sweeps")
-"""What an experiment's file may hold beside plain settings."""
+PLAN = ("base_config", "base_overrides", "runs", "sweeps")  # what an experiment's file may hold beside settings
 
 
 def run_name(point: Mapping[str, Any]) -> str:
@@ -4822,11 +4803,9 @@ def run_name(point: Mapping[str, Any]) -> str:
     return "-".join(Path(text).stem if name == "dataset" else name + text for name, text in texts.items())
 
 
-def unfolded(
-    layers: Mapping[str, Mapping[str, Any]], fixed: Iterable[str]
-) -> tuple[dict[str, Mapping[str, Any]], list[tuple[str, Mapping[str, Any]]]]:
+def unfolded(layers: Layers, fixed: Iterable[str]) -> tuple[Layers, list[tuple[str, Mapping[str, Any]]]]:
     """Plain layers, and (name, changes) of each run that a file lists or sweeps, except over what is ``fixed``."""
-    below: dict[str, Mapping[str, Any]] = {}
+    below: Layers = {}
     runs: list[tuple[str, Mapping[str, Any]]] = []
     sweeps: dict[str, list[Any]] = {}
     for where, layer in layers.items():
@@ -4849,13 +4828,14 @@ def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSet
     """The runs of an experiment: those of its file, and train flags with several values (``--latent_len 16,32,64``)."""
     own, given = flags_from(TrainSettings, words, many=True)
     suite = SUITES[settings.name]() if settings.name in SUITES else {}
-    layers = {"default": {"dataset": DEFAULT_DATASET}, **layers_below(own, suite)}
+    layers: Layers = {"default": {"dataset": DEFAULT_DATASET}, **layers_below(own, suite)}
     fixed = TrainSettings.named(layers["--override"], "--override") | given
     below, variants = unfolded(layers, fixed)
     above = below.pop("--override")
-    known = {name: value for where, layer in below.items() for name, value in TrainSettings.named(layer, where).items()}
-    seeds = (known | fixed).get("seeds") or (known | fixed).get("eval_seeds")
-    if seeds and ("seed" not in fixed or "seeds" in given):
+    known = {name: value for where in below for name, value in TrainSettings.named(below[where], where).items()} | fixed
+    seeds = known.get("seeds") or known.get("eval_seeds")
+    seeded = "seed" in fixed or any("seed" in changes for _, changes in variants)
+    if seeds and (not seeded or "seeds" in given):
         given["seed"] = ",".join(TrainSettings.natural("seeds", seeds))
     lists = {name for name, info in TrainSettings.model_fields.items() if "list[" in str(info.annotation).lower()}
     axes = {name: value.split(",") for name, value in given.items() if "," in value and name not in lists}
@@ -5072,8 +5052,7 @@ SCRIPTS = {
     "scripts/compare_baselines.py": "compare", "scripts/run_tests.sh": "test",
 }  # fmt: skip
 """Older script paths and module names → the words that do their job; typing one as sub-command works too."""
-SCRIPT_LISTS = {"LATENT_LEN_LIST": "--latent_len", "D_Z_LIST": "--d_z"}
-"""Environment variables of scripts/run_llama_single.sh → the axes they span."""
+SCRIPT_LISTS = {"LATENT_LEN_LIST": "--latent_len", "D_Z_LIST": "--d_z"}  # axes of scripts/run_llama_single.sh
 
 app = typer.Typer(
     name="LATENTWIRE.py", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -5525,19 +5504,8 @@ def self_check(folder: Path) -> None:
     for name in ("tiny-llama", "tiny-qwen", "tiny-gemma"):
         load_lm(name, ModelSettings(device="cpu"))
         print(f"passed: {name} gives the same logits through the sequence contract")
-    run = [
-        "--sender",
-        "tiny-llama",
-        "--receiver",
-        "tiny-qwen",
-        "--dataset",
-        "toy",
-        "--steps",
-        "60",
-        "--output_dir",
-        str(folder),
-    ]
-    train_main([*run, "--device", "cpu", "--state_cache", "memory"])
+    run = "--sender tiny-llama --receiver tiny-qwen --dataset toy --steps 60 --device cpu --state_cache memory"
+    train_main([*shlex.split(run), "--output_dir", str(folder)])
     results = eval_main(["--checkpoint", str(folder)])
     if not results["communication"]:
         raise LatentWireError(f"self-check failed: {results['verdict']}")
@@ -5575,12 +5543,9 @@ def typer_words(kind: type[Settings], words: Sequence[str], extra: Mapping[str, 
     """Flags of ``kind`` in the one form Typer knows."""
     ready = []
     for name, value in normalize_flags(kind, words, extra):
-        if name in extra and not extra[name]:
-            ready += [f"--{name}"] if value == "yes" else []
-        elif name not in extra and kind.model_fields[name].annotation is bool:
-            ready += [f"--{name}" if value == "yes" else f"--no_{name}"]
-        else:
-            ready += [f"--{name}", value]
+        takes = extra[name] if name in extra else kind.model_fields[name].annotation is not bool
+        off = [] if name in extra else [f"--no_{name}"]
+        ready += [f"--{name}", value] if takes else [f"--{name}"] if value == "yes" else off
     return ready
 
 
