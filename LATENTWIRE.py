@@ -1926,7 +1926,7 @@ def training_splits(part: Task, settings: TrainSettings) -> tuple[Splits, str]:
     cut = min(settings.val_samples, max(1, len(ordered) // 10)) if settings.val_samples else 0
     cut = clean_cut(ordered, cut)
     steps = DEFAULT_STEPS if settings.steps is None else settings.steps
-    seen = max(32, steps) * settings.rows_per_step  # more rows would never be looked at
+    seen = (steps or 32) * settings.rows_per_step  # more rows would never be looked at
     most = min(settings.samples or len(ordered), len(ordered) if settings.epochs else seen)
     return {"train": distinct_ids(ordered[cut:][:most]), "validation": distinct_ids(ordered[:cut])}, source
 
@@ -3302,7 +3302,7 @@ class SentenceTokens(HiddenEncoder):
 
 @ENCODERS.register("simple-st")
 class SentenceVector(SentenceTokens):
-    """The mean token state of a frozen small sentence encoder: one vector for the whole text, a hard bottleneck."""
+    """Mean token state of a frozen small sentence encoder: one vector a text, a hard bottleneck."""
 
     def forward(self, states: States) -> Tensor:
         """(B, 1, T, D_s) → (B, T, W), the same vector at every token."""
@@ -3313,7 +3313,7 @@ class SentenceVector(SentenceTokens):
 
 @ENCODERS.register("constant", "prompt")
 class ConstantEncoder(nn.Module):
-    """Nothing of the text: the bridge becomes a trained prompt, the control that learns the answers' form only."""
+    """Nothing of the text: a trained prompt, the control that learns the answers' form only."""
 
     reads: ClassVar[str] = "bytes"
 
@@ -3444,7 +3444,7 @@ class SharedPrivate(nn.Module):
 
 @POOLERS.register("window")
 class WindowPooler(nn.Module):
-    """One latent per run of tokens, in order: a weighted mean, after blocks in which every token sees the others.
+    """One latent per run of tokens, in order: their weighted mean, after blocks that see all of them.
 
     Local pooling keeps what global queries lose (ARC-Encoder, arXiv 2510.20535, table 8). The weights start equal.
     """
@@ -4234,7 +4234,7 @@ def first_token_entropy(found: Supervised, settings: LossSettings) -> Tensor:
 
 @LOSSES.register("kd")
 def kd(found: Supervised, settings: LossSettings) -> Tensor:
-    """KL from the same receiver reading the text, first K tokens, at temperature tau, times tau² (Hinton et al. 2015)."""
+    """KL from the same receiver reading the text, first K tokens, times tau² (Hinton et al. 2015)."""
     batch, tau = found.batch, settings.kd_tau
     with torch.no_grad():
         teacher = supervise(batch.receiver, batch.answered(None, text=True)).logits
@@ -4245,7 +4245,7 @@ def kd(found: Supervised, settings: LossSettings) -> Tensor:
 
 @LOSSES.register("state_kd")
 def state_kd(found: Supervised, settings: LossSettings) -> Tensor:
-    """Squared distance of hidden states to those after the text, where the first K answer tokens are predicted.
+    """Squared distance of hidden states to those of the text's reader, at the first K answer tokens.
 
     In units of the text reader's own mean square, per layer.
     """
@@ -4287,7 +4287,7 @@ def latent_prefix_align(found: Supervised, settings: LossSettings) -> Tensor:
 
 @LOSSES.register("gist")
 def gist(found: Supervised, settings: LossSettings) -> Tensor:
-    """Squared error of the gist head's reconstruction of the text's first embeddings, some left out at random."""
+    """Squared error of the gist head's reconstruction of the text's first embeddings."""
     batch, head = found.batch, found.batch.part.gist
     if head is None:
         raise LatentWireError("--gist_weight needs the head that reconstructs; add --use_gist_head")
@@ -4323,7 +4323,7 @@ def continuation(found: Supervised, settings: LossSettings) -> Tensor:
 
 @LOSSES.register("contrast")
 def contrast(found: Supervised, settings: LossSettings) -> Tensor:
-    """How far other texts' latents fall short of being worse by a margin: against latents that are not listened to."""
+    """How far other texts' latents fall short of being worse than the own ones by a margin."""
     batch = found.batch
     if len(batch.examples) < 2:
         return found.logits.new_zeros(())
@@ -4337,7 +4337,7 @@ def contrast(found: Supervised, settings: LossSettings) -> Tensor:
 
 @LOSSES.register("manifold")
 def manifold(found: Supervised, settings: LossSettings) -> Tensor:
-    """Squared distance of the soft tokens' mean and deviation per dimension to the embedding table's, in its RMS."""
+    """Squared distance of the soft tokens' mean and deviation per dimension to the table's, in its RMS."""
     lm, embeds = found.batch.receiver, found.batch.soft.embeds
     real = embeds.flatten(0, 1) if found.batch.soft.mask is None else embeds[found.batch.soft.mask]
     mean, deviation = lm.table_statistics
@@ -4590,7 +4590,7 @@ def trackers(settings: TrainSettings, folder: Path) -> list[Callable[[dict[str, 
         require("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        writer: Any = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        writer: Any = SummaryWriter(str(folder / "tensorboard"))
 
         def to_tensorboard(row: dict[str, Any]) -> None:
             for name, value in row.items():
@@ -5274,6 +5274,44 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
     return tensors, state
 
 
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint folder behind a run folder, a checkpoint folder or the documents' spelling of one."""
+    if any(character in str(path) for character in "*?["):
+        found = glob.glob(str(path)) or glob.glob(str(path.parent))
+        path = Path(max(found, key=os.path.getmtime)) if found else path
+    spelled = re.fullmatch(r".*\.pt|epoch\d+|step\d+|ckpt|checkpoint|latest|preempt_checkpoint", path.name)
+    places = [path, *([path.parent] if spelled else [])]
+    for place in places:
+        steps = Checkpoints(place / "checkpoint").steps()
+        for folder in (place, place / "best", place / "checkpoint" / "best", *steps):
+            if recovered(folder).joinpath("state.json").is_file():
+                return folder
+    runs = sorted(path.parent.glob("*/checkpoint/best/state.json"), key=lambda p: p.stat().st_mtime)
+    if spelled and len(runs) == 1:
+        return runs[0].parent
+    names = [str(p.parents[2]) for p in runs]
+    there = f" (there are: {', '.join(names[-5:])})" if names else ""
+    near = suggest(str(path), names)
+    raise LatentWireError(
+        f"no checkpoint at {path}{near}; --checkpoint takes the run folder that 'train' printed{there}"
+    )
+
+
+def open_bridge(folder: Path) -> tuple[Bridge, TrainSettings, dict[str, Any]]:
+    """A trained bridge, its settings and its state, from nothing but its path."""
+    tensors, state = load_checkpoint(folder)
+    try:
+        bridge = Bridge(BridgeShape.load(state["shape"]))
+        bridge.load_state_dict(tensors["bridge"])
+        trained = TrainSettings(**state["settings"])
+    except (KeyError, TypeError, RuntimeError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise LatentWireError(
+            f"checkpoint {folder} does not fit this program's bridge ({reason}); use its source.py"
+        ) from None
+    return bridge.eval(), trained, state
+
+
 @dataclass(frozen=True)
 class Setup:
     """What a run works with: frozen models, a task and its rows."""
@@ -5650,6 +5688,12 @@ class Channel:
         """The latents (K, D_w) of each message."""
         return [Message.from_bytes(data).latents[0] for data in self.messages]
 
+    @functools.cached_property
+    def mean_latents(self) -> Tensor:
+        """Their mean, slot by slot."""
+        latents, mask = padded(self.latents)
+        return weighted(mask.T[:, None].float(), latents.transpose(0, 1))[:, 0]
+
     def wrap(self, latents: Tensor) -> bytes:
         """Other latents (K, D_w) through the same door."""
         return Message(latents[None], self.bridge.shape.codec, self.listener.name).to_bytes()
@@ -5730,13 +5774,8 @@ class MeanControl(Method):
 
     def message(self, example: Example) -> bytes:
         """The mean latents, as many as its own."""
-        return self.channel.wrap(self.mean[: len(self.channel.latents[self.channel.position[example.id]])])
-
-    @functools.cached_property
-    def mean(self) -> Tensor:
-        """Mean over all messages, slot by slot."""
-        latents, mask = padded(self.channel.latents)
-        return weighted(mask.T[:, None].float(), latents.transpose(0, 1))[:, 0]
+        channel = self.channel
+        return channel.wrap(channel.mean_latents[: len(channel.latents[channel.position[example.id]])])
 
 
 @METHODS.register("control:gaussian", "gaussian")
@@ -5766,7 +5805,7 @@ class NoSourceControl(Method):
 
 @METHODS.register("control:prompt", "prompt")
 class PromptControl(Method):
-    """A trained prompt of the same length, steps and data that saw no source: --prompt RUN of --encoder constant."""
+    """A trained prompt of the same length and data that saw no source: --prompt RUN."""
 
     control = True
 
@@ -5815,7 +5854,7 @@ class TokenMethod(Method):
 
 @METHODS.register("token_budget")
 class TokenBudget(TokenMethod):
-    """The text's first receiver tokens, as many as there are latents; the question is kept (--token_budget_k)."""
+    """The text's first receiver tokens, as many as there are latents; the question is kept."""
 
     @classmethod
     def suits(cls, setup: Setup, settings: EvalSettings) -> bool:
@@ -5868,7 +5907,7 @@ class EmbedAnchor(EmbedMethod):
 
 @METHODS.register("embed:adapter", "adapter")
 class EmbedAdapter(EmbedMethod):
-    """Full text's embeddings, cut or padded to D_w numbers, through the trained adapter: a probe, expected near zero."""
+    """Full text's embeddings, cut to D_w numbers, through the trained adapter: expected near zero."""
 
     def soft(self, examples: Sequence[Example]) -> SoftPrompt:
         """As many even means as there are latents."""
@@ -6047,44 +6086,6 @@ def compare(by_method: Mapping[str, Sequence[Mapping[str, Any]]], headline: str,
     if leaks:
         verdict += f"; look closer: {', '.join(leaks)} is better than the best constant answer"
     return {**tests, "best_control": best, "p": worst_p, "communication": shown, "verdict": verdict}
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint folder behind a run folder, a checkpoint folder or the documents' spelling of one."""
-    if any(character in str(path) for character in "*?["):
-        found = glob.glob(str(path)) or glob.glob(str(path.parent))
-        path = Path(max(found, key=os.path.getmtime)) if found else path
-    spelled = re.fullmatch(r".*\.pt|epoch\d+|step\d+|ckpt|checkpoint|latest|preempt_checkpoint", path.name)
-    places = [path, *([path.parent] if spelled else [])]
-    for place in places:
-        steps = Checkpoints(place / "checkpoint").steps()
-        for folder in (place, place / "best", place / "checkpoint" / "best", *steps):
-            if recovered(folder).joinpath("state.json").is_file():
-                return folder
-    runs = sorted(path.parent.glob("*/checkpoint/best/state.json"), key=lambda p: p.stat().st_mtime)
-    if spelled and len(runs) == 1:
-        return runs[0].parent
-    names = [str(p.parents[2]) for p in runs]
-    there = f" (there are: {', '.join(names[-5:])})" if names else ""
-    near = suggest(str(path), names)
-    raise LatentWireError(
-        f"no checkpoint at {path}{near}; --checkpoint takes the run folder that 'train' printed{there}"
-    )
-
-
-def open_bridge(folder: Path) -> tuple[Bridge, TrainSettings, dict[str, Any]]:
-    """A trained bridge, its settings and its state, from nothing but its path."""
-    tensors, state = load_checkpoint(folder)
-    try:
-        bridge = Bridge(BridgeShape.load(state["shape"]))
-        bridge.load_state_dict(tensors["bridge"])
-        trained = TrainSettings(**state["settings"])
-    except (KeyError, TypeError, RuntimeError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise LatentWireError(
-            f"checkpoint {folder} does not fit this program's bridge ({reason}); use its source.py"
-        ) from None
-    return bridge.eval(), trained, state
 
 
 def check_models(state: Mapping[str, Any], folder: Path, sender: Reader | None, *receivers: LM) -> None:

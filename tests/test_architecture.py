@@ -36,7 +36,7 @@ MODULE = "LATENTWIRE"
 FILE = ROOT / f"{MODULE}.py"
 SHIPPED = ("LATENTWIRE.py", "README.md", "CHANGELOG.md", "LOG.md")
 
-MAX_LINES = 7000  # exclusive
+MAX_LINES = 10_000  # exclusive; CHANGELOG.md says why
 MAX_FUNCTION_LINES = 80
 MAX_PARAMETERS = 8
 MAX_MEDIAN_LINES = 14
@@ -778,7 +778,7 @@ BAD: list[tuple[Any, str, str]] = [
     (check_docstrings, "def f(): ...\n", "line 1: f has no docstring"),
     (check_docstrings, "if 1:\n    class A:\n        x = 1\n", "line 2: A has no docstring"),
     (check_docstrings, 'def f():\n    """ """\n', "line 1: f has no docstring"),
-    (check_length, "x = 1\n" * 7000, "7000 lines, must be under 7000"),
+    (check_length, "x = 1\n" * 10_000, "10000 lines, must be under 10000"),
     (check_words, "x = 1\n# TODO: later\n", "line 2: 'TODO'"),
     (check_words, "# FIXME\n", "line 1: 'FIXME'"),
     (check_words, "# XXX\n", "line 1: 'XXX'"),

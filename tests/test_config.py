@@ -55,13 +55,14 @@ TRAIN = SHARED | FEATURES | LOSSES | SCHEDULE | {
     "sender": None, "receiver": None, "samples": None, "val_samples": 400, "max_tokens": 256, "seeds": None,
     "output_dir": None, "resume": None, "auto_resume": False, "checkpoint_interval": 300.0, "keep_checkpoints": 2,
     "world_size": None, "gradient_checkpointing": False, "optimizer_offload": False, "log_every": 1, "state_cache": "disk",
+    "track": [], "debug": False, "log_shapes": False, "profile": False, "profile_memory": False,
     "num_dataloader_workers": None, "dataloader_pin_memory": False, "use_optimized_dataloader": False,
     "receivers": None, "llama_id": None, "qwen_id": None, "extend": None, "protocol": "question-aware",
     "sentence_model": "sentence-transformers/all-MiniLM-L6-v2", "max_bytes": 2048, "keep": "head",
     "max_answer_tokens": 32, "tag": None, "eval_samples": None, "eval_seeds": None,
 }  # fmt: skip
 EVAL = SHARED | {
-    "checkpoint": None, "num_samples": None, "split": "test", "methods": None, "batch_size": 32,
+    "bleu": False, "checkpoint": None, "num_samples": None, "split": "test", "methods": None, "batch_size": 32,
     "max_new_tokens": None, "soft_tokens": None, "source_layer": None, "seed": 42, "output_dir": None,
     "state_cache": "disk", "fresh_eval": False, "receivers": None, "codec": None, "prompt": None, "token_budget_k": None,
     "sequential_eval": False, "calibration": None, "anchor_text": None,
@@ -261,7 +262,7 @@ def test_a_value_with_spaces_stays_whole(capsys):
         ("sst2", ("'sst2' is not a flag", "--dataset")),
         ("--steps abc", ("--steps", "'abc'")),
         ("--steps 1.5", ("--steps", "'1.5'")),
-        ("--steps 0", ("--steps", "greater than or equal to 1", "'0'")),
+        ("--steps -1", ("--steps", "greater than or equal to 0", "'-1'")),
         ("--latent_len 0", ("--latent_len", "1")),
         ("--soft_tokens -3", ("--latent_len", "'-3'")),
         ("--dropout 1", ("--dropout", "less than 1")),
@@ -337,7 +338,7 @@ OTHER: dict[str, Any] = {"dataset": "toy", "labels": ["a"], "plugin": ["a.py"], 
     "first_token_ce_schedule": "cosine", "state_kd_layers": ["1"], "latent_align_metric": "mse", "stages": ["A", "B"],
     "latent_keep_start": 0.5, "latent_keep_end": 0.5, "ratio": [4.0], "windows_on": "receiver", "init": "copy",
     "quantize_from": 0.5, "receivers": ["x"], "llama_id": "x", "qwen_id": "x", "extend": "x", "sentence_model": "x",
-    "keep": "tail", "protocol": "question-agnostic", "tag": "x", "eval_samples": 7, "eval_seeds": [1],
+    "keep": "tail", "protocol": "question-agnostic", "tag": "x", "eval_samples": 7, "eval_seeds": [1], "track": ["wandb"],
 }  # fmt: skip
 BESIDE = {
     "effective_batch": {"batch_size": "auto"}, "ratio": {"pooler": "window"}, "init": {"pooler": "window"},
@@ -347,7 +348,7 @@ EXECUTION = {
     "data_dir", "offline", "device", "bf16", "fp16", "seeds", "output_dir", "resume", "log_every", "state_cache",
     "num_dataloader_workers", "dataloader_pin_memory", "use_optimized_dataloader", "sender_device", "receiver_device",
     "device_map", "auto_resume", "checkpoint_interval", "keep_checkpoints", "world_size", "gradient_checkpointing",
-    "optimizer_offload", "tag", "eval_samples", "eval_seeds",
+    "optimizer_offload", "tag", "eval_samples", "eval_seeds", "track", "debug", "log_shapes", "profile", "profile_memory",
 }  # fmt: skip
 
 
