@@ -1905,13 +1905,52 @@ class OwnFile(Task):
         return rows, str(self.file_of(split))
 
 
+class Mixture(Task):
+    """Several data sets in one run (--dataset squad,hotpotqa), in proportion to their rows; answers are free."""
+
+    def __init__(self, settings: DataSettings) -> None:
+        super().__init__(settings)
+        names = [name.strip() for name in (settings.dataset or "").split(",")]
+        self.parts = {name: make_task(settings.model_copy(update={"dataset": name})) for name in names}
+        self.anchor = "Answer:"
+        self.max_new_tokens = max(part.max_new_tokens for part in self.parts.values())
+
+    def of(self, example: Example) -> Task:
+        """The task an example comes from; a text of your own goes to the first."""
+        return self.parts.get(example.id.partition(":")[0]) or next(iter(self.parts.values()))
+
+    def sender_text(self, example: Example) -> str:
+        """As its own task shows it."""
+        return self.of(example).sender_text(example)
+
+    def question_text(self, example: Example) -> str:
+        """As its own task asks it."""
+        return self.of(example).question_text(example)
+
+    def receiver_text(self, example: Example) -> str:
+        """As its own task shows it."""
+        return self.of(example).receiver_text(example)
+
+    def correct(self, text: str, example: Example) -> float:
+        """As its own task judges it."""
+        return self.of(example).correct(text, example)
+
+    def load(self, split: str) -> tuple[list[Example], str]:
+        """All rows of all parts; an id says whose it is."""
+        found = {name: part.load(split) for name, part in self.parts.items()}
+        rows = [replace(e, id=f"{name}:{e.id}", label=None) for name, (part, _) in found.items() for e in part]
+        return rows, " + ".join(source for _, source in found.values())
+
+
 def make_task(settings: DataSettings) -> Task:
-    """The task that ``--dataset`` names: registered, or the user's own file or folder."""
+    """The task that ``--dataset`` names: registered, or the user's own file or folder, or several of them."""
     name = settings.dataset
     if not name:
         raise LatentWireError(
             "--dataset is missing; 'list datasets' shows the names, or give the path of your own file"
         )
+    if "," in name and not Path(name).exists():
+        return Mixture(settings)
     if name not in TASKS and (Path(name).suffix or Path(name).is_dir()):
         if not Path(name).exists():
             raise LatentWireError(f"data file {name} not found")
@@ -5345,8 +5384,8 @@ INTERLINGUA: dict[str, Any] = {"encoder": "byte", "pooler": "window", "init": "c
 def as_interlingua(settings: TrainSettings) -> TrainSettings:
     """Several receivers, or a reading-comprehension task without a named sender, ask for the shared latent language."""
     several = settings.receivers or settings.llama_id or settings.qwen_id
-    name = settings.dataset or ""
-    reading = name in TASKS and issubclass(TASKS[name], QuestionAnswering)
+    names = (settings.dataset or "").split(",")
+    reading = all(name in TASKS and issubclass(TASKS[name], QuestionAnswering) for name in names)
     asked = {"encoder", "pooler", "init"} & settings.model_fields_set
     if asked or settings.extend or (settings.sender and not several) or not (several or reading):
         return settings
@@ -6508,8 +6547,31 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 PLAIN_NAMES = {
     "bridge": "latent bridge", "text": "full text", "probe": "linear probe on sender", "control:zero": "zero latents",
     "control:shuffled": "another text's latents", "control:mean": "mean latents", "control:gaussian": "random latents",
-    "control:none": "receiver alone",
+    "control:none": "receiver alone", "control:prompt": "trained prompt, no source", "token_budget": "text cut to K tokens",
+    "embed:raw": "text embeddings", "embed:anchor": "text embeddings, anchor", "embed:adapter": "text through adapter",
 }  # fmt: skip
+
+
+def told_beside(results: Mapping[str, Any]) -> list[str]:
+    """What else an evaluation has to say, a line each: compression with its direction, receivers together, BLEU."""
+    lines, c = [], results.get("compression")
+    if c:
+        bytes_ratio = c["bytes_vs_utf8"]
+        larger = (
+            f"{bytes_ratio:.1f} times fewer" if bytes_ratio > 1 else f"{1 / bytes_ratio:.1f} times more: an expansion"
+        )
+        lines.append(
+            f"compression: {c['sequence']:.1f} times fewer receiver tokens ({c['tokens']:.0f} to {c['latents']:.0f} latents); "
+            f"{c['message_bytes']:.0f} bytes for {c['utf8_bytes']:.0f} of text, {larger}"
+        )
+    for name, other in results.get("receivers", {}).items():
+        lines.append(f"{name}: {other['verdict']}")
+    if "joint" in results:
+        said = ", ".join(f"{name.replace('_', ' ')} {value['mean']:.3f}" for name, value in results["joint"].items())
+        lines.append(f"receivers together: {said}")
+    if "reconstruction" in results:
+        lines.append(f"BLEU of texts written back: {results['reconstruction']['bleu']:.4f}")
+    return lines
 
 
 def family_of(method: str) -> str:
@@ -6607,6 +6669,7 @@ padding:.1rem .3rem;overflow-wrap:anywhere;white-space:pre-wrap}dt{font-weight:6
 the text: a bridge that does not beat them communicates nothing.</p>
 <table><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr>
 {% for kind, row in rows %}<tr class="{{ kind }}">{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+{% for line in beside %}<p>{{ line }}</p>{% endfor %}
 <p>Accuracy is by the likelihood of the whole class word, "generated" by the receiver's own words; bytes are those of one
 serialised message, or of the text; p is of a paired test on the same examples. The dotted line is the best constant answer.</p>
 {% for name, data in pictures %}<h2>{{ name }}</h2><img alt="{{ name }}" src="data:image/png;base64,{{ data }}">{% endfor %}
@@ -6635,7 +6698,7 @@ def write_report(folder: Path) -> Path:
     facts = [(key, made[key]) for key in ("command", "started", "commit", "source_sha256", "checkpoint", "data", "data_digest",
              "bridge", "step", "device", "dtype", "layers", "packages", "platform")]  # fmt: skip
     template = require("jinja2").Environment(autoescape=True).from_string(PAGE)
-    page = template.render(title=f"LatentWire: {results['dataset']}", results=results, head=table_head(results),
+    page = template.render(title=f"LatentWire: {results['dataset']}", results=results, head=table_head(results), beside=told_beside(results),
                            rows=[(family_of(name), row) for name, row in zip(results["methods"], table_rows(results), strict=True)],
                            pictures=pictures, facts=facts)  # fmt: skip
     write_atomic(folder / "report.html", page.encode())
@@ -7038,7 +7101,8 @@ class RichReport:
         for name, row in zip(results["methods"], table_rows(results), strict=True):
             table.add_row(*row, style="bold" if name == "bridge" else "dim" if METHODS[name].control else "")
         self.console.print(table)
-        self.say(results["verdict"])
+        for line in (results["verdict"], *told_beside(results)):
+            self.say(line)
 
 
 OPEN_COMMANDS: dict[str, type[Settings]] = {"experiment": ExperimentSettings, "slurm": SlurmSettings}
@@ -7060,11 +7124,26 @@ def resumed(settings: TrainSettings) -> TrainSettings:
     return TrainSettings.build({}, {str(homes[0]): {**Run(homes[0]).saved(), **length, **given, **own}})
 
 
+def staged(settings: TrainSettings, report: Report) -> dict[str, Any]:
+    """One run's stages: A and B train, C evaluates."""
+    stages, folder = stages_of(settings), settings.output_dir
+    if stages == "c" and folder is None:
+        raise LatentWireError("--stages C evaluates a run; say which with --output_dir")
+    summary: dict[str, Any] = {"run": str(folder)} if stages == "c" else train_run(settings, report)
+    if "c" in stages and launched()[0] == 0:
+        given = settings.model_dump(
+            include=EvalSettings.model_fields.keys() & {"data_dir", "device", "offline", "plugin"}
+        )
+        checked = EvalSettings(checkpoint=Path(summary["run"]), num_samples=settings.eval_samples, **given)
+        summary["results"] = eval_run(checked, report)
+    return summary
+
+
 def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
     """One run, or one per seed."""
     settings = resumed(settings)
     if not settings.seeds:
-        return train_run(settings, report)
+        return staged(settings, report)
     base = run_folder(resolve(settings)[0])
     runs = []
     for seed in settings.seeds:
@@ -7072,7 +7151,7 @@ def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
         folder = base / f"seed{seed}"
         resume = settings.auto_resume or bool(settings.resume)
         own = {"seed": seed, "seeds": None, "output_dir": folder, "resume": None, "auto_resume": resume}
-        runs.append(train_run(settings.model_copy(update=own), report))
+        runs.append(staged(settings.model_copy(update=own), report))
     return {"run": str(base), "runs": runs}
 
 
@@ -7204,6 +7283,9 @@ def train_command(settings: TrainSettings) -> None:
         summary = train_settings(settings, report)
     finally:
         report.close()
+    if "results" in summary:
+        report.table(summary["results"])
+        return
     report.say(f"done: {summary['run']}; next: eval --checkpoint {summary['run']}")
 
 
