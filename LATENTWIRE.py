@@ -738,6 +738,14 @@ class TrainSettings(
     dataloader_pin_memory: bool = setting(False, "Accepted; not needed, states are cached.", execution=True)
     use_optimized_dataloader: bool = setting(False, "Accepted; not needed, states are cached.", execution=True)
 
+    @model_validator(mode="after")
+    def recomputable(self) -> TrainSettings:
+        """Blocks that run again in the backward pass no longer know the soft prompt they had read."""
+        for name in ("use_prefix", "use_deep_prefix", "use_coprocessor", "use_latent_adapters"):
+            if self.gradient_checkpointing and getattr(self, name):
+                raise ValueError(f"--gradient_checkpointing does not go with --{name}; use a smaller --batch_size")
+        return self
+
 
 class EvalSettings(DataSettings, ModelSettings, DecodeSettings):
     """Evaluation"""
@@ -2503,7 +2511,7 @@ class LM:
         starts = [i for i in range(len(special)) if special[i : i + len(plain)] == plain]
         self.bos: TokenIds = special[: starts[0]] if starts else []
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else tokenizer.eos_token_id
-        self.ends = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+        self.ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
         self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self.check_contract()
 
@@ -3791,20 +3799,25 @@ class Bridge(nn.Module):
 
     def encode(self, states: States, name: str = "", ear: int = 0) -> Message:
         """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w); ``ear`` matters where latents are private."""
-        tokens, mask = self.encoder(states), None
-        if self.wants_windows:
-            windows = self.windows(states)
+        windows = self.windows(states) if self.wants_windows else None
+        latents, mask = self.write(states, windows, ear), windows.mask if windows else None
+        latents = CODECS[self.shape.codec]().through(latents) if self.quantize else latents
+        return Message(latents, self.shape.codec, name, mask)
+
+    def write(self, states: States, windows: Windows | None, ear: int = 0) -> Tensor:
+        """Latents (B, K, D_w) before any codec."""
+        tokens = self.encoder(states)
+        if windows:
             pooled, weights = self.pooler(tokens, states.mask, windows)
-            latents, mask = self.to_wire(pooled), windows.mask
+            latents = self.to_wire(pooled)
             if self.start is not None:
                 latents = latents + self.start(states, windows, self.encoder, pooled, weights)
         else:
             own = (ear,) if getattr(self.pooler, "wants", "") == "ear" else ()
             latents = self.to_wire(self.pooler(tokens, states.mask, *own))
-        latents = self.refiner(latents, mask) if self.refiner is not None else latents
-        latents = self.wire_norm(latents) if self.start is None else latents
-        latents = CODECS[self.shape.codec]().through(latents) if self.quantize else latents
-        return Message(latents, self.shape.codec, name, mask)
+        if self.refiner is not None:
+            latents = self.refiner(latents, windows.mask if windows else None)
+        return self.wire_norm(latents) if self.start is None else latents
 
     def decode(self, message: Message, ear: int = 0) -> SoftPrompt:
         """The receiver's side: Message (B, K, D_w) → SoftPrompt (B, K, D_r)."""
@@ -3824,7 +3837,8 @@ class Bridge(nn.Module):
         """Fit what starts in closed form: principal components, the ridge map onto the copied latents, and for each of
         the ``fresh`` receivers the map from latents to its own embeddings.
 
-        The second of each pair holds the texts as every receiver's tokens. Token by token: sums over windows follow.
+        The second of each pair holds the texts as every receiver's tokens. A new bridge is fitted token by token, since
+        means over windows follow; a trained one on its windows as they are.
         """
         seen, path = list(batches_of_states), self.start
         if path is None:
@@ -3836,31 +3850,19 @@ class Bridge(nn.Module):
                 path.down.copy_(torch.linalg.svd(heard - path.mean, full_matrices=False)[2][: self.shape.d_z].T)
             path.size.copy_(((heard - path.mean) @ path.down).square().mean().sqrt())
             self.ears[0].adapter.start(path.down * path.size, path.mean)
-        cuts = [self.windows(states, 1.0) for states, _ in seen]
-        ones = [torch.ones_like(states.mask, dtype=torch.float32) for states, _ in seen]
+        cuts = [self.windows(states, 1.0 if 0 in fresh else None) for states, _ in seen]
+        pairs = [*zip(cuts, seen, strict=True)]
         if 0 in fresh and path.ridge is not None:
-            x = [
-                weighted(cut.tokens, self.encoder.features(s))[cut.mask] for cut, (s, _) in zip(cuts, seen, strict=True)
-            ]
-            y = [path.copied(s, cut)[cut.mask] for cut, (s, _) in zip(cuts, seen, strict=True)]
+            x = [weighted(cut.tokens, self.encoder.features(states))[cut.mask] for cut, (states, _) in pairs]
+            y = [path.copied(states, cut)[cut.mask] for cut, (states, _) in pairs]
             weight, bias = ridge_map(torch.cat(x), torch.cat(y))
             path.ridge.weight.copy_(weight)
             path.ridge.bias.copy_(bias)
-        sent = [self.sent_plainly(s, cut, one)[cut.mask] for cut, one, (s, _) in zip(cuts, ones, seen, strict=True)]
-        for ear in fresh:
-            if ear:
-                own = [
-                    share_in(cut.spans, tokens[ear].spans, tokens[ear].mask)
-                    for cut, (_, tokens) in zip(cuts, seen, strict=True)
-                ]
-                y = [weighted(o, t[ear].embeds)[cut.mask] for o, cut, (_, t) in zip(own, cuts, seen, strict=True)]
-                self.ears[ear].adapter.start(*ridge_map(torch.cat(sent), torch.cat(y)))
-
-    def sent_plainly(self, states: States, windows: Windows, weights: Tensor) -> Tensor:
-        """Start latents of other windows, before anything is learned."""
-        assert self.start is not None
-        latents, _ = self.pooler(self.encoder(states), states.mask, windows)
-        return self.start(states, windows, self.encoder, latents, weights)
+        sent = torch.cat([self.write(states, cut)[cut.mask] for cut, (states, _) in pairs])
+        for ear in {*fresh} - {0}:
+            own = [share_in(cut.spans, tokens[ear].spans, tokens[ear].mask) for cut, (_, tokens) in pairs]
+            y = [weighted(share, t[ear].embeds)[cut.mask] for share, (cut, (_, t)) in zip(own, pairs, strict=True)]
+            self.ears[ear].adapter.start(*ridge_map(sent, torch.cat(y)))
 
     def fingerprint(self, shared: bool = False) -> str:
         """Names these very weights, or those that write messages: the latent language."""
@@ -4688,6 +4690,8 @@ class Trainer:
     def adopt(self, folder: Path) -> None:
         """Take a trained run's bridge; what it already has stays frozen, only new receivers' parts learn."""
         old, _, _ = open_bridge(resolve_checkpoint(folder))
+        if old.shape.latent_private_len:
+            raise LatentWireError(f"--extend {folder}: its latents are partly private to its receivers; train anew")
         wanted = replace(self.bridge.shape, ears=self.bridge.shape.ears[: len(old.shape.ears)])
         if wanted.saved() != old.shape.saved():
             differing = [k for k, v in old.shape.saved().items() if wanted.saved()[k] != v]
@@ -4851,6 +4855,8 @@ class Trainer:
                 self.report.say(f"shapes: {shapes_of(heard.states, heard.message, heard.soft, packed, found)}")
         weight = len(places) / settings.rows_per_step
         clock("receiver")
+        for tuned in heard.receiver.tuned if self.settings.gradient_checkpointing else ():
+            tuned.enable_adapters(True)  # blocks run again in the backward pass, as they did for the soft prompt
         (loss * self.loss_scale * weight).backward()
         clock("encoder")
         values = {"loss": float(loss.detach()), **terms, "first_acc": float(found.first_accuracy())}
@@ -5421,6 +5427,7 @@ def resolve(settings: TrainSettings) -> tuple[TrainSettings, str]:
         "receivers": receivers if receivers[1:] else None,
     }
     rest = {"dtype": dtype, "dataset": dataset, "llama_id": None, "qwen_id": None}
+    rest["codec"] = CODECS.name_of(settings.codec)
     return settings.model_copy(update=models | rest), why
 
 
@@ -5477,9 +5484,7 @@ def extended(settings: TrainSettings) -> TrainSettings:
     if not new:
         raise LatentWireError(f"--extend {settings.extend}: name a new receiver, such as --receivers tiny-gemma")
     own = {"extend": folder, "receiver": receivers_of(old)[0], "receivers": [*receivers_of(old), *new]}
-    return TrainSettings(
-        **{**old.model_dump(), "output_dir": None, "resume": None, "auto_resume": False, **given, **own}
-    )
+    return TrainSettings(**{**old.determining(), **given, **own})
 
 
 def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
@@ -6698,7 +6703,8 @@ def write_report(folder: Path) -> Path:
     facts = [(key, made[key]) for key in ("command", "started", "commit", "source_sha256", "checkpoint", "data", "data_digest",
              "bridge", "step", "device", "dtype", "layers", "packages", "platform")]  # fmt: skip
     template = require("jinja2").Environment(autoescape=True).from_string(PAGE)
-    page = template.render(title=f"LatentWire: {results['dataset']}", results=results, head=table_head(results), beside=told_beside(results),
+    page = template.render(title=f"LatentWire: {results['dataset']}", results=results, beside=told_beside(results),
+                           head=table_head(results),
                            rows=[(family_of(name), row) for name, row in zip(results["methods"], table_rows(results), strict=True)],
                            pictures=pictures, facts=facts)  # fmt: skip
     write_atomic(folder / "report.html", page.encode())
