@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch>=2.8,<3", "transformers>=5.0,<6", "datasets>=4.0", "safetensors>=0.5", "gguf>=0.17",
-#   "tokenizers>=0.21", "accelerate>=1.10",
+#   "tokenizers>=0.21", "accelerate>=1.10", "peft>=0.17",
 #   "pydantic>=2.11", "typer>=0.20", "rich>=14", "pyyaml>=6", "numpy>=2", "scipy>=1.15", "scikit-learn>=1.6",
 #   "matplotlib>=3.10", "jinja2>=3.1", "pyarrow>=20",
 # ]
@@ -12,6 +12,7 @@
     python LATENTWIRE.py demo                                         two real models, five minutes on a laptop CPU
     python LATENTWIRE.py train --dataset sst2 --output_dir runs/sst2  learn a bridge for your task
     python LATENTWIRE.py eval --checkpoint runs/sst2                  what came through, against every control
+    python LATENTWIRE.py train --dataset squad --latent_len 32        one latent language, several receivers
     python LATENTWIRE.py test                                         prove this copy works
 
 What flows, and the only values that cross a section border:
