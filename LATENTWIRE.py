@@ -7244,8 +7244,10 @@ def register_command(name: str, kind: type[Settings], body: Callable[..., None],
     """A sub-command whose flags are the fields of ``kind``; ``body`` gets the validated settings.
 
     A command named like a suite starts from the suite's values. With ``rest``, the help text for all other words, these
-    go to ``body`` as they are, and it sees to --dry_run itself.
+    go to ``body`` as they are, and it sees to --dry_run itself. The list of commands is printed without their flags, so
+    these are not made then.
     """
+    listing = prints_text_only() and (not sys.argv[1:] or sys.argv[1].startswith("-"))
     parameters = [
         inspect.Parameter(
             field_name, inspect.Parameter.KEYWORD_ONLY, default=None,
@@ -7254,6 +7256,7 @@ def register_command(name: str, kind: type[Settings], body: Callable[..., None],
                 help=option_help(kind, field_name), rich_help_panel=kind.panel(field_name), show_default=False)],
         )
         for field_name, info in kind.model_fields.items()
+        if not listing
     ]  # fmt: skip
     parameters += [
         inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[
