@@ -2445,7 +2445,7 @@ class LM:
         for number, reader in (soft.readers if soft else {}).items():
             hooks.append(self.blocks[number].register_forward_hook(passing(reader, soft)))
         for part in self.tuned:
-            part.enable_adapters(self.always_tuned or soft is not None or tuned)
+            part._disable_adapters = not (self.always_tuned or soft is not None or tuned)  # peft's own switch also freezes
         try:
             yield
         finally:
