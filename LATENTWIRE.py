@@ -2353,6 +2353,8 @@ class LM:
     """Which part of a too long text is read."""
     always_tuned = False
     """Whether LoRA works in every forward pass (a sender), or only where a soft prompt is read."""
+    now: tuple[SoftPrompt | None, Tensor | None, bool] = (None, None, False)
+    """What the running forward pass reads, for activations that are computed again."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any, revision: str, device: torch.device) -> None:
         self.name, self.revision = name, revision
@@ -2489,7 +2491,8 @@ class LM:
                 block
             ) in self.blocks:  # the library recomputes, and drops the cache, where a block says it is in training
                 block.training = torch.is_grad_enabled()
-        with self.reading(packed.soft, packed.at, tuned):
+        self.now = packed.soft, packed.at, tuned
+        with self.reading(*self.now):
             output = self.backbone(
                 inputs_embeds=packed.embeds, attention_mask=mask, position_ids=packed.positions, **options
             )
@@ -2510,7 +2513,8 @@ class LM:
     def checkpoint_activations(self) -> None:
         """Keep no activations inside blocks, compute them again in backward (Chen et al. 2016); outputs stay the same."""
         old = self.model.gradient_checkpointing_enable  # its name before transformers 5.23
-        getattr(self.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        again = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), self.reading(*self.now))}
+        getattr(self.model, "activation_checkpointing_enable", old)(again)
         self.recompute = True
 
     def keep_below(self, layer: int) -> None:
