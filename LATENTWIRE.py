@@ -3702,7 +3702,8 @@ class Bridge(nn.Module):
             heard = torch.cat([tokens[0].embeds[tokens[0].mask] for _, tokens in seen])
             if self.shape.d_z < heard.shape[1]:
                 path.mean.copy_(heard.mean(0))
-                path.down.copy_(torch.linalg.svd(heard - path.mean, full_matrices=False)[2][: self.shape.d_z].T)
+                spread = (heard - path.mean).double()  # eigh has all components, however few tokens there are
+                path.down.copy_(torch.linalg.eigh(spread.T @ spread)[1].flip(1)[:, : self.shape.d_z])
             path.size.copy_(((heard - path.mean) @ path.down).square().mean().sqrt())
             self.ears[0].adapter.start(path.down * path.size, path.mean)
         cuts = [self.windows(states, 1.0) for states, _ in seen]
