@@ -3809,7 +3809,9 @@ class StateStore:
 def with_spans(states: States, texts: Sequence[str], sender: Reader, limit: int, first: LM) -> States:
     """States and where their tokens stand in the text, and the texts as the first receiver's tokens."""
     spans = pad_spans([sender_spans(sender, text, limit) for text in texts], states.mask.shape[1], states.mask.device)
-    return replace(states, spans=spans, heard=first.heard(texts))
+    heard = first.heard(texts)
+    read = share_in(spans, heard.spans, heard.mask).sum(1) > 0  # nothing of what was cut off
+    return replace(states, spans=spans, heard=replace(heard, mask=read))
 
 
 def collect_states(
