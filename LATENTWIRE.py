@@ -4266,7 +4266,9 @@ def scale(found: Supervised, settings: LossSettings) -> Tensor:
 def rms(found: Supervised, settings: LossSettings) -> Tensor:
     """Squared distance of the uncalibrated prompt's RMS to the table's, in units of the table's."""
     batch = found.batch
-    raw = batch.part.adapter.raw(batch.message.latents).square().mean((1, 2)).sqrt()
+    square = batch.part.adapter.raw(batch.message.latents).square().mean(-1)  # (B, K)
+    real = torch.ones_like(square) if batch.message.mask is None else batch.message.mask.to(square)
+    raw = ((square * real).sum(1) / real.sum(1)).sqrt()
     return (raw / batch.receiver.embed_rms - 1).square().mean()
 
 
@@ -4274,7 +4276,8 @@ def rms(found: Supervised, settings: LossSettings) -> Tensor:
 def diversity(found: Supervised, settings: LossSettings) -> Tensor:
     """Mean cosine of soft prompts whose answers differ; prompts with the same answer may be alike."""
     batch = found.batch
-    flat = F.normalize(batch.soft.embeds.flatten(1), dim=1)
+    real = batch.soft.embeds if batch.soft.mask is None else batch.soft.embeds * batch.soft.mask[..., None]
+    flat = F.normalize(real.flatten(1), dim=1)
     answers = [example.answers[0] for example in batch.examples]
     differ = torch.tensor([[a != b for b in answers] for a in answers], device=flat.device)
     return (flat @ flat.T)[differ].mean() if differ.any() else flat.new_zeros(())
@@ -4310,9 +4313,10 @@ def text_step(heard: Heard, settings: ScheduleSettings) -> tuple[Tensor, Supervi
     """A text step: the soft prompt's distance to the text's own embeddings, pooled evenly to its length, in table RMS²;
     and the answer's cross-entropy after the text itself, which only LoRA can lower."""
     wanted, mask = heard.embedded([heard.receiver.ids(text) or [heard.receiver.pad] for text in heard.texts])
-    count = heard.soft.embeds.shape[1]
+    most, slots = heard.soft.embeds.shape[1], heard.message.mask
+    count = most if slots is None else slots.sum(1, keepdim=True)
     index = ((mask.long().cumsum(1) - 1) * count // mask.sum(1, keepdim=True)).masked_fill(~mask, -1)
-    shares = (index[:, None] == torch.arange(count, device=index.device)[:, None]).float()  # (B, K, T)
+    shares = (index[:, None] == torch.arange(most, device=index.device)[:, None]).float()  # (B, K, T)
     real = shares.sum(-1) > 0
     gap = (heard.soft.embeds / heard.receiver.embed_rms - weighted(shares, wanted))[real]
     packed, lora = heard.answered(None, text=True), bool(heard.receiver.lora)
