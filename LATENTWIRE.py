@@ -2475,7 +2475,7 @@ class LM:
         """Mean and deviation per dimension (D,) of rows of the embedding table."""
         ids = torch.linspace(0, self.table.weight.shape[0] - 1, 8192, device=self.device).long().unique()
         rows = self.embed(ids).float()
-        return rows.mean(0), rows.std(0)
+        return rows.mean(0), rows.std(0, correction=0)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden (N, D) → float32 (N, V). Contiguous: a strided slice is up to 560× slower on CPU."""
@@ -4173,6 +4173,8 @@ def state_kd(found: Supervised, settings: LossSettings) -> Tensor:
 
 def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
     """Mean distance of rows (N, D): 1 - cosine, squared error, or both."""
+    if not len(a):
+        return a.sum()
     parts = [1 - F.cosine_similarity(a, b, dim=-1).mean()] if metric != "mse" else []
     return torch.stack([*parts, *([F.mse_loss(a, b)] if metric != "cosine" else [])]).sum()
 
@@ -4205,7 +4207,7 @@ def gist(found: Supervised, settings: LossSettings) -> Tensor:
     made = head(batch.message.latents, batch.message.mask)
     wanted, mask = batch.embedded([batch.receiver.ids(text)[: made.shape[1]] for text in batch.texts])
     mask = mask & (torch.rand(mask.shape, device=mask.device) >= batch.bridge.shape.gist_mask_prob)
-    return F.mse_loss(made[:, : wanted.shape[1]][mask], wanted[mask])
+    return distance(made[:, : wanted.shape[1]][mask], wanted[mask], "mse")
 
 
 @LOSSES.register("reconstruction")
@@ -4252,7 +4254,7 @@ def manifold(found: Supervised, settings: LossSettings) -> Tensor:
     lm, embeds = found.batch.receiver, found.batch.soft.embeds
     real = embeds.flatten(0, 1) if found.batch.soft.mask is None else embeds[found.batch.soft.mask]
     mean, deviation = lm.table_statistics
-    parts = (real.mean(0) - mean).square().mean() + (real.std(0) - deviation).square().mean()
+    parts = (real.mean(0) - mean).square().mean() + (real.std(0, correction=0) - deviation).square().mean()
     return parts / lm.embed_rms**2
 
 
