@@ -4060,9 +4060,10 @@ class Heard:
         return self.prompting.pack(soft, self.examples, text=text, answers=True)
 
     def read_back(self, soft: SoftPrompt, opening: str, wanted: Sequence[TokenIds]) -> Tensor:
-        """Mean cross-entropy of ``wanted`` after a soft prompt and an opening."""
+        """Cross-entropy of ``wanted`` after a soft prompt and an opening, the mean of the rows' means."""
         after = [self.receiver.ids(opening)] * len(wanted)
-        return supervise(self.receiver, self.prompting.joined(soft, after, wanted)).nats.mean()
+        found = supervise(self.receiver, self.prompting.joined(soft, after, wanted))
+        return found.mean_per_row(found.order >= 0)
 
     def embedded(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
         """Embeddings (B, T, D_r) of ids, in units of the table's RMS, and their mask (B, T)."""
