@@ -3733,10 +3733,10 @@ class Bridge(nn.Module):
         return self.start(states, windows, self.encoder, latents, weights)
 
     def fingerprint(self, shared: bool = False) -> str:
-        """Names these very weights, or those that write messages: the latent language."""
+        """Names these very weights, or those that write messages for all receivers: the latent language."""
         sums = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
-            if not shared or name.startswith(self.SHARED):
+            if not shared or (name.startswith(self.SHARED) and not name.startswith("pooler.private.")):
                 sums.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return sums.hexdigest()[:12]
 
@@ -4485,7 +4485,11 @@ class Trainer:
         self.fresh = [*range(len(old.shape.ears), len(self.bridge.ears))]
         self.bridge.requires_grad_(False)
         for ear in self.fresh:
-            self.bridge.ears[ear].requires_grad_(True)
+            for own in (self.bridge.ears[ear], *[*getattr(self.bridge.pooler, "private", ())][ear : ear + 1]):
+                own.requires_grad_(True)
+        for name, kept in load_checkpoint(resolve_checkpoint(folder))[0].get("lora", {}).items():
+            self.lora[name].data.copy_(kept)
+            self.lora[name].requires_grad_(False)
 
     @functools.cached_property
     def lora(self) -> dict[str, nn.Parameter]:
@@ -4543,9 +4547,9 @@ class Trainer:
         if not self.progress.step and not self.settings.extend:
             if self.settings.normalize == "token" and hasattr(self.bridge.encoder, "calibrate"):
                 self.bridge.encoder.calibrate(*self.store.statistics())
-            for part, lm in zip(self.bridge.ears, self.setup.receivers, strict=True):
-                if getattr(part.adapter, "colour", None) is not None:
-                    part.adapter.colour.data = torch.stack(lm.table_statistics)
+        for ear in () if self.progress.step else self.fresh:
+            if getattr(self.bridge.ears[ear].adapter, "colour", None) is not None:
+                self.bridge.ears[ear].adapter.colour.data = torch.stack(self.setup.receivers[ear].table_statistics)
         if not self.progress.step and self.bridge.start is not None:
             self.bridge.begin([self.sample(group) for group in batches(sorted(set(texts))[:256], 16)], self.fresh)
         if not self.progress.micro:
