@@ -2402,7 +2402,8 @@ class LM:
             raise LatentWireError(f"the tokenizer of {self.name} knows no character offsets; use --pooler resampler")
         asked = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
         found = self.tokenizer(text, **asked)
-        return found.input_ids, found.offset_mapping
+        ends = itertools.accumulate((end for _, end in found.offset_mapping), max, initial=0)
+        return found.input_ids, [(min(start, before), end) for (start, end), before in zip(found.offset_mapping, ends)]  # noqa: B905
 
     def heard(self, texts: Sequence[str]) -> Tokens:
         """Texts as this model's own tokens: what the copy path copies."""
