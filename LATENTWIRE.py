@@ -425,7 +425,7 @@ class BridgeSettings(Settings):
     """Bridge"""
 
     latent_len: int = setting(8, "K: latents on the wire, one soft token each.", "soft_tokens", "num_latents", ge=1)
-    ratio: list[float] | None = setting(
+    ratio: list[Annotated[float, Field(ge=1)]] | None = setting(
         None, "Window pooler: tokens per latent instead of --latent_len; several are a curriculum.", "compression_ratio"
     )
     latent_shared_len: int | None = setting(None, "Latents for all receivers; default those not private.", ge=1)
@@ -483,6 +483,8 @@ class BridgeSettings(Settings):
             raise ValueError(f"--width {self.width} is not divisible by --heads {self.heads}")
         if self.pooler not in ("window", "auto") and (self.init != "none" or self.ratio):
             raise ValueError(f"--init and --ratio work on windows; add --pooler window (given: {self.pooler!r})")
+        if self.init != "none" and self.encoder in ("constant", "prompt"):
+            raise ValueError(f"--encoder {self.encoder} sees nothing of the text; --init {self.init} would send it")
         if self.latent_private_len and self.pooler != "shared_private":
             raise ValueError("--latent_private_len belongs to --pooler shared_private")
         return self
