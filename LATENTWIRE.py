@@ -504,13 +504,13 @@ class FeatureSettings(Settings):
     use_prefix: bool = setting(
         False, "Prefix tuning (Li & Liang 2021) by peft: a learned change of each layer's keys and values."
     )
-    prefix_tokens: int = setting(16, "Positions that prefix tuning changes: BOS, then soft tokens.", ge=1)
+    prefix_tokens: int = setting(16, "How many first soft tokens prefix tuning changes.", ge=1)
     prefix_projection: bool = setting(False, "Prefix tuning through peft's MLP.")
     use_deep_prefix: bool = setting(False, "Latents also change each layer's keys and values at their soft token.")
     deep_prefix_len: int | None = setting(None, "Soft tokens with a deep prefix; default all.", "prefix_len", ge=1)
     deep_prefix_dropout: float = setting(0.0, "Dropout on a deep prefix's input.", ge=0, lt=1)
     use_coprocessor: bool = setting(
-        False, "An MLP on the pooled latents changes keys and values of the last soft tokens."
+        False, "An MLP on the pooled latents changes keys and values of the first soft tokens."
     )
     coprocessor_len: int = setting(1, "How many soft tokens the coprocessor changes.", ge=1)
     coprocessor_width: int = setting(256, "Inner width of the coprocessor.", ge=1)
