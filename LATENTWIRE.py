@@ -2832,6 +2832,8 @@ def lay_out(
         for i, token in enumerate(answer)
     ]
     picked = torch.tensor(supervised or torch.zeros(0, 4).tolist(), device=lm.device).long().reshape(-1, 4)
+    last_read = column.expand_as(mask).masked_fill(~mask, 0).cummax(1).values  # an empty slot predicts nothing
+    picked[:, 1] = last_read[picked[:, 0], picked[:, 1]]
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     return Packed(embeds, mask, positions, *picked.unbind(1), soft=soft, at=at)  # type: ignore[misc, arg-type]
 
