@@ -3412,7 +3412,7 @@ class StartPath(nn.Module):
         assert windows.heard is not None
         shares = windows.heard
         if weights is not None:
-            covered = share_in(states.spans, states.heard.spans, states.heard.mask)  # (B, T, J)
+            covered = share_in(states.spans, states.heard.spans, states.heard.mask) * states.mask[..., None]  # (B, T, J)
             shares = shares * (1 + (weights - 1)[:, None] @ covered)
         return (weighted(shares, states.heard.embeds) - self.mean) @ self.down / self.size
 
