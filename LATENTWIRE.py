@@ -2450,7 +2450,8 @@ class LM:
         for number, reader in (soft.readers if soft else {}).items():
             hooks.append(self.blocks[number].register_forward_hook(passing(reader, soft)))
         for part in self.tuned:
-            part._disable_adapters = not (self.always_tuned or soft is not None or tuned)  # peft's own switch also freezes
+            wanted = self.always_tuned or soft is not None or tuned
+            part._disable_adapters = not wanted  # peft's own switch also freezes
         try:
             yield
         finally:
@@ -3412,7 +3413,9 @@ class StartPath(nn.Module):
         assert windows.heard is not None
         shares = windows.heard
         if weights is not None:
-            covered = share_in(states.spans, states.heard.spans, states.heard.mask) * states.mask[..., None]  # (B, T, J)
+            covered = (
+                share_in(states.spans, states.heard.spans, states.heard.mask) * states.mask[..., None]
+            )  # (B, T, J)
             shares = shares * (1 + (weights - 1)[:, None] @ covered)
         return (weighted(shares, states.heard.embeds) - self.mean) @ self.down / self.size
 
@@ -4549,10 +4552,10 @@ class Trainer:
             f"{self.store.truncated:.1%} of texts were cut to {limit} tokens"
             + (f", {lost:.1%} of questions" if not self.part.agnostic and self.validation_rows else "")
         )
-        if not self.progress.step and not self.settings.extend:
-            if self.settings.normalize == "token" and hasattr(self.bridge.encoder, "calibrate"):
-                self.bridge.encoder.calibrate(*self.store.statistics())
-        for ear in () if self.progress.step else self.fresh:
+        fresh, standard = not self.progress.step, self.settings.normalize == "token" and not self.settings.extend
+        if fresh and standard and hasattr(self.bridge.encoder, "calibrate"):
+            self.bridge.encoder.calibrate(*self.store.statistics())
+        for ear in self.fresh if fresh else ():
             if getattr(self.bridge.ears[ear].adapter, "colour", None) is not None:
                 self.bridge.ears[ear].adapter.colour.data = torch.stack(self.setup.receivers[ear].table_statistics)
         if not self.progress.step and self.bridge.start is not None:
