@@ -2835,6 +2835,11 @@ def lay_out(
     picked = torch.tensor(supervised or torch.zeros(0, 4).tolist(), device=lm.device).long().reshape(-1, 4)
     last_read = column.expand_as(mask).masked_fill(~mask, 0).cummax(1).values  # an empty slot predicts nothing
     picked[:, 1] = last_read[picked[:, 0], picked[:, 1]]
+    if at is not None and soft is not None and soft.mask is not None:  # to the padding: sliding windows count columns
+        order = mask.long().argsort(dim=1, descending=not left, stable=True)
+        place = order.argsort(1)
+        embeds, mask = embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
+        at, picked[:, 1] = place.gather(1, at), place[picked[:, 0], picked[:, 1]]
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     return Packed(embeds, mask, positions, *picked.unbind(1), soft=soft, at=at)  # type: ignore[misc, arg-type]
 
