@@ -3185,6 +3185,11 @@ def transformer(width: int, heads: int, depth: int) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
 
 
+def unseen(mask: Tensor) -> Tensor:
+    """What attention leaves out (B, T); a row with nothing to see looks at its padding, which no window takes up."""
+    return ~mask & mask.any(1, keepdim=True)
+
+
 def sinusoids(count: int, width: int, device: torch.device) -> Tensor:
     """Position codes (count, width) of Vaswani et al. 2017, §3.5."""
     place = torch.arange(count, device=device)[:, None]
@@ -3218,7 +3223,7 @@ class ByteEncoder(nn.Module):
         """(B, 1, T, 4) → (B, T, W)."""
         tokens = self.local(states)
         tokens = tokens + sinusoids(tokens.shape[1], tokens.shape[2], tokens.device)
-        return self.blocks(tokens, src_key_padding_mask=~states.mask)
+        return self.blocks(tokens, src_key_padding_mask=unseen(states.mask))
 
 
 @ENCODERS.register("stq")
@@ -3388,7 +3393,7 @@ class WindowPooler(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         """tokens (B, T, W), mask (B, T) → latents (B, K, W), each token's weight (B, T)."""
         if self.blocks is not None:
-            tokens = self.blocks(tokens, src_key_padding_mask=~mask)
+            tokens = self.blocks(tokens, src_key_padding_mask=unseen(mask))
         weights = self.salience(tokens)[..., 0].clamp(-8, 8).exp()
         return weighted(windows.tokens * weights[:, None], tokens), weights
 
