@@ -413,7 +413,7 @@ class BridgeSettings(Settings):
     """Bridge"""
 
     latent_len: int = setting(8, "K: latents on the wire, one soft token each.", "soft_tokens", "num_latents", ge=1)
-    ratio: list[float] | None = setting(
+    ratio: list[Annotated[float, Field(ge=1)]] | None = setting(
         None, "Window pooler: tokens per latent instead of --latent_len; several are a curriculum.", "compression_ratio"
     )
     latent_shared_len: int | None = setting(None, "Latents for all receivers; default those not private.", ge=1)
@@ -471,6 +471,8 @@ class BridgeSettings(Settings):
             raise ValueError(f"--width {self.width} is not divisible by --heads {self.heads}")
         if self.pooler not in ("window", "auto") and (self.init != "none" or self.ratio):
             raise ValueError(f"--init and --ratio work on windows; add --pooler window (given: {self.pooler!r})")
+        if self.init != "none" and self.encoder in ("constant", "prompt"):
+            raise ValueError(f"--encoder {self.encoder} sees nothing of the text; --init {self.init} would send it")
         if self.latent_private_len and self.pooler != "shared_private":
             raise ValueError("--latent_private_len belongs to --pooler shared_private")
         return self
@@ -490,13 +492,13 @@ class FeatureSettings(Settings):
     use_prefix: bool = setting(
         False, "Prefix tuning (Li & Liang 2021) by peft: a learned change of each layer's keys and values."
     )
-    prefix_tokens: int = setting(16, "Positions that prefix tuning changes: BOS, then soft tokens.", ge=1)
+    prefix_tokens: int = setting(16, "How many first soft tokens prefix tuning changes.", ge=1)
     prefix_projection: bool = setting(False, "Prefix tuning through peft's MLP.")
     use_deep_prefix: bool = setting(False, "Latents also change each layer's keys and values at their soft token.")
     deep_prefix_len: int | None = setting(None, "Soft tokens with a deep prefix; default all.", "prefix_len", ge=1)
     deep_prefix_dropout: float = setting(0.0, "Dropout on a deep prefix's input.", ge=0, lt=1)
     use_coprocessor: bool = setting(
-        False, "An MLP on the pooled latents changes keys and values of the last soft tokens."
+        False, "An MLP on the pooled latents changes keys and values of the first soft tokens."
     )
     coprocessor_len: int = setting(1, "How many soft tokens the coprocessor changes.", ge=1)
     coprocessor_width: int = setting(256, "Inner width of the coprocessor.", ge=1)
@@ -738,14 +740,6 @@ class TrainSettings(
     num_dataloader_workers: int | None = setting(None, "Accepted; not needed, states are cached.", execution=True)
     dataloader_pin_memory: bool = setting(False, "Accepted; not needed, states are cached.", execution=True)
     use_optimized_dataloader: bool = setting(False, "Accepted; not needed, states are cached.", execution=True)
-
-    @model_validator(mode="after")
-    def recomputable(self) -> TrainSettings:
-        """Blocks that run again in the backward pass no longer know the soft prompt they had read."""
-        for name in ("use_prefix", "use_deep_prefix", "use_coprocessor", "use_latent_adapters"):
-            if self.gradient_checkpointing and getattr(self, name):
-                raise ValueError(f"--gradient_checkpointing does not go with --{name}; use a smaller --batch_size")
-        return self
 
 
 class EvalSettings(DataSettings, ModelSettings, DecodeSettings):
@@ -2486,6 +2480,8 @@ class LM:
     """Which part of a too long text is read."""
     always_tuned = False
     """Whether LoRA works in every forward pass (a sender), or only where a soft prompt is read."""
+    now: tuple[SoftPrompt | None, Tensor | None, bool] = (None, None, False)
+    """What the running forward pass reads, for activations that are computed again."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any, revision: str, device: torch.device) -> None:
         self.name, self.revision = name, revision
@@ -2533,7 +2529,8 @@ class LM:
             raise LatentWireError(f"the tokenizer of {self.name} knows no character offsets; use --pooler resampler")
         asked = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
         found = self.tokenizer(text, **asked)
-        return found.input_ids, found.offset_mapping
+        ends = itertools.accumulate((end for _, end in found.offset_mapping), max, initial=0)
+        return found.input_ids, [(min(start, before), end) for (start, end), before in zip(found.offset_mapping, ends)]  # noqa: B905
 
     def heard(self, texts: Sequence[str]) -> Tokens:
         """Texts as this model's own tokens: what the copy path copies."""
@@ -2552,10 +2549,13 @@ class LM:
         names = {name.rpartition(".")[2] for name, part in self.blocks.named_modules() if isinstance(part, nn.Linear)}
         targets, count = lora_targets(settings.lora_target_modules, names)
         rates: dict[str, Any] = {"lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
-        layers = list(range(min(count, len(self.blocks)))) if count else None
-        inject_adapter_in_model(
-            LoraConfig(r=settings.lora_r, target_modules=targets, layers_to_transform=layers, **rates), self.backbone
-        )
+        if count:
+            first = {
+                id(part) for block in self.blocks[:count] for part in block.modules() if isinstance(part, nn.Linear)
+            }
+            inside = [name for name, part in self.backbone.named_modules() if id(part) in first]
+            targets = [name for name in inside if targets == "all-linear" or name.rpartition(".")[2] in targets]
+        inject_adapter_in_model(LoraConfig(r=settings.lora_r, target_modules=targets, **rates), self.backbone)
         self.always_tuned = always
         self.tuned = [part for part in self.backbone.modules() if isinstance(part, BaseTunerLayer)]
         self.lora = {name: p for name, p in self.backbone.named_parameters() if "lora_" in name}
@@ -2578,7 +2578,8 @@ class LM:
         for number, reader in (soft.readers if soft else {}).items():
             hooks.append(self.blocks[number].register_forward_hook(passing(reader, soft)))
         for part in self.tuned:
-            part.enable_adapters(self.always_tuned or soft is not None or tuned)
+            wanted = self.always_tuned or soft is not None or tuned
+            part._disable_adapters = not wanted  # peft's own switch also freezes
         try:
             yield
         finally:
@@ -2606,7 +2607,7 @@ class LM:
         """Mean and deviation per dimension (D,) of rows of the embedding table."""
         ids = torch.linspace(0, self.table.weight.shape[0] - 1, 8192, device=self.device).long().unique()
         rows = self.embed(ids).float()
-        return rows.mean(0), rows.std(0)
+        return rows.mean(0), rows.std(0, correction=0)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden (N, D) → float32 (N, V). Contiguous: a strided slice is up to 560× slower on CPU."""
@@ -2622,7 +2623,8 @@ class LM:
                 block
             ) in self.blocks:  # the library recomputes, and drops the cache, where a block says it is in training
                 block.training = torch.is_grad_enabled()
-        with self.reading(packed.soft, packed.at, tuned):
+        self.now = packed.soft, packed.at, tuned
+        with self.reading(*self.now):
             output = self.backbone(
                 inputs_embeds=packed.embeds, attention_mask=mask, position_ids=packed.positions, **options
             )
@@ -2643,7 +2645,8 @@ class LM:
     def checkpoint_activations(self) -> None:
         """Keep no activations inside blocks, compute them again in backward (Chen et al. 2016); outputs stay the same."""
         old = self.model.gradient_checkpointing_enable  # its name before transformers 5.23
-        getattr(self.model, "activation_checkpointing_enable", old)({"use_reentrant": False})
+        again = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), self.reading(*self.now))}
+        getattr(self.model, "activation_checkpointing_enable", old)(again)
         self.recompute = True
 
     def keep_below(self, layer: int) -> None:
@@ -2970,6 +2973,13 @@ def lay_out(
         for i, token in enumerate(answer)
     ]
     picked = torch.tensor(supervised or torch.zeros(0, 4).tolist(), device=lm.device).long().reshape(-1, 4)
+    last_read = column.expand_as(mask).masked_fill(~mask, 0).cummax(1).values  # an empty slot predicts nothing
+    picked[:, 1] = last_read[picked[:, 0], picked[:, 1]]
+    if at is not None and soft is not None and soft.mask is not None:  # to the padding: sliding windows count columns
+        order = mask.long().argsort(dim=1, descending=not left, stable=True)
+        place = order.argsort(1)
+        embeds, mask = embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
+        at, picked[:, 1] = place.gather(1, at), place[picked[:, 0], picked[:, 1]]
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     return Packed(embeds, mask, positions, *picked.unbind(1), soft=soft, at=at)  # type: ignore[misc, arg-type]
 
@@ -3312,6 +3322,11 @@ def transformer(width: int, heads: int, depth: int) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
 
 
+def unseen(mask: Tensor) -> Tensor:
+    """What attention leaves out (B, T); a row with nothing to see looks at its padding, which no window takes up."""
+    return ~mask & mask.any(1, keepdim=True)
+
+
 def sinusoids(count: int, width: int, device: torch.device) -> Tensor:
     """Position codes (count, width) of Vaswani et al. 2017, §3.5."""
     place = torch.arange(count, device=device)[:, None]
@@ -3345,7 +3360,7 @@ class ByteEncoder(nn.Module):
         """(B, 1, T, 4) → (B, T, W)."""
         tokens = self.local(states)
         tokens = tokens + sinusoids(tokens.shape[1], tokens.shape[2], tokens.device)
-        return self.blocks(tokens, src_key_padding_mask=~states.mask)
+        return self.blocks(tokens, src_key_padding_mask=unseen(states.mask))
 
 
 @ENCODERS.register("stq")
@@ -3515,7 +3530,7 @@ class WindowPooler(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
         """tokens (B, T, W), mask (B, T) → latents (B, K, W), each token's weight (B, T)."""
         if self.blocks is not None:
-            tokens = self.blocks(tokens, src_key_padding_mask=~mask)
+            tokens = self.blocks(tokens, src_key_padding_mask=unseen(mask))
         weights = self.salience(tokens)[..., 0].clamp(-8, 8).exp()
         return weighted(windows.tokens * weights[:, None], tokens), weights
 
@@ -3548,7 +3563,9 @@ class StartPath(nn.Module):
         assert windows.heard is not None
         shares = windows.heard
         if weights is not None:
-            covered = share_in(states.spans, states.heard.spans, states.heard.mask)  # (B, T, J)
+            covered = (
+                share_in(states.spans, states.heard.spans, states.heard.mask) * states.mask[..., None]
+            )  # (B, T, J)
             shares = shares * (1 + (weights - 1)[:, None] @ covered)
         return (weighted(shares, states.heard.embeds) - self.mean) @ self.down / self.size
 
@@ -3855,7 +3872,8 @@ class Bridge(nn.Module):
             heard = torch.cat([tokens[0].embeds[tokens[0].mask] for _, tokens in seen])
             if self.shape.d_z < heard.shape[1]:
                 path.mean.copy_(heard.mean(0))
-                path.down.copy_(torch.linalg.svd(heard - path.mean, full_matrices=False)[2][: self.shape.d_z].T)
+                spread = (heard - path.mean).double()  # eigh has all components, however few tokens there are
+                path.down.copy_(torch.linalg.eigh(spread.T @ spread)[1].flip(1)[:, : self.shape.d_z])
             path.size.copy_(((heard - path.mean) @ path.down).square().mean().sqrt())
             self.ears[0].adapter.start(path.down * path.size, path.mean)
         cuts = [self.windows(states, 1.0 if 0 in fresh else None) for states, _ in seen]
@@ -3873,10 +3891,10 @@ class Bridge(nn.Module):
             self.ears[ear].adapter.start(*ridge_map(sent, torch.cat(y)))
 
     def fingerprint(self, shared: bool = False) -> str:
-        """Names these very weights, or those that write messages: the latent language."""
+        """Names these very weights, or those that write messages for all receivers: the latent language."""
         sums = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
-            if not shared or name.startswith(self.SHARED):
+            if not shared or (name.startswith(self.SHARED) and not name.startswith("pooler.private.")):
                 sums.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return sums.hexdigest()[:12]
 
@@ -3949,7 +3967,10 @@ class StateStore:
 def with_spans(states: States, texts: Sequence[str], sender: Reader, limit: int, first: LM | None) -> States:
     """States and where their tokens stand in the text, and the texts as the first receiver's tokens where these matter."""
     spans = pad_spans([sender_spans(sender, text, limit) for text in texts], states.mask.shape[1], states.mask.device)
-    return replace(states, spans=spans, heard=first.heard(texts) if first else None)
+    heard = first.heard(texts) if first else None
+    if heard:  # nothing of what was cut off
+        heard = replace(heard, mask=share_in(spans, heard.spans, heard.mask).sum(1) > 0)
+    return replace(states, spans=spans, heard=heard)
 
 
 def collect_states(
@@ -4198,9 +4219,10 @@ class Heard:
         return self.prompting.pack(soft, self.examples, text=text, answers=True)
 
     def read_back(self, soft: SoftPrompt, opening: str, wanted: Sequence[TokenIds]) -> Tensor:
-        """Mean cross-entropy of ``wanted`` after a soft prompt and an opening."""
+        """Cross-entropy of ``wanted`` after a soft prompt and an opening, the mean of the rows' means."""
         after = [self.receiver.ids(opening)] * len(wanted)
-        return supervise(self.receiver, self.prompting.joined(soft, after, wanted)).nats.mean()
+        found = supervise(self.receiver, self.prompting.joined(soft, after, wanted))
+        return found.mean_per_row(found.order >= 0)
 
     def embedded(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
         """Embeddings (B, T, D_r) of ids, in units of the table's RMS, and their mask (B, T)."""
@@ -4311,6 +4333,8 @@ def state_kd(found: Supervised, settings: LossSettings) -> Tensor:
 
 def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
     """Mean distance of rows (N, D): 1 - cosine, squared error, or both."""
+    if not len(a):
+        return a.sum()
     parts = [1 - F.cosine_similarity(a, b, dim=-1).mean()] if metric != "mse" else []
     return torch.stack([*parts, *([F.mse_loss(a, b)] if metric != "cosine" else [])]).sum()
 
@@ -4343,7 +4367,7 @@ def gist(found: Supervised, settings: LossSettings) -> Tensor:
     made = head(batch.message.latents, batch.message.mask)
     wanted, mask = batch.embedded([batch.receiver.ids(text)[: made.shape[1]] for text in batch.texts])
     mask = mask & (torch.rand(mask.shape, device=mask.device) >= batch.bridge.shape.gist_mask_prob)
-    return F.mse_loss(made[:, : wanted.shape[1]][mask], wanted[mask])
+    return distance(made[:, : wanted.shape[1]][mask], wanted[mask], "mse")
 
 
 @LOSSES.register("reconstruction")
@@ -4390,7 +4414,7 @@ def manifold(found: Supervised, settings: LossSettings) -> Tensor:
     lm, embeds = found.batch.receiver, found.batch.soft.embeds
     real = embeds.flatten(0, 1) if found.batch.soft.mask is None else embeds[found.batch.soft.mask]
     mean, deviation = lm.table_statistics
-    parts = (real.mean(0) - mean).square().mean() + (real.std(0) - deviation).square().mean()
+    parts = (real.mean(0) - mean).square().mean() + (real.std(0, correction=0) - deviation).square().mean()
     return parts / lm.embed_rms**2
 
 
@@ -4404,7 +4428,9 @@ def scale(found: Supervised, settings: LossSettings) -> Tensor:
 def rms(found: Supervised, settings: LossSettings) -> Tensor:
     """Squared distance of the uncalibrated prompt's RMS to the table's, in units of the table's."""
     batch = found.batch
-    raw = batch.part.adapter.raw(batch.message.latents).square().mean((1, 2)).sqrt()
+    square = batch.part.adapter.raw(batch.message.latents).square().mean(-1)  # (B, K)
+    real = torch.ones_like(square) if batch.message.mask is None else batch.message.mask.to(square)
+    raw = ((square * real).sum(1) / real.sum(1)).sqrt()
     return (raw / batch.receiver.embed_rms - 1).square().mean()
 
 
@@ -4412,7 +4438,8 @@ def rms(found: Supervised, settings: LossSettings) -> Tensor:
 def diversity(found: Supervised, settings: LossSettings) -> Tensor:
     """Mean cosine of soft prompts whose answers differ; prompts with the same answer may be alike."""
     batch = found.batch
-    flat = F.normalize(batch.soft.embeds.flatten(1), dim=1)
+    real = batch.soft.embeds if batch.soft.mask is None else batch.soft.embeds * batch.soft.mask[..., None]
+    flat = F.normalize(real.flatten(1), dim=1)
     answers = [example.answers[0] for example in batch.examples]
     differ = torch.tensor([[a != b for b in answers] for a in answers], device=flat.device)
     return (flat @ flat.T)[differ].mean() if differ.any() else flat.new_zeros(())
@@ -4448,9 +4475,10 @@ def text_step(heard: Heard, settings: ScheduleSettings) -> tuple[Tensor, Supervi
     """A text step: the soft prompt's distance to the text's own embeddings, pooled evenly to its length, in table RMS²;
     and the answer's cross-entropy after the text itself, which only LoRA can lower."""
     wanted, mask = heard.embedded([heard.receiver.ids(text) or [heard.receiver.pad] for text in heard.texts])
-    count = heard.soft.embeds.shape[1]
+    most, slots = heard.soft.embeds.shape[1], heard.message.mask
+    count = most if slots is None else slots.sum(1, keepdim=True)
     index = ((mask.long().cumsum(1) - 1) * count // mask.sum(1, keepdim=True)).masked_fill(~mask, -1)
-    shares = (index[:, None] == torch.arange(count, device=index.device)[:, None]).float()  # (B, K, T)
+    shares = (index[:, None] == torch.arange(most, device=index.device)[:, None]).float()  # (B, K, T)
     real = shares.sum(-1) > 0
     gap = (heard.soft.embeds / heard.receiver.embed_rms - weighted(shares, wanted))[real]
     packed, lora = heard.answered(None, text=True), bool(heard.receiver.lora)
@@ -4698,8 +4726,6 @@ class Trainer:
     def adopt(self, folder: Path) -> None:
         """Take a trained run's bridge; what it already has stays frozen, only new receivers' parts learn."""
         old, _, _ = open_bridge(resolve_checkpoint(folder))
-        if old.shape.latent_private_len:
-            raise LatentWireError(f"--extend {folder}: its latents are partly private to its receivers; train anew")
         wanted = replace(self.bridge.shape, ears=self.bridge.shape.ears[: len(old.shape.ears)])
         if wanted.saved() != old.shape.saved():
             differing = [k for k, v in old.shape.saved().items() if wanted.saved()[k] != v]
@@ -4710,7 +4736,11 @@ class Trainer:
         self.fresh = [*range(len(old.shape.ears), len(self.bridge.ears))]
         self.bridge.requires_grad_(False)
         for ear in self.fresh:
-            self.bridge.ears[ear].requires_grad_(True)
+            for own in (self.bridge.ears[ear], *[*getattr(self.bridge.pooler, "private", ())][ear : ear + 1]):
+                own.requires_grad_(True)
+        for name, kept in load_checkpoint(resolve_checkpoint(folder))[0].get("lora", {}).items():
+            self.lora[name].data.copy_(kept)
+            self.lora[name].requires_grad_(False)
 
     @functools.cached_property
     def lora(self) -> dict[str, nn.Parameter]:
@@ -4765,12 +4795,12 @@ class Trainer:
             f"{self.store.truncated:.1%} of texts were cut to {limit} tokens"
             + (f", {lost:.1%} of questions" if not self.part.agnostic and self.validation_rows else "")
         )
-        if not self.progress.step and not self.settings.extend:
-            if self.settings.normalize == "token" and hasattr(self.bridge.encoder, "calibrate"):
-                self.bridge.encoder.calibrate(*self.store.statistics())
-            for part, lm in zip(self.bridge.ears, self.setup.receivers, strict=True):
-                if getattr(part.adapter, "colour", None) is not None:
-                    part.adapter.colour.data = torch.stack(lm.table_statistics)
+        fresh, standard = not self.progress.step, self.settings.normalize == "token" and not self.settings.extend
+        if fresh and standard and hasattr(self.bridge.encoder, "calibrate"):
+            self.bridge.encoder.calibrate(*self.store.statistics())
+        for ear in self.fresh if fresh else ():
+            if getattr(self.bridge.ears[ear].adapter, "colour", None) is not None:
+                self.bridge.ears[ear].adapter.colour.data = torch.stack(self.setup.receivers[ear].table_statistics)
         if not self.progress.step and self.bridge.start is not None:
             some = [*dict.fromkeys(texts)][:256]
             self.bridge.begin([self.sample(group) for group in batches(some, 16)], self.fresh)
@@ -4864,8 +4894,6 @@ class Trainer:
                 self.report.say(f"shapes: {shapes_of(heard.states, heard.message, heard.soft, packed, found)}")
         weight = len(places) / settings.rows_per_step
         clock("receiver")
-        for tuned in heard.receiver.tuned if self.settings.gradient_checkpointing else ():
-            tuned.enable_adapters(True)  # blocks run again in the backward pass, as they did for the soft prompt
         (loss * self.loss_scale * weight).backward()
         clock("encoder")
         values = {"loss": float(loss.detach()), **terms, "first_acc": float(found.first_accuracy())}
