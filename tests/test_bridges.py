@@ -548,7 +548,7 @@ def test_receivers_learn_in_turn_and_all_improve(pair_run: Path) -> None:
     log = lw.read_rows(pair_run / "diagnostics.jsonl")
     for name in ("tiny-qwen", "tiny-llama"):
         losses = [row["loss"] for row in log if row["receiver"] == name]
-        assert len(losses) >= 6 and sum(losses[-3:]) < 0.75 * sum(losses[:3]), name
+        assert len(losses) >= 6 and sum(losses[-3:]) < 0.85 * sum(losses[:3]), name
     made = [lw.Trainer.ear_at.__get__(type("T", (), {"fresh": [0, 1], "settings": CPU_TASK})())(s) for s in range(1, 9)]
     assert set(made) == {0, 1}
 
