@@ -3396,6 +3396,12 @@ class ConstantEncoder(nn.Module):
         return torch.zeros(*states.mask.shape, self.width, device=states.mask.device)
 
 
+def evenly(mask: Tensor, count: int | Tensor, most: int) -> Tensor:
+    """Which of ``count`` (B, 1) runs, as equal as can be and in order, each real token (B, T) is in: (B, ``most``, T)."""
+    index = (mask.long().cumsum(1) - 1) * count // mask.sum(1, keepdim=True).clamp(min=1)
+    return index.masked_fill(~mask, -1)[:, None] == torch.arange(most, device=mask.device)[:, None]
+
+
 @dataclass(frozen=True)
 class Windows:
     """Which part of each token lies in which window: tokens (B, K, T), the first receiver's (B, K, J), mask (B, K)."""
@@ -3418,9 +3424,8 @@ class Windows:
         real = mask & (spans[..., 1] > spans[..., 0])  # BOS stands for no character
         total = real.sum(1, keepdim=True)  # (B, 1)
         wanted = (total / ratio).ceil().long() if ratio else total.clamp(max=count)
-        index = ((real.long().cumsum(1) - 1) * wanted // total.clamp(min=1)).masked_fill(~real, -1)
         places = torch.arange(int(wanted.max().clamp(min=1)), device=mask.device)
-        inside = index[:, None] == places[:, None]  # (B, K, U)
+        inside = evenly(real, wanted, len(places))  # (B, K, U)
         starts = spans[:, None, :, 0].masked_fill(~inside, 2**30).amin(-1)
         ends = spans[:, None, :, 1].masked_fill(~inside, 0).amax(-1)
         borders = torch.stack([starts, ends], -1)  # (B, K, 2)
@@ -4476,9 +4481,7 @@ def text_step(heard: Heard, settings: ScheduleSettings) -> tuple[Tensor, Supervi
     and the answer's cross-entropy after the text itself, which only LoRA can lower."""
     wanted, mask = heard.embedded([heard.receiver.ids(text) or [heard.receiver.pad] for text in heard.texts])
     most, slots = heard.soft.embeds.shape[1], heard.message.mask
-    count = most if slots is None else slots.sum(1, keepdim=True)
-    index = ((mask.long().cumsum(1) - 1) * count // mask.sum(1, keepdim=True)).masked_fill(~mask, -1)
-    shares = (index[:, None] == torch.arange(most, device=index.device)[:, None]).float()  # (B, K, T)
+    shares = evenly(mask, most if slots is None else slots.sum(1, keepdim=True), most).float()  # (B, K, T)
     real = shares.sum(-1) > 0
     gap = (heard.soft.embeds / heard.receiver.embed_rms - weighted(shares, wanted))[real]
     packed, lora = heard.answered(None, text=True), bool(heard.receiver.lora)
@@ -5995,9 +5998,7 @@ class EmbedAdapter(EmbedMethod):
         found, bridge = super().soft(examples), self.channel.bridge
         assert found.mask is not None
         count = min(bridge.shape.latent_len, found.embeds.shape[1])
-        total = found.mask.sum(1, keepdim=True)
-        index = ((found.mask.long().cumsum(1) - 1) * count // total).masked_fill(~found.mask, -1)
-        shares = (index[:, None] == torch.arange(count, device=index.device)[:, None]).float()
+        shares = evenly(found.mask, count, count).float()
         latents = weighted(shares, found.embeds)[..., : bridge.shape.d_z]
         latents = F.pad(latents, (0, bridge.shape.d_z - latents.shape[-1]))
         return bridge.ears[self.channel.listener.ear](F.layer_norm(latents, latents.shape[-1:]), shares.sum(-1) > 0)
