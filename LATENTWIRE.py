@@ -2551,10 +2551,13 @@ class LM:
         names = {name.rpartition(".")[2] for name, part in self.blocks.named_modules() if isinstance(part, nn.Linear)}
         targets, count = lora_targets(settings.lora_target_modules, names)
         rates: dict[str, Any] = {"lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
-        layers = list(range(min(count, len(self.blocks)))) if count else None
-        inject_adapter_in_model(
-            LoraConfig(r=settings.lora_r, target_modules=targets, layers_to_transform=layers, **rates), self.backbone
-        )
+        if count:
+            first = {
+                id(part) for block in self.blocks[:count] for part in block.modules() if isinstance(part, nn.Linear)
+            }
+            inside = [name for name, part in self.backbone.named_modules() if id(part) in first]
+            targets = [name for name in inside if targets == "all-linear" or name.rpartition(".")[2] in targets]
+        inject_adapter_in_model(LoraConfig(r=settings.lora_r, target_modules=targets, **rates), self.backbone)
         self.always_tuned = always
         self.tuned = [part for part in self.backbone.modules() if isinstance(part, BaseTunerLayer)]
         self.lora = {name: p for name, p in self.backbone.named_parameters() if "lora_" in name}
