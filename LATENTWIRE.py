@@ -7423,8 +7423,10 @@ def encode_command(
     receiver: Annotated[str, typer.Option("--receiver", help="For whom, where latents are private.")] = "",
 ) -> None:
     """Write a text's latents to a file: encode article.txt --checkpoint runs/squad -o article.wire"""
-    is_file = len(text) < 4096 and Path(text).is_file()
-    said = Path(text).read_text(encoding="utf-8") if is_file else text
+    try:
+        said = Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text  # False for what is no name
+    except UnicodeDecodeError:
+        raise LatentWireError(f"{text} is not a text in UTF-8") from None
     data = encode_text(checkpoint, said, question, receiver or None)
     write_atomic(output, data)
     size = len(said.encode())
