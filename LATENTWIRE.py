@@ -6382,6 +6382,7 @@ def read_run(checkpoint: Path) -> tuple[Bridge, TrainSettings, dict[str, Any], P
 def encode_text(checkpoint: Path, text: str, question: str = "", receiver: str | None = None) -> bytes:
     """The message of one text, serialised; ``receiver`` matters where latents are private."""
     bridge, trained, state, folder = read_run(checkpoint)
+    ear = bridge.ear_of(receiver) if receiver else 0
     part, sender = make_task(trained), open_reader(trained)
     check_models(state, folder, sender)
     if trained.use_lora and isinstance(sender, LM) and trained.lora_on != "receiver":
@@ -6391,15 +6392,14 @@ def encode_text(checkpoint: Path, text: str, question: str = "", receiver: str |
     if bridge.wants_windows:
         first = load_lm(bridge.shape.ears[0].name, trained, trained.offline) if bridge.wants_heard else None
         states = with_spans(states, [said], sender, limit, first)
-    ear = bridge.ear_of(receiver) if receiver else 0
     return bridge.encode(states, bridge.fingerprint(shared=True), ear).to_bytes()
 
 
 def answer_message(checkpoint: Path, data: bytes, question: str = "", receiver: str | None = None) -> Answer:
     """What one receiver of the latent language answers to a message; it sees nothing else but the question."""
     bridge, trained, state, folder = read_run(checkpoint)
-    lm = load_lm(receiver or bridge.shape.ears[0].name, trained, trained.offline, trained.receiver_device)
-    ear = bridge.ear_of(lm.name)
+    ear = bridge.ear_of(receiver) if receiver else 0
+    lm = load_lm(bridge.shape.ears[ear].name, trained, trained.offline, trained.receiver_device)
     check_models(state, folder, None, lm)
     if trained.use_lora:
         reopen_lora(folder, trained, None, lm, ear)
