@@ -6388,9 +6388,12 @@ def encode_text(checkpoint: Path, text: str, question: str = "", receiver: str |
     if trained.use_lora and isinstance(sender, LM) and trained.lora_on != "receiver":
         reopen_lora(folder, trained, sender)
     said, limit = part.sender_text(Example("0", text, question, ("",))), text_limit(trained, sender)
+    device = resolve_device(trained.receiver_device or trained.device)  # where training had the bridge
     states = sender.states([sender_ids(sender, said, limit)], bridge.shape.layers)
+    bridge, states = bridge.to(device), States(states.hidden.to(device), states.mask.to(device))
     if bridge.wants_windows:
-        first = load_lm(bridge.shape.ears[0].name, trained, trained.offline) if bridge.wants_heard else None
+        wanted = bridge.wants_heard
+        first = load_lm(bridge.shape.ears[0].name, trained, trained.offline, str(device)) if wanted else None
         states = with_spans(states, [said], sender, limit, first)
     return bridge.encode(states, bridge.fingerprint(shared=True), ear).to_bytes()
 
