@@ -6410,6 +6410,8 @@ def answer_message(checkpoint: Path, data: bytes, question: str = "", receiver: 
     how = DecodeSettings(**trained.model_dump(include=set(DecodeSettings.model_fields)))
     listener = Listener(bridge.to(lm.device), prompting_of(trained, part, lm, state["task"]["anchor"]), None, how)
     soft, example = listener.open([data]), Example("0", "", question, (part.words or ("",))[:1])
+    if not question and "\0" in part.question_text(replace(example, question="\0")):
+        raise LatentWireError("the sender of this run saw no question; give it to the receiver with --question")
     answer = listener.respond(listener.prompting.pack(soft, [example]), [example], [len(data)])[0]
     return replace(answer, nll_per_token=None, first_correct=None)
 
