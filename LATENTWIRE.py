@@ -4687,7 +4687,7 @@ class Trainer:
         self.optimizer = self.new_optimizer()
         self.progress = Progress()
         self.saved_at = time.monotonic()
-        self.costs = Costs(settings.profile)
+        self.costs, self.shown = Costs(settings.profile), False
         self.trackers = trackers(settings, run.folder) if world.leads else []
 
     def adopt(self, folder: Path) -> None:
@@ -4854,8 +4854,9 @@ class Trainer:
         else:
             found = supervise(heard.receiver, packed := heard.answered(heard.soft), heard)
             loss, terms = total_loss(found, settings)
-            if settings.log_shapes and step == 1:
+            if settings.log_shapes and not self.shown:
                 self.report.say(f"shapes: {shapes_of(heard.states, heard.message, heard.soft, packed, found)}")
+                self.shown = True
         weight = len(places) / settings.rows_per_step
         clock("receiver")
         for tuned in heard.receiver.tuned if self.settings.gradient_checkpointing else ():
