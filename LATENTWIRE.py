@@ -4940,6 +4940,7 @@ class Trainer:
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(self.loss_scale)
+        parts = self.parts_of_gradient() if self.settings.debug else {}
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
         if not math.isfinite(norm):
             raise LatentWireError(f"the loss is not finite at step {step}; lower --lr or use --dtype float32")
@@ -4955,7 +4956,7 @@ class Trainer:
             {"receiver": self.setup.receivers[self.ear_at(step)].name} if len(self.promptings) > 1 else {}
         )
         mode: dict[str, Any] = {"mode": "text"} if self.reads_text(step) else {}
-        mode |= self.parts_of_gradient() if self.settings.debug else {}
+        mode |= parts
         mode |= {"peak_memory_bytes": peak_memory(self.receiver.device)} if self.settings.profile_memory else {}
         return {"step": step, **sums, "grad_norm": norm, "lr": rate, **times, **several, **mode}
 
