@@ -5913,6 +5913,7 @@ class TokenBudget(TokenMethod):
     def ids(self, example: Example) -> TokenIds:
         """The context's head, then the question, in K tokens together."""
         channel, part = self.channel, self.channel.setup.part
+        part = part.of(example) if isinstance(part, Mixture) else part
         count = channel.asked.token_budget_k or len(channel.latents[channel.position[example.id]])
         before, _, behind = part.receiver_prompt.partition("{context}")
         tail = channel.setup.receiver.ids(behind.format(question=example.question))
