@@ -722,7 +722,9 @@ class TrainSettings(
     )
     optimizer_offload: bool = setting(False, "Keep the optimizer's state in CPU memory.", "cpu_offload", execution=True)
     log_every: int = setting(1, "Steps between rows of diagnostics.jsonl.", execution=True, ge=1)
-    track: Words = setting([], "Also log to wandb or tensorboard, where installed.", "report_to", execution=True)
+    track: list[Literal["wandb", "tensorboard"]] = setting(
+        [], "Also log to wandb or tensorboard, where installed.", "report_to", execution=True
+    )
     debug: bool = setting(
         False, "Gradient norm of each part in diagnostics.jsonl; stop at the first NaN.", execution=True
     )
@@ -4626,9 +4628,6 @@ class Costs:
 
 def trackers(settings: TrainSettings, folder: Path) -> list[Callable[[dict[str, Any]], None]]:
     """Where else a row of the log goes."""
-    unknown = set(settings.track) - {"wandb", "tensorboard"}
-    if unknown:
-        raise LatentWireError(f"--track {', '.join(sorted(unknown))}: give wandb or tensorboard")
     found: list[Callable[[dict[str, Any]], None]] = []
     if "tensorboard" in settings.track:
         require("tensorboard")
@@ -5507,6 +5506,8 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
     part = make_task(settings)
     for kind in ("encoder", "pooler", "adapter", "codec"):
         REGISTRIES[f"{kind}s"].name_of(getattr(settings, kind))
+    for name in settings.track:
+        require(name)
     if settings.rows_per_step < world.size:
         raise LatentWireError(
             f"{settings.rows_per_step} rows per step cannot feed {world.size} processes; raise --batch_size"
