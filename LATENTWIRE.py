@@ -6151,7 +6151,7 @@ def check_models(state: Mapping[str, Any], folder: Path, sender: Reader | None, 
             raise LatentWireError(f"checkpoint {folder} was trained with another {role}: {'; '.join(differing)}")
 
 
-def check_asked(settings: EvalSettings, bridge: Bridge, sender: Reader, anchor: str) -> None:
+def check_asked(settings: EvalSettings, trained: TrainSettings, bridge: Bridge, sender: Reader, anchor: str) -> None:
     """Flags that repeat what the checkpoint knows may never contradict it."""
     shape = bridge.shape
     known = {"soft_tokens": shape.latent_len, "calibration": shape.calibration, "anchor_text": anchor}
@@ -6159,6 +6159,9 @@ def check_asked(settings: EvalSettings, bridge: Bridge, sender: Reader, anchor: 
         asked_for = getattr(settings, name)
         if asked_for is not None and str(asked_for).rstrip(" ") != str(value):
             raise LatentWireError(f"--{name} {asked_for}: the checkpoint has {value}; leave the flag out")
+    bos, after = settings.append_bos_after_prefix, trained.append_bos_after_prefix
+    if bos != "auto" and (bos == "yes") != (after == "yes"):
+        raise LatentWireError(f"--append_bos_after_prefix {bos}: the checkpoint has {after}; leave the flag out")
     asked = tuple(sender.layer_index(text) for text in settings.source_layer or ())
     if asked and asked != shape.layers:
         raise LatentWireError(f"--source_layer {asked}: the checkpoint reads {shape.layers}; leave the flag out")
@@ -6242,7 +6245,7 @@ def open_channel(settings: EvalSettings, folder: Path, ear: int = 0) -> tuple[Ch
     if trained.use_lora:
         reopen_lora(folder, trained, sender, receiver, ear)
     anchor = state["task"]["anchor"] if part.name == state["task"]["name"] or not part.name else part.anchor
-    check_asked(settings, bridge, sender, anchor)
+    check_asked(settings, trained, bridge, sender, anchor)
     how = {n: getattr(settings if n in settings.model_fields_set else trained, n) for n in DecodeSettings.model_fields}
     prompting = prompting_of(trained, part, receiver, anchor)
     listener = Listener(bridge.to(receiver.device), prompting, settings.max_new_tokens, DecodeSettings(**how))
