@@ -6197,8 +6197,9 @@ def evaluated_rows(
     The probe is fitted on the train rows, so they are left empty where they are another task's or have changed.
     """
     home = make_task(trained.model_copy(update={"data_dir": run.data_dir, "offline": run.offline}))
-    if part.name and part.name in home.related:
-        raise LatentWireError(f"{home.name} and {part.name} share texts: never train on one and report the other")
+    for known, shown in itertools.product(*(getattr(one, "parts", {"": one}).values() for one in (home, part))):
+        if shown.name and shown.name in known.related:
+            raise LatentWireError(f"{known.name} and {shown.name} share texts: never train on one and report the other")
     same = data_key(run) == data_key(trained)
     own, source = training_splits(home, trained)
     if settings.split == "validation":
