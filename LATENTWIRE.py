@@ -5929,6 +5929,8 @@ class EmbedMethod(Method):
 
     usual = False
     anchored = True
+    adapted = False
+    """Whether BOS stands where the bridge learned with it, not in front as before a text."""
 
     def soft(self, examples: Sequence[Example]) -> SoftPrompt:
         """The receiver's own embeddings (B, T, D_r)."""
@@ -5940,8 +5942,9 @@ class EmbedMethod(Method):
         """With or without the anchor behind it."""
         listener, lm = self.channel.listener, self.channel.setup.receiver
         after = [lm.ids(listener.prompting.anchor if self.anchored else "\n")] * len(examples)
+        prompting = listener.prompting if self.adapted else replace(listener.prompting, bos_after=False)
         with torch.no_grad():
-            return listener.respond(listener.prompting.joined(self.soft(examples), after, None, left=True), examples)
+            return listener.respond(prompting.joined(self.soft(examples), after, None, left=True), examples)
 
 
 @METHODS.register("embed:raw", "raw")
@@ -5959,6 +5962,8 @@ class EmbedAnchor(EmbedMethod):
 @METHODS.register("embed:adapter", "adapter")
 class EmbedAdapter(EmbedMethod):
     """Full text's embeddings, cut to D_w numbers, through the trained adapter: expected near zero."""
+
+    adapted = True
 
     def soft(self, examples: Sequence[Example]) -> SoftPrompt:
         """As many even means as there are latents."""
