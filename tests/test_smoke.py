@@ -29,7 +29,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 passages that name an animal and its colour, asked for both."""
     path = tmp_path_factory.mktemp("animals") / "animals.jsonl"
     said = [f"{COLOURS[i % 5]} {ANIMALS[i % 4]}" for i in range(60)]
-    rows = [{"context": f"In house {i} lives a {x}.", "question": "Who lives there?", "answer": x} for i, x in enumerate(said)]  # fmt: skip
+    rows = [
+        {"context": f"In house {i} lives a {what}.", "question": "Who lives there?", "answer": what}
+        for i, what in enumerate(said)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -104,20 +107,20 @@ def test_smoke_preset(preset, data, tmp_path, monkeypatch):
         assert min(mine) > 0, (name, mine)
 
     flags = ["--checkpoint", str(tmp_path / "run"), "--num_samples", "6", "--max_new_tokens", "8"]
-    flags += ["--methods", "bridge,text", "--fresh_eval", "--output_dir"]
+    flags += ["--methods", "bridge", "--fresh_eval", "--output_dir"]
     results = lw.eval_main([*flags, str(tmp_path / "a")])
-    assert results["headline"] == "f1" and results["latent"]["errors"] == results["text"]["errors"] == 0
+    assert results["headline"] == "f1" and results["latent"]["errors"] == 0
     assert [*results["receivers"]] == [*RECEIVERS]
     lw.eval_main([*flags, str(tmp_path / "b")])
     first, second = rows_of(tmp_path / "a"), rows_of(tmp_path / "b")
-    assert first == second and len(first) == 2 * 2 * 6
+    assert first == second and len(first) == 2 * 6
     assert len(models) == 3 * 2 and all(frozen_sum(model) == before for model, before in models)
 
     trainer.bridge.eval()
     known = {example.id: example for example in lw.test_split(trainer.part, None)[0]}
     answered = []
     for ear in range(2):
-        mine = [row for row in first if row["method"] == "bridge"][6 * ear : 6 * ear + 6]
+        mine = first[6 * ear : 6 * ear + 6]
         examples = [known[row["id"]] for row in mine]
         answers = said(trainer, ear, examples)
         assert [answer.text for answer in answers] == [row["generated"] for row in mine]
