@@ -725,7 +725,9 @@ class TrainSettings(
     )
     optimizer_offload: bool = setting(False, "Keep the optimizer's state in CPU memory.", "cpu_offload", execution=True)
     log_every: int = setting(1, "Steps between rows of diagnostics.jsonl.", execution=True, ge=1)
-    track: Words = setting([], "Also log to wandb or tensorboard, where installed.", "report_to", execution=True)
+    track: list[Literal["wandb", "tensorboard"]] = setting(
+        [], "Also log to wandb or tensorboard, where installed.", "report_to", execution=True
+    )
     debug: bool = setting(
         False, "Gradient norm of each part in diagnostics.jsonl; stop at the first NaN.", execution=True
     )
@@ -4662,9 +4664,6 @@ class Costs:
 
 def trackers(settings: TrainSettings, folder: Path) -> list[Callable[[dict[str, Any]], None]]:
     """Where else a row of the log goes."""
-    unknown = set(settings.track) - {"wandb", "tensorboard"}
-    if unknown:
-        raise LatentWireError(f"--track {', '.join(sorted(unknown))}: give wandb or tensorboard")
     found: list[Callable[[dict[str, Any]], None]] = []
     if "tensorboard" in settings.track:
         require("tensorboard")
@@ -4723,7 +4722,7 @@ class Trainer:
         self.optimizer = self.new_optimizer()
         self.progress = Progress()
         self.saved_at = time.monotonic()
-        self.costs = Costs(settings.profile)
+        self.costs, self.shown = Costs(settings.profile), False
         self.trackers = trackers(settings, run.folder) if world.leads else []
 
     def adopt(self, folder: Path) -> None:
@@ -4893,8 +4892,9 @@ class Trainer:
         else:
             found = supervise(heard.receiver, packed := heard.answered(heard.soft), heard)
             loss, terms = total_loss(found, settings)
-            if settings.log_shapes and step == 1:
+            if settings.log_shapes and not self.shown:
                 self.report.say(f"shapes: {shapes_of(heard.states, heard.message, heard.soft, packed, found)}")
+                self.shown = True
         weight = len(places) / settings.rows_per_step
         clock("receiver")
         (loss * self.loss_scale * weight).backward()
@@ -4976,6 +4976,7 @@ class Trainer:
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(self.loss_scale)
+        parts = self.parts_of_gradient() if self.settings.debug else {}
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
         if not math.isfinite(norm):
             raise LatentWireError(f"the loss is not finite at step {step}; lower --lr or use --dtype float32")
@@ -4991,7 +4992,7 @@ class Trainer:
             {"receiver": self.setup.receivers[self.ear_at(step)].name} if len(self.promptings) > 1 else {}
         )
         mode: dict[str, Any] = {"mode": "text"} if self.reads_text(step) else {}
-        mode |= self.parts_of_gradient() if self.settings.debug else {}
+        mode |= parts
         mode |= {"peak_memory_bytes": peak_memory(self.receiver.device)} if self.settings.profile_memory else {}
         return {"step": step, **sums, "grad_norm": norm, "lr": rate, **times, **several, **mode}
 
@@ -5542,6 +5543,8 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
     part = make_task(settings)
     for kind in ("encoder", "pooler", "adapter", "codec"):
         REGISTRIES[f"{kind}s"].name_of(getattr(settings, kind))
+    for name in settings.track:
+        require(name)
     if settings.rows_per_step < world.size:
         raise LatentWireError(
             f"{settings.rows_per_step} rows per step cannot feed {world.size} processes; raise --batch_size"
@@ -5948,6 +5951,7 @@ class TokenBudget(TokenMethod):
     def ids(self, example: Example) -> TokenIds:
         """The context's head, then the question, in K tokens together."""
         channel, part = self.channel, self.channel.setup.part
+        part = part.of(example) if isinstance(part, Mixture) else part
         count = channel.asked.token_budget_k or len(channel.latents[channel.position[example.id]])
         before, _, behind = part.receiver_prompt.partition("{context}")
         tail = channel.setup.receiver.ids(behind.format(question=example.question))
@@ -5962,6 +5966,8 @@ class EmbedMethod(Method):
 
     usual = False
     anchored = True
+    adapted = False
+    """Whether BOS stands where the bridge learned with it, not in front as before a text."""
 
     def soft(self, examples: Sequence[Example]) -> SoftPrompt:
         """The receiver's own embeddings (B, T, D_r)."""
@@ -5973,8 +5979,9 @@ class EmbedMethod(Method):
         """With or without the anchor behind it."""
         listener, lm = self.channel.listener, self.channel.setup.receiver
         after = [lm.ids(listener.prompting.anchor if self.anchored else "\n")] * len(examples)
+        prompting = listener.prompting if self.adapted else replace(listener.prompting, bos_after=False)
         with torch.no_grad():
-            return listener.respond(listener.prompting.joined(self.soft(examples), after, None, left=True), examples)
+            return listener.respond(prompting.joined(self.soft(examples), after, None, left=True), examples)
 
 
 @METHODS.register("embed:raw", "raw")
@@ -5992,6 +5999,8 @@ class EmbedAnchor(EmbedMethod):
 @METHODS.register("embed:adapter", "adapter")
 class EmbedAdapter(EmbedMethod):
     """Full text's embeddings, cut to D_w numbers, through the trained adapter: expected near zero."""
+
+    adapted = True
 
     def soft(self, examples: Sequence[Example]) -> SoftPrompt:
         """As many even means as there are latents."""
@@ -6182,7 +6191,7 @@ def check_models(state: Mapping[str, Any], folder: Path, sender: Reader | None, 
             raise LatentWireError(f"checkpoint {folder} was trained with another {role}: {'; '.join(differing)}")
 
 
-def check_asked(settings: EvalSettings, bridge: Bridge, sender: Reader, anchor: str) -> None:
+def check_asked(settings: EvalSettings, trained: TrainSettings, bridge: Bridge, sender: Reader, anchor: str) -> None:
     """Flags that repeat what the checkpoint knows may never contradict it."""
     shape = bridge.shape
     known = {"soft_tokens": shape.latent_len, "calibration": shape.calibration, "anchor_text": anchor}
@@ -6190,6 +6199,9 @@ def check_asked(settings: EvalSettings, bridge: Bridge, sender: Reader, anchor: 
         asked_for = getattr(settings, name)
         if asked_for is not None and str(asked_for).rstrip(" ") != str(value):
             raise LatentWireError(f"--{name} {asked_for}: the checkpoint has {value}; leave the flag out")
+    bos, after = settings.append_bos_after_prefix, trained.append_bos_after_prefix
+    if bos != "auto" and (bos == "yes") != (after == "yes"):
+        raise LatentWireError(f"--append_bos_after_prefix {bos}: the checkpoint has {after}; leave the flag out")
     asked = tuple(sender.layer_index(text) for text in settings.source_layer or ())
     if asked and asked != shape.layers:
         raise LatentWireError(f"--source_layer {asked}: the checkpoint reads {shape.layers}; leave the flag out")
@@ -6225,8 +6237,9 @@ def evaluated_rows(
     The probe is fitted on the train rows, so they are left empty where they are another task's or have changed.
     """
     home = make_task(trained.model_copy(update={"data_dir": run.data_dir, "offline": run.offline}))
-    if part.name and part.name in home.related:
-        raise LatentWireError(f"{home.name} and {part.name} share texts: never train on one and report the other")
+    for known, shown in itertools.product(*(getattr(one, "parts", {"": one}).values() for one in (home, part))):
+        if shown.name and shown.name in known.related:
+            raise LatentWireError(f"{known.name} and {shown.name} share texts: never train on one and report the other")
     same = data_key(run) == data_key(trained)
     own, source = training_splits(home, trained)
     if settings.split == "validation":
@@ -6273,7 +6286,7 @@ def open_channel(settings: EvalSettings, folder: Path, ear: int = 0) -> tuple[Ch
     if trained.use_lora:
         reopen_lora(folder, trained, sender, receiver, ear)
     anchor = state["task"]["anchor"] if part.name == state["task"]["name"] or not part.name else part.anchor
-    check_asked(settings, bridge, sender, anchor)
+    check_asked(settings, trained, bridge, sender, anchor)
     how = {n: getattr(settings if n in settings.model_fields_set else trained, n) for n in DecodeSettings.model_fields}
     prompting = prompting_of(trained, part, receiver, anchor)
     listener = Listener(bridge.to(receiver.device), prompting, settings.max_new_tokens, DecodeSettings(**how))
@@ -6417,24 +6430,27 @@ def read_run(checkpoint: Path) -> tuple[Bridge, TrainSettings, dict[str, Any], P
 def encode_text(checkpoint: Path, text: str, question: str = "", receiver: str | None = None) -> bytes:
     """The message of one text, serialised; ``receiver`` matters where latents are private."""
     bridge, trained, state, folder = read_run(checkpoint)
+    ear = bridge.ear_of(receiver) if receiver else 0
     part, sender = make_task(trained), open_reader(trained)
     check_models(state, folder, sender)
     if trained.use_lora and isinstance(sender, LM) and trained.lora_on != "receiver":
         reopen_lora(folder, trained, sender)
     said, limit = part.sender_text(Example("0", text, question, ("",))), text_limit(trained, sender)
+    device = resolve_device(trained.receiver_device or trained.device)  # where training had the bridge
     states = sender.states([sender_ids(sender, said, limit)], bridge.shape.layers)
+    bridge, states = bridge.to(device), States(states.hidden.to(device), states.mask.to(device))
     if bridge.wants_windows:
-        first = load_lm(bridge.shape.ears[0].name, trained, trained.offline) if bridge.wants_heard else None
+        wanted = bridge.wants_heard
+        first = load_lm(bridge.shape.ears[0].name, trained, trained.offline, str(device)) if wanted else None
         states = with_spans(states, [said], sender, limit, first)
-    ear = bridge.ear_of(receiver) if receiver else 0
     return bridge.encode(states, bridge.fingerprint(shared=True), ear).to_bytes()
 
 
 def answer_message(checkpoint: Path, data: bytes, question: str = "", receiver: str | None = None) -> Answer:
     """What one receiver of the latent language answers to a message; it sees nothing else but the question."""
     bridge, trained, state, folder = read_run(checkpoint)
-    lm = load_lm(receiver or bridge.shape.ears[0].name, trained, trained.offline, trained.receiver_device)
-    ear = bridge.ear_of(lm.name)
+    ear = bridge.ear_of(receiver) if receiver else 0
+    lm = load_lm(bridge.shape.ears[ear].name, trained, trained.offline, trained.receiver_device)
     check_models(state, folder, None, lm)
     if trained.use_lora:
         reopen_lora(folder, trained, None, lm, ear)
@@ -6442,6 +6458,8 @@ def answer_message(checkpoint: Path, data: bytes, question: str = "", receiver: 
     how = DecodeSettings(**trained.model_dump(include=set(DecodeSettings.model_fields)))
     listener = Listener(bridge.to(lm.device), prompting_of(trained, part, lm, state["task"]["anchor"]), None, how)
     soft, example = listener.open([data]), Example("0", "", question, (part.words or ("",))[:1])
+    if not question and "\0" in part.question_text(replace(example, question="\0")):
+        raise LatentWireError("the sender of this run saw no question; give it to the receiver with --question")
     answer = listener.respond(listener.prompting.pack(soft, [example]), [example], [len(data)])[0]
     return replace(answer, nll_per_token=None, first_correct=None)
 
@@ -7461,8 +7479,10 @@ def encode_command(
     receiver: Annotated[str, typer.Option("--receiver", help="For whom, where latents are private.")] = "",
 ) -> None:
     """Write a text's latents to a file: encode article.txt --checkpoint runs/squad -o article.wire"""
-    is_file = len(text) < 4096 and Path(text).is_file()
-    said = Path(text).read_text(encoding="utf-8") if is_file else text
+    try:
+        said = Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text  # False for what is no name
+    except UnicodeDecodeError:
+        raise LatentWireError(f"{text} is not a text in UTF-8") from None
     data = encode_text(checkpoint, said, question, receiver or None)
     write_atomic(output, data)
     size = len(said.encode())
