@@ -219,6 +219,29 @@ def test_a_second_receiver_starts_by_a_ridge_map_onto_its_own_embeddings() -> No
     assert torch.equal(made.bridge.ears[0].adapter.map.bias, torch.zeros(48))
 
 
+@torch.no_grad()
+def test_what_is_learned_weighs_scales_and_adds_to_the_copy() -> None:
+    """Tokens of a window by the encoder's salience, the whole by a gate, and what the encoder says itself on top."""
+    texts = ["bold moves", "cost us all we had"]
+    flags = ["--sender", "tiny-llama", "--receiver", "tiny-llama", *COPY, "--windows_on", "encoder", "--ratio", "3"]
+    made = stirred(ready(rows(texts), *flags))
+    bridge, states = made.bridge, made.hear(made.train_rows).states
+    pooled, weights = bridge.pooler(bridge.encoder(states), states.mask, bridge.windows(states))
+    found, lm = bridge.encode(states), made.receiver
+    for row, text in enumerate(texts):
+        ids, count = lm.ids(text), -(-len(text) // 3)
+        own = weights[row, 1 : len(ids) + 1]  # behind BOS
+        assert own.max() > 1.05 * own.min()
+        for slot in range(count):
+            inside = torch.tensor([i * count // len(ids) == slot for i in range(len(ids))])
+            mean = (own[inside, None] * lm.embed(torch.tensor(ids))[inside]).sum(0) / own[inside].sum()
+            start = torch.nn.functional.pad(mean / bridge.start.size, (0, 16)) * (
+                1 + bridge.start.gate(pooled[row, slot])
+            )
+            assert torch.allclose(found.latents[row, slot], start + bridge.to_wire(pooled[row, slot]), atol=1e-5)
+    assert bridge.to_wire(pooled).abs().max() > 0.05 and bridge.start.gate(pooled).abs().max() > 0.02
+
+
 # ---- windows -----------------------------------------------------------------------------------------------------
 
 
