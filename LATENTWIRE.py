@@ -4246,6 +4246,8 @@ def continuation(found: Supervised, settings: LossSettings) -> Tensor:
     batch, spans = found.batch, found.batch.states.spans
     if spans is None:
         raise LatentWireError("--continuation_weight needs windows; add --pooler window")
+    if getattr(batch.bridge.encoder, "reads", "") == "sentence":
+        raise LatentWireError("--continuation_weight needs an encoder whose first half has not read the second")
     cuts = torch.tensor([[len(text) // 2] for text in batch.texts], device=spans.device)
     heard = batch.states.heard
     early = replace(batch.states, mask=batch.states.mask & (spans[..., 1] <= cuts),
