@@ -309,6 +309,55 @@ def test_a_row_has_the_same_latents_alone_and_beside_longer_rows(reads: str, poo
         assert torch.allclose(own, prompts.embeds[number, : len(own)], atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def sentence_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random one-layer BERT that reads bytes."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("sentences")
+    tokenizer = lw.byte_tokenizer(("<pad>", "<bos>", "<eos>"), [("t", "h")], add_bos=False)
+    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("pooler", ["resampler", "few windows", "ridge"])
+@pytest.mark.parametrize("encoder", ["stq", "simple-st"])
+def test_sentence_encoders_read_a_row_alone_as_in_a_batch(encoder: str, pooler: str, sentence_model: str) -> None:
+    flags = ["--encoder", encoder, "--sentence_model", sentence_model, "--receiver", "tiny-qwen", "--d_z", "16"]
+    made = stirred(ready(rows((*TEXTS, "")), *flags, *POOLERS[pooler]))
+    together = encoded(made, made.train_rows)
+    for number, row in enumerate(together.rows()):
+        alone = encoded(made, made.train_rows[number : number + 1])
+        assert torch.allclose(alone.latents, row.latents, atol=1e-5)
+    with torch.no_grad():
+        states = made.hear(made.train_rows).states
+        tokens = made.bridge.encoder(states)
+    same_token = torch.allclose(tokens[0, 0], tokens[0, 1], atol=1e-6)
+    assert same_token == (encoder == "simple-st")
+    vector = made.bridge.encoder.standard(states)[0, 0][states.mask[0]].mean(0)
+    assert encoder == "stq" or torch.allclose(tokens[0, 0], made.bridge.encoder.project(vector), atol=1e-5)
+
+
+def test_latents_of_a_first_half_need_an_encoder_that_stopped_there(sentence_model: str) -> None:
+    flags = [
+        "--encoder",
+        "stq",
+        "--sentence_model",
+        sentence_model,
+        "--receiver",
+        "tiny-qwen",
+        "--continuation_weight",
+        "1",
+    ]
+    made = ready(rows(TEXTS), *flags, *POOLERS["few windows"])
+    with pytest.raises(lw.LatentWireError, match="first half"):
+        made.gradients(1, 4)
+
+
 def test_bytes_are_all_read_and_255_is_only_ever_filling() -> None:
     reader = lw.ByteReader(torch.device("cpu"))
     for text in (*TEXTS, "\U0010ffff", "a\x00b", "ab"):

@@ -98,7 +98,7 @@ def test_a_feature_starts_as_nothing_and_then_matters(name: str, feature: str) -
 
 
 @pytest.mark.parametrize("feature", [*FEATURES, *SENDING])
-@pytest.mark.parametrize("losses", [[], ["--kd_weight", "1", "--state_kd_weight", "1"]], ids=["answers", "distilled"])
+@pytest.mark.parametrize("losses", [[], ["--kd_weight", "1"]], ids=["answers", "distilled"])
 def test_every_weight_of_a_feature_learns_within_three_steps(feature: str, losses: list[str]) -> None:
     """Also beside distillation, whose text reader switches LoRA off."""
     made, plain = (
