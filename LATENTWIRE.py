@@ -3681,17 +3681,14 @@ class Bridge(nn.Module):
 
     def encode(self, states: States, name: str = "", ear: int = 0) -> Message:
         """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w); ``ear`` matters where latents are private."""
-        tokens, mask = self.encoder(states), None
+        mask = None
         if self.wants_windows:
             windows = self.windows(states)
-            pooled, weights = self.pooler(tokens, states.mask, windows)
-            latents, mask = self.to_wire(pooled), windows.mask
-            if self.start is not None:
-                latents = latents + self.start(states, windows, self.encoder, pooled, weights)
+            latents, mask = self.written(states, windows), windows.mask
         else:
             own = (ear,) if getattr(self.pooler, "wants", "") == "ear" else ()
-            latents = self.to_wire(self.pooler(tokens, states.mask, *own))
-        latents = self.refiner(latents, mask) if self.refiner is not None else latents
+            latents = self.to_wire(self.pooler(self.encoder(states), states.mask, *own))
+            latents = self.refiner(latents, None) if self.refiner is not None else latents
         latents = self.wire_norm(latents) if self.start is None else latents
         latents = CODECS[self.shape.codec]().through(latents) if self.quantize else latents
         return Message(latents, self.shape.codec, name, mask)
@@ -3719,6 +3716,7 @@ class Bridge(nn.Module):
         seen, path = list(batches_of_states), self.start
         if path is None:
             return
+        self.eval()
         if 0 in fresh:
             heard = torch.cat([tokens[0].embeds[tokens[0].mask] for _, tokens in seen])
             if self.shape.d_z < heard.shape[1]:
@@ -3728,7 +3726,6 @@ class Bridge(nn.Module):
             path.size.copy_(((heard - path.mean) @ path.down).square().mean().sqrt())
             self.ears[0].adapter.start(path.down * path.size, path.mean)
         cuts = [self.windows(states, 1.0) for states, _ in seen]
-        ones = [torch.ones_like(states.mask, dtype=torch.float32) for states, _ in seen]
         if 0 in fresh and path.ridge is not None:
             x = [
                 weighted(cut.tokens, self.encoder.features(s))[cut.mask] for cut, (s, _) in zip(cuts, seen, strict=True)
@@ -3737,7 +3734,7 @@ class Bridge(nn.Module):
             weight, bias = ridge_map(torch.cat(x), torch.cat(y))
             path.ridge.weight.copy_(weight)
             path.ridge.bias.copy_(bias)
-        sent = [self.sent_plainly(s, cut, one)[cut.mask] for cut, one, (s, _) in zip(cuts, ones, seen, strict=True)]
+        sent = [self.written(s, cut)[cut.mask] for cut, (s, _) in zip(cuts, seen, strict=True)]
         for ear in fresh:
             if ear:
                 own = [
@@ -3746,12 +3743,15 @@ class Bridge(nn.Module):
                 ]
                 y = [weighted(o, t[ear].embeds)[cut.mask] for o, cut, (_, t) in zip(own, cuts, seen, strict=True)]
                 self.ears[ear].adapter.start(*ridge_map(torch.cat(sent), torch.cat(y)))
+        self.train()
 
-    def sent_plainly(self, states: States, windows: Windows, weights: Tensor) -> Tensor:
-        """Start latents of other windows, before anything is learned."""
-        assert self.start is not None
-        latents, _ = self.pooler(self.encoder(states), states.mask, windows)
-        return self.start(states, windows, self.encoder, latents, weights)
+    def written(self, states: States, windows: Windows) -> Tensor:
+        """Latents (B, K, D_w) of some windows, as far as they are not normalised."""
+        pooled, weights = self.pooler(self.encoder(states), states.mask, windows)
+        latents = self.to_wire(pooled)
+        if self.start is not None:
+            latents = latents + self.start(states, windows, self.encoder, pooled, weights)
+        return self.refiner(latents, windows.mask) if self.refiner is not None else latents
 
     def fingerprint(self, shared: bool = False) -> str:
         """Names these very weights, or those that write messages for all receivers: the latent language."""
