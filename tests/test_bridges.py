@@ -219,6 +219,35 @@ def test_a_second_receiver_starts_by_a_ridge_map_onto_its_own_embeddings() -> No
     assert torch.equal(made.bridge.ears[0].adapter.map.bias, torch.zeros(48))
 
 
+def test_a_receiver_that_joins_late_starts_from_the_language_as_it_is_written() -> None:
+    """Its map is the ridge regression of its own embeddings on what a trained, refined bridge sends."""
+    examples = rows([example.context for example in lw.Toy(lw.DataSettings(dataset="toy")).load("train")[0][:24]])
+    flags = [
+        "--encoder",
+        "hidden",
+        "--sender",
+        "tiny-llama",
+        "--receivers",
+        "tiny-llama,tiny-qwen",
+        *COPY,
+        "--dropout",
+        "0.5",
+    ]
+    made = stirred(ready(examples, *flags, "--windows_on", "encoder", "--use_latent_refiner"))
+    made.bridge.train()
+    with torch.no_grad():
+        made.bridge.begin([made.sample([example.context for example in examples])], [1])
+        made.bridge.eval()
+        sent = encoded(made, examples)
+        x = sent.latents[sent.mask].double()
+        heard = made.setup.receivers[1].heard([example.context for example in examples])
+        y = heard.embeds[heard.mask].double()
+        x, y = x - x.mean(0), y - y.mean(0)
+        gram = x.T @ x
+        wanted = torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(64), x.T @ y).T
+    assert torch.allclose(made.bridge.ears[1].adapter.map.weight, wanted.float(), atol=1e-4)
+
+
 @torch.no_grad()
 def test_what_is_learned_weighs_scales_and_adds_to_the_copy() -> None:
     """Tokens of a window by the encoder's salience, the whole by a gate, and what the encoder says itself on top."""
