@@ -3875,6 +3875,7 @@ class Bridge(nn.Module):
         seen, path = list(batches_of_states), self.start
         if path is None:
             return
+        self.eval()
         if 0 in fresh:
             heard = torch.cat([tokens[0].embeds[tokens[0].mask] for _, tokens in seen])
             if self.shape.d_z < heard.shape[1]:
@@ -3896,6 +3897,7 @@ class Bridge(nn.Module):
             own = [share_in(cut.spans, tokens[ear].spans, tokens[ear].mask) for cut, (_, tokens) in pairs]
             y = [weighted(share, t[ear].embeds)[cut.mask] for share, (cut, (_, t)) in zip(own, pairs, strict=True)]
             self.ears[ear].adapter.start(*ridge_map(sent, torch.cat(y)))
+        self.train()
 
     def fingerprint(self, shared: bool = False) -> str:
         """Names these very weights, or those that write messages for all receivers: the latent language."""
@@ -4391,6 +4393,8 @@ def continuation(found: Supervised, settings: LossSettings) -> Tensor:
     batch, spans = found.batch, found.batch.states.spans
     if spans is None:
         raise LatentWireError("--continuation_weight needs windows; add --pooler window")
+    if getattr(batch.bridge.encoder, "reads", "") == "sentence":
+        raise LatentWireError("--continuation_weight needs an encoder whose first half has not read the second")
     cuts = torch.tensor([[len(text) // 2] for text in batch.texts], device=spans.device)
     heard = batch.states.heard
     early = replace(batch.states, mask=batch.states.mask & (spans[..., 1] <= cuts),

@@ -219,6 +219,58 @@ def test_a_second_receiver_starts_by_a_ridge_map_onto_its_own_embeddings() -> No
     assert torch.equal(made.bridge.ears[0].adapter.map.bias, torch.zeros(48))
 
 
+def test_a_receiver_that_joins_late_starts_from_the_language_as_it_is_written() -> None:
+    """Its map is the ridge regression of its own embeddings on what a trained, refined bridge sends."""
+    examples = rows([example.context for example in lw.Toy(lw.DataSettings(dataset="toy")).load("train")[0][:24]])
+    flags = [
+        "--encoder",
+        "hidden",
+        "--sender",
+        "tiny-llama",
+        "--receivers",
+        "tiny-llama,tiny-qwen",
+        *COPY,
+        "--dropout",
+        "0.5",
+    ]
+    made = stirred(ready(examples, *flags, "--windows_on", "encoder", "--use_latent_refiner"))
+    made.bridge.train()
+    with torch.no_grad():
+        made.bridge.begin([made.sample([example.context for example in examples])], [1])
+        made.bridge.eval()
+        sent = encoded(made, examples)
+        x = sent.latents[sent.mask].double()
+        heard = made.setup.receivers[1].heard([example.context for example in examples])
+        y = heard.embeds[heard.mask].double()
+        x, y = x - x.mean(0), y - y.mean(0)
+        gram = x.T @ x
+        wanted = torch.linalg.solve(gram + 1e-3 * gram.diagonal().mean() * torch.eye(64), x.T @ y).T
+    assert torch.allclose(made.bridge.ears[1].adapter.map.weight, wanted.float(), atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_is_learned_weighs_scales_and_adds_to_the_copy() -> None:
+    """Tokens of a window by the encoder's salience, the whole by a gate, and what the encoder says itself on top."""
+    texts = ["bold moves", "cost us all we had"]
+    flags = ["--sender", "tiny-llama", "--receiver", "tiny-llama", *COPY, "--windows_on", "encoder", "--ratio", "3"]
+    made = stirred(ready(rows(texts), *flags))
+    bridge, states = made.bridge, made.hear(made.train_rows).states
+    pooled, weights = bridge.pooler(bridge.encoder(states), states.mask, bridge.windows(states))
+    found, lm = bridge.encode(states), made.receiver
+    for row, text in enumerate(texts):
+        ids, count = lm.ids(text), -(-len(text) // 3)
+        own = weights[row, 1 : len(ids) + 1]  # behind BOS
+        assert own.max() > 1.05 * own.min()
+        for slot in range(count):
+            inside = torch.tensor([i * count // len(ids) == slot for i in range(len(ids))])
+            mean = (own[inside, None] * lm.embed(torch.tensor(ids))[inside]).sum(0) / own[inside].sum()
+            start = torch.nn.functional.pad(mean / bridge.start.size, (0, 16)) * (
+                1 + bridge.start.gate(pooled[row, slot])
+            )
+            assert torch.allclose(found.latents[row, slot], start + bridge.to_wire(pooled[row, slot]), atol=1e-5)
+    assert bridge.to_wire(pooled).abs().max() > 0.05 and bridge.start.gate(pooled).abs().max() > 0.02
+
+
 # ---- windows -----------------------------------------------------------------------------------------------------
 
 
@@ -284,6 +336,55 @@ def test_a_row_has_the_same_latents_alone_and_beside_longer_rows(reads: str, poo
         with torch.no_grad():
             own = made.hear(made.train_rows[number : number + 1]).soft.embeds[0]
         assert torch.allclose(own, prompts.embeds[number, : len(own)], atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def sentence_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random one-layer BERT that reads bytes."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("sentences")
+    tokenizer = lw.byte_tokenizer(("<pad>", "<bos>", "<eos>"), [("t", "h")], add_bos=False)
+    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("pooler", ["resampler", "few windows", "ridge"])
+@pytest.mark.parametrize("encoder", ["stq", "simple-st"])
+def test_sentence_encoders_read_a_row_alone_as_in_a_batch(encoder: str, pooler: str, sentence_model: str) -> None:
+    flags = ["--encoder", encoder, "--sentence_model", sentence_model, "--receiver", "tiny-qwen", "--d_z", "16"]
+    made = stirred(ready(rows((*TEXTS, "")), *flags, *POOLERS[pooler]))
+    together = encoded(made, made.train_rows)
+    for number, row in enumerate(together.rows()):
+        alone = encoded(made, made.train_rows[number : number + 1])
+        assert torch.allclose(alone.latents, row.latents, atol=1e-5)
+    with torch.no_grad():
+        states = made.hear(made.train_rows).states
+        tokens = made.bridge.encoder(states)
+    same_token = torch.allclose(tokens[0, 0], tokens[0, 1], atol=1e-6)
+    assert same_token == (encoder == "simple-st")
+    vector = made.bridge.encoder.standard(states)[0, 0][states.mask[0]].mean(0)
+    assert encoder == "stq" or torch.allclose(tokens[0, 0], made.bridge.encoder.project(vector), atol=1e-5)
+
+
+def test_latents_of_a_first_half_need_an_encoder_that_stopped_there(sentence_model: str) -> None:
+    flags = [
+        "--encoder",
+        "stq",
+        "--sentence_model",
+        sentence_model,
+        "--receiver",
+        "tiny-qwen",
+        "--continuation_weight",
+        "1",
+    ]
+    made = ready(rows(TEXTS), *flags, *POOLERS["few windows"])
+    with pytest.raises(lw.LatentWireError, match="first half"):
+        made.gradients(1, 4)
 
 
 def test_bytes_are_all_read_and_255_is_only_ever_filling() -> None:

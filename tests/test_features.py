@@ -98,7 +98,7 @@ def test_a_feature_starts_as_nothing_and_then_matters(name: str, feature: str) -
 
 
 @pytest.mark.parametrize("feature", [*FEATURES, *SENDING])
-@pytest.mark.parametrize("losses", [[], ["--kd_weight", "1", "--state_kd_weight", "1"]], ids=["answers", "distilled"])
+@pytest.mark.parametrize("losses", [[], ["--kd_weight", "1"]], ids=["answers", "distilled"])
 def test_every_weight_of_a_feature_learns_within_three_steps(feature: str, losses: list[str]) -> None:
     """Also beside distillation, whose text reader switches LoRA off."""
     made, plain = (
@@ -299,6 +299,30 @@ def test_how_many_soft_tokens_a_feature_changes(flags: list[str], count: int) ->
     assert (size[:, :count] > 0).all() and (size[:, count:] == 0).all()
     assert changes.shape[2:] == (2, 2, made.receiver.blocks[0].self_attn.k_proj.out_features)
     assert torch.equal(changes[0], changes[1]) == ("--use_prefix" in flags)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["keys", "values"])
+@pytest.mark.parametrize("layer", [0, 1])
+@torch.no_grad()
+def test_keys_and_values_change_in_their_layer_at_their_soft_token(layer: int, which: int) -> None:
+    made, changes, mask = key_values("--use_deep_prefix")
+    only = torch.zeros_like(changes)
+    only[:, :, layer, which] = changes[:, :, layer, which]
+    soft, seen = made.hear(made.train_rows).soft, []
+    projection = (made.receiver.blocks[layer].self_attn.k_proj, made.receiver.blocks[layer].self_attn.v_proj)[which]
+    for change in (torch.zeros_like(changes), only):
+        packed = made.prompting.pack(replace(soft, changes=change), made.train_rows)
+        with made.receiver.reading(packed.soft, packed.at):
+            hook = projection.register_forward_hook(lambda module, args, output: seen.append(output))
+            made.receiver.backbone(inputs_embeds=packed.embeds, attention_mask=packed.mask.long(),
+                                   position_ids=packed.positions, use_cache=False)  # fmt: skip
+            hook.remove()
+    gap = seen[1] - seen[0]
+    anchor = len(made.prompting.after())
+    for row, real in enumerate(mask.sum(1).tolist()):
+        start = gap.shape[1] - anchor - real  # left-padded, tiny-qwen has no BOS
+        assert torch.allclose(gap[row, start : start + real], only[row, :real, layer, which], atol=1e-5)
+        assert gap[row, start + real :].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("pool", ["mean", "first", "max"])
