@@ -354,8 +354,8 @@ def test_one_row_that_does_not_fit_is_one_line(size, tmp_path, monkeypatch):
 def test_out_of_memory_in_validation_halves_its_own_rows(tmp_path, plain_run, monkeypatch):
     plain = lw.Trainer.hear
 
-    def limited(self: lw.Trainer, examples: Any, ear: int = 0, places: Any = ()) -> lw.Heard:
-        soft = plain(self, examples, ear, places)
+    def limited(self: lw.Trainer, examples: Any, *rest: Any) -> lw.Heard:
+        soft = plain(self, examples, *rest)
         if not self.bridge.training and len(examples) > 11:
             raise SHORTAGES["cpu"]()
         return soft
@@ -382,10 +382,10 @@ def test_batch_size_auto_finds_the_most_rows_that_fit(uneven, tmp_path, monkeypa
     texts: list[list[str]] = []
     prompt = lw.Trainer.hear
 
-    def noting(self: lw.Trainer, examples: Any, ear: int = 0, places: Any = ()) -> lw.Heard:
+    def noting(self: lw.Trainer, examples: Any, ear: int = 0, places: Any = (), *rest: Any) -> lw.Heard:
         if places:
             texts.append([example.context for example in examples])
-        return prompt(self, examples, ear, places)
+        return prompt(self, examples, ear, places, *rest)
 
     trainers: list[lw.Trainer] = []
     monkeypatch.setattr(lw.Trainer, "hear", noting)
