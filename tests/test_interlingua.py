@@ -533,8 +533,8 @@ def likelihood(channel: lw.Channel, row: int, text: str) -> float:
 def test_joint_rescoring_is_the_argmax_of_summed_likelihoods(duo):
     channels = [channel_of(duo, name) for name in PAIR]
     examples = channels[0].examples
-    said = [[e.answers[0] if i % 2 else "a car" for i, e in enumerate(examples)],
-            [e.answers[0] if i % 3 else "The car!" for i, e in enumerate(examples)]]  # fmt: skip
+    said = [[e.answers[0] if i % 2 else "hi" if i % 3 else "a car" for i, e in enumerate(examples)],
+            [("The car!", e.answers[0], "hi")[i % 3] for i, e in enumerate(examples)]]  # fmt: skip
     heard = [
         [lw.record_of(channels[0].setup.part, e, lw.Answer(text)) for e, text in zip(examples, texts, strict=True)]
         for texts in said
@@ -544,6 +544,7 @@ def test_joint_rescoring_is_the_argmax_of_summed_likelihoods(duo):
     for row, texts in enumerate(zip(*said, strict=True)):
         sums = [sum(likelihood(channel, row, text) for channel in channels) for text in texts]
         chosen.append(texts[0] if sums[0] >= sums[1] else texts[1])
+    assert {a == text for text, a, b in zip(chosen, *said, strict=True) if a != b} == {True, False}
     f1 = [lw.token_f1(text, e.answers[0]) for text, e in zip(chosen, examples, strict=True)]
     assert found["rescored"]["mean"] == pytest.approx(sum(f1) / 8)
     assert found["rescored_correct"]["mean"] == pytest.approx(sum(value == 1 for value in f1) / 8)
