@@ -294,6 +294,33 @@ def test_the_receiver_of_a_question_agnostic_message_must_be_asked(agnostic, ref
     assert len(answers) > 1
 
 
+def test_a_text_without_a_question_needs_none(toy_run, say):
+    classes = {"a", "b", "c", "d"}
+    for letter in "abcd":
+        say("encode", f"{letter * 6}wxyz", "--checkpoint", toy_run, "-o", "a.wire")
+        assert say("answer", "a.wire", "--checkpoint", toy_run) == f"{letter}\n"
+    run = trained("toy", Path("run"), "--steps", "1", "--protocol", "question-agnostic")
+    say("encode", "aaaaaawxyz", "--checkpoint", run, "-o", "a.wire")
+    assert say("answer", "a.wire", "--checkpoint", run).strip() in classes
+
+
+def test_private_latents_are_written_for_their_receiver(owners, say):
+    flags = ["--pooler", "shared_private", "--latent_private_len", "2", "--encoder", "byte", "--steps", "2"]
+    run = trained(owners, Path("run"), *flags)
+    evaluate(run, "out", "--methods", "bridge")
+    sent = []
+    for receiver in PAIR:
+        channel = channel_of(run, receiver)
+        example = channel.examples[0]
+        words = [example.context, "--checkpoint", run, "--question", example.question, "--receiver", receiver]
+        say("encode", *words, "-o", "a.wire")
+        assert Path("a.wire").read_bytes() == channel.messages[0]
+        sent.append(lw.Message.from_bytes(channel.messages[0]).latents[0])
+        answer = say("answer", "a.wire", "--checkpoint", run, "--receiver", receiver)
+        assert answer.strip() == records("out", receiver)["bridge"][example.id]["generated"]
+    assert torch.equal(sent[0][:4], sent[1][:4]) and not torch.equal(sent[0][4:], sent[1][4:])
+
+
 @pytest.mark.parametrize("text", ["word " * 100, "word " * 2000, "x" * 300, "Is it a file?\nNo.", ""])
 def test_any_text_is_encoded(text, duo, say):
     assert f"for {len(text.encode())} bytes of text" in say("encode", text, "--checkpoint", duo, "-o", "a.wire")
