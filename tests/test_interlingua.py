@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 import shlex
@@ -13,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,6 +294,33 @@ def test_the_receiver_of_a_question_agnostic_message_must_be_asked(agnostic, ref
     assert len(answers) > 1
 
 
+def test_a_text_without_a_question_needs_none(toy_run, say):
+    classes = {"a", "b", "c", "d"}
+    for letter in "abcd":
+        say("encode", f"{letter * 6}wxyz", "--checkpoint", toy_run, "-o", "a.wire")
+        assert say("answer", "a.wire", "--checkpoint", toy_run) == f"{letter}\n"
+    run = trained("toy", Path("run"), "--steps", "1", "--protocol", "question-agnostic")
+    say("encode", "aaaaaawxyz", "--checkpoint", run, "-o", "a.wire")
+    assert say("answer", "a.wire", "--checkpoint", run).strip() in classes
+
+
+def test_private_latents_are_written_for_their_receiver(owners, say):
+    flags = ["--pooler", "shared_private", "--latent_private_len", "2", "--encoder", "byte", "--steps", "2"]
+    run = trained(owners, Path("run"), *flags)
+    evaluate(run, "out", "--methods", "bridge")
+    sent = []
+    for receiver in PAIR:
+        channel = channel_of(run, receiver)
+        example = channel.examples[0]
+        words = [example.context, "--checkpoint", run, "--question", example.question, "--receiver", receiver]
+        say("encode", *words, "-o", "a.wire")
+        assert Path("a.wire").read_bytes() == channel.messages[0]
+        sent.append(lw.Message.from_bytes(channel.messages[0]).latents[0])
+        answer = say("answer", "a.wire", "--checkpoint", run, "--receiver", receiver)
+        assert answer.strip() == records("out", receiver)["bridge"][example.id]["generated"]
+    assert torch.equal(sent[0][:4], sent[1][:4]) and not torch.equal(sent[0][4:], sent[1][4:])
+
+
 @pytest.mark.parametrize("text", ["word " * 100, "word " * 2000, "x" * 300, "Is it a file?\nNo.", ""])
 def test_any_text_is_encoded(text, duo, say):
     assert f"for {len(text.encode())} bytes of text" in say("encode", text, "--checkpoint", duo, "-o", "a.wire")
@@ -530,20 +557,26 @@ def likelihood(channel: lw.Channel, row: int, text: str) -> float:
     )
 
 
-def test_joint_rescoring_is_the_argmax_of_summed_likelihoods(duo):
+def test_joint_rescoring_is_the_argmax_of_summed_likelihoods(duo, monkeypatch):
     channels = [channel_of(duo, name) for name in PAIR]
     examples = channels[0].examples
-    said = [[e.answers[0] if i % 2 else "a car" for i, e in enumerate(examples)],
-            [e.answers[0] if i % 3 else "The car!" for i, e in enumerate(examples)]]  # fmt: skip
+    said = [[e.answers[0] if i % 2 else "hi" if i % 3 else "a car" for i, e in enumerate(examples)],
+            [("The car!", e.answers[0], "hi")[i % 3] for i, e in enumerate(examples)]]  # fmt: skip
     heard = [
         [lw.record_of(channels[0].setup.part, e, lw.Answer(text)) for e, text in zip(examples, texts, strict=True)]
         for texts in said
     ]
-    found = lw.joint(heard, channels, 42)
+    judged: list[str] = []
+    token_f1 = lw.token_f1
+    with monkeypatch.context() as patch:
+        patch.setattr(lw, "token_f1", lambda text, gold: judged.append(text) or token_f1(text, gold))
+        found = lw.joint(heard, channels, 42)
     chosen = []
     for row, texts in enumerate(zip(*said, strict=True)):
         sums = [sum(likelihood(channel, row, text) for channel in channels) for text in texts]
         chosen.append(texts[0] if sums[0] >= sums[1] else texts[1])
+    assert judged == chosen
+    assert {a == text for text, a, b in zip(chosen, *said, strict=True) if a != b} == {True, False}
     f1 = [lw.token_f1(text, e.answers[0]) for text, e in zip(chosen, examples, strict=True)]
     assert found["rescored"]["mean"] == pytest.approx(sum(f1) / 8)
     assert found["rescored_correct"]["mean"] == pytest.approx(sum(value == 1 for value in f1) / 8)
@@ -793,16 +826,27 @@ def test_every_row_of_the_log_is_tracked(owners, monkeypatch):
     assert rows == [(row["step"], row) for row in lw.read_rows(run / "diagnostics.jsonl")]
 
 
-def test_bleu_of_texts_written_back(duo, refuse, monkeypatch):
-    common = ["--methods", "bridge", "--receivers", "tiny-llama", "--max_new_tokens", "2", "--bleu"]
+BLEU = ("--methods", "bridge", "--receivers", "tiny-llama", "--max_new_tokens", "2", "--bleu")
+
+
+def test_bleu_of_texts_written_back(duo):
+    pytest.importorskip("sacrebleu")
+    found = evaluate(duo, "out", *BLEU)["reconstruction"]
+    assert 0 <= found["bleu"] < 0.05 and found["n"] == 8 and found["signature"]
+
+
+def test_texts_are_written_back_from_their_messages(duo, refuse, monkeypatch):
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     assert "pip install sacrebleu" in refuse(
-        "eval", "--checkpoint", duo, "--output_dir", "no", "--num_samples", 4, *common
+        "eval", "--checkpoint", duo, "--output_dir", "no", "--num_samples", 4, *BLEU
     )
-    monkeypatch.undo()
-    pytest.importorskip("sacrebleu")
-    texts = iter([f"{e.question}\n{e.context}" for e in channel_of(duo).examples])
-    found = evaluate(duo, "out", *common)["reconstruction"]
-    assert 0 <= found["bleu"] < 0.05 and found["n"] == 8
-    monkeypatch.setattr(lw.LM, "generate", lambda *_, **__: list(functools.reduce(lambda a, b: [*a, b], texts, [])))
-    assert lw.written_back(channel_of(duo))["bleu"] == pytest.approx(1)
+    compared: list[Any] = []
+    scorer = SimpleNamespace(corpus_bleu=lambda *texts: compared.extend(texts) or SimpleNamespace(score=12.5))
+    monkeypatch.setitem(sys.modules, "sacrebleu", scorer)
+    results = evaluate(duo, "out", *BLEU)
+    channel = channel_of(duo, "tiny-llama")
+    said, (texts,) = compared
+    assert texts == [f"{e.question}\n{e.context}" for e in channel.examples] and len(said) == 8
+    assert len(set(said)) > 1 and max(map(len, said)) > 16  # as long as the text, not as an answer
+    assert results["reconstruction"]["bleu"] == 0.125
+    assert "BLEU of texts written back: 0.1250" in lw.told_beside(results)

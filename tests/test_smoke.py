@@ -93,8 +93,8 @@ def test_smoke_preset(preset, data, tmp_path, monkeypatch):
     monkeypatch.setattr(lw, "load_weights", loading)
     monkeypatch.setattr(lw.Trainer, "train", lambda self: trainers.append(self) or train(self))
     monkeypatch.setattr(torch.autograd, "set_detect_anomaly", contextlib.nullcontext)  # it keeps every call's trace
-    own = ["--preset", preset, "--receivers", ",".join(RECEIVERS), "--dataset", str(data), "--device", "cpu"]
-    summary = lw.train_main([*own, "--eval_every", "12", "--debug", "--output_dir", str(tmp_path / "run")])
+    flags = ["--preset", preset, "--receivers", ",".join(RECEIVERS), "--dataset", str(data), "--device", "cpu"]
+    summary = lw.train_main([*flags, "--eval_every", "12", "--debug", "--output_dir", str(tmp_path / "run")])
     (trainer,) = trainers
     assert (summary["steps"], summary["best_step"]) == (12, 12)
 
@@ -115,6 +115,9 @@ def test_smoke_preset(preset, data, tmp_path, monkeypatch):
     first, second = rows_of(tmp_path / "a"), rows_of(tmp_path / "b")
     assert first == second and len(first) == 2 * 6
     assert len(models) == 3 * 2 and all(frozen_sum(model) == before for model, before in models)
+
+    own = [p for model, _ in models for name, p in model.named_parameters() if "lora_" not in name]
+    assert all(p.grad is None and not p.requires_grad for p in own)
 
     trainer.bridge.eval()
     known = {example.id: example for example in lw.test_split(trainer.part, None)[0]}
