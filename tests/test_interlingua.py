@@ -788,6 +788,7 @@ def test_a_tracker_that_is_not_there_is_refused_before_the_run_begins(words, own
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_log(owners):
     pytest.importorskip("tensorboard")
     run = trained(owners, Path("run"), "--steps", "2", "--track", "tensorboard")
@@ -799,6 +800,7 @@ def test_tensorboard_gets_the_log(owners):
     assert [event.value for event in found.Scalars("loss")] == pytest.approx(losses, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_log(owners, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
