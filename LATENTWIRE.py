@@ -3907,6 +3907,10 @@ class Bridge(nn.Module):
                 sums.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return sums.hexdigest()[:12]
 
+    def language(self, ear: int) -> str:
+        """Names what a receiver's messages are written in: the weights that write, and whose private latents are there."""
+        return self.fingerprint(shared=True) + (f"-{ear}" if self.shape.latent_private_len else "")
+
 
 def ridge_map(x: Tensor, y: Tensor, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
     """Ridge regression y ≈ x·Wᵀ + b in closed form (Hoerl & Kennard 1970) → weight (D_y, D_x), bias (D_y)."""
@@ -4630,6 +4634,17 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@contextlib.contextmanager
+def nan_named(step: int) -> Iterator[None]:
+    """What ``--debug`` finds in the backward pass, as one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "returned nan values" not in str(error):
+            raise
+        raise LatentWireError(f"{error} at step {step}; lower --lr or use --dtype float32") from None
+
+
 def shapes_of(*values: Any) -> str:
     """The shapes of all tensors in some dataclasses."""
     fields = [(type(v).__name__, name, x) for v in values for name, x in vars(v).items() if torch.is_tensor(x)]
@@ -4901,7 +4916,8 @@ class Trainer:
                 self.shown = True
         weight = len(places) / settings.rows_per_step
         clock("receiver")
-        (loss * self.loss_scale * weight).backward()
+        with nan_named(step):
+            (loss * self.loss_scale * weight).backward()
         clock("encoder")
         values = {"loss": float(loss.detach()), **terms, "first_acc": float(found.first_accuracy())}
         tokens = float(packed.mask.sum()) if not self.reads_text(step) else float(len(found.targets))
@@ -5639,8 +5655,8 @@ class Listener:
     ) -> None:
         self.bridge, self.prompting, self.how = bridge, prompting, how or DecodeSettings()
         self.max_new_tokens = max_new_tokens or prompting.longest
-        self.receiver, self.name = prompting.receiver, bridge.fingerprint(shared=True)
-        self.ear = bridge.ear_of(self.receiver.name)
+        self.receiver, self.ear = prompting.receiver, bridge.ear_of(prompting.receiver.name)
+        self.name = bridge.language(self.ear)
         self.known: dict[tuple[Any, ...], Answer] = {}
 
     def open(self, data: Sequence[bytes]) -> SoftPrompt:
@@ -6447,7 +6463,7 @@ def encode_text(checkpoint: Path, text: str, question: str = "", receiver: str |
         wanted = bridge.wants_heard
         first = load_lm(bridge.shape.ears[0].name, trained, trained.offline, str(device)) if wanted else None
         states = with_spans(states, [said], sender, limit, first)
-    return bridge.encode(states, bridge.fingerprint(shared=True), ear).to_bytes()
+    return bridge.encode(states, bridge.language(ear), ear).to_bytes()
 
 
 def answer_message(checkpoint: Path, data: bytes, question: str = "", receiver: str | None = None) -> Answer:

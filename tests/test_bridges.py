@@ -79,7 +79,7 @@ def listener(made: lw.Trainer, ear: int = 0) -> lw.Listener:
 
 
 def packets(made: lw.Trainer, examples: Sequence[lw.Example], ear: int = 0) -> list[bytes]:
-    message = replace(encoded(made, examples, ear), bridge=made.bridge.fingerprint(shared=True))
+    message = replace(encoded(made, examples, ear), bridge=made.bridge.language(ear))
     return [row.to_bytes() for row in message.rows()]
 
 

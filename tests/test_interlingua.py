@@ -776,7 +776,7 @@ def test_a_short_run_can_be_profiled(owners, say):
 
 def test_debug_stops_where_the_first_number_is_none(owners, monkeypatch):
     monkeypatch.setitem(lw.LOSSES.parts, "answer_ce", lambda found, settings: found.logits.sum() * float("nan"))
-    with pytest.warns(UserWarning, match="Error detected"), pytest.raises(RuntimeError, match=r"MulBackward0.* nan"):
+    with pytest.warns(UserWarning, match="Error detected"), pytest.raises(lw.LatentWireError, match=r"MulBackward0.* nan.*step 1; lower"):
         trained(owners, Path("run"), "--steps", "2", "--debug")
 
 
