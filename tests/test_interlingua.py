@@ -776,7 +776,10 @@ def test_a_short_run_can_be_profiled(owners, say):
 
 def test_debug_stops_where_the_first_number_is_none(owners, monkeypatch):
     monkeypatch.setitem(lw.LOSSES.parts, "answer_ce", lambda found, settings: found.logits.sum() * float("nan"))
-    with pytest.warns(UserWarning, match="Error detected"), pytest.raises(lw.LatentWireError, match=r"MulBackward0.* nan.*step 1; lower"):
+    with (
+        pytest.warns(UserWarning, match="Error detected"),
+        pytest.raises(lw.LatentWireError, match=r"MulBackward0.* nan.*step 1; lower"),
+    ):
         trained(owners, Path("run"), "--steps", "2", "--debug")
 
 
@@ -852,3 +855,15 @@ def test_texts_are_written_back_from_their_messages(duo, refuse, monkeypatch):
     assert len(set(said)) > 1 and max(map(len, said)) > 16  # as long as the text, not as an answer
     assert results["reconstruction"]["bleu"] == 0.125
     assert "BLEU of texts written back: 0.1250" in lw.told_beside(results)
+
+
+@pytest.mark.trains
+def test_stage_b_begins_with_what_stage_a_learned(owners, refuse):
+    first = trained(owners, Path("a"), "--stages", "A", "--steps", "4")
+    second = trained(owners, Path("b"), "--stages", "B", "--start_from", str(first), "--steps", "0")
+    kept = [lw.open_bridge(lw.resolve_checkpoint(run))[0].fingerprint() for run in (first, second)]
+    assert kept[0] == kept[1]
+    third = trained(owners, Path("c"), "--stages", "B", "--start_from", str(first), "--steps", "2")
+    assert lw.open_bridge(lw.resolve_checkpoint(third))[0].fingerprint() != kept[0]
+    line = refuse("train", *TINY, "--dataset", owners, "--start_from", first, "--d_z", "20", "--output_dir", "d")
+    assert "--start_from a: that bridge has other parts" in line
