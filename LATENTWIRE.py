@@ -463,6 +463,12 @@ class BridgeSettings(Settings):
     anchor_text: str | None = setting(
         None, "Text between soft prompt and answer; default: the task's own.", "warm_anchor_text", "latent_anchor_text"
     )
+    anchor_mode: Literal["text", "chat", "none"] = setting(
+        "text",
+        "What stands before the answer: the anchor text; the receiver's chat template around everything, the text only if "
+        "given; or a line break.",
+        "latent_anchor_mode",
+    )
 
     @model_validator(mode="after")
     def heads_divide(self) -> BridgeSettings:
@@ -911,6 +917,8 @@ add_preset("hero", "The documents' full experiment: all of SQuAD, 24 epochs; nee
     "first_token_ce_weight": 0.5, "k_token_ce": 4, "kd_tau": 1.0, "calibration": "embed_rms", "anchor_text": "Answer: ",
     "append_bos_after_prefix": "yes", "eval_samples": 200, "eval_seeds": [42, 123, 456],
 })  # fmt: skip
+add_preset("wire-small", "Fewer bytes than a SQuAD paragraph: 16 latents of 32 numbers in int4, rounded in training.", {
+    "dataset": "squad", "latent_len": 16, "d_z": 32, "codec": "int4", "quantize_from": 0.8})  # fmt: skip
 add_preset("embedding-baselines", "For eval: the receiver reads its own embeddings instead of tokens.", {
     "methods": ["embed:raw", "embed:anchor", "embed:adapter"]}, "baseline-embedding_baselines")  # fmt: skip
 EXTRA_FLAGS = {"config": True, "preset": True, "override": True, "hero": False, **DRY_FLAGS}
@@ -2593,6 +2601,15 @@ class LM:
             for hook in hooks:
                 hook.remove()
 
+    def chat_frame(self) -> tuple[TokenIds, TokenIds]:
+        """Ids that the chat template puts before a user's words, without BOS, and after them up to the answer."""
+        if not self.tokenizer.chat_template:
+            raise LatentWireError(f"--anchor_mode chat: {self.name} has no chat template; use --anchor_mode text")
+        turn = [{"role": "user", "content": "\ue000"}]
+        whole = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        head, tail = (self.tokenizer(part, add_special_tokens=False).input_ids for part in whole.split("\ue000"))
+        return head[len(self.bos) :] if self.bos and head[: len(self.bos)] == self.bos else head, tail
+
     def continuation(self, before: str, text: str) -> TokenIds:
         """Ids of ``text`` as it is tokenised right after ``before`` (a leading space may merge either way)."""
         whole, prefix = self.ids(before + text), self.ids(before)
@@ -4164,11 +4181,21 @@ class Prompting:
     anchor: str
     bos_after: bool = False
     max_answer_tokens: int = 10_000
+    chat: bool = False
+
+    @functools.cached_property
+    def frame(self) -> tuple[TokenIds, TokenIds]:
+        """What the receiver's chat template puts before and after a user's words."""
+        return self.receiver.chat_frame() if self.chat else ([], [])
+
+    def said_after(self, answer: str) -> TokenIds:
+        """Ids of an answer after the anchor, or at the beginning of a turn."""
+        return self.receiver.continuation(self.anchor, f" {answer}") if self.anchor else self.receiver.ids(answer)
 
     @functools.cached_property
     def label_ids(self) -> list[TokenIds]:
         """Ids of every class word after the anchor."""
-        return [self.receiver.continuation(self.anchor, f" {word}") for word in self.part.words]
+        return [self.said_after(word) for word in self.part.words]
 
     @property
     def longest(self) -> int:
@@ -4177,12 +4204,18 @@ class Prompting:
 
     def answer_ids(self, answer: str) -> TokenIds:
         """Ids of an answer after the anchor, closed by the end token."""
-        ids = self.receiver.continuation(self.anchor, f" {answer}")[: self.max_answer_tokens]
+        ids = self.said_after(answer)[: self.max_answer_tokens]
         return [*ids, self.receiver.tokenizer.eos_token_id]
 
     def after(self, example: Example | None = None, text: bool = True) -> TokenIds:
         """Ids before the answer: the anchor, after the full text or, without ``text``, the question if it is the receiver's."""
         said = "" if example is None else (self.part.receiver_text if text else self.part.question_text)(example)
+        return self.ending(said)
+
+    def ending(self, said: str = "") -> TokenIds:
+        """Ids of some words and what always follows them, up to the answer."""
+        if self.chat:
+            return [*self.receiver.ids(said), *self.frame[1], *self.receiver.ids(self.anchor)]
         return self.receiver.ids(said + self.anchor)
 
     def pack(
@@ -4196,8 +4229,8 @@ class Prompting:
     def joined(
         self, soft: SoftPrompt | None, after: Sequence[TokenIds], gold: Sequence[TokenIds] | None, left: bool = False
     ) -> Packed:
-        """BOS, soft prompt, ids, answers; BOS behind the soft prompt where that is asked for."""
-        bos = self.receiver.bos
+        """BOS, chat opening, soft prompt, ids, answers; BOS behind the soft prompt where that is asked for."""
+        bos = [*self.receiver.bos, *self.frame[0]]
         if self.bos_after and soft is not None:
             return lay_out(self.receiver, soft, [[*bos, *ids] for ids in after], gold, left=left)
         return lay_out(self.receiver, soft, after, gold, before=bos, left=left)
@@ -5258,9 +5291,12 @@ def restore_lora(lora: Mapping[str, nn.Parameter], tensors: Mapping[str, Mapping
 
 def prompting_of(settings: TrainSettings, part: Task, lm: LM, anchor: str | None = None) -> Prompting:
     """The one way in which a run prompts a receiver."""
-    after = settings.append_bos_after_prefix == "yes"
-    said = (anchor or settings.anchor_text or part.anchor).rstrip(" ")  # an answer brings its own space
-    return Prompting(lm, part, said, after, settings.max_answer_tokens)
+    own = {"text": part.anchor, "chat": "", "none": "\n"}[settings.anchor_mode]
+    given = None if settings.anchor_mode == "none" else settings.anchor_text if anchor is None else anchor
+    said = (own if given is None else given).rstrip(" ")  # an answer brings its own space
+    chat = settings.anchor_mode == "chat"
+    after = settings.append_bos_after_prefix == "yes" and not chat
+    return Prompting(lm, part, said, after, settings.max_answer_tokens, chat)
 
 
 def stages_of(settings: ScheduleSettings) -> str:
@@ -5473,7 +5509,8 @@ def as_interlingua(settings: TrainSettings) -> TrainSettings:
     several = settings.receivers or settings.llama_id or settings.qwen_id
     names = (settings.dataset or "").split(",")
     reading = all(name in TASKS and issubclass(TASKS[name], QuestionAnswering) for name in names)
-    asked = {"encoder", "pooler", "init"} & settings.model_fields_set
+    asked = {"pooler", "init"} & settings.model_fields_set
+    asked |= {"encoder"} & settings.model_fields_set if settings.encoder != "byte" else set()
     if asked or settings.extend or (settings.sender and not several) or not (several or reading):
         return settings
     own = {name: value for name, value in INTERLINGUA.items() if name not in settings.model_fields_set}
@@ -5613,6 +5650,9 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
         receiver, *others = [
             load_lm(n, settings, settings.offline, settings.receiver_device) for n in receivers_of(settings)
         ]
+        if settings.anchor_mode == "chat":
+            for lm in (receiver, *others):
+                lm.chat_frame()  # one without a template is told before the folder is this run's
     if world.leads:
         Run.start(folder, asked, resume)
     if world.told(run.done and not longer(settings, run)):
@@ -5972,7 +6012,7 @@ class TokenMethod(Method):
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """After BOS, these tokens and the anchor."""
         listener = self.channel.listener
-        prompting, anchor = listener.prompting, self.channel.setup.receiver.ids(listener.prompting.anchor)
+        prompting, anchor = listener.prompting, listener.prompting.ending()
         rows = [self.ids(example) for example in examples]
         packed = prompting.joined(None, [[*row, *anchor] for row in rows], None, left=True)
         sizes = [len(self.channel.setup.receiver.tokenizer.decode(row).encode()) for row in rows]
@@ -6018,7 +6058,7 @@ class EmbedMethod(Method):
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """With or without the anchor behind it."""
         listener, lm = self.channel.listener, self.channel.setup.receiver
-        after = [lm.ids(listener.prompting.anchor if self.anchored else "\n")] * len(examples)
+        after = [listener.prompting.ending() if self.anchored else lm.ids("\n")] * len(examples)
         prompting = listener.prompting if self.adapted else replace(listener.prompting, bos_after=False)
         with torch.no_grad():
             return listener.respond(prompting.joined(self.soft(examples), after, None, left=True), examples)
@@ -6533,6 +6573,7 @@ def evaluate_receiver(
         settings.token_budget_k,
     ]
     prompts = [part.words, part.sender_prompt, part.receiver_prompt, listener.prompting.anchor, part.agnostic]
+    prompts += [listener.prompting.chat]
     train = data_digest(channel.setup.splits["train"])
     key = digest_of(
         [channel.bridge.fingerprint(), data_digest(examples), decoding, prompts, train, str(settings.prompt)]

@@ -46,7 +46,7 @@ TRAIN = SHARED | FEATURES | LOSSES | SCHEDULE | {
     "data_seed": 0,
     "latent_len": 8, "d_z": 64, "layers": ["0.5"], "encoder": "hidden", "pooler": "resampler", "adapter": "linear",
     "width": 256, "depth": 2, "heads": 4, "dropout": 0.1, "normalize": "token", "calibration": "embed_rms",
-    "codec": "fp16", "anchor_text": None,
+    "codec": "fp16", "anchor_text": None, "anchor_mode": "text",
     "ratio": None, "latent_shared_len": None, "latent_private_len": 0, "windows_on": "encoder", "init": "none",
     "hidden_mult": 1, "adapter_metadata": True, "film": False, "colorize": False, "prefix_target_rms": 0.015,
     "prefix_gain": 1.0, "quantize_from": 1.0,
@@ -329,16 +329,19 @@ def test_unknown_keys_are_refused_in_python_too():
 
 OTHER: dict[str, Any] = {"dataset": "toy", "labels": ["a"], "plugin": ["a.py"], "layers": ["0.25"], "seeds": [1]} | {
     "codec": "fp32", "dtype": "float32", "normalize": "none", "calibration": "none", "encoder": "x", "pooler": "x",
-    "adapter": "x", "anchor_text": "x", "text_column": "x", "question_column": "x", "label_column": "x",
+    "adapter": "x", "anchor_text": "x", "anchor_mode": "chat", "text_column": "x", "question_column": "x", "label_column": "x",
     "sender": "x", "receiver": "x", "state_cache": "memory", "device": "cpu", "data_dir": "x", "output_dir": "x",
     "sender_device": "cpu", "receiver_device": "cpu", "device_map": "auto", "resume": "yes", "world_size": 2,
     "epochs": 2.0, "steps": 7, "samples": 7, "warmup_steps": 7, "eval_every": 7, "num_dataloader_workers": 7,
     "append_bos_after_prefix": "yes", "first_token_top_p": 0.9, "lora_on": "both", "lora_target_modules": ["q_proj"],
     "lora_dropout": 0.1, "deep_prefix_dropout": 0.1, "coprocessor_pool": "max", "latent_adapter_layers": ["1"],
-    "first_token_ce_schedule": "cosine", "state_kd_layers": ["1"], "latent_align_metric": "mse", "stages": ["A", "B"],
+    "first_token_ce_schedule": "cosine",
+    "state_kd_layers": ["1"], "latent_align_metric": "mse", "stages": ["A", "B"],
     "latent_keep_start": 0.5, "latent_keep_end": 0.5, "ratio": [4.0], "windows_on": "receiver", "init": "copy",
-    "quantize_from": 0.5, "receivers": ["x"], "llama_id": "x", "qwen_id": "x", "extend": "x", "start_from": "x", "sentence_model": "x",
-    "keep": "tail", "protocol": "question-agnostic", "tag": "x", "eval_samples": 7, "eval_seeds": [1], "track": ["wandb"],
+    "quantize_from": 0.5, "receivers": ["x"], "llama_id": "x", "qwen_id": "x", "extend": "x", "start_from": "x",
+    "sentence_model": "x",
+    "keep": "tail", "protocol": "question-agnostic", "tag": "x", "eval_samples": 7, "eval_seeds": [1],
+    "track": ["wandb"],
 }  # fmt: skip
 BESIDE = {
     "effective_batch": {"batch_size": "auto"}, "ratio": {"pooler": "window"}, "init": {"pooler": "window"},

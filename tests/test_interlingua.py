@@ -867,3 +867,30 @@ def test_stage_b_begins_with_what_stage_a_learned(owners, refuse):
     assert lw.open_bridge(lw.resolve_checkpoint(third))[0].fingerprint() != kept[0]
     line = refuse("train", *TINY, "--dataset", owners, "--start_from", first, "--d_z", "20", "--output_dir", "d")
     assert "--start_from a: that bridge has other parts" in line
+
+
+@pytest.mark.parametrize("mode", ["text", "chat", "none"])
+def test_what_stands_before_an_answer(mode):
+    lm = lw.load_lm("tiny-llama", lw.ModelSettings(device="cpu"))
+    lm.tokenizer.chat_template = "{% for m in messages %}<user>{{ m.content }}</user>{% endfor %}<bot>"
+    settings = lw.TrainSettings(dataset="toy", anchor_mode=mode)
+    part = lw.make_task(settings)
+    prompting, example = lw.prompting_of(settings, part, lm), part.load("test")[0][0]
+    soft = lw.SoftPrompt(torch.zeros(1, 3, lm.width))
+    frame = (lm.ids("<user>"), lm.ids("</user><bot>")) if mode == "chat" else ([], [])
+    tail = {"text": lm.ids("?"), "chat": [], "none": lm.ids("\n")}[mode]
+    wanted = [*lm.bos, *frame[0], *[lm.pad] * 3, *frame[1], *tail]
+    packed = prompting.pack(soft, [example])
+    own = lm.embed(torch.tensor([wanted])).index_fill(1, torch.arange(3) + 1 + len(frame[0]), 0.0)
+    assert torch.equal(packed.embeds, own)
+    read = prompting.pack(None, [example], text=True)
+    text = part.receiver_text(example)
+    words = [*lm.ids(text), *frame[1]] if mode == "chat" else lm.ids(text + {"text": "?", "none": "\n"}[mode])
+    assert torch.equal(read.embeds, lm.embed(torch.tensor([[*lm.bos, *frame[0], *words]])))
+    answer = prompting.answer_ids("b")
+    assert answer == [*(lm.ids("b") if mode == "chat" else lm.ids(" b")), lm.tokenizer.eos_token_id]
+
+
+def test_a_chat_anchor_needs_a_template(owners, refuse):
+    line = refuse("train", *TINY, "--dataset", owners, "--anchor_mode", "chat", "--steps", "1", "--output_dir", "run")
+    assert "no chat template" in line and not Path("run").exists()
