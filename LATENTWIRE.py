@@ -5505,16 +5505,17 @@ INTERLINGUA: dict[str, Any] = {"encoder": "byte", "pooler": "window", "init": "c
 
 
 def as_interlingua(settings: TrainSettings) -> TrainSettings:
-    """Several receivers, or a reading-comprehension task without a named sender, ask for the shared latent language."""
+    """Bytes, several receivers, or reading comprehension without a named sender ask for the shared latent language."""
     several = settings.receivers or settings.llama_id or settings.qwen_id
     names = (settings.dataset or "").split(",")
     reading = all(name in TASKS and issubclass(TASKS[name], QuestionAnswering) for name in names)
-    asked = {"pooler", "init"} & settings.model_fields_set
-    asked |= {"encoder"} & settings.model_fields_set if settings.encoder != "byte" else set()
-    if asked or settings.extend or (settings.sender and not several) or not (several or reading):
+    asked, bytes_asked = {"encoder", "pooler", "init"} & settings.model_fields_set, settings.encoder == "byte"
+    if settings.extend or asked - ({"encoder"} if bytes_asked else set()):
+        return settings
+    if not (several or bytes_asked or (reading and not settings.sender)):
         return settings
     own = {name: value for name, value in INTERLINGUA.items() if name not in settings.model_fields_set}
-    return settings.model_copy(update=own | ({"encoder": "hidden"} if settings.sender else {}))
+    return settings.model_copy(update=own | ({"encoder": "hidden"} if settings.sender and not bytes_asked else {}))
 
 
 def reads_of(settings: TrainSettings) -> str:

@@ -564,7 +564,6 @@ def test_the_question_is_read_by_one_side_only(protocol: str, sender: bool, rece
 
 
 LINGUA, CLASSIC = ("byte", "window", "copy"), ("hidden", "resampler", "none")
-BYTES = ("byte", "resampler", "none")
 AUTO = [
     ("--dataset squad", LINGUA, None, "gemma-3-270m,smollm2-135m"),
     ("--dataset squad --receiver tiny-qwen", LINGUA, None, "tiny-qwen"),
@@ -576,8 +575,8 @@ AUTO = [
     ("--dataset squad --encoder hidden", CLASSIC, "smollm2-135m", "gemma-3-270m"),
     ("--dataset toy --sender tiny-gemma --receivers tiny-llama,tiny-qwen", ("hidden", *LINGUA[1:]), "tiny-gemma",
      "tiny-llama,tiny-qwen"),
-    ("--dataset toy --encoder byte --receiver tiny-qwen", BYTES, None, "tiny-qwen"),
-    ("--dataset toy --encoder byte --sender tiny-llama --receiver tiny-qwen", BYTES, None, "tiny-llama,tiny-qwen"),
+    ("--dataset toy --encoder byte --receiver tiny-qwen", LINGUA, None, "tiny-qwen"),
+    ("--dataset toy --encoder byte --sender tiny-llama --receiver tiny-qwen", LINGUA, None, "tiny-llama,tiny-qwen"),
     ("--dataset toy --receivers tiny-qwen,tiny-qwen --receiver tiny-qwen", LINGUA, None, "tiny-qwen"),
     ("--dataset toy --encoder constant --receiver tiny-qwen", ("constant", "resampler", "none"), None, "tiny-qwen"),
 ]  # fmt: skip

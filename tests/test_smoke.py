@@ -54,7 +54,9 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def said(trainer: lw.Trainer, ear: int, examples: list[lw.Example]) -> list[lw.Answer]:
     """Answers of the bridge and the models that training left in memory."""
     sender, limit = trainer.sender, lw.text_limit(trainer.settings, trainer.sender)
-    states = sender.states([lw.sender_ids(sender, trainer.part.sender_text(e), limit) for e in examples], [0])
+    texts = [trainer.part.sender_text(example) for example in examples]
+    states = sender.states([lw.sender_ids(sender, text, limit) for text in texts], [0])
+    states = lw.with_spans(states, texts, sender, limit, trainer.receiver)
     listener = lw.Listener(trainer.bridge, trainer.promptings[ear], 8, trainer.settings)
     with torch.no_grad():
         sent = [row.to_bytes() for row in trainer.bridge.encode(states, listener.name, ear).rows()]
@@ -114,7 +116,7 @@ def test_smoke_preset(preset, data, tmp_path, monkeypatch):
     lw.eval_main([*flags, str(tmp_path / "b")])
     first, second = rows_of(tmp_path / "a"), rows_of(tmp_path / "b")
     assert first == second and len(first) == 2 * 6
-    assert len(models) == 3 * 2 and all(frozen_sum(model) == before for model, before in models)
+    assert len(models) == 2 + 2 * 3 and all(frozen_sum(model) == before for model, before in models)
 
     own = [p for model, _ in models for name, p in model.named_parameters() if "lora_" not in name]
     assert all(p.grad is None and not p.requires_grad for p in own)
