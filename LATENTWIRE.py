@@ -3592,10 +3592,10 @@ class StartPath(nn.Module):
         assert windows.heard is not None
         shares = windows.heard
         if weights is not None:
-            covered = (
-                share_in(states.spans, states.heard.spans, states.heard.mask) * states.mask[..., None]
-            )  # (B, T, J)
-            shares = shares * (1 + (weights - 1)[:, None] @ covered)
+            covered = share_in(states.spans, states.heard.spans, states.heard.mask)  # (B, T, J)
+            covered = covered * states.mask[..., None]
+            total = covered.sum(1, keepdim=True)  # 3 where three tokens share one letter's bytes, 0 where none stands
+            shares = shares * ((weights[:, None] @ covered + (1 - total).clamp(min=0)) / total.clamp(min=1))
         return (weighted(shares, states.heard.embeds) - self.mean) @ self.down / self.size
 
     def forward(self, states: States, windows: Windows, encoder: Any, latents: Tensor, weights: Tensor) -> Tensor:

@@ -742,3 +742,18 @@ def test_extending_keeps_private_latents_lora_and_colours(tmp_path: Path) -> Non
     assert any("lora_B" in name and tensor.abs().max() > 0 for name, tensor in lora[0].items() if name.startswith("0."))
     fresh = [name for name in lora[1] if name.startswith("2.")]
     assert fresh and any(not torch.equal(lora[1][name], lora[2][name]) for name in fresh)
+
+
+@pytest.mark.parametrize("text", ["Kenya (/ˈkɛnjə/)", "🙂🙂 ok", "plain words"])
+def test_weighted_copies_are_means_of_embeddings_whatever_letters_share_their_bytes(text: str) -> None:
+    """Several tokens of one letter cover its receiver token several times; weights below 1 must not turn it negative."""
+    sender, lm = (lw.load_lm(name, lw.ModelSettings(device="cpu")) for name in ("tiny-qwen", "tiny-llama"))
+    settings = lw.BridgeSettings(pooler="window", init="copy", latent_len=3, d_z=48, width=32)
+    bridge = lw.Bridge(lw.BridgeShape.of(settings, sender, lm)).eval()
+    states = sender.states([lw.sender_ids(sender, text, 64)], bridge.shape.layers)
+    states = lw.with_spans(states, [text], sender, 64, lm)
+    assert states.heard is not None
+    windows = bridge.windows(states)
+    for weight in (1e-3, 0.3, 0.6, 3.0):
+        copied = bridge.start.copied(states, windows, torch.full(states.mask.shape, weight))
+        assert torch.allclose(copied, bridge.start.copied(states, windows), atol=1e-4), weight
