@@ -41,6 +41,31 @@ def results_table() -> str:
     return "\n".join(lines)
 
 
+def squad_table() -> str:
+    """README's table of the interlingua on SQuAD, from the file: every method with its interval and p against the bridge."""
+    found = load("squad")
+    head = ("method", "F1", "95 % CI", "EM", "nats per answer token", "p against the latents")
+    lines = [f"| {' | '.join(head)} |", "|---|--:|--:|--:|--:|--:|"]
+    for name, row in found["methods"].items():
+        low, high = map(percent, row["ci"])
+        p = found["p_bridge_vs"].get(name)
+        shown = "" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
+        lines.append(
+            f"| {lw.PLAIN_NAMES[name]} | {percent(row['f1'])} | {low}–{high} | {percent(row['em'])} "
+            f"| {row['nll_per_token']:.2f} | {shown} |"
+        )
+    return "\n".join(lines)
+
+
+def squad_sentence() -> str:
+    """README's sentence on what was compressed, from the file."""
+    c = load("squad")["compression"]
+    return (
+        f"{c['tokens']:.0f} receiver tokens become {c['latents']:.0f} latents, {c['sequence']:.1f} times fewer; in bytes "
+        f"{c['utf8_bytes']:.0f} become {c['message_bytes']:.0f}, an expansion."
+    )
+
+
 def demo_sentence() -> str:
     """README's sentence on the demo, from the file."""
     found = load("demo")
@@ -80,6 +105,8 @@ def test_readme_shows_the_numbers_of_the_files():
     assert results_table() in README
     assert demo_sentence() in unwrapped(README)
     assert bytes_sentence() in unwrapped(README)
+    assert squad_table() in README
+    assert squad_sentence() in unwrapped(README)
     assert (ROOT / ".github" / "assets" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
