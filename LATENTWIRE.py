@@ -2620,17 +2620,20 @@ class LM:
         """Input embeddings of ids (…,) → (…, D), through the module: Gemma scales inside it."""
         return self.table(ids)
 
+    def table_rows(self) -> Tensor:
+        """Rows (8192, D) or fewer of the embedding table, evenly chosen."""
+        ids = torch.linspace(0, self.table.weight.shape[0] - 1, 8192, device=self.device).long().unique()
+        return self.embed(ids).float()
+
     @functools.cached_property
     def embed_rms(self) -> float:
         """Median RMS of a row of the embedding table: the size a soft token should have."""
-        ids = torch.linspace(0, self.table.weight.shape[0] - 1, 8192, device=self.device).long().unique()
-        return float(self.embed(ids).float().square().mean(-1).sqrt().median())
+        return float(self.table_rows().square().mean(-1).sqrt().median())
 
     @functools.cached_property
     def table_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation per dimension (D,) of rows of the embedding table."""
-        ids = torch.linspace(0, self.table.weight.shape[0] - 1, 8192, device=self.device).long().unique()
-        rows = self.embed(ids).float()
+        rows = self.table_rows()
         return rows.mean(0), rows.std(0, correction=0)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -6527,8 +6530,9 @@ def encode_text(checkpoint: Path, text: str, question: str = "", receiver: str |
     return bridge.encode(states, bridge.language(ear), ear).to_bytes()
 
 
-def answer_message(checkpoint: Path, data: bytes, question: str = "", receiver: str | None = None) -> Answer:
-    """What one receiver of the latent language answers to a message; it sees nothing else but the question."""
+def answer_message(checkpoint: Path, data: bytes, question: str = "", receiver: str | None = None) -> str:
+    """What one receiver of the latent language answers to a message: a class word where there are such, else its own
+    words. It sees nothing else but the question."""
     bridge, trained, state, folder = read_run(checkpoint)
     ear = bridge.ear_of(receiver) if receiver else 0
     lm = load_lm(bridge.shape.ears[ear].name, trained, trained.offline, trained.receiver_device)
@@ -6542,7 +6546,8 @@ def answer_message(checkpoint: Path, data: bytes, question: str = "", receiver: 
     if not question and "\0" in part.question_text(replace(example, question="\0")):
         raise LatentWireError("the sender of this run saw no question; give it to the receiver with --question")
     answer = listener.respond(listener.prompting.pack(soft, [example]), [example], [len(data)])[0]
-    return replace(answer, nll_per_token=None, first_correct=None)
+    words = state["task"]["words"]
+    return words[pick(answer.scores)] if words else answer.text
 
 
 def evaluate_receiver(
@@ -6968,6 +6973,14 @@ def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSet
     return runs
 
 
+def evaluation_of(
+    run: TrainSettings, folder: Path | None, samples: int | None, methods: list[str] | None = None
+) -> EvalSettings:
+    """How to evaluate a run on its own data and device."""
+    copied = run.model_dump(include={"data_dir", "device", "offline", "plugin"})
+    return EvalSettings(checkpoint=folder, num_samples=samples, methods=methods, **copied)
+
+
 def run_experiment(settings: ExperimentSettings, words: Sequence[str], report: Report) -> dict[str, Any]:
     """Train and evaluate every planned run, go on after a failure, put the numbers together; → failures by folder."""
     runs = planned(settings, words)
@@ -6978,13 +6991,11 @@ def run_experiment(settings: ExperimentSettings, words: Sequence[str], report: R
     for number, run in enumerate([] if settings.stage == "aggregate" else chosen, 1):
         report.say(f"run {number} of {len(chosen)}: {run.output_dir}")
         samples = settings.num_samples or run.eval_samples
-        checked = {"checkpoint": run.output_dir, "num_samples": samples, "methods": settings.methods}
-        copied = run.model_dump(include=EvalSettings.model_fields.keys() & {"data_dir", "device", "offline", "plugin"})
         try:
             if settings.stage in ("all", "train"):
                 train_run(run, report)
             if settings.stage in ("all", "eval"):
-                eval_run(EvalSettings(**{**copied, **checked}), report)
+                eval_run(evaluation_of(run, run.output_dir, samples, settings.methods), report)
         except LatentWireError as error:
             failures[str(run.output_dir)] = str(error)
             report.say(f"failed: {error}")
@@ -7275,10 +7286,7 @@ def staged(settings: TrainSettings, report: Report) -> dict[str, Any]:
         raise LatentWireError("--stages C evaluates a run; say which with --output_dir")
     summary: dict[str, Any] = {"run": str(folder)} if stages == "c" else train_run(settings, report)
     if "c" in stages and launched()[0] == 0:
-        given = settings.model_dump(
-            include=EvalSettings.model_fields.keys() & {"data_dir", "device", "offline", "plugin"}
-        )
-        checked = EvalSettings(checkpoint=Path(summary["run"]), num_samples=settings.eval_samples, **given)
+        checked = evaluation_of(settings, Path(summary["run"]), settings.eval_samples)
         summary["results"] = eval_run(checked, report)
     return summary
 
@@ -7581,9 +7589,7 @@ def answer_command(
     """Answer from a message alone: answer article.wire --checkpoint runs/squad --receiver gemma-3-270m"""
     if not message.is_file():
         raise LatentWireError(f"message {message} not found; 'encode' writes one")
-    answer = answer_message(checkpoint, message.read_bytes(), question, receiver or None)
-    words = read_run(checkpoint)[2]["task"]["words"]
-    print(words[pick(answer.scores)] if words else answer.text)
+    print(answer_message(checkpoint, message.read_bytes(), question, receiver or None))
 
 
 @app.command("report")
