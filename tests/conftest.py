@@ -77,3 +77,17 @@ def box() -> Iterator[SlurmBox]:
         pytest.skip(f"no SLURM here ({', '.join(SlurmBox.missing())}): apt-get install {PACKAGES}")
     with SlurmBox(nodes=2, extra="JobSubmitPlugins=lua\n", files={"job_submit.lua": POLICY}) as running:
         yield running
+
+
+@pytest.fixture
+def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command line that must succeed quietly; → what it printed."""
+    import LATENTWIRE as lw
+
+    def run(*words: Any) -> str:
+        code = lw.main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert (code, err) == (0, ""), words
+        return out
+
+    return run

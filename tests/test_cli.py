@@ -23,19 +23,6 @@ Say = Callable[..., str]
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """Runs a command line that must succeed quietly; → what it printed."""
-
-    def run(*words: Any) -> str:
-        code = lw.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert (code, err) == (0, ""), words
-        return out
-
-    return run
-
-
-@pytest.fixture
 def refuse(capsys: pytest.CaptureFixture[str]) -> Say:
     """Runs a command line that must be refused with exit code 2; → its one line on stderr."""
 

@@ -57,19 +57,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    """Runs a command line that must succeed quietly; → what it printed."""
-
-    def run(*words: Any) -> str:
-        code = lw.main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert (code, err) == (0, ""), words
-        return out
-
-    return run
-
-
-@pytest.fixture
 def refuse(capsys: pytest.CaptureFixture[str]) -> Say:
     """Runs a command line that must be refused; → its one line on stderr."""
 
