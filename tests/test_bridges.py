@@ -530,7 +530,8 @@ def test_training_through_a_codec_has_its_values_and_the_gradient_of_the_identit
 
 
 def test_quantised_latents_in_training_are_those_on_the_wire() -> None:
-    made = ready(rows(TEXTS), "--encoder", "byte", "--receiver", "tiny-qwen", "--codec", "int4", "--latent_len", "3")
+    flags = ["--encoder", "byte", "--pooler", "resampler", "--receiver", "tiny-qwen", "--latent_len", "3"]
+    made = ready(rows(TEXTS), *flags, "--codec", "int4")
     plain = encoded(made, made.train_rows)
     made.bridge.quantize = True
     coarse = encoded(made, made.train_rows)

@@ -295,7 +295,9 @@ def test_continuation_hears_the_first_half_and_says_the_second(
 def test_continuation_needs_windows_and_bears_texts_without_a_first_half() -> None:
     one = made(own=examples(("x", ""), ("a", "b")))
     assert math.isfinite(loss("continuation", found(one))) and math.isfinite(loss("reconstruction", found(one)))
-    other = ready(examples(), "--encoder", "byte", "--receiver", "tiny-qwen", "--latent_len", "3")
+    other = ready(
+        examples(), "--encoder", "byte", "--pooler", "resampler", "--receiver", "tiny-qwen", "--latent_len", "3"
+    )
     with pytest.raises(lw.LatentWireError, match="--pooler window"):
         loss("continuation", found(other))
 
@@ -552,6 +554,8 @@ def test_stage_a_lowers_the_distance_to_the_text(lora: list[str], tmp_path: Path
         "byte",
         "--receiver",
         "tiny-qwen",
+        "--pooler",
+        "resampler",
         "--latent_len",
         "4",
         "--stages",
