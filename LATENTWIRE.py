@@ -3050,9 +3050,23 @@ def pick_models(settings: TrainSettings) -> tuple[str, str, str]:
 # §7 WIRE: the Message, the only thing the receiver sees of the sender
 
 
+@functools.cache
+def turn(width: int) -> Tensor:
+    """An orthonormal matrix (width, width), float64 so that a row alone and in a batch round alike: random signs, DCT."""
+    import numpy as np
+    from scipy.fft import dct
+
+    signs = np.random.RandomState(0).choice([-1.0, 1.0], width)  # this generator never changes its numbers
+    return torch.from_numpy(dct(np.diag(signs), norm="ortho", axis=1))
+
+
 @dataclass(frozen=True)
 class Codec:
-    """How latents (B, K, D_w) travel: as floating-point numbers, or as whole ones up to ``top`` with a scale per latent."""
+    """How latents (B, K, D_w) travel: as floating-point numbers, or as whole ones up to ``top`` with a scale per latent.
+
+    Whole numbers are those of the turned latent: a few of a latent's numbers are 20 times the rest, and a scale that
+    holds them rounds the rest away, so ``turn`` first spreads every number over all (QuaRot, Ashkboos et al. 2024).
+    """
 
     dtype: torch.dtype
     top: int = 0
@@ -3063,8 +3077,9 @@ class Codec:
         """The tensors that travel."""
         if not self.top:
             return {"latents": latents.to(self.dtype)}
-        scale = (latents.abs().amax(-1) / self.top).half()  # (B, K)
-        numbers = (latents / scale.float().clamp(min=2.0**-24)[..., None]).round().clamp(-self.top, self.top)
+        turned = latents.cpu().double() @ turn(latents.shape[-1])
+        scale = (turned.abs().amax(-1) / self.top).half()  # (B, K)
+        numbers = (turned / scale.double().clamp(min=2.0**-24)[..., None]).round().clamp(-self.top, self.top)
         if self.halves:
             shifted = F.pad(numbers, (0, latents.shape[-1] % 2)).add(8).to(torch.uint8)
             numbers = shifted[..., ::2] | shifted[..., 1::2] << 4
@@ -3077,12 +3092,13 @@ class Codec:
             return numbers.float()
         if self.halves:
             numbers = torch.stack([numbers & 15, numbers >> 4], -1).flatten(-2)[..., :width].float() - 8
-        return numbers.float() * tensors["scale"].float()[..., None]
+        turned = numbers.cpu().double() * tensors["scale"].cpu().double()[..., None]
+        return (turned @ turn(width).T).float()
 
     def through(self, latents: Tensor) -> Tensor:
         """Latents as they arrive, with the gradient of the identity (straight-through; Bengio et al. 2013)."""
         arrived = self.unpack(self.pack(latents.detach()), latents.shape[-1])
-        return latents + (arrived - latents.detach())
+        return latents + (arrived.to(latents) - latents.detach())
 
 
 CODECS: Registry[Callable[[], Codec]] = Registry("codecs", "codec")
@@ -3126,7 +3142,7 @@ class Message:
     mask: Tensor | None = None
 
     MAGIC: ClassVar[bytes] = b"LWIR"
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
     HEADER: ClassVar[struct.Struct] = struct.Struct("<4sHIQ")
 
     def to_bytes(self) -> bytes:

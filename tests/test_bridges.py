@@ -503,9 +503,24 @@ def test_whole_number_codecs_are_off_by_half_a_step_at_most(codec: str, top: int
     back = lw.Message.from_bytes(lw.Message(latents, codec, "x").to_bytes()).latents
     assert torch.equal(lw.Message.from_bytes(first.to_bytes()).latents[0], back[0])
     assert back.shape == latents.shape and torch.equal(back[0, 0], torch.zeros(width))
-    step = latents.abs().amax(-1, keepdim=True) / top
-    assert ((back - latents).abs() <= step * (0.5 + top * 2e-3) + 1e-7).all()
-    assert width == 1 or (back - latents).abs().max() > step.min() * 0.1
+    turned, returned = latents.double() @ lw.turn(width), back.double() @ lw.turn(width)
+    step = turned.abs().amax(-1, keepdim=True) / top
+    assert ((returned - turned).abs() <= step * (0.5 + top * 2e-3) + 1e-7).all()
+    assert width == 1 or (returned - turned).abs().max() > step.min() * 0.1
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 640])
+def test_whole_number_codecs_turn_without_a_loss(width: int) -> None:
+    assert torch.allclose(lw.turn(width) @ lw.turn(width).T, torch.eye(width, dtype=torch.float64), atol=1e-12)
+
+
+def test_a_latents_outlier_does_not_round_the_rest_of_it_away() -> None:
+    latents = torch.randn(1, 8, 256, generator=torch.Generator().manual_seed(0))
+    latents[..., 3] = 40
+    back = lw.Message.from_bytes(lw.Message(latents, "int4", "x").to_bytes()).latents
+    rest = torch.arange(256) != 3
+    error = (back - latents)[..., rest].std() / latents[..., rest].std()
+    assert error < 0.5, f"{error:.2f}; without the turn 1, since 40 / 7 is more than twice anything else there"
 
 
 def test_smaller_codecs_make_smaller_messages() -> None:

@@ -199,7 +199,7 @@ COMMANDS = {  # id: train, eval, settings that must have arrived; model names an
     "002-base": (
         f"latentwire.cli.train --config configs/smoke/base.json {SMOKE} --debug --profile_memory --log_shapes",
         CLI_EVAL,
-        {"pooler": "resampler", "debug": True, "profile_memory": True, "log_shapes": True},
+        {"pooler": "window", "encoder": "byte", "debug": True, "profile_memory": True, "log_shapes": True},
     ),
     "004-full": (f"train --config full.json {SMOKE}", CLI_EVAL, {"warmup_steps": 500, "batch_size": 64}),
     "004-model": (
