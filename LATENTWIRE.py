@@ -5727,34 +5727,19 @@ class Answer:
     nbytes: int = 0
 
 
-class Listener:
-    """The receiving side: a frozen LM and the bridge's adapter. It sees message bytes and the anchor, nothing else."""
+class Responder:
+    """A frozen LM that answers: one prefill serves label scores, gold likelihood, first token and generation."""
 
     def __init__(
-        self, bridge: Bridge, prompting: Prompting, max_new_tokens: int | None = None, how: DecodeSettings | None = None
+        self, prompting: Prompting, max_new_tokens: int | None = None, how: DecodeSettings | None = None
     ) -> None:
-        self.bridge, self.prompting, self.how = bridge, prompting, how or DecodeSettings()
+        self.prompting, self.how, self.receiver = prompting, how or DecodeSettings(), prompting.receiver
         self.max_new_tokens = max_new_tokens or prompting.longest
-        self.receiver, self.ear = prompting.receiver, bridge.ear_of(prompting.receiver.name)
-        self.name = bridge.language(self.ear)
         self.known: dict[tuple[Any, ...], Answer] = {}
 
     def open(self, data: Sequence[bytes]) -> SoftPrompt:
-        """Messages written by this very bridge → one batch of soft prompts."""
-        messages = [Message.from_bytes(item) for item in data]
-        strangers = {message.bridge for message in messages} - {self.name}
-        if strangers:
-            raise LatentWireError(
-                f"message was written by bridge {strangers.pop()}, this is {self.name}; use its checkpoint"
-            )
-        shape, free = self.bridge.shape, self.bridge.wants_windows
-        wanted = (1, shape.latent_len, shape.d_z)
-        for rows, count, width in (message.latents.shape for message in messages):
-            fits = count == wanted[1] or (free and (self.bridge.ratio or count < wanted[1]))
-            if not fits or (rows, width) != (1, wanted[2]):
-                raise LatentWireError(f"message does not hold latents of shape {wanted}")
-        latents, mask = padded([message.latents[0] for message in messages])
-        return self.bridge.decode(replace(messages[0], latents=latents, mask=mask if free else None), self.ear)
+        """Messages → one batch of soft prompts, where there is a bridge."""
+        raise NotImplementedError
 
     def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
         """One Answer per example; the same message with the same gold answer (constant controls) is heard only once."""
@@ -5770,14 +5755,18 @@ class Listener:
 
     @torch.no_grad()
     def listen(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool) -> list[Answer]:
-        """One prefill serves label scores, gold likelihood, first token and greedy generation."""
+        """Answers to messages that were never heard before."""
         soft = self.open(data) if data is not None else None
         return self.respond(self.prompting.pack(soft, examples, text=text), examples, [len(d) for d in data or ()])
 
     @torch.no_grad()
     def respond(self, packed: Packed, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
         """What the receiver says to prompts, each of some bytes."""
-        prefill = self.receiver.prefill(packed)
+        return self.go_on(self.receiver.prefill(packed), examples, sizes)
+
+    @torch.no_grad()
+    def go_on(self, prefill: Prefill, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
+        """The same after a prompt that was read already."""
         gold = [self.prompting.answer_ids(example.answers[0])[:-1] for example in examples]
         labels = self.prompting.label_ids
         candidates = [[*labels, ids] for ids in gold]
@@ -5795,6 +5784,34 @@ class Listener:
             )
             for b in range(len(examples))
         ]
+
+
+class Listener(Responder):
+    """The receiving side: a frozen LM and the bridge's adapter. It sees message bytes and the anchor, nothing else."""
+
+    def __init__(
+        self, bridge: Bridge, prompting: Prompting, max_new_tokens: int | None = None, how: DecodeSettings | None = None
+    ) -> None:
+        super().__init__(prompting, max_new_tokens, how)
+        self.bridge, self.ear = bridge, bridge.ear_of(prompting.receiver.name)
+        self.name = bridge.language(self.ear)
+
+    def open(self, data: Sequence[bytes]) -> SoftPrompt:
+        """Messages written by this very bridge → one batch of soft prompts."""
+        messages = [Message.from_bytes(item) for item in data]
+        strangers = {message.bridge for message in messages} - {self.name}
+        if strangers:
+            raise LatentWireError(
+                f"message was written by bridge {strangers.pop()}, this is {self.name}; use its checkpoint"
+            )
+        shape, free = self.bridge.shape, self.bridge.wants_windows
+        wanted = (1, shape.latent_len, shape.d_z)
+        for rows, count, width in (message.latents.shape for message in messages):
+            fits = count == wanted[1] or (free and (self.bridge.ratio or count < wanted[1]))
+            if not fits or (rows, width) != (1, wanted[2]):
+                raise LatentWireError(f"message does not hold latents of shape {wanted}")
+        latents, mask = padded([message.latents[0] for message in messages])
+        return self.bridge.decode(replace(messages[0], latents=latents, mask=mask if free else None), self.ear)
 
     @torch.no_grad()
     def rescore(
@@ -5816,23 +5833,12 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return latents, torch.arange(latents.shape[1])[None] < lengths[:, None]
 
 
-class Channel:
-    """A trained bridge between its two models, and the examples under evaluation.
+class Contest:
+    """Two models, the examples under evaluation, and the rows that a rival may learn from."""
 
-    ``first`` is the receiver in whose space copied latents are written; the sender's side knows its embeddings.
-    """
-
-    def __init__(
-        self,
-        setup: Setup,
-        bridge: Bridge,
-        settings: TrainSettings,
-        asked: EvalSettings,
-        listener: Listener,
-        first: LM | None,
-    ) -> None:
-        self.setup, self.bridge, self.settings, self.listener, self.first = setup, bridge, settings, listener, first
-        self.asked, self.seed = asked, asked.seed
+    def __init__(self, setup: Setup, settings: TrainSettings, asked: EvalSettings, responder: Responder) -> None:
+        self.setup, self.settings, self.asked, self.responder = setup, settings, asked, responder
+        self.seed = asked.seed
         self.examples = setup.splits["evaluated"]
         self.position = {example.id: i for i, example in enumerate(self.examples)}
         self.tick: Callable[[int, int], None] = lambda done, total: None
@@ -5842,17 +5848,29 @@ class Channel:
         """What the sender reads."""
         return self.setup.part.sender_text(example)
 
-    def store_of(self, examples: Sequence[Example]) -> StateStore:
+    def states_of(self, examples: Sequence[Example], layers: Sequence[int]) -> StateStore:
         """Sender states of ``examples``."""
-        texts = [self.text(example) for example in examples]
-        layers, where = self.bridge.shape.layers, self.settings.state_cache
+        texts, where = [self.text(example) for example in examples], self.settings.state_cache
         limit = text_limit(self.settings, self.setup.sender)
         return collect_states(self.setup.sender, texts, layers, limit, where, self.tick, self.home)
+
+
+class Channel(Contest):
+    """A trained bridge between its two models, and the examples under evaluation.
+
+    ``first`` is the receiver in whose space copied latents are written; the sender's side knows its embeddings.
+    """
+
+    def __init__(
+        self, setup: Setup, settings: TrainSettings, asked: EvalSettings, listener: Listener, first: LM | None
+    ) -> None:
+        super().__init__(setup, settings, asked, listener)
+        self.bridge, self.listener, self.first = listener.bridge, listener, first
 
     @functools.cached_property
     def store(self) -> StateStore:
         """Sender states of the evaluated examples."""
-        return self.store_of(self.examples)
+        return self.states_of(self.examples, self.bridge.shape.layers)
 
     @functools.cached_property
     def messages(self) -> list[bytes]:
@@ -5895,14 +5913,22 @@ class Method:
     control: ClassVar[bool] = False
     usual: ClassVar[bool] = True
     """Whether it runs when no methods are named."""
+    bridged: ClassVar[bool] = True
+    """Whether it needs a trained bridge."""
 
     @classmethod
     def suits(cls, setup: Setup, settings: EvalSettings) -> bool:
         """Whether this evaluation has what the method needs."""
         return True
 
-    def __init__(self, channel: Channel) -> None:
-        self.channel = channel
+    def __init__(self, contest: Contest) -> None:
+        self.contest = contest
+
+    @property
+    def channel(self) -> Channel:
+        """The bridge."""
+        assert isinstance(self.contest, Channel)
+        return self.contest
 
     def message(self, example: Example) -> bytes:
         """The bytes the receiver gets for ``example``."""
@@ -5984,10 +6010,11 @@ class NoSourceControl(Method):
     """The receiver alone: anchor, no soft prompt, no text."""
 
     control = True
+    bridged = False
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Anchor only."""
-        return self.channel.listener.answers(examples, None)
+        return self.contest.responder.answers(examples, None)
 
 
 @METHODS.register("control:prompt", "prompt")
@@ -6117,10 +6144,12 @@ class EmbedAdapter(EmbedMethod):
 class TextMethod(Method):
     """The receiver reads the full text: what the latents replace."""
 
+    bridged = False
+
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Text and anchor; the bytes are the text's own UTF-8."""
-        found = self.channel.listener.answers(examples, None, text=True)
-        sizes = [len(self.channel.text(example).encode()) for example in examples]
+        found = self.contest.responder.answers(examples, None, text=True)
+        sizes = [len(self.contest.text(example).encode()) for example in examples]
         return [replace(answer, nbytes=size) for answer, size in zip(found, sizes, strict=True)]
 
 
@@ -6141,7 +6170,7 @@ class ProbeMethod(Method):
         from sklearn.preprocessing import StandardScaler
 
         train, held_out = self.channel.setup.splits["train"], self.channel.setup.splits["validation"]
-        store = self.channel.store_of([*train, *held_out])
+        store = self.channel.states_of([*train, *held_out], self.channel.bridge.shape.layers)
         x, y = self.features(store, train), [example.label for example in train]
         fitted = [
             make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(x, y)
@@ -6185,7 +6214,7 @@ def compute_rows(
     method: Method, examples: Sequence[Example], size: int, save: Callable[[list[dict[str, Any]]], None]
 ) -> None:
     """Answer all ``examples``, short texts first; one that fails is a row with its error, never a missing row."""
-    part = method.channel.setup.part
+    part = method.contest.setup.part
     for group in batches(sorted(examples, key=lambda e: len(e.context)), size):
         started, rows, reason = time.perf_counter(), [], ""
         with short_of_memory() as short:
@@ -6391,7 +6420,7 @@ def open_channel(settings: EvalSettings, folder: Path, ear: int = 0) -> tuple[Ch
     prompting = prompting_of(trained, part, receiver, anchor)
     listener = Listener(bridge.to(receiver.device), prompting, settings.max_new_tokens, DecodeSettings(**how))
     setup = Setup(sender, receiver, part, splits, source, overlap)
-    return Channel(setup, bridge, run, settings, listener, first), state
+    return Channel(setup, run, settings, listener, first), state
 
 
 def reopen_lora(
