@@ -35,9 +35,10 @@ Sections
 §9 LOSSES: what the receiver predicts, and one function per term
 §10 TRAINING: one loop, its checkpoint and its log
 §11 EVALUATION: methods, controls and the verdict
-§12 FIGURES AND TABLES: records to pictures, tables and a page
-§13 SUITES: named experiments as data, and the jobs that run them
-§14 CLI: thin shells around the functions above
+§12 BASELINES: every rival, as a Method
+§13 FIGURES AND TABLES: records to pictures, tables and a page
+§14 SUITES: named experiments as data, and the jobs that run them
+§15 CLI: thin shells around the functions above
 """
 
 # §0 PRELUDE: imports, errors, small helpers
@@ -159,7 +160,7 @@ def batches(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
 
 # §1 CONFIG: every setting once: name, default, range, help
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator  # noqa: E402
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator  # noqa: E402
 
 Words = list[str]
 Layers = dict[str, Mapping[str, Any]]  # settings by where they come from, lowest first
@@ -755,19 +756,69 @@ class TrainSettings(
     use_optimized_dataloader: bool = setting(False, "Accepted; not needed, states are cached.", execution=True)
 
 
-class EvalSettings(DataSettings, ModelSettings, DecodeSettings):
+POOLINGS = {"last": "last", "last_token": "last", "mean": "mean", "first": "first", "first_token": "first"}
+
+
+class RivalSettings(Settings):
+    """Rivals"""
+
+    shots: int = setting(5, "fewshot: examples in the prompt, rounded up to equally many of each class.", ge=1)
+    rank: int = setting(8, "lora: its rank; alpha is twice that.", "lora_r", ge=1)
+    rival_steps: int | None = setting(None, "lora, prompt_tuning and trained bridges: optimizer steps.", ge=1)
+    rival_epochs: float = setting(3.0, "The same in passes over the train rows, where no steps are given.", gt=0)
+    rival_lrs: list[Annotated[float, Field(gt=0)]] | None = setting(
+        None, "lora, prompt_tuning: learning rates to choose from on validation rows, instead of their own."
+    )
+    rival_tries: int = setting(3, "lora, prompt_tuning: how many learning rates of its own each tries.", ge=1, le=3)
+    rival_batch: int = setting(16, "lora, prompt_tuning: rows per step.", ge=1)
+    probe_layers: Words | None = setting(
+        None, "probe: layers, by index or fraction; default the bridge's, else 0.5, 0.75 and 1.0."
+    )
+    pooling: Words = setting(["mean"], "probe: last_token, mean or first_token; several are tried.")
+    relay_tokens: int = setting(50, "text_relay: the longest note, in the sender's tokens.", "relay_budget", ge=1)
+    compressor: str | None = setting(
+        None, "selective, llmlingua: the model that says what matters; default the sender."
+    )
+    llmlingua2_model: str | None = setting(None, "llmlingua2: folder or hub id of its token classifier.")
+    budget_ratio: float | None = setting(
+        None, "Text methods keep the text's tokens divided by this, instead of as many as there are latents.", gt=0
+    )
+    byte_budget: int | None = setting(None, "byte_budget: UTF-8 bytes; default what the bridge's message takes.", ge=1)
+    wrong_task: Path | None = setting(None, "A bridge of the same models trained on another task, as control.")
+
+    @field_validator("pooling")
+    @classmethod
+    def known_pooling(cls, words: list[str]) -> list[str]:
+        """One spelling of each."""
+        unknown = [word for word in words if word not in POOLINGS]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is not one of {', '.join(POOLINGS)}")
+        return [POOLINGS[word] for word in words]
+
+
+class AskedSettings(DataSettings, ModelSettings, DecodeSettings, RivalSettings):
     """Evaluation"""
 
-    checkpoint: Path | None = setting(None, "Run folder, its checkpoint, or the documents' spelling of it.", "ckpt")
     num_samples: int | None = setting(None, "Test rows; default all.", "samples", "max_samples", ge=2)
-    split: Literal["test", "validation"] = setting("test", "Which rows; test is for the final number.")
-    methods: Words | None = setting(None, "Methods to run; default all of 'list methods'.")
+    methods: Words | None = setting(None, "Methods to run, or a group such as control; see 'list methods'.")
     batch_size: int = setting(32, "Rows per batch.", execution=True, ge=1)
     max_new_tokens: int | None = setting(None, "Longest generated answer; default the task's own.", ge=1)
+    token_budget_k: int | None = setting(
+        None, "Receiver tokens that text methods may keep; default as many as there are latents.", ge=1
+    )
+    seed: int = setting(42, "Seed of rivals, of the shuffled and Gaussian controls and of the bootstrap.", ge=0)
+    state_cache: Literal["disk", "memory"] = setting("disk", "Where sender states are kept.", execution=True)
+    fresh_eval: bool = setting(False, "Compute every row again instead of resuming.", execution=True)
+
+
+class EvalSettings(AskedSettings):
+    """Checkpoint"""
+
+    checkpoint: Path | None = setting(None, "Run folder, its checkpoint, or the documents' spelling of it.", "ckpt")
+    split: Literal["test", "validation"] = setting("test", "Which rows; test is for the final number.")
     receivers: Words | None = setting(None, "Which of the run's receivers; default all.", "receiver", "models")
     codec: str | None = setting(None, "Another number format on the wire.", "latent_quant_bits")
     prompt: Path | None = setting(None, "A run with --encoder constant: the trained prompt without source, as control.")
-    token_budget_k: int | None = setting(None, "Receiver tokens of the token-budget method; default the latents.", ge=1)
     bleu: bool = setting(
         False, "Also let the receiver write the text back from its latents, and report BLEU (sacrebleu)."
     )
@@ -778,10 +829,40 @@ class EvalSettings(DataSettings, ModelSettings, DecodeSettings):
         None, "Checked against the checkpoint, which knows its own.", "latent_anchor_text", "warm_anchor_text"
     )
     source_layer: Words | None = setting(None, "Checked against the checkpoint, which knows its own.", "layers")
-    seed: int = setting(42, "Seed of the shuffled and Gaussian controls and of the bootstrap.", ge=0)
     output_dir: Path | None = setting(None, "Where records and results go; default the run folder.", execution=True)
-    state_cache: Literal["disk", "memory"] = setting("disk", "Where sender states are kept.", execution=True)
-    fresh_eval: bool = setting(False, "Compute every row again instead of resuming.", execution=True)
+
+
+class BaselineSettings(AskedSettings):
+    """Models and rows"""
+
+    methods: Words | None = setting(
+        None, "Rivals to run, or all; see 'list methods'. Plain words in front say the same.", "baseline", "baselines"
+    )
+    sender: str | None = setting(
+        None, "Frozen model that reads.", "sender_model", "sender_id", "source_model", "model_id"
+    )
+    receiver: str | None = setting(None, "Frozen model that answers.", "receiver_model", "receiver_id", "target_model")
+    datasets: Words | None = setting(None, "Several data sets: one folder each in OUTPUT_DIR.")
+    seeds: list[int] | None = setting(None, "Seeds of what is chosen or trained; the rest runs once. Default --seed.")
+    samples: int | None = setting(None, "Training rows at most.", "max_train_samples", "train_samples", ge=4)
+    num_samples: int | None = setting(None, "Test rows; default all.", "max_samples", "max_test_samples", ge=2)
+    val_samples: int = setting(400, "Rows held out of train to choose by (never more than a tenth).", ge=0)
+    data_seed: int = setting(0, "Chooses rows for train and validation.")
+    soft_tokens: int = setting(8, "K of prompt tuning, trained bridges and token budgets.", "latent_len", ge=1)
+    rival_steps: int | None = setting(None, "Optimizer steps of what is trained.", "steps", "max_steps", ge=1)
+    rival_epochs: float = setting(3.0, "The same in passes over the train rows.", "epochs", gt=0)
+    rival_lrs: list[Annotated[float, Field(gt=0)]] | None = setting(
+        None, "Learning rates to choose from on validation rows, instead of each one's own.", "lrs", "lr",
+        "learning_rate",
+    )  # fmt: skip
+    probe_layers: Words | None = setting(
+        None, "probe: layers, by index or fraction; default 0.5, 0.75 and 1.0.", "layers", "source_layer"
+    )
+    max_tokens: int = setting(256, "Sender tokens per text; the share cut off is printed.", "max_length", ge=8)
+    protocol: Literal["question-aware", "question-agnostic"] = setting(
+        "question-aware", "Whether the sender sees the question, or the receiver gets it as text."
+    )
+    output_dir: Path = setting(Path("runs/baselines"), "Where records and results go.", execution=True)
 
 
 class ExperimentSettings(Settings):
@@ -2578,6 +2659,15 @@ class LM:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
+    def drop_lora(self) -> None:
+        """Take the low-rank adapters out: the blocks' own layers stand where they stood."""
+        for parent in [*self.backbone.modules()]:
+            for name, part in parent.named_children():
+                if any(part is tuned for tuned in self.tuned):
+                    setattr(parent, name, part.get_base_layer())
+        self.lora, self.tuned, self.always_tuned = {}, [], False
+        vars(self.backbone).pop("peft_config", None)
+
     @contextlib.contextmanager
     def reading(self, soft: SoftPrompt | None, at: Tensor | None, tuned: bool = False) -> Iterator[None]:
         """What a soft prompt brings along while it is read: LoRA, changed keys and values, blocks that see the latents.
@@ -3583,6 +3673,20 @@ class WindowPooler(nn.Module):
         return weighted(windows.tokens * weights[:, None], tokens), weights
 
 
+@POOLERS.register("mean")
+class MeanPooler(nn.Module):
+    """One latent per run of tokens: their plain mean, nothing learned and nothing that is not linear."""
+
+    wants: ClassVar[str] = "windows"
+
+    def __init__(self, shape: BridgeShape) -> None:
+        super().__init__()
+
+    def forward(self, tokens: Tensor, mask: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        """tokens (B, T, W), mask (B, T) → latents (B, K, W), each token's weight (B, T)."""
+        return weighted(windows.tokens, tokens), torch.ones(mask.shape, device=mask.device)
+
+
 class StartPath(nn.Module):
     """Latents that the first receiver can read before any training, and the maps that bring them on and off the wire.
 
@@ -4011,11 +4115,12 @@ class StateStore:
         mean = total / len(self.flat)
         return mean.float(), (square / len(self.flat) - mean.square()).clamp(min=0).sqrt().float()
 
-    def means(self, texts: Sequence[str]) -> Tensor:
-        """Mean state of each text, layers side by side: (B, L·D_s), what the linear probe sees."""
+    def pooled(self, texts: Sequence[str], how: str = "mean") -> Tensor:
+        """Mean, last or first state of each text, layers side by side: (B, L·D_s), what the linear probe sees."""
+        part = {"mean": slice(None), "last": slice(-1, None), "first": slice(1)}[how]
         rows = [self.index[text] for text in texts]
-        pieces = [self.flat[self.offsets[row] : self.offsets[row + 1]].float().mean(0).flatten() for row in rows]
-        return torch.stack(pieces)
+        pieces = [self.flat[self.offsets[row] : self.offsets[row + 1]][part].float().mean(0) for row in rows]
+        return torch.stack([piece.flatten() for piece in pieces])
 
 
 def with_spans(states: States, texts: Sequence[str], sender: Reader, limit: int, first: LM | None) -> States:
@@ -5725,6 +5830,8 @@ class Answer:
     nll_per_token: float | None = None
     first_correct: bool | None = None
     nbytes: int = 0
+    tokens: int | None = None
+    """Receiver tokens, or soft tokens, that stand for the text."""
 
 
 class Responder:
@@ -5757,7 +5864,11 @@ class Responder:
     def listen(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool) -> list[Answer]:
         """Answers to messages that were never heard before."""
         soft = self.open(data) if data is not None else None
-        return self.respond(self.prompting.pack(soft, examples, text=text), examples, [len(d) for d in data or ()])
+        found = self.respond(self.prompting.pack(soft, examples, text=text), examples, [len(d) for d in data or ()])
+        if soft is None:
+            return found
+        counts = [soft.embeds.shape[1]] * len(found) if soft.mask is None else soft.mask.sum(1).tolist()
+        return [replace(answer, tokens=int(count)) for answer, count in zip(found, counts, strict=True)]
 
     @torch.no_grad()
     def respond(self, packed: Packed, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
@@ -5836,23 +5947,79 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 class Contest:
     """Two models, the examples under evaluation, and the rows that a rival may learn from."""
 
-    def __init__(self, setup: Setup, settings: TrainSettings, asked: EvalSettings, responder: Responder) -> None:
+    def __init__(self, setup: Setup, settings: TrainSettings, asked: AskedSettings, responder: Responder) -> None:
         self.setup, self.settings, self.asked, self.responder = setup, settings, asked, responder
         self.seed = asked.seed
         self.examples = setup.splits["evaluated"]
         self.position = {example.id: i for i, example in enumerate(self.examples)}
-        self.tick: Callable[[int, int], None] = lambda done, total: None
+        self.told: Callable[[str, int, int], None] = lambda job, done, total: None
         self.home = Path()
+        self.signals: Sequence[int] = ()
+        self.written: dict[str, TokenIds] = {}
 
     def text(self, example: Example) -> str:
         """What the sender reads."""
         return self.setup.part.sender_text(example)
 
-    def states_of(self, examples: Sequence[Example], layers: Sequence[int]) -> StateStore:
-        """Sender states of ``examples``."""
+    def states_of(self, examples: Sequence[Example], layers: Sequence[int], reader: Reader | None = None) -> StateStore:
+        """Hidden states of ``examples``, the sender's or another reader's."""
+        reader = reader or self.setup.sender
         texts, where = [self.text(example) for example in examples], self.settings.state_cache
-        limit = text_limit(self.settings, self.setup.sender)
-        return collect_states(self.setup.sender, texts, layers, limit, where, self.tick, self.home)
+        tick = functools.partial(self.told, "sender states" if reader is self.setup.sender else "receiver states")
+        return collect_states(reader, texts, layers, text_limit(self.settings, reader), where, tick, self.home)
+
+    @functools.cached_property
+    def speaker(self) -> LM:
+        """The whole sender, which can answer and write; a bridge's own stops at the layer that is read."""
+        sender, name = self.setup.sender, self.settings.sender
+        if isinstance(sender, LM) and len(sender.blocks) == sender.n_layers and not sender.lora:
+            return sender
+        if not name:
+            raise LatentWireError("there is no sender that could answer or write; name one with --sender")
+        return load_lm(name, self.settings, self.settings.offline, self.settings.sender_device)
+
+    def responder_of(self, role: str) -> Responder:
+        """The receiver, or the sender with the same prompts."""
+        if role == "receiver":
+            return self.responder
+        own = self.responder
+        prompting = replace(own.prompting, receiver=self.speaker, bos_after=False, chat=False)
+        return Responder(prompting, own.max_new_tokens if self.asked.max_new_tokens else None, own.how)
+
+    @property
+    def slots(self) -> int:
+        """K where nobody sends latents."""
+        return self.asked.soft_tokens if isinstance(self.asked, BaselineSettings) else self.settings.latent_len
+
+    def kept(self, example: Example) -> int:
+        """How many receiver tokens stand for the text in methods with a budget."""
+        if self.asked.budget_ratio:
+            whole = self.setup.receiver.ids(self.setup.part.receiver_text(example))
+            return max(1, round(len(whole) / self.asked.budget_ratio))
+        return self.asked.token_budget_k or self.slots
+
+    def room(self, example: Example) -> int:
+        """The part of them that the context may take; a question that latents would have to hold counts."""
+        part, lm = self.setup.part, self.setup.receiver
+        asked = 0 if part.agnostic else len(lm.ids(part.receiver_text(replace(example, context=""))))
+        return max(1, self.kept(example) - asked)
+
+    @torch.no_grad()
+    def notes(self, examples: Sequence[Example]) -> list[TokenIds]:
+        """What the sender, told the task, writes about each text: at most --relay_tokens of its tokens, by its chat template."""
+        fresh, lm, part = [e for e in examples if e.id not in self.written], self.speaker, self.setup.part
+        head, tail = lm.chat_frame() if lm.tokenizer.chat_template else ([], lm.ids("\nNote:"))
+        if part.words:
+            aim = f"Which of these is it: {', '.join(part.words)}? Name it, then say why, for somebody who cannot read the text."
+        else:
+            aim = "Write what somebody who cannot read this needs in order to answer, in a few words."
+        texts = [e.context if part.agnostic else part.receiver_text(e).rstrip() for e in fresh]
+        rows = [[*head, *lm.ids(f"{text}\n\n{aim}"), *tail] for text in texts]
+        if rows:
+            read = lm.prefill(lay_out(lm, None, rows, before=lm.bos, left=True))
+            said = lm.generate(read, self.asked.relay_tokens, line=False)
+            self.written |= {e.id: lm.ids(text) for e, text in zip(fresh, said, strict=True)}
+        return [self.written[e.id] for e in examples]
 
 
 class Channel(Contest):
@@ -5862,10 +6029,15 @@ class Channel(Contest):
     """
 
     def __init__(
-        self, setup: Setup, settings: TrainSettings, asked: EvalSettings, listener: Listener, first: LM | None
+        self, setup: Setup, settings: TrainSettings, asked: AskedSettings, listener: Listener, first: LM | None
     ) -> None:
         super().__init__(setup, settings, asked, listener)
         self.bridge, self.listener, self.first = listener.bridge, listener, first
+
+    def kept(self, example: Example) -> int:
+        """As many as there are latents, where nothing else is asked for."""
+        own = self.asked.budget_ratio or self.asked.token_budget_k
+        return super().kept(example) if own else len(self.latents[self.position[example.id]])
 
     @functools.cached_property
     def store(self) -> StateStore:
@@ -5915,14 +6087,30 @@ class Method:
     """Whether it runs when no methods are named."""
     bridged: ClassVar[bool] = True
     """Whether it needs a trained bridge."""
+    trained: ClassVar[bool] = False
+    """Whether it learns from train rows: a broken one fails the run."""
+    seeded: ClassVar[bool] = False
+    """Whether the seed changes it."""
+    own: ClassVar[tuple[str, ...]] = ()
+    """The settings of an evaluation that change its answers."""
+    details: Mapping[str, Any] | None = None
+    """What it has to say about itself once it has answered."""
 
     @classmethod
-    def suits(cls, setup: Setup, settings: EvalSettings) -> bool:
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
         """Whether this evaluation has what the method needs."""
         return True
 
     def __init__(self, contest: Contest) -> None:
         self.contest = contest
+
+    def end(self) -> None:
+        """Leave the models as they were."""
+
+    @property
+    def name(self) -> str:
+        """As it is registered."""
+        return next(name for name, part in METHODS.items() if part is type(self))
 
     @property
     def channel(self) -> Channel:
@@ -5938,6 +6126,13 @@ class Method:
         """One Answer per example."""
         return self.channel.listener.answers(examples, [self.message(example) for example in examples])
 
+
+PLAIN_NAMES = {
+    "bridge": "latent bridge", "text": "full text", "probe": "linear probe on sender", "control:zero": "zero latents",
+    "control:shuffled": "another text's latents", "control:mean": "mean latents", "control:gaussian": "random latents",
+    "control:none": "receiver alone", "control:prompt": "trained prompt, no source", "token_budget": "text cut to K tokens",
+    "embed:raw": "text embeddings", "embed:anchor": "text embeddings, anchor", "embed:adapter": "text through adapter",
+}  # fmt: skip
 
 METHODS: Registry[type[Method]] = Registry("methods", "method")
 
@@ -6024,19 +6219,19 @@ class PromptControl(Method):
     control = True
 
     @classmethod
-    def suits(cls, setup: Setup, settings: EvalSettings) -> bool:
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
         """Where such a run is named."""
-        return settings.prompt is not None
+        return isinstance(settings, EvalSettings) and settings.prompt is not None
 
     @functools.cached_property
     def listener(self) -> Listener:
         """The same receiver with that run's bridge."""
-        assert self.channel.asked.prompt is not None
-        bridge, trained, _ = open_bridge(resolve_checkpoint(self.channel.asked.prompt))
+        asked = self.channel.asked
+        assert isinstance(asked, EvalSettings)
+        assert asked.prompt is not None
+        bridge, trained, _ = open_bridge(resolve_checkpoint(asked.prompt))
         if trained.encoder != "constant":
-            raise LatentWireError(
-                f"--prompt {self.channel.asked.prompt} reads its source; train it with --encoder constant"
-            )
+            raise LatentWireError(f"--prompt {asked.prompt} reads its source; train it with --encoder constant")
         own = self.channel.listener
         return Listener(bridge.to(own.receiver.device), own.prompting, own.max_new_tokens, own.how)
 
@@ -6052,40 +6247,46 @@ class PromptControl(Method):
 class TokenMethod(Method):
     """The receiver reads some tokens of the text instead of latents; override ``ids``."""
 
+    bridged = False
+
     def ids(self, example: Example) -> TokenIds:
         """Receiver tokens."""
-        return self.channel.setup.receiver.ids(self.channel.setup.part.receiver_text(example))
+        return self.contest.setup.receiver.ids(self.contest.setup.part.receiver_text(example))
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """After BOS, these tokens and the anchor."""
-        listener = self.channel.listener
-        prompting, anchor = listener.prompting, listener.prompting.ending()
+        responder = self.contest.responder
+        prompting, anchor = responder.prompting, responder.prompting.ending()
         rows = [self.ids(example) for example in examples]
         packed = prompting.joined(None, [[*row, *anchor] for row in rows], None, left=True)
-        sizes = [len(self.channel.setup.receiver.tokenizer.decode(row).encode()) for row in rows]
-        return listener.respond(packed, examples, sizes)
+        sizes = [len(self.contest.setup.receiver.tokenizer.decode(row).encode()) for row in rows]
+        found = responder.respond(packed, examples, sizes)
+        return [replace(answer, tokens=len(row)) for answer, row in zip(found, rows, strict=True)]
 
 
 @METHODS.register("token_budget")
 class TokenBudget(TokenMethod):
     """The text's first receiver tokens, as many as there are latents; the question is kept."""
 
+    own = ("token_budget_k", "budget_ratio")
+    keep: ClassVar[str] = "head"
+
     @classmethod
-    def suits(cls, setup: Setup, settings: EvalSettings) -> bool:
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
         """Where answers are free."""
-        return not setup.part.words or "token_budget" in (settings.methods or ())
+        return not setup.part.words or any(name.startswith("token_budget") for name in settings.methods or ())
 
     def ids(self, example: Example) -> TokenIds:
         """The context's head, then the question, in K tokens together."""
-        channel, part = self.channel, self.channel.setup.part
+        contest, part = self.contest, self.contest.setup.part
         part = part.of(example) if isinstance(part, Mixture) else part
-        count = channel.asked.token_budget_k or len(channel.latents[channel.position[example.id]])
+        count = contest.kept(example)
         before, _, behind = part.receiver_prompt.partition("{context}")
-        tail = channel.setup.receiver.ids(behind.format(question=example.question))
-        head = channel.setup.receiver.ids(before + example.context)
+        tail = contest.setup.receiver.ids(behind.format(question=example.question))
+        head = contest.setup.receiver.ids(before + example.context)
         if part.agnostic:
-            return [*head[:count], *tail]
-        return [*head[: max(0, count - len(tail))], *tail[:count]]
+            return [*cut_ids(head, count, self.keep), *tail]
+        return [*cut_ids(head, max(0, count - len(tail)), self.keep), *tail[:count]]
 
 
 class EmbedMethod(Method):
@@ -6140,7 +6341,7 @@ class EmbedAdapter(EmbedMethod):
         return bridge.ears[self.channel.listener.ear](F.layer_norm(latents, latents.shape[-1:]), shares.sum(-1) > 0)
 
 
-@METHODS.register("text")
+@METHODS.register("text", "direct", "zeroshot:receiver")
 class TextMethod(Method):
     """The receiver reads the full text: what the latents replace."""
 
@@ -6150,54 +6351,16 @@ class TextMethod(Method):
         """Text and anchor; the bytes are the text's own UTF-8."""
         found = self.contest.responder.answers(examples, None, text=True)
         sizes = [len(self.contest.text(example).encode()) for example in examples]
-        return [replace(answer, nbytes=size) for answer, size in zip(found, sizes, strict=True)]
+        lm, part = self.contest.setup.receiver, self.contest.setup.part
+        counts = [len(lm.ids(part.receiver_text(example))) for example in examples]
+        return [replace(a, nbytes=size, tokens=n) for a, size, n in zip(found, sizes, counts, strict=True)]
 
 
-@METHODS.register("probe", "linear_probe")
-class ProbeMethod(Method):
-    """Linear probe on the sender: its mean state at the bridge's layer, same train rows."""
-
-    @classmethod
-    def suits(cls, setup: Setup, settings: EvalSettings) -> bool:
-        """Where there are classes, labelled train rows and a sender."""
-        return bool(setup.part.words and setup.splits["train"]) and type(setup.sender) is not ByteReader
-
-    @functools.cached_property
-    def model(self) -> Any:
-        """Standardised features; C chosen on the run's validation rows among 0.001, 0.01, 0.1 and 1."""
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-
-        train, held_out = self.channel.setup.splits["train"], self.channel.setup.splits["validation"]
-        store = self.channel.states_of([*train, *held_out], self.channel.bridge.shape.layers)
-        x, y = self.features(store, train), [example.label for example in train]
-        fitted = [
-            make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(x, y)
-            for c in (0.001, 0.01, 0.1, 1.0)
-        ]
-        if not held_out:
-            return fitted[1]
-        seen, wanted = self.features(store, held_out), [example.label for example in held_out]
-        return max(fitted, key=lambda model: model.score(seen, wanted))
-
-    def features(self, store: StateStore, examples: Sequence[Example]) -> Any:
-        """(B, L·D_s) as numpy."""
-        return store.means([self.channel.text(example) for example in examples]).numpy()
-
-    def answers(self, examples: Sequence[Example]) -> list[Answer]:
-        """Class log-probabilities; a class that train never showed has none."""
-        found = self.model.predict_log_proba(self.features(self.channel.store, examples))
-        words = self.channel.setup.part.words
-        columns = {label: i for i, label in enumerate(self.model.classes_)}
-        rows = [tuple(float(r[columns[i]]) if i in columns else -1e9 for i in range(len(words))) for r in found]
-        return [Answer(words[pick(row)], row) for row in rows]
-
-
-def record_of(part: Task, example: Example, answer: Answer) -> dict[str, Any]:
-    """One row of records.jsonl."""
+def record_of(part: Task, example: Example, answer: Answer, gold_tokens: int = 0) -> dict[str, Any]:
+    """One row of records.jsonl; ``gold_tokens`` are those of the shortest accepted answer."""
     row = {
-        "id": example.id, "gold": list(example.answers), "generated": answer.text, "bytes": answer.nbytes,
+        "id": example.id, "gold": list(example.answers), "generated": answer.text, "bytes": answer.nbytes, "tokens": answer.tokens,
+        "gold_tokens": gold_tokens,
         "em": max(exact_match(answer.text, gold) for gold in example.answers),
         "f1": max(token_f1(answer.text, gold) for gold in example.answers),
         "gen_correct": part.correct(answer.text, example),
@@ -6214,12 +6377,13 @@ def compute_rows(
     method: Method, examples: Sequence[Example], size: int, save: Callable[[list[dict[str, Any]]], None]
 ) -> None:
     """Answer all ``examples``, short texts first; one that fails is a row with its error, never a missing row."""
-    part = method.contest.setup.part
+    part, said = method.contest.setup.part, method.contest.responder.prompting.said_after
     for group in batches(sorted(examples, key=lambda e: len(e.context)), size):
         started, rows, reason = time.perf_counter(), [], ""
         with short_of_memory() as short:
             try:
-                rows = [record_of(part, e, answer) for e, answer in zip(group, method.answers(group), strict=True)]
+                sizes = [min(len(said(gold)) for gold in e.answers) for e in group]
+                rows = [record_of(part, *row) for row in zip(group, method.answers(group), sizes, strict=True)]
             except (RuntimeError, ValueError) as error:
                 if out_of_memory(error):
                     raise
@@ -6250,12 +6414,24 @@ def headline_values(rows: Sequence[Mapping[str, Any]], headline: str) -> list[fl
     return [float(row.get(FIELD_OF[headline], 0.0)) for row in rows]
 
 
+def macro_f1(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """F1 of each class that occurs, averaged; a failed row is wrong."""
+    if not any("prediction" in row for row in rows):
+        return None
+    from sklearn.metrics import f1_score
+
+    told = [(row["label"], row["prediction"]) for row in rows if "prediction" in row]
+    gold, said = zip(*told, strict=True)
+    return float(f1_score(gold, said, average="macro", labels=sorted(set(gold)), zero_division=0.0))
+
+
 def summarize(rows: Sequence[Mapping[str, Any]], headline: str, seed: int) -> dict[str, Any]:
     """Metrics of one method; ``ci`` is the 95 % interval of the headline metric."""
     summary = {
         "accuracy": average(rows, "correct"), "gen_accuracy": average(rows, "gen_correct"), "em": average(rows, "em"),
         "f1": average(rows, "f1"), "nll_per_token": average(rows, "nll_per_token"),
         "first_token_accuracy": average(rows, "first_correct"), "bytes": average(rows, "bytes"),
+        "tokens": average(rows, "tokens"), "macro_f1": macro_f1(rows),
         "errors": sum("error" in row for row in rows),
     }  # fmt: skip
     return summary | {"ci": list(bootstrap_interval(headline_values(rows, headline), seed))}
@@ -6434,10 +6610,21 @@ def reopen_lora(
             restore_lora({f"{number}.{name}": p for name, p in lm.lora.items()}, {"lora": tensors})
 
 
-def chosen_methods(settings: EvalSettings, setup: Setup) -> list[str]:
+def chosen_methods(settings: AskedSettings, setup: Setup) -> list[str]:
     """The methods to run, in registration order; those that need labelled train rows only where there are some."""
-    wanted = {METHODS.name_of(name) for name in settings.methods or [n for n, m in METHODS.items() if m.usual]}
-    return [name for name in METHODS if name in wanted and METHODS[name].suits(setup, settings)]
+    wanted = named_methods(settings.methods) if settings.methods else {n for n, m in METHODS.items() if m.usual}
+    bridged = isinstance(settings, EvalSettings)
+    names = [name for name in METHODS if name in wanted and (bridged or not METHODS[name].bridged)]
+    return [name for name in names if METHODS[name].suits(setup, settings)]
+
+
+def named_methods(words: Iterable[str]) -> set[str]:
+    """Methods by name, by a group's name (``control``: all of them), or ``all``."""
+    found: set[str] = set()
+    for word in words:
+        group = {METHODS.name_of(n) for n in (*METHODS, *METHODS.aliases) if word == "all" or n.startswith(f"{word}:")}
+        found |= group if group and word not in METHODS else {METHODS.name_of(word)}
+    return found
 
 
 def results_file(folder: Path, settings: EvalSettings, channel: Channel) -> Path:
@@ -6472,8 +6659,7 @@ def evaluate(settings: EvalSettings, report: Report, signals: Sequence[int]) -> 
         raise LatentWireError("--checkpoint is missing; give the run folder that 'train' printed, such as runs/sst2")
     load_plugins(settings.plugin)
     folder = resolve_checkpoint(settings.checkpoint)
-    for name in settings.methods or ():
-        METHODS.name_of(name)
+    named_methods(settings.methods or ())
     bridge = open_bridge(folder)[0]
     ears = (
         [bridge.ear_of(name) for name in settings.receivers] if settings.receivers else [*range(len(bridge.shape.ears))]
@@ -6595,6 +6781,96 @@ def answer_message(checkpoint: Path, data: bytes, question: str = "", receiver: 
     return words[pick(answer.scores)] if words else answer.text
 
 
+def attend(contest: Contest, where: Path, around: tuple[Report, Sequence[int], Mapping[str, Any]]) -> None:
+    """Tell a contest where it is held and who listens; a noted signal stops it at the next word."""
+    report, signals, _ = around
+
+    def told(job: str, done: int, total: int) -> None:
+        report.tick(job, done, total)
+        if signals and done < total:
+            raise Interrupted(where, f"{done} of {total} ({job})", signals[0])
+
+    contest.home, contest.told, contest.signals = where, told, signals
+
+
+def run_methods(
+    contest: Contest, names: Sequence[str], key: str, where: Path
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """Rows by method, in the order of the examples, and each method's record key; finished rows are never computed again."""
+    path, examples, asked = where / "records.jsonl", contest.examples, contest.asked
+    keys = {}
+    for name in names:
+        kind = METHODS[name]
+        own = {field: str(getattr(asked, field, None)) for field in kind.own}
+        own |= {"seed": str(contest.seed)} if kind.seeded else {}
+        keys[name] = digest_of([key, own]) if own else key
+    kept = read_rows(path)  # mends a torn last line even when nothing of it is used
+    old = [] if asked.fresh_eval else [row for row in kept if "error" not in row]
+    by_method: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
+    for row in old:
+        if keys.get(row["method"]) == row["key"]:
+            by_method[row["method"]][row["id"]] = row
+    for name in names:
+        done = by_method[name]
+        todo = [e for e in examples if e.id not in done]
+        if not todo:
+            continue
+
+        def save(rows: list[dict[str, Any]], name: str = name, done: dict[str, dict[str, Any]] = done) -> None:
+            full = [{"key": keys[name], "method": name, **row} for row in rows]
+            append_rows(path, full)
+            done.update({row["id"]: row for row in full})
+            contest.told(f"evaluating {name}", len(done), len(examples))
+
+        method = METHODS[name](contest)
+        try:
+            compute_rows(method, todo, asked.batch_size, save)
+        finally:
+            method.end()
+        if method.details is not None:
+            kept_details = where / "details.json"
+            earlier = json.loads(kept_details.read_text(encoding="utf-8")) if kept_details.exists() else {}
+            write_json(kept_details, earlier | {keys[name]: {"method": name, **method.details}})
+    return {name: [by_method[name][example.id] for example in examples] for name in names}, keys
+
+
+def gates(name: str, rows: Sequence[Mapping[str, Any]], part: Task, longest: int) -> list[str]:
+    """What shows that a method is broken, not beaten: worse than guessing, one class only, no words, gold cut off."""
+    if METHODS[name].control or len(rows) < 20 or any("error" in row for row in rows):
+        return []
+    found, n = [], len(rows)
+    if part.words:
+        chance = 1 / len(part.words)
+        right = sum(row["correct"] for row in rows) / n
+        if right < chance - 2 * math.sqrt(chance * (1 - chance) / n):
+            found.append(f"accuracy {right:.3f} is below chance ({chance:.3f}) by more than two standard errors")
+        if len({row["prediction"] for row in rows}) == 1 and len({row["label"] for row in rows}) > 1:
+            found.append(f"it always says {part.words[rows[0]['prediction']]!r}")
+    else:
+        empty = sum(not row["generated"].strip() for row in rows) / n
+        if empty > 0.05:
+            found.append(f"{empty:.1%} of its answers are empty")
+        cut = sum(row["gold_tokens"] > longest for row in rows) / n
+        if cut > 0.05:
+            found.append(f"{cut:.1%} of the gold answers are longer than the {longest} tokens it may say")
+    return found
+
+
+def judged(
+    contest: Contest, rows: Mapping[str, Sequence[Mapping[str, Any]]], where: Path, keys: Mapping[str, str]
+) -> dict[str, Any]:
+    """Gates by method, and what methods told about themselves."""
+    part, longest = contest.setup.part, contest.responder.max_new_tokens
+    found = {name: gates(name, own, part, longest) for name, own in rows.items()}
+    told = where / "details.json"
+    details = json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
+    return {
+        "gates": {name: {"broken": words, "fails": METHODS[name].trained} for name, words in found.items() if words},
+        "details": {name: details[key] for name, key in keys.items() if key in details},
+        "seconds": {name: average(own, "seconds") for name, own in rows.items()},
+    }
+
+
 def evaluate_receiver(
     settings: EvalSettings,
     folder: Path,
@@ -6603,19 +6879,14 @@ def evaluate_receiver(
     around: tuple[Report, Sequence[int], Mapping[str, Any]],
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], Path]:
     """One receiver's part of an evaluation → results, rows by method, the file of the results."""
-    report, signals, made_with = around
+    report, _, made_with = around
     part, examples, listener = channel.setup.part, channel.examples, channel.listener
     run = folder.parents[1] if folder.parent.name == "checkpoint" else folder
     where = settings.output_dir or run
     with saving(where):
         where.mkdir(parents=True, exist_ok=True)
 
-    def tick(job: str, done: int, total: int) -> None:
-        report.tick(job, done, total)
-        if signals and done < total:
-            raise Interrupted(where, f"{done} of {total} ({job})", signals[0])
-
-    channel.home, channel.tick = where, functools.partial(tick, "sender states")
+    attend(channel, where, around)
     decoding = [listener.max_new_tokens, settings.seed, str(channel.setup.receiver.dtype), made_with["source_sha256"]]
     decoding += [
         listener.how.model_dump(),
@@ -6634,31 +6905,14 @@ def evaluate_receiver(
         f"evaluating {folder} with {channel.setup.receiver.name}: {len(examples)} rows of {channel.setup.source}, "
         f"{channel.setup.overlap} of them also in the training rows; record key {key}"
     )
-    path, names = where / "records.jsonl", chosen_methods(settings, channel.setup)
-    kept = read_rows(path)  # mends a torn last line even when nothing of it is used
-    old = [] if settings.fresh_eval else [row for row in kept if row["key"] == key and "error" not in row]
-    by_method: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
-    for row in old:
-        by_method.setdefault(row["method"], {})[row["id"]] = row
-
-    def run_method(name: str) -> None:
-        todo, done = [e for e in examples if e.id not in by_method[name]], by_method[name]
-
-        def save(rows: list[dict[str, Any]]) -> None:
-            full = [{"key": key, "method": name, **row} for row in rows]
-            append_rows(path, full)
-            done.update({row["id"]: row for row in full})
-            tick(f"evaluating {name}", len(done), len(examples))
-
-        compute_rows(METHODS[name](channel), todo, settings.batch_size, save)
-
+    names = chosen_methods(settings, channel.setup)
     with threads_for(channel.setup.sender, channel.setup.receiver):
         report.say(f"{channel.store.truncated:.1%} of the texts were cut; {len(channel.messages)} messages to send")
-        for name in names:
-            run_method(name)
-    ordered = {name: [by_method[name][example.id] for example in examples] for name in names}
+        ordered, keys = run_methods(channel, names, key, where)
+    made_with = {**made_with, "record_keys": keys}
     results = results_of(settings, channel, state, ordered, {**made_with, "checkpoint": str(folder), "record_key": key})
     results |= {"reconstruction": written_back(channel)} if settings.bleu else {}
+    results |= judged(channel, ordered, where, keys)
     write_json(output, results)
     return results, ordered, output
 
@@ -6688,7 +6942,1014 @@ def results_of(
     }  # fmt: skip
 
 
-# §12 FIGURES AND TABLES: records to pictures, tables and a page
+# §12 BASELINES: every rival, as a Method
+
+
+class ProbeMethod(Method):
+    """Logistic regression on a model's states: standardised, C and the best layer and pooling by cross-validation."""
+
+    bridged = False
+    trained = True
+    own = ("probe_layers", "pooling")
+    role: ClassVar[str] = "sender"
+    CS: ClassVar[tuple[float, ...]] = (0.001, 0.01, 0.1, 1.0)
+    MOST_BYTES: ClassVar[int] = 4_000_000_000
+    """Features above this are reduced to 512 principal components, batch by batch."""
+
+    @property
+    def reader(self) -> Reader:
+        """Whose states are probed."""
+        return self.contest.setup.receiver if self.role == "receiver" else self.contest.setup.sender
+
+    @functools.cached_property
+    def layers(self) -> list[tuple[int, ...]]:
+        """Sets of layers to try; the bridge's own count as one set, side by side."""
+        asked, reader = self.contest.asked.probe_layers, self.reader
+        if not asked and isinstance(self.contest, Channel) and self.role == "sender":
+            return [self.contest.bridge.shape.layers]
+        assert isinstance(reader, LM)
+        found: list[tuple[int, ...]] = [(reader.layer_index(text),) for text in asked or ("0.5", "0.75", "1.0")]
+        if max(found)[0] > len(reader.blocks):
+            raise LatentWireError(
+                f"--probe_layers {max(found)[0]}: this bridge's sender is loaded up to {len(reader.blocks)}"
+            )
+        return found
+
+    def features(self, examples: Sequence[Example], layers: Sequence[int], pooling: str) -> Any:
+        """(B, L·D) as numpy."""
+        texts = [self.contest.text(example) for example in examples]
+        train, evaluated = self.stores[tuple(layers)]
+        return (evaluated if texts[0] in evaluated.index else train).pooled(texts, pooling).numpy()
+
+    @functools.cached_property
+    def stores(self) -> dict[tuple[int, ...], tuple[StateStore, StateStore]]:
+        """States of the train rows and of the evaluated ones, by layers."""
+        both = self.contest.setup.splits["train"], self.contest.examples
+        states = functools.partial(self.contest.states_of, reader=self.reader)
+        return {layers: (states(both[0], layers), states(both[1], layers)) for layers in self.layers}
+
+    @functools.cached_property
+    def best(self) -> tuple[Any, tuple[int, ...], str]:
+        """The fitted pipeline of the best set of layers and pooling by cross-validation on train."""
+        from sklearn.decomposition import IncrementalPCA
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.metrics import f1_score
+        from sklearn.model_selection import GridSearchCV, KFold
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        train, told = self.contest.setup.splits["train"], []
+        labels = [example.label for example in train]
+        rare = min(labels.count(label) for label in set(labels))
+        folds = 3 if rare >= 3 else KFold(3, shuffle=True, random_state=0)
+        found = []
+        for number, (layers, pooling) in enumerate(
+            plan := [*itertools.product(self.layers, self.contest.asked.pooling)]
+        ):
+            x = self.features(train, layers, pooling)
+            large = [IncrementalPCA(min(512, len(train) // 8))] if x.nbytes > self.MOST_BYTES else []
+            pipeline = make_pipeline(StandardScaler(), *large, LogisticRegression(max_iter=1000))
+            search = GridSearchCV(pipeline, {"logisticregression__C": self.CS}, cv=folds)
+            search.fit(x[:10_000], labels[:10_000])
+            fitted = search.best_estimator_.fit(x, labels)
+            said = fitted.predict(self.features(self.contest.examples, layers, pooling))
+            gold = [example.label for example in self.contest.examples]
+            told.append({
+                "layers": list(layers), "pooling": pooling, "C": search.best_params_["logisticregression__C"],
+                "cross_validation": float(search.best_score_), "macro_f1": float(f1_score(gold, said, average="macro")),
+                "accuracy": float((said == gold).mean()),
+            })  # fmt: skip
+            found.append((fitted, layers, pooling))
+            self.contest.told(self.name, number + 1, len(plan))
+        self.details = {"tried": told}
+        return found[max(range(len(found)), key=lambda i: told[i]["cross_validation"])]
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """Class log-probabilities; a class that train never showed has none."""
+        model, layers, pooling = self.best
+        found = model.predict_log_proba(self.features(examples, layers, pooling))
+        words = self.contest.setup.part.words
+        columns = {label: i for i, label in enumerate(model.classes_)}
+        rows = [tuple(float(r[columns[i]]) if i in columns else -1e9 for i in range(len(words))) for r in found]
+        return [Answer(words[pick(row)], row) for row in rows]
+
+
+@METHODS.register("probe", "linear_probe")
+class SenderProbe(ProbeMethod):
+    """Linear probe on the sender, same train rows: at the bridge's layers, or --probe_layers."""
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where there are classes, labelled train rows and a sender."""
+        return bool(setup.part.words and setup.splits["train"]) and type(setup.sender) is not ByteReader
+
+
+@METHODS.register("probe:receiver")
+class ReceiverProbe(ProbeMethod):
+    """Linear probe on the receiver: what it knows of the text itself."""
+
+    usual = False
+    role = "receiver"
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where there are classes and labelled train rows."""
+        return bool(setup.part.words and setup.splits["train"])
+
+
+class ReadingMethod(Method):
+    """A model reads words and answers. Override ``contexts``, what it reads in place of the text."""
+
+    usual = False
+    bridged = False
+    role: ClassVar[str] = "receiver"
+
+    @functools.cached_property
+    def responder(self) -> Responder:
+        """The model that answers."""
+        return self.contest.responder_of(self.role)
+
+    def contexts(self, examples: Sequence[Example]) -> list[str]:
+        """What stands for each example's text."""
+        return [example.context for example in examples]
+
+    def prompts(self, examples: Sequence[Example], contexts: Sequence[str]) -> list[str]:
+        """All that is read, up to the anchor: as the task shows its text, with its question."""
+        part = self.contest.setup.part
+        return [part.receiver_text(replace(e, context=c)) for e, c in zip(examples, contexts, strict=True)]
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """After BOS, the prompt and the anchor; bytes and tokens are those of what stands for the text."""
+        contexts, prompting, lm = self.contexts(examples), self.responder.prompting, self.responder.receiver
+        rows = [prompting.ending(text) for text in self.prompts(examples, contexts)]
+        longest, window = max(map(len, rows)), getattr(lm.config, "max_position_embeddings", None)
+        if window and longest + self.responder.max_new_tokens > window:
+            raise LatentWireError(
+                f"a prompt of {longest} tokens is longer than {lm.name} reads ({window}); use fewer --shots"
+            )
+        sizes = [len(text.encode()) for text in contexts]
+        found = self.responder.respond(prompting.joined(None, rows, None, left=True), examples, sizes)
+        return [replace(answer, tokens=len(lm.ids(text))) for answer, text in zip(found, contexts, strict=True)]
+
+
+class SpokenMethod(ReadingMethod):
+    """One that needs a sender which can answer or write."""
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where the sender is a language model."""
+        return isinstance(setup.sender, LM)
+
+
+@METHODS.register("zeroshot:sender", "text:sender")
+class SenderAlone(SpokenMethod):
+    """The sender reads the full text and answers itself."""
+
+    role = "sender"
+
+
+class FewShot(ReadingMethod):
+    """Some train rows with their answers stand in front of the text."""
+
+    seeded = True
+    own = ("shots",)
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where there are train rows and such a model."""
+        return bool(setup.splits["train"]) and (cls.role == "receiver" or isinstance(setup.sender, LM))
+
+    @functools.cached_property
+    def shown(self) -> str:
+        """Equally many of each class, at least one, in random order; none of them is cut."""
+        part, train, lm = self.contest.setup.part, self.contest.setup.splits["train"], self.responder.receiver
+        rng = random.Random(self.contest.seed)
+        limit, shots = self.contest.settings.max_tokens, self.contest.asked.shots
+        ordered = [e for e in rng.sample(train, len(train)) if len(lm.ids(e.context)) <= limit]
+        if part.words:
+            each = math.ceil(shots / len(part.words))
+            groups = [[e for e in ordered if e.label == label][:each] for label in range(len(part.words))]
+            missing = [
+                part.words[label] for label in {e.label for e in train} if label is not None and not groups[label]
+            ]
+            if missing:
+                raise LatentWireError(
+                    f"fewshot: no train row of {missing[0]!r} of at most {limit} tokens; raise --max_tokens"
+                )
+            chosen = [e for group in groups for e in group]
+        else:
+            chosen = ordered[:shots]
+        if not chosen:
+            raise LatentWireError(f"fewshot: no train row of at most {limit} tokens; raise --max_tokens")
+        rng.shuffle(chosen)
+        anchor = self.responder.prompting.anchor
+        return "".join(f"{part.receiver_text(e)}{anchor} {e.answers[0]}\n\n" for e in chosen)
+
+    def prompts(self, examples: Sequence[Example], contexts: Sequence[str]) -> list[str]:
+        """The same train rows for everyone."""
+        return [self.shown + text for text in super().prompts(examples, contexts)]
+
+
+@METHODS.register("fewshot:receiver")
+class FewShotReceiver(FewShot):
+    """The receiver reads some train rows with their answers, then the full text."""
+
+
+@METHODS.register("fewshot:sender")
+class FewShotSender(FewShot):
+    """The sender does the same."""
+
+    role = "sender"
+
+
+@METHODS.register("sender_label")
+class SenderLabel(SpokenMethod):
+    """The sender answers, and its answer is all the receiver reads."""
+
+    def contexts(self, examples: Sequence[Example]) -> list[str]:
+        """A class word where there are such, else the sender's words."""
+        words = self.contest.setup.part.words
+        said = SenderAlone(self.contest).answers(examples)
+        return [words[pick(answer.scores)] if words else answer.text for answer in said]
+
+
+RELAY_BUDGETS = (1, 2, 4, 8, 16, 50)
+
+
+class TextRelay(SpokenMethod):
+    """The sender writes a note for the receiver, who reads its first tokens."""
+
+    tokens: ClassVar[int] = 0
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Up to --relay_tokens."""
+        return isinstance(setup.sender, LM) and cls.tokens <= settings.relay_tokens
+
+    def contexts(self, examples: Sequence[Example]) -> list[str]:
+        """The beginning of each note."""
+        tokenizer = self.contest.speaker.tokenizer
+        return [tokenizer.decode(row[: self.tokens]).strip() for row in self.contest.notes(examples)]
+
+
+def add_relay(tokens: int) -> None:
+    """Register the relay of so many tokens."""
+    text = f"The sender is told the task and writes a note; the receiver reads its first {tokens} tokens."
+    METHODS.register(f"text_relay:{tokens}")(
+        type(f"TextRelay{tokens}", (TextRelay,), {"tokens": tokens, "__doc__": text})
+    )
+
+
+for relay_budget in RELAY_BUDGETS:
+    add_relay(relay_budget)
+
+
+@METHODS.register("token_budget:tail")
+class TokenBudgetTail(TokenBudget):
+    """The text's last receiver tokens, as many as there are latents; the question is kept."""
+
+    usual, keep = False, "tail"
+
+
+@METHODS.register("token_budget:both")
+class TokenBudgetBoth(TokenBudget):
+    """The text's first and last receiver tokens, as many as there are latents; the question is kept."""
+
+    usual, keep = False, "both"
+
+
+@METHODS.register("byte_budget")
+class ByteBudget(ReadingMethod):
+    """The text's first bytes, as many as the bridge's message or --byte_budget has; the question is kept."""
+
+    own = ("byte_budget",)
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where there is a message or a number."""
+        return settings.byte_budget is not None or isinstance(settings, EvalSettings)
+
+    def contexts(self, examples: Sequence[Example]) -> list[str]:
+        """Whole characters only; a question that latents would have to hold counts."""
+        found = []
+        for example in examples:
+            asked = 0 if self.contest.setup.part.agnostic else len(example.question.encode())
+            count = self.contest.asked.byte_budget or len(self.channel.messages[self.channel.position[example.id]])
+            found.append(example.context.encode()[: max(0, count - asked)].decode(errors="ignore"))
+        return found
+
+
+class Compressed(SpokenMethod):
+    """Another model leaves words out of the text, down to a budget; override ``compress``."""
+
+    own: ClassVar[tuple[str, ...]] = ("token_budget_k", "budget_ratio", "compressor")
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where a causal model is there and answers are free; else only when it is named."""
+        named = METHODS.name_of(next(n for n, m in METHODS.items() if m is cls)) in (settings.methods or ())
+        return (isinstance(setup.sender, LM) or settings.compressor is not None) and (named or not setup.part.words)
+
+    @functools.cached_property
+    def model(self) -> LM:
+        """The compressor."""
+        name, contest = self.contest.asked.compressor, self.contest
+        return load_lm(name, contest.settings, contest.settings.offline) if name else contest.speaker
+
+    def compress(self, example: Example, budget: int) -> str:
+        """The context in about ``budget`` receiver tokens."""
+        raise NotImplementedError
+
+    def contexts(self, examples: Sequence[Example]) -> list[str]:
+        """Each context, compressed; one that fits already is left as it is."""
+        lm = self.responder.receiver
+        rooms = [self.contest.room(example) for example in examples]
+        return [
+            e.context if len(lm.ids(e.context)) <= room else self.compress(e, room)
+            for e, room in zip(examples, rooms, strict=True)
+        ]
+
+
+@METHODS.register("selective")
+class Selective(Compressed):
+    """The text's most surprising tokens by the sender's likelihood (self-information; Li et al. 2023)."""
+
+    @torch.no_grad()
+    def compress(self, example: Example, budget: int) -> str:
+        """Kept tokens in their order; as many as fit."""
+        lm, reader = self.model, self.responder.receiver
+        ids, spans = lm.pieces(example.context)
+        packed = lay_out(lm, None, [ids], before=lm.bos)
+        hidden = lm.forward(packed, use_cache=False).last_hidden_state[0]
+        first = len(lm.bos)
+        predicted = torch.cat([lm.logits(part).log_softmax(-1).gather(1, wanted[:, None])[:, 0] for part, wanted in zip(
+            hidden[max(0, first - 1) : -1].split(256),
+            torch.tensor(ids if first else ids[1:], device=hidden.device).split(256), strict=True)])  # fmt: skip
+        surprise = (-predicted).tolist() if first else [math.inf, *(-predicted).tolist()]
+        order = sorted(range(len(ids)), key=lambda i: (-surprise[i], i))
+
+        def kept(count: int) -> str:
+            return "".join(example.context[slice(*spans[i])] for i in sorted(order[:count])).strip()
+
+        low, high = 0, len(ids)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if len(reader.ids(kept(middle))) <= budget else (low, middle - 1)
+        return kept(low)
+
+
+def prompt_compressor(lm: LM) -> Any:
+    """LLMLingua (Jiang et al. 2023; llmlingua 0.2.2) around a model that is loaded already, on today's transformers.
+
+    What is mended: no download of a tokenizer that only counts, caches of today's form, and its index arithmetic, which
+    returns prompts shorter than one window uncompressed (its issue 196).
+    """
+    package = require("llmlingua.prompt_compressor", "llmlingua")
+    from transformers import DynamicCache
+
+    counter = type(
+        "Counter",
+        (),
+        {"encode": staticmethod(lambda text, **_: lm.tokenizer(text, add_special_tokens=False).input_ids)},
+    )
+
+    class Compressor(package.PromptCompressor):  # type: ignore[name-defined]
+        """The package's own, with three methods mended."""
+
+        def load_model(self, *_: Any, **__: Any) -> None:
+            """The frozen model as it is."""
+            self.tokenizer, self.model, self.device = lm.tokenizer, lm.model, str(lm.device)
+            self.context_idxs: list[Any] = []
+            self.max_position_embeddings = lm.config.max_position_embeddings
+
+        @torch.no_grad()
+        def get_ppl(
+            self, text: str, granularity: str = "sentence", input_ids: Any = None, attention_mask: Any = None,
+            past_key_values: Any = None, return_kv: bool = False, **asked: Any,
+        ) -> Any:  # fmt: skip
+            """Nats per token, with keys and values as the lists of pairs that the package works on."""
+            if input_ids is None:
+                found = self.tokenizer(text, return_tensors="pt").to(self.device)
+                input_ids, attention_mask = found["input_ids"], found["attention_mask"]
+            past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+            end = min(asked.get("end") or input_ids.shape[1], past + self.max_position_embeddings)
+            cache = DynamicCache(ddp_cache_data=past_key_values)  # without config: no layer slides, nothing is dropped
+            out = self.model(
+                input_ids[:, past:end], attention_mask=attention_mask[:, :end], past_key_values=cache, use_cache=True
+            )
+            logits, labels = out.logits[..., :-1, :], input_ids[..., past + 1 : end]
+            real = (attention_mask[:, past:end] == 1)[..., :-1].reshape(-1)
+            nats = F.cross_entropy(
+                logits.reshape(-1, logits.size(-1))[real].float(), labels.reshape(-1)[real], reduction="none"
+            )
+            at = asked.get("condition_pos_id", 0)
+            nats = nats[
+                {"before": slice(at), "after": slice(at, None)}.get(asked.get("condition_mode", ""), slice(None))
+            ]
+            found = nats.mean() if granularity == "sentence" else nats
+            return (found, [(layer.keys, layer.values) for layer in out.past_key_values.layers]) if return_kv else found
+
+        def get_compressed_input(
+            self, loss: Any, input_ids: Any, attention_mask: Any, end: int = 200, iterative_size: int = 200, **rest: Any
+        ) -> Any:
+            """A window never begins before the prompt does."""
+            return super().get_compressed_input(
+                loss, input_ids, attention_mask, max(end, iterative_size), iterative_size, **rest
+            )
+
+    original = package.tiktoken.encoding_for_model
+    package.tiktoken.encoding_for_model = lambda *_: counter
+    try:
+        return Compressor(lm.name, str(lm.device))
+    finally:
+        package.tiktoken.encoding_for_model = original
+
+
+@METHODS.register("llmlingua")
+class LLMLingua(Compressed):
+    """LLMLingua's own package with the sender as its model; a rate is searched that meets the budget."""
+
+    how: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where the package is installed."""
+        return super().suits(setup, settings) and importlib.util.find_spec("llmlingua") is not None
+
+    @functools.cached_property
+    def compressor(self) -> Any:
+        """The package's object."""
+        return prompt_compressor(self.model)
+
+    def once(self, example: Example, rate: float) -> str:
+        """The context at one nominal rate; windows of equal size, or the last one would stay whole."""
+        count = len(self.model.ids(example.context))
+        size = math.ceil(count / math.ceil(count / 200))
+        how = {"rate": rate, "iterative_size": size, "concate_question": False, **self.how}
+        asked = {"question": example.question} if self.how else {}
+        found = self.compressor.compress_prompt(self.pieces(example.context), **asked, **how)
+        return str(found["compressed_prompt"]).strip()
+
+    def pieces(self, context: str) -> list[str]:
+        """What the package sees as documents."""
+        return [context]
+
+    def compress(self, example: Example, budget: int) -> str:
+        """Of at most eight rates the one whose result comes nearest, by bisection."""
+        lm, low, high = self.responder.receiver, 0.0, 1.0
+        found: list[tuple[int, str]] = []
+        for _ in range(8):
+            text = self.once(example, rate := (low + high) / 2)
+            size = len(lm.ids(text))
+            found.append((abs(size - budget), text))
+            if found[-1][0] <= 0.05 * budget:
+                break
+            low, high = (rate, high) if size < budget else (low, rate)
+        return min(found)[1]
+
+
+@METHODS.register("longllmlingua")
+class LongLLMLingua(LLMLingua):
+    """The same, asked with the question (LongLLMLingua; Jiang et al. 2024)."""
+
+    how: ClassVar[dict[str, Any]] = {
+        "rank_method": "longllmlingua", "condition_in_question": "after_condition", "condition_compare": True,
+        "reorder_context": "sort", "dynamic_context_compression_ratio": 0.3,
+    }  # fmt: skip
+
+    def pieces(self, context: str) -> list[str]:
+        """Paragraphs, or the sentences of a single one: these are ranked by the question."""
+        lines = context.splitlines()
+        return lines if len(lines) > 1 else re.split(r"(?<=[.!?])\s+", context)
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where questions are asked."""
+        return super().suits(setup, settings) and bool(setup.splits["evaluated"][0].question)
+
+
+@METHODS.register("llmlingua2")
+class LLMLingua2(LLMLingua):
+    """LLMLingua-2 (Pan et al. 2024): a token classifier, whose weights --llmlingua2_model names."""
+
+    own = (*LLMLingua.own, "llmlingua2_model")
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where its weights are named."""
+        return settings.llmlingua2_model is not None and super().suits(setup, settings)
+
+    @functools.cached_property
+    def compressor(self) -> Any:
+        """The package's object; it seeds every generator, which is undone."""
+        package = require("llmlingua.prompt_compressor", "llmlingua")
+        counter, original = (
+            type("Counter", (), {"encode": staticmethod(str.split)}),
+            package.tiktoken.encoding_for_model,
+        )
+        package.tiktoken.encoding_for_model = lambda *_: counter
+        states = random.getstate(), torch.get_rng_state()
+        try:
+            return package.PromptCompressor(
+                self.contest.asked.llmlingua2_model, str(self.responder.receiver.device), {"trust_remote_code": False},
+                use_llmlingua2=True,
+            )  # fmt: skip
+        finally:
+            package.tiktoken.encoding_for_model = original
+            random.setstate(states[0])
+            torch.set_rng_state(states[1])
+
+    def once(self, example: Example, rate: float) -> str:
+        """The context at one nominal rate."""
+        return str(self.compressor.compress_prompt([example.context], rate=rate)["compressed_prompt"]).strip()
+
+
+@METHODS.register("ensemble")
+class Ensemble(SpokenMethod):
+    """Both models read the full text, and their class probabilities are multiplied (joint rescoring)."""
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where there are classes."""
+        return super().suits(setup, settings) and bool(setup.part.words)
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """Sums of normalised log-likelihoods."""
+        both = [self.responder.answers(examples, None, text=True), SenderAlone(self.contest).answers(examples)]
+        words, found = self.contest.setup.part.words, []
+        for pair in zip(*both, strict=True):
+            scores = sum(torch.tensor(answer.scores[: len(words)]).log_softmax(-1) for answer in pair)
+            assert isinstance(scores, Tensor)
+            found.append(Answer(words[pick(scores.tolist())], tuple(scores.tolist())))
+        return found
+
+
+@METHODS.register("kv_cache")
+class KVTransfer(SpokenMethod):
+    """The receiver goes on from the sender's keys and values; both of one tokenizer and shape."""
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where the receiver can read the sender's cache at all."""
+        sender, receiver = setup.sender, setup.receiver
+        if not isinstance(sender, LM) or not isinstance(receiver, LM):
+            return False
+        sizes = ("num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size", "model_type")
+        alike = all(getattr(sender.config, n, None) == getattr(receiver.config, n, None) for n in sizes)
+        probe = "The quick brown fox: 12 + 30 = 42."
+        return alike and sender.ids(probe) == receiver.ids(probe)
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """Only the anchor is the receiver's own reading."""
+        contest, lm = self.contest, self.contest.setup.receiver
+        texts = [contest.setup.part.receiver_text(example) for example in examples]
+        ending = self.responder.prompting.ending()
+        with torch.no_grad():
+            rows = [contest.speaker.ids(text) for text in texts]
+            read = contest.speaker.prefill(lay_out(contest.speaker, None, rows, before=lm.bos, left=True))
+            ids = torch.tensor([ending] * len(rows), device=lm.device)
+            hidden, mask = lm.advance(read, read.cache, ids, torch.ones_like(ids, dtype=torch.bool))
+            ready = Prefill(read.cache, lm.logits(hidden[:, -1]), mask)
+        size = sum(2 * k.shape[1] * k.shape[3] * k.element_size() for k in (layer.keys for layer in read.cache.layers))
+        found = self.responder.go_on(ready, examples)
+        return [
+            replace(answer, tokens=len(row), nbytes=size * len(row)) for answer, row in zip(found, rows, strict=True)
+        ]
+
+
+class TunedMethod(ReadingMethod):
+    """Something small is trained in the receiver on the train rows; override ``begin`` and ``soft``."""
+
+    seeded = trained = True
+    own: ClassVar[tuple[str, ...]] = ("rival_steps", "rival_epochs", "rival_lrs", "rival_tries", "rival_batch")
+    rates: ClassVar[tuple[float, ...]] = ()
+    reads: ClassVar[bool] = True
+    """Whether the text is read at all."""
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where there are train rows."""
+        return bool(setup.splits["train"])
+
+    def begin(self) -> dict[str, nn.Parameter]:
+        """Fresh parameters."""
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Leave the receiver as it was."""
+
+    def soft(self, count: int) -> SoftPrompt | None:
+        """What ``count`` rows read in front of the text."""
+        return None
+
+    def pack(self, examples: Sequence[Example], answers: bool) -> Packed:
+        """A batch with everything tuned in it."""
+        return self.responder.prompting.pack(self.soft(len(examples)), examples, text=self.reads, answers=answers)
+
+    def loss(self, examples: Sequence[Example]) -> Tensor:
+        """Cross-entropy of the answer alone."""
+        found = supervise(self.responder.receiver, self.pack(examples, answers=True), tuned=True)
+        return found.mean_per_row(found.order >= 0)
+
+    def fit(self, rate: float) -> tuple[float, dict[str, Tensor]]:
+        """One training; → its lowest validation loss (the last training loss where no rows are held out), and when."""
+        contest, asked = self.contest, self.contest.asked
+        rows, held = contest.setup.splits["train"], contest.setup.splits["validation"][:200]
+        seed_everything(contest.seed)
+        parameters = self.begin()
+        optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
+        size = min(asked.rival_batch, len(rows))
+        steps = asked.rival_steps or max(1, round(asked.rival_epochs * len(rows) / size))
+        plan = OptimSettings(lr=rate)
+        best, kept = math.inf, dict[str, Tensor]()
+        for step in range(1, steps + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(plan, step, steps)
+            picked = [rows[row_at(contest.seed, (step - 1) * size + i, len(rows))] for i in range(size)]
+            loss = self.loss(picked)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([*parameters.values()], 1.0)
+            optimizer.step()
+            if step % max(1, math.ceil(steps / 4)) == 0 or step == steps:
+                with torch.no_grad():
+                    checked = [float(self.loss(group)) * len(group) for group in batches(held, size)]
+                found = sum(checked) / len(held) if held else float(loss.detach())
+                if found < best or not kept:
+                    best, kept = found, {name: p.detach().clone() for name, p in parameters.items()}
+            self.contest.told(f"{self.name} at {rate:g}", step, steps)
+        return best, kept
+
+    @functools.cached_property
+    def tuned(self) -> dict[str, nn.Parameter]:
+        """The parameters of the best learning rate, in place."""
+        tried = {
+            rate: self.fit(rate)
+            for rate in self.contest.asked.rival_lrs or self.rates[: self.contest.asked.rival_tries]
+        }
+        best = min(tried, key=lambda rate: tried[rate][0])
+        self.details = {
+            "learning_rate": best,
+            "validation_loss": {f"{rate:g}": loss for rate, (loss, _) in tried.items()},
+        }
+        parameters = self.begin()
+        with torch.no_grad():
+            for name, value in tried[best][1].items():
+                parameters[name].copy_(value)
+        return parameters
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """The tuned receiver's."""
+        assert self.tuned
+        lm = self.responder.receiver
+        sizes = [len(self.contest.text(example).encode()) if self.reads else 0 for example in examples]
+        before, lm.always_tuned = lm.always_tuned, True
+        try:
+            return self.responder.respond(self.pack(examples, answers=False), examples, sizes)
+        finally:
+            lm.always_tuned = before
+
+
+@METHODS.register("lora")
+class LoraRival(TunedMethod):
+    """The receiver reads the full text, with low-rank adapters (peft) trained on the answer."""
+
+    own = (*TunedMethod.own, "rank")
+    rates = (3e-4, 1e-3, 1e-4)
+
+    def begin(self) -> dict[str, nn.Parameter]:
+        """Adapters in every linear layer; they start as zero."""
+        self.end()
+        rank = self.contest.asked.rank
+        lm = self.responder.receiver
+        if lm.tuned:
+            raise LatentWireError("lora: this receiver has trained adapters already; use the baseline command")
+        lm.add_lora(FeatureSettings(use_lora=True, lora_r=rank, lora_alpha=2 * rank, lora_dropout=0.0), always=False)
+        self.added = True
+        return lm.lora
+
+    def end(self) -> None:
+        """Take them out again."""
+        if getattr(self, "added", False):
+            self.responder.receiver.drop_lora()
+            self.added = False
+
+
+@METHODS.register("prompt_tuning", "text+prompt_tuning", "full_text+prompt_tuning")
+class PromptTuning(TunedMethod):
+    """K trained soft tokens (Lester et al. 2021) before the full text: the answer's form is learned."""
+
+    rates = (3e-3, 1e-2, 1e-3)
+    own = (*TunedMethod.own, "soft_tokens")
+    prompt: Any = None
+
+    def begin(self) -> dict[str, nn.Parameter]:
+        """The embeddings of the instruction's words, repeated."""
+        require("peft")
+        from peft import PromptTuningConfig
+        from peft.tuners.prompt_tuning import PromptEmbedding
+
+        lm, part, count = self.responder.receiver, self.contest.setup.part, self.contest.slots
+        kind = PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=count, token_dim=lm.width, num_transformer_submodules=1
+        )
+        self.prompt = PromptEmbedding(kind, lm.table).to(lm.device).float()
+        words = (
+            f"Answer with one of: {', '.join(part.words)}. " if part.words else "Answer the question in a few words. "
+        )
+        ids = (lm.ids(words) * count)[:count]
+        with torch.no_grad():
+            self.prompt.embedding.weight.copy_(lm.embed(torch.tensor(ids, device=lm.device)))
+        return dict(self.prompt.named_parameters())
+
+    def soft(self, count: int) -> SoftPrompt:
+        """The same for every row."""
+        embeds = self.prompt(torch.arange(self.contest.slots, device=self.responder.receiver.device))
+        return SoftPrompt(embeds.expand(count, -1, -1))
+
+
+@METHODS.register("control:prompt_tuning")
+class PromptTuningAlone(PromptTuning):
+    """The same soft tokens trained without the text: what knowing the shares of the answers gives."""
+
+    control = True
+    reads = False
+
+
+class Told(Silent):
+    """A Report that passes progress on."""
+
+    def __init__(self, told: Callable[[str, int, int], None]) -> None:
+        self.told = told
+
+    def tick(self, job: str, done: int, total: int, note: str = "") -> None:
+        """Progress of a job."""
+        self.told(job, done, total)
+
+
+class TrainedBridge(Method):
+    """A bridge of another kind, trained in a folder of its own on the same rows and steps; override ``changes``."""
+
+    usual = bridged = False
+    seeded = trained = True
+    own = ("rival_steps", "rival_epochs", "soft_tokens")
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where there is a sender and train rows."""
+        return isinstance(setup.sender, LM) and bool(setup.splits["train"])
+
+    def changes(self) -> dict[str, Any]:
+        """What differs from a usual bridge."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def inner(self) -> Method:
+        """The trained bridge as a method."""
+        contest = self.contest
+        asked, rows = contest.asked, contest.setup.splits["train"]
+        folder = (
+            contest.home
+            / f"{self.name}-{digest_of([self.changes(), asked.rival_steps, contest.settings.determining()])}"
+        )
+        size = min(32, len(rows))
+        steps = asked.rival_steps or max(1, round(asked.rival_epochs * len(rows) / size))
+        base = contest.settings.model_dump(exclude_unset=True) | {
+            "steps": steps, "epochs": None, "batch_size": size, "latent_len": contest.slots, "output_dir": folder,
+            "auto_resume": True, "resume": None, "seeds": None, "samples": len(rows),
+        }  # fmt: skip
+        train_in(World(), TrainSettings(**(base | self.changes())), Told(contest.told), contest.signals)
+        check = EvalSettings(**asked.model_dump(include=set(AskedSettings.model_fields), exclude={"methods"}, exclude_unset=True),
+                             checkpoint=folder)  # fmt: skip
+        channel, _ = open_channel(check, resolve_checkpoint(folder))
+        channel.home = folder
+        return BridgeMethod(channel)
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """That bridge's."""
+        return self.inner.answers(examples)
+
+
+@METHODS.register("same_model_bridge")
+class SameModelBridge(TrainedBridge):
+    """A bridge from the receiver to itself: what crossing over to another model family costs."""
+
+    def changes(self) -> dict[str, Any]:
+        """The receiver reads."""
+        return {"sender": self.contest.setup.receiver.name, "receivers": None}
+
+
+@METHODS.register("linear_bridge")
+class LinearBridge(TrainedBridge):
+    """Means of sender states through one linear map into the receiver: what attention adds to a bridge."""
+
+    def changes(self) -> dict[str, Any]:
+        """No attention, no non-linearity."""
+        return {"encoder": "hidden", "pooler": "mean", "init": "none", "adapter": "linear", "d_z": 256}
+
+
+@METHODS.register("same_label")
+class SameLabel(Method):
+    """The message of another example with the same answer: what travels beyond the answer would be lost."""
+
+    usual = False
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where there are classes."""
+        return bool(setup.part.words)
+
+    @functools.cached_property
+    def partner(self) -> list[int]:
+        """A random cycle through each class; one that is alone keeps its own."""
+        examples, found = self.contest.examples, [*range(len(self.contest.examples))]
+        rng = random.Random(self.contest.seed)
+        for label in {e.label for e in examples}:
+            rows = [i for i, e in enumerate(examples) if e.label == label]
+            rng.shuffle(rows)
+            for here, there in zip(rows, rows[1:] + rows[:1], strict=True):
+                found[here] = there
+        return found
+
+    def message(self, example: Example) -> bytes:
+        """Its partner's."""
+        return self.channel.messages[self.partner[self.channel.position[example.id]]]
+
+
+@METHODS.register("control:wrong_task")
+class WrongTask(Method):
+    """The message of a bridge that was trained on another task: --wrong_task RUN."""
+
+    control = True
+    bridged = False
+    own = ("wrong_task",)
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where such a run is named."""
+        return settings.wrong_task is not None
+
+    @functools.cached_property
+    def inner(self) -> BridgeMethod:
+        """That bridge with this task's rows and words."""
+        assert self.contest.asked.wrong_task is not None
+        folder = resolve_checkpoint(self.contest.asked.wrong_task)
+        bridge, trained, state = open_bridge(folder)
+        setup = self.contest.setup
+        if state["task"]["name"] == (setup.part.name or str(setup.part.settings.dataset)):
+            raise LatentWireError(f"--wrong_task {folder} was trained on {state['task']['name']}, the task itself")
+        check_models(state, folder, setup.sender, setup.receiver)
+        own = self.contest.responder
+        listener = Listener(bridge.to(setup.receiver.device), own.prompting, own.max_new_tokens, own.how)
+        first = setup.receiver if bridge.wants_heard else None
+        return BridgeMethod(Channel(setup, trained, self.contest.asked, listener, first))
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """What that message says here."""
+        return self.inner.answers(examples)
+
+
+LAPTOP = {"samples": 500, "rival_tries": 2, "relay_tokens": 16}
+"""What ``baseline`` takes on a CPU where nothing else is said: fifteen minutes for a pair of small models."""
+
+
+def sized(settings: BaselineSettings, report: Report) -> BaselineSettings:
+    """Settings for this machine."""
+    own = {name: value for name, value in LAPTOP.items() if name not in settings.model_fields_set}
+    if resolve_device(settings.device).type != "cpu" or not own:
+        return settings
+    report.say(f"CPU: --{' --'.join(f'{name} {value}' for name, value in own.items())}; other values win")
+    return settings.model_copy(update=own)
+
+
+def contest_of(settings: BaselineSettings, dataset: str, seed: int) -> Contest:
+    """Models and rows of one data set."""
+    shared = {*DataSettings.model_fields, *ModelSettings.model_fields, *DecodeSettings.model_fields}
+    shared |= {"sender", "receiver", "samples", "val_samples", "data_seed", "max_tokens", "protocol", "state_cache"}
+    given = {name: getattr(settings, name) for name in shared & settings.model_fields_set}
+    given |= {
+        name: getattr(settings, name) for name in ("samples", "val_samples") if getattr(settings, name) is not None
+    }
+    run = TrainSettings(**given | {"dataset": dataset, "seed": seed, "encoder": "hidden", "init": "none", "pooler": "resampler",
+                                   "latent_len": settings.soft_tokens, "epochs": 1})  # fmt: skip
+    run, _ = resolve(run)
+    part = make_task(run)
+    splits, _ = training_splits(part, run)
+    rows, source = test_split(part, settings.num_samples)
+    known = {part.sender_text(example).casefold() for example in splits["train"]}
+    overlap = sum(part.sender_text(example).casefold() in known for example in rows)
+    sender = load_lm(run.sender or "", run, run.offline, run.sender_device)
+    same = run.sender == run.receiver
+    receiver = sender if same else load_lm(run.receiver or "", run, run.offline, run.receiver_device)
+    how = DecodeSettings(**{name: getattr(settings, name) for name in DecodeSettings.model_fields})
+    responder = Responder(prompting_of(run, part, receiver), settings.max_new_tokens, how)
+    setup = Setup(sender, receiver, part, {**splits, "evaluated": rows}, source, overlap)
+    return Contest(setup, run, settings.model_copy(update={"seed": seed}), responder)
+
+
+def hold(
+    contest: Contest, names: Sequence[str], where: Path, around: tuple[Report, Sequence[int], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """One data set and seed → its results.json."""
+    report, _, made_with = around
+    setup, part, asked = contest.setup, contest.setup.part, contest.asked
+    attend(contest, where, around)
+    responder = contest.responder
+    prompts = [part.words, part.sender_prompt, part.receiver_prompt, responder.prompting.anchor, part.agnostic]
+    models = [setup.sender.identity(), setup.receiver.identity(), str(setup.receiver.dtype)]
+    rows = [data_digest(contest.examples), data_digest(setup.splits["train"]), data_digest(setup.splits["validation"])]
+    decoding = [
+        responder.max_new_tokens,
+        responder.how.model_dump(),
+        made_with["source_sha256"],
+        contest.settings.max_tokens,
+    ]
+    key = digest_of([models, rows, prompts, decoding])
+    report.say(f"{setup.part.name or contest.settings.dataset}: {len(contest.examples)} rows of {setup.source}, "
+               f"{len(setup.splits['train'])} train rows; {len(names)} methods into {where}")  # fmt: skip
+    with threads_for(setup.sender, setup.receiver):
+        found, keys = run_methods(contest, names, key, where)
+    headline = part.headline
+    methods = {name: summarize(own, headline, contest.seed) for name, own in found.items()}
+    field_name = {"gen_accuracy": "gen_accuracy"}.get(headline, headline)
+    best = max(methods, key=lambda name: methods[name][field_name])
+    results = {
+        "schema": 1, "dataset": part.name or str(contest.settings.dataset), "split": "test", "n": len(contest.examples),
+        "headline": headline, "overlap": setup.overlap, "protocol": contest.settings.protocol, "methods": methods,
+        "verdict": f"best: {best}, {headline} {methods[best][field_name]:.3f}",
+        **judged(contest, found, where, keys),
+        "provenance": {
+            **made_with, "record_key": key, "record_keys": keys, "sender": setup.sender.identity(),
+            "receiver": setup.receiver.identity(), "task": setup.describe(responder.prompting.anchor), "data": setup.source,
+            "data_digest": data_digest(contest.examples), "seed_of_training": contest.seed, "latent_len": contest.slots,
+            "layers": None, "dtype": str(setup.receiver.dtype), "device": str(setup.receiver.device),
+            "settings": asked.model_dump(mode="json"),
+        },
+    }  # fmt: skip
+    write_json(where / "results.json", results)
+    return results
+
+
+def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
+    """Rivals on one or several data sets; what a seed changes once for each seed, the rest once; → summary with all runs."""
+    prepare_cuda(settings)
+    load_plugins(settings.plugin)
+    named = named_methods(settings.methods or ["all"])
+    alone = sorted(name for name in named if METHODS[name].bridged)
+    if settings.methods and "all" not in settings.methods and len(alone) == len(named):
+        raise LatentWireError(f"{alone[0]} needs a bridge; evaluate it with eval --checkpoint RUN --methods {alone[0]}")
+    settings = sized(settings.model_copy(update={"methods": settings.methods or ["all"]}), report)
+    datasets, seeds = settings.datasets or [settings.dataset or ""], settings.seeds or [settings.seed]
+    if not datasets[0]:
+        raise LatentWireError("--dataset is missing; see 'list datasets'")
+    runs, made_with = [], environment()
+    with catching_signals() as signals:
+        for dataset in datasets:
+            base = settings.output_dir / re.sub(r"[^\w.-]+", "_", dataset) if settings.datasets else settings.output_dir
+            contest = contest_of(settings, dataset, seeds[0])
+            for seed in seeds:
+                names = chosen_methods(settings, contest.setup)
+                names = [name for name in names if seed == seeds[0] or METHODS[name].seeded]
+                if not names:
+                    continue
+                contest.seed = seed
+                where = base / f"seed{seed}" if len(seeds) > 1 else base
+                with saving(where):
+                    where.mkdir(parents=True, exist_ok=True)
+                runs.append(hold(contest, names, where, (report, signals, made_with)))
+    if not runs:
+        raise LatentWireError(f"none of {', '.join(sorted(named))} can run on {datasets[0]}; see 'list methods'")
+    write_atomic(settings.output_dir / "table.md", baseline_table(runs).encode())
+    return {"runs": runs, "table": str(settings.output_dir / "table.md")}
+
+
+def baseline_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown: a row per method, a column per data set; mean ± deviation over seeds, or the 95 % interval of one."""
+    columns = [*dict.fromkeys(run["dataset"] for run in runs)]
+    names = [name for name in METHODS if any(name in run["methods"] for run in runs)]
+    heads = {c: next(f"{c}, {run['headline']} %, n {run['n']}" for run in runs if run["dataset"] == c) for c in columns}
+    lines = [f"| method | {' | '.join(heads[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for name in names:
+        cells = []
+        for column in columns:
+            own = [run for run in runs if run["dataset"] == column and name in run["methods"]]
+            values = [100 * run["methods"][name][run["headline"]] for run in own]
+            if not values:
+                cells.append("–")
+            elif len(values) == 1:
+                low, high = (100 * x for x in own[0]["methods"][name]["ci"])
+                cells.append(f"{values[0]:.1f} ({low:.1f}–{high:.1f})")
+            else:
+                mean = sum(values) / len(values)
+                spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+                cells.append(f"{mean:.1f} ± {spread:.1f}")
+        lines.append(f"| {PLAIN_NAMES.get(name, name)} | {' | '.join(cells)} |")
+    pair = runs[0]["provenance"]
+    note = f"{pair['sender']['name']} → {pair['receiver']['name']}; ± over seeds, else the 95 % interval of one run."
+    return "\n".join([*lines, "", note, ""])
+
+
+# §13 FIGURES AND TABLES: records to pictures, tables and a page
 
 COLOURS = {"bridge": "#0072B2", "text": "#009E73", "probe": "#E69F00", "control": "#999999"}  # Okabe and Ito 2008
 
@@ -6735,14 +7996,6 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 label="validation",
             )
         axes.legend(frameon=False, loc="lower left")
-
-
-PLAIN_NAMES = {
-    "bridge": "latent bridge", "text": "full text", "probe": "linear probe on sender", "control:zero": "zero latents",
-    "control:shuffled": "another text's latents", "control:mean": "mean latents", "control:gaussian": "random latents",
-    "control:none": "receiver alone", "control:prompt": "trained prompt, no source", "token_budget": "text cut to K tokens",
-    "embed:raw": "text embeddings", "embed:anchor": "text embeddings, anchor", "embed:adapter": "text through adapter",
-}  # fmt: skip
 
 
 def told_beside(results: Mapping[str, Any]) -> list[str]:
@@ -6801,7 +8054,8 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
             PLAIN_NAMES.get(name, name),
             f"{100 * summary[results['headline']]:.1f}",
             f"{100 * low:.1f}–{100 * high:.1f}",
-            "–" if name == "probe" or generated is None else f"{100 * generated:.1f}",
+            "–" if generated is None or name.partition(":")[0] in ("probe", "ensemble") else f"{100 * generated:.1f}",
+            "–" if summary.get("tokens") is None else f"{summary['tokens']:.0f}",
             f"{summary['bytes']:.0f}" if summary["bytes"] else "–",
             "" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
         ])  # fmt: skip
@@ -6810,7 +8064,7 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 def table_head(results: Mapping[str, Any]) -> tuple[str, ...]:
     """The headings of ``table_rows``."""
-    return "method", f"{results['headline']} %", "95 % CI", "generated %", "bytes", "p"
+    return "method", f"{results['headline']} %", "95 % CI", "said %", "tokens", "bytes", "p"
 
 
 def recorded(path: Path, method: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -6822,7 +8076,8 @@ def recorded(path: Path, method: str) -> tuple[dict[str, Any], dict[str, dict[st
         results = {}
     if file is None or "provenance" not in results:
         raise LatentWireError(f"no results of one run at {path}; give a run folder that 'eval' filled")
-    key = (method, results["provenance"]["record_key"])
+    made = results["provenance"]
+    key = (method, made.get("record_keys", {}).get(method, made["record_key"]))
     rows = {row["id"]: row for row in read_rows(file.parent / "records.jsonl") if (row["method"], row["key"]) == key}
     if not rows or any("error" in row for row in rows.values()):
         state = "failed rows" if rows else "no rows"
@@ -6947,7 +8202,7 @@ def aggregate(base: Path, output: Path) -> Path:
     return output / "aggregated_results.json"
 
 
-# §13 SUITES: named experiments as data, and the jobs that run them
+# §14 SUITES: named experiments as data, and the jobs that run them
 
 SUITES: Registry[Callable[[], dict[str, Any]]] = Registry("suites", "suite")
 
@@ -7207,7 +8462,7 @@ def run_status(run: Run, jobs: Sequence[Mapping[str, str]]) -> list[str]:
     ]
 
 
-# §14 CLI: thin shells around the functions above
+# §15 CLI: thin shells around the functions above
 
 
 import typer  # noqa: E402
@@ -7221,6 +8476,7 @@ SCRIPTS = {
     "scripts/run_scoped_softprompt_multi.sh": "experiment --name scoped_softprompt_multi --preset smoke-base --llama_id "
     "meta-llama/Meta-Llama-3.1-8B-Instruct --qwen_id Qwen/Qwen2.5-7B-Instruct",
     "scripts/run_pipeline.sh": "experiment --name pipeline --preset smoke-base",
+    "telepathy/run_baselines.py": "baseline", "telepathy/linear_probe_baseline.py": "baseline probe",
     "scripts/run_embedding_baselines.sh": "eval --config configs/baseline/embedding_baselines.json",
     "scripts/compare_baselines.py": "compare", "scripts/run_tests.sh": "test",
 }  # fmt: skip
@@ -7505,6 +8761,32 @@ def eval_command(settings: EvalSettings) -> None:
             report.say(f"{name}: {100 * value['mean']:.1f} ± {100 * value['sd']:.1f} over {len(value['values'])} seeds")
 
 
+def baseline_command(settings: BaselineSettings) -> None:
+    """Every rival through the same door: baseline all --dataset sst2, baseline zeroshot fewshot --dataset trec"""
+    report = RichReport()
+    try:
+        found = baseline_run(settings, report)
+    finally:
+        report.close()
+    for results in found["runs"]:
+        report.table(results)
+    report.say(f"the same as Markdown: {found['table']}")
+    check_gates(found["runs"], report)
+
+
+def check_gates(runs: Sequence[Mapping[str, Any]], report: Report) -> None:
+    """Tell every broken method; one that was trained, or rows that failed, end the command with exit code 1."""
+    broken = [(run["dataset"], name, gate) for run in runs for name, gate in run.get("gates", {}).items()]
+    for dataset, name, gate in broken:
+        word = "broken" if gate["fails"] else "careful"
+        report.say(f"{word}: {name} on {dataset}: {'; '.join(gate['broken'])}")
+    failed = [f"{s['errors']} of {name}" for run in runs for name, s in run["methods"].items() if s["errors"]]
+    if failed:
+        report.say(f"rows failed: {', '.join(failed)}; the same command computes them again")
+    if failed or any(gate["fails"] for _, _, gate in broken):
+        raise typer.Exit(1)
+
+
 def demo_command(settings: TrainSettings) -> None:
     """Two real models on a laptop: train, evaluate with controls, draw, in five minutes."""
     if settings.seeds:
@@ -7530,6 +8812,7 @@ def demo_command(settings: TrainSettings) -> None:
 
 register_command("train", TrainSettings, train_command)
 register_command("eval", EvalSettings, eval_command)
+register_command("baseline", BaselineSettings, baseline_command)
 register_command("demo", TrainSettings, demo_command)
 
 
@@ -7785,7 +9068,8 @@ def without_script(words: Sequence[str]) -> list[str]:
 
 def prepared_words(words: Sequence[str]) -> list[str]:
     """Command-line words with spellings and lists brought into the one form Typer knows."""
-    kinds: dict[str, type[Settings]] = {"train": TrainSettings, "eval": EvalSettings, "demo": TrainSettings}
+    kinds: dict[str, type[Settings]] = {"train": TrainSettings, "eval": EvalSettings, "demo": TrainSettings,
+                                        "baseline": BaselineSettings}  # fmt: skip
     if not words:
         return []
     command = words[0]
@@ -7794,7 +9078,9 @@ def prepared_words(words: Sequence[str]) -> list[str]:
     if command in OPEN_COMMANDS:
         mine, others = divided(OPEN_COMMANDS[command], words[1:])
         return [command, *typer_words(OPEN_COMMANDS[command], mine, DRY_FLAGS), "--", *others]
-    return [command, *(typer_words(kinds[command], words[1:], EXTRA_FLAGS) if command in kinds else words[1:])]
+    plain = [*itertools.takewhile(lambda word: not word.startswith("-"), words[1:])] if command == "baseline" else []
+    rest = [*(["--methods", *plain] if plain else []), *words[1 + len(plain) :]]
+    return [command, *(typer_words(kinds[command], rest, EXTRA_FLAGS) if command in kinds else rest)]
 
 
 def main(words: Sequence[str] | None = None) -> int:

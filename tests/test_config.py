@@ -61,13 +61,24 @@ TRAIN = SHARED | FEATURES | LOSSES | SCHEDULE | {
     "sentence_model": "minilm", "max_bytes": 2048, "keep": "head",
     "max_answer_tokens": 32, "tag": None, "eval_samples": None, "eval_seeds": None,
 }  # fmt: skip
-EVAL = SHARED | {
+RIVALS = {
+    "shots": 5, "rank": 8, "rival_steps": None, "rival_epochs": 3.0, "rival_lrs": None, "rival_tries": 3,
+    "rival_batch": 16, "probe_layers": None, "pooling": ["mean"], "relay_tokens": 50, "compressor": None,
+    "llmlingua2_model": None, "budget_ratio": None, "byte_budget": None, "wrong_task": None,
+}  # fmt: skip
+EVAL = SHARED | RIVALS | {
     "bleu": False, "checkpoint": None, "num_samples": None, "split": "test", "methods": None, "batch_size": 32,
     "max_new_tokens": None, "soft_tokens": None, "source_layer": None, "seed": 42, "output_dir": None,
     "state_cache": "disk", "fresh_eval": False, "receivers": None, "codec": None, "prompt": None, "token_budget_k": None,
     "sequential_eval": False, "calibration": None, "anchor_text": None,
 }  # fmt: skip
-KINDS = {"train": lw.TrainSettings, "eval": lw.EvalSettings}
+BASELINE = SHARED | RIVALS | {
+    "methods": None, "sender": None, "receiver": None, "datasets": None, "seeds": None, "samples": None,
+    "num_samples": None, "val_samples": 400, "data_seed": 0, "soft_tokens": 8, "max_tokens": 256, "batch_size": 32,
+    "max_new_tokens": None, "token_budget_k": None, "seed": 42, "state_cache": "disk", "fresh_eval": False,
+    "protocol": "question-aware", "output_dir": Path("runs/baselines"),
+}  # fmt: skip
+KINDS = {"train": lw.TrainSettings, "eval": lw.EvalSettings, "baseline": lw.BaselineSettings}
 
 
 RESOLVED = ("dtype", "sender", "receiver")
@@ -101,6 +112,10 @@ def config_file(folder: Path, text: str) -> Path:
 
 
 # ---- defaults, file, flags -----------------------------------------------------------------------------------------
+
+
+def test_names_and_defaults_of_rivals_are_pinned():
+    assert {name: info.default for name, info in lw.BaselineSettings.model_fields.items()} == BASELINE
 
 
 @pytest.mark.parametrize(("command", "table"), [("train", TRAIN), ("eval", EVAL)])

@@ -116,9 +116,9 @@ def test_probe_equals_scikit_learn_called_directly(channel):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    probe = lw.ProbeMethod(channel)
+    probe = lw.METHODS["probe"](channel)
     train, part = channel.setup.splits["train"], channel.setup.part
-    chosen = probe.model[-1].C
+    chosen = probe.best[0][-1].C
 
     def mean_state(example):
         ids = [lw.sender_ids(channel.setup.sender, part.sender_text(example), 256)]
