@@ -375,6 +375,9 @@ class DataSettings(Settings):
     question_column: str | None = setting(None, "Own file: the column with a question, if any.")
     label_column: str | None = setting(None, "Own file: the column with the answer or class.", "answer_column")
     labels: Words | None = setting(None, "Own file: the class words, in the order of integer labels.")
+    context: Literal["full", "supporting"] = setting(
+        "full", "hotpotqa: all ten paragraphs, or only the gold facts and their neighbours, which is an easier task."
+    )
     plugin: Words = setting([], "Python files that register tasks or other parts, run before anything else.", "plugins")
     offline: bool = setting(False, "Never look at the Hugging Face hub.", execution=True)
 
@@ -1827,7 +1830,12 @@ class HotpotQA(QuestionAnswering):
     def read(self, row: Mapping[str, Any], index: int) -> Example:
         """Supporting paragraphs first is a leak, so paragraphs keep the published order."""
         context = row["context"]
-        paragraphs = zip(context["title"], context["sentences"], strict=True)
+        paragraphs = [*zip(context["title"], context["sentences"], strict=True)]
+        if self.settings.context == "supporting":
+            facts = [*zip(row["supporting_facts"]["title"], row["supporting_facts"]["sent_id"], strict=True)]
+            near = {(title, i + step) for title, i in facts for step in (-1, 0, 1)}
+            kept = [(title, [s for i, s in enumerate(own) if (title, i) in near]) for title, own in paragraphs]
+            paragraphs = [(title, own) for title, own in kept if own]
         text = "\n".join(f"{title}: {''.join(sentences)}" for title, sentences in paragraphs)
         return Example(row["id"], text, row["question"].strip(), (row["answer"],))
 
@@ -6515,7 +6523,7 @@ def check_asked(settings: EvalSettings, trained: TrainSettings, bridge: Bridge, 
 def evaluated_settings(settings: EvalSettings, trained: TrainSettings, words: Sequence[str]) -> TrainSettings:
     """The run's settings with what evaluation may change: data, device and dtype; another own file keeps the classes."""
     own = (
-        "data_dir", "device", "sender_device", "receiver_device", "device_map", "load_in_8bit", "load_in_4bit", "offline",
+        "context", "data_dir", "device", "sender_device", "receiver_device", "device_map", "load_in_8bit", "load_in_4bit", "offline",
         "state_cache", "text_column", "question_column", "label_column", "labels",
     )  # fmt: skip
     changed = {name: getattr(settings, name) for name in own if name in settings.model_fields_set}

@@ -12,7 +12,7 @@ import LATENTWIRE as lw
 
 # The product's promise: a setting that is renamed, dropped or given another default must be changed here on purpose.
 SHARED = {
-    "dataset": None, "data_dir": None, "text_column": None, "question_column": None, "label_column": None,
+    "dataset": None, "data_dir": None, "text_column": None, "question_column": None, "label_column": None, "context": "full",
     "labels": None, "plugin": [], "offline": False,
     "device": "auto", "sender_device": None, "receiver_device": None, "device_map": None, "load_in_8bit": False,
     "load_in_4bit": False, "dtype": "auto", "bf16": False, "fp16": False, "deterministic": False,
@@ -344,7 +344,7 @@ def test_unknown_keys_are_refused_in_python_too():
 
 OTHER: dict[str, Any] = {"dataset": "toy", "labels": ["a"], "plugin": ["a.py"], "layers": ["0.25"], "seeds": [1]} | {
     "codec": "fp32", "dtype": "float32", "normalize": "none", "calibration": "none", "encoder": "x", "pooler": "x",
-    "adapter": "x", "anchor_text": "x", "anchor_mode": "chat", "text_column": "x", "question_column": "x", "label_column": "x",
+    "adapter": "x", "anchor_text": "x", "anchor_mode": "chat", "text_column": "x", "question_column": "x", "label_column": "x", "context": "supporting",
     "sender": "x", "receiver": "x", "state_cache": "memory", "device": "cpu", "data_dir": "x", "output_dir": "x",
     "sender_device": "cpu", "receiver_device": "cpu", "device_map": "auto", "resume": "yes", "world_size": 2,
     "epochs": 2.0, "steps": 7, "samples": 7, "warmup_steps": 7, "eval_every": 7, "num_dataloader_workers": 7,

@@ -683,3 +683,18 @@ def test_an_empty_answer_is_not_the_class_a():
 def test_rows_with_the_same_id_are_refused():
     with pytest.raises(lw.LatentWireError, match="'7'"):
         lw.distinct_ids([lw.Example("7", "a", "", ("x",)), lw.Example("7", "b", "", ("y",))])
+
+
+def test_hotpotqa_keeps_the_gold_facts_and_their_neighbours_in_published_order() -> None:
+    row = {
+        "id": "1", "question": "Who? ", "answer": "she",
+        "context": {"title": ["A", "B", "C"], "sentences": [["a0.", " a1."], ["b0.", " b1.", " b2.", " b3."], ["c0."]]},
+        "supporting_facts": {"title": ["C", "B"], "sent_id": [0, 2]},
+    }  # fmt: skip
+    part = lw.make_task(lw.TrainSettings(dataset="hotpotqa", context="supporting"))
+    assert part.read(row, 0).context == "B:  b1. b2. b3.\nC: c0."
+    full = lw.make_task(lw.TrainSettings(dataset="hotpotqa")).read(row, 0)
+    assert full.context == "A: a0. a1.\nB: b0. b1. b2. b3.\nC: c0." and (full.question, full.answers) == (
+        "Who?",
+        ("she",),
+    )
