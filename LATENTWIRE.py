@@ -6523,8 +6523,8 @@ def check_asked(settings: EvalSettings, trained: TrainSettings, bridge: Bridge, 
 def evaluated_settings(settings: EvalSettings, trained: TrainSettings, words: Sequence[str]) -> TrainSettings:
     """The run's settings with what evaluation may change: data, device and dtype; another own file keeps the classes."""
     own = (
-        "context", "data_dir", "device", "sender_device", "receiver_device", "device_map", "load_in_8bit", "load_in_4bit", "offline",
-        "state_cache", "text_column", "question_column", "label_column", "labels",
+        "data_dir", "device", "sender_device", "receiver_device", "device_map", "load_in_8bit", "load_in_4bit", "offline",
+        "state_cache", "context", "text_column", "question_column", "label_column", "labels",
     )  # fmt: skip
     changed = {name: getattr(settings, name) for name in own if name in settings.model_fields_set}
     if settings.dataset:
