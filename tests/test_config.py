@@ -343,7 +343,8 @@ def test_unknown_keys_are_refused_in_python_too():
 # ---- the digest ----------------------------------------------------------------------------------------------------
 
 OTHER: dict[str, Any] = {"dataset": "toy", "labels": ["a"], "plugin": ["a.py"], "layers": ["0.25"], "seeds": [1]} | {
-    "codec": "fp32", "dtype": "float32", "normalize": "none", "calibration": "none", "encoder": "x", "pooler": "x", "context": "supporting",
+    "codec": "fp32", "dtype": "float32", "normalize": "none", "calibration": "none", "encoder": "x", "pooler": "x",
+    "context": "supporting",
     "adapter": "x", "anchor_text": "x", "anchor_mode": "chat", "text_column": "x", "question_column": "x", "label_column": "x",
     "sender": "x", "receiver": "x", "state_cache": "memory", "device": "cpu", "data_dir": "x", "output_dir": "x",
     "sender_device": "cpu", "receiver_device": "cpu", "device_map": "auto", "resume": "yes", "world_size": 2,
