@@ -7180,6 +7180,10 @@ class SenderLabel(SpokenMethod):
         said = SenderAlone(self.contest).answers(examples)
         return [words[pick(answer.scores)] if words else answer.text for answer in said]
 
+    def prompts(self, examples: Sequence[Example], contexts: Sequence[str]) -> list[str]:
+        """In a sentence: "Review: negative" alone lets Gemma-3-270M say positive."""
+        return super().prompts(examples, [f"The answer is {word}." for word in contexts])
+
 
 RELAY_BUDGETS = (1, 2, 4, 8, 16, 50)
 
