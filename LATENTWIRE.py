@@ -7936,29 +7936,49 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
 
 
 def baseline_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a row per method, a column per data set; mean ± deviation over seeds, or the 95 % interval of one."""
+    """Markdown: a row per method, a column per data set; mean ± deviation over seeds, or the 95 % interval of one.
+
+    An arrow marks what is above the bridge.
+    """
     columns = [*dict.fromkeys(run["dataset"] for run in runs)]
     names = [name for name in METHODS if any(name in run["methods"] for run in runs)]
+    cells = {(name, column): table_cell(runs, name, column) for name in names for column in columns}
     heads = {c: next(f"{c}, {run['headline']} %, n {run['n']}" for run in runs if run["dataset"] == c) for c in columns}
     lines = [f"| method | {' | '.join(heads[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in names:
-        cells = []
+        row = []
         for column in columns:
-            own = [run for run in runs if run["dataset"] == column and name in run["methods"]]
-            values = [100 * run["methods"][name][run["headline"]] for run in own]
-            if not values:
-                cells.append("–")
-            elif len(values) == 1:
-                low, high = (100 * x for x in own[0]["methods"][name]["ci"])
-                cells.append(f"{values[0]:.1f} ({low:.1f}–{high:.1f})")
-            else:
-                mean = sum(values) / len(values)
-                spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-                cells.append(f"{mean:.1f} ± {spread:.1f}")
-        lines.append(f"| {PLAIN_NAMES.get(name, name)} | {' | '.join(cells)} |")
+            (mean, text), bridge = cells[name, column], cells.get(("bridge", column), (math.inf, ""))[0]
+            row.append(text + (" ↑" if mean > bridge else ""))
+        lines.append(f"| {PLAIN_NAMES.get(name, name)} | {' | '.join(row)} |")
     pair = runs[0]["provenance"]
-    note = f"{pair['sender']['name']} → {pair['receiver']['name']}; ± over seeds, else the 95 % interval of one run."
-    return "\n".join([*lines, "", note, ""])
+    note = f"{pair['sender']['name']} → {pair['receiver']['name']}; ± over seeds, else the 95 % interval of one run"
+    return "\n".join([*lines, "", note + ("; ↑ above the bridge." if "bridge" in names else "."), ""])
+
+
+def comparable_table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The table of runs that differ in nothing but data set and seed; of others, why there is none."""
+    seen: dict[tuple[str, int, str], float] = {}
+    for run in runs:
+        for name, values in run["methods"].items():
+            key, value = (run["dataset"], run["provenance"]["seed_of_training"], name), values[run["headline"]]
+            if seen.setdefault(key, value) != value:
+                return f"No one table: several runs of {run['dataset']}, seed {key[1]}, differ in {name}; see the others.\n"
+    return baseline_table(runs)
+
+
+def table_cell(runs: Sequence[Mapping[str, Any]], name: str, column: str) -> tuple[float, str]:
+    """A method's mean on a data set in per cent, and how it is written; runs that agree count as one."""
+    own = [run for run in runs if run["dataset"] == column and name in run["methods"]]
+    values = [100 * run["methods"][name][run["headline"]] for run in own]
+    if not values:
+        return -math.inf, "–"
+    mean = sum(values) / len(values)
+    if len(set(values)) == 1:
+        low, high = (100 * x for x in own[0]["methods"][name]["ci"])
+        return mean, f"{mean:.1f} ({low:.1f}–{high:.1f})"
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    return mean, f"{mean:.1f} ± {spread:.1f} ({len(values)})"
 
 
 # §13 FIGURES AND TABLES: records to pictures, tables and a page
@@ -8167,13 +8187,18 @@ def write_report(folder: Path) -> Path:
 
 
 def aggregate(base: Path, output: Path) -> Path:
-    """Every results file below ``base``, grouped by all settings but the seed → aggregated_results.json and .md."""
+    """Every results file below ``base``, grouped by all settings but the seed → aggregated_results.json and .md.
+
+    ``table.md`` has a row per method and a column per data set, for each pair of models.
+    """
     groups: dict[str, dict[str, Any]] = {}
+    pairs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for path in sorted(base.rglob("results*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
         made = results.get("provenance")
         if not made:  # a summary over seeds, made of files that are here as well
             continue
+        pairs.setdefault((made["sender"]["name"], made["receiver"]["name"], results["split"]), []).append(results)
         key = {
             "dataset": results["dataset"],
             "split": results["split"],
@@ -8210,6 +8235,7 @@ def aggregate(base: Path, output: Path) -> Path:
             rows.append(f"| {heading} | {name} | {group['metric']} | {shown} | {len(values)} |")
     head = "| dataset | models | latents | settings | method | metric | mean ± sd | runs |\n" + "|---" * 8 + "|\n"
     write_atomic(output / "aggregated_results.md", (head + "\n".join(rows) + "\n").encode())
+    write_atomic(output / "table.md", "\n".join(map(comparable_table, pairs.values())).encode())
     write_json(output / "aggregated_results.json", {"schema": 1, "groups": [*groups.values()]})
     return output / "aggregated_results.json"
 

@@ -145,12 +145,14 @@ def test_aggregate_never_mixes_settings(toy_run, tmp_path, capsys):
         folder = tmp_path / "base" / name
         folder.mkdir(parents=True)
         results["provenance"]["seed_of_training"] = seed
+        results["methods"]["bridge"]["accuracy"] = rate
         (folder / "results.json").write_text(json.dumps(results))
         (folder / "config.json").write_text(json.dumps({"seed": seed, "lr": rate, "output_dir": name}))
     shown(capsys, "aggregate", "--base_dir", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out"))
     groups = json.loads((tmp_path / "out" / "aggregated_results.json").read_text())["groups"]
     assert sorted(len(group["runs"]) for group in groups) == [1, 2]
     assert "| bridge | accuracy |" in (tmp_path / "out" / "aggregated_results.md").read_text()
+    assert "No one table" in (tmp_path / "out" / "table.md").read_text()
     assert "no results below" in refused(capsys, "aggregate", "--base_dir", str(tmp_path / "empty"))
 
 
