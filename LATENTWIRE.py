@@ -7289,7 +7289,8 @@ class Selective(Compressed):
         order = sorted(range(len(ids)), key=lambda i: (-surprise[i], i))
 
         def kept(count: int) -> str:
-            return "".join(example.context[slice(*spans[i])] for i in sorted(order[:count])).strip()
+            chosen = {at for i in order[:count] for at in range(*spans[i])}  # several tokens may share one character
+            return "".join(example.context[at] for at in sorted(chosen)).strip()
 
         low, high = 0, len(ids)
         while low < high:
