@@ -7350,6 +7350,14 @@ def prompt_compressor(lm: LM) -> Any:
             found = nats.mean() if granularity == "sentence" else nats
             return (found, [(layer.keys, layer.values) for layer in out.past_key_values.layers]) if return_kv else found
 
+        def iterative_compress_prompt(
+            self, context: list[str], target_token: float, iterative_size: int = 200, start: int = 0, **rest: Any
+        ) -> Any:
+            """Size 0: equal windows of at most 200 tokens of what is left; a last one that is not full stays whole."""
+            count = len(self.tokenizer("\n\n".join(context), add_special_tokens=False).input_ids) - start
+            size = iterative_size or max(1, count // math.ceil(max(1, count) / 200))
+            return super().iterative_compress_prompt(context, target_token, size, start=start, **rest)
+
         def get_compressed_input(
             self, loss: Any, input_ids: Any, attention_mask: Any, end: int = 200, iterative_size: int = 200, **rest: Any
         ) -> Any:
@@ -7383,10 +7391,8 @@ class LLMLingua(Compressed):
         return prompt_compressor(self.model)
 
     def once(self, example: Example, rate: float) -> str:
-        """The context at one nominal rate; windows of equal size, or the last one would stay whole."""
-        count = len(self.model.ids(example.context))
-        size = math.ceil(count / math.ceil(count / 200))
-        how = {"rate": rate, "iterative_size": size, "concate_question": False, **self.how}
+        """The context at one nominal rate; the question steers, but is left out."""
+        how = {"rate": rate, "iterative_size": 0, "concate_question": False, **self.how}
         asked = {"question": example.question} if self.how else {}
         found = self.compressor.compress_prompt(self.pieces(example.context), **asked, **how)
         return str(found["compressed_prompt"]).strip()
