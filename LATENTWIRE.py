@@ -7426,8 +7426,9 @@ class LongLLMLingua(LLMLingua):
 
     def pieces(self, context: str) -> list[str]:
         """Paragraphs, or the sentences of a single one: these are ranked by the question."""
-        lines = context.splitlines()
-        return lines if len(lines) > 1 else re.split(r"(?<=[.!?])\s+", context)
+        lines = context.split("\n")
+        found = lines if len(lines) > 1 else re.split(r"(?<=[.!?])\s+", context)
+        return [piece for piece in map(str.strip, found) if piece]
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
