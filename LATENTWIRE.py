@@ -7378,8 +7378,6 @@ def prompt_compressor(lm: LM) -> Any:
 class LLMLingua(Compressed):
     """LLMLingua's own package with the sender as its model; a rate is searched that meets the budget."""
 
-    how: ClassVar[dict[str, Any]] = {}
-
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
         """Where the package is installed."""
@@ -7392,10 +7390,12 @@ class LLMLingua(Compressed):
 
     def once(self, example: Example, rate: float) -> str:
         """The context at one nominal rate; the question steers, but is left out."""
-        how = {"rate": rate, "iterative_size": 0, "concate_question": False, **self.how}
-        asked = {"question": example.question} if self.how else {}
-        found = self.compressor.compress_prompt(self.pieces(example.context), **asked, **how)
-        return str(found["compressed_prompt"]).strip()
+        how = {"rate": rate, "iterative_size": 0, "concate_question": False, **self.how(example, rate)}
+        return str(self.compressor.compress_prompt(self.pieces(example.context), **how)["compressed_prompt"]).strip()
+
+    def how(self, example: Example, rate: float) -> dict[str, Any]:
+        """Options beyond the package's own."""
+        return {}
 
     def pieces(self, context: str) -> list[str]:
         """What the package sees as documents."""
@@ -7419,10 +7419,12 @@ class LLMLingua(Compressed):
 class LongLLMLingua(LLMLingua):
     """The same, asked with the question (LongLLMLingua; Jiang et al. 2024)."""
 
-    how: ClassVar[dict[str, Any]] = {
-        "rank_method": "longllmlingua", "condition_in_question": "after_condition", "condition_compare": True,
-        "reorder_context": "sort", "dynamic_context_compression_ratio": 0.3,
-    }  # fmt: skip
+    def how(self, example: Example, rate: float) -> dict[str, Any]:
+        """Its authors' options; rates spread around the asked one by no more than that, or small budgets are not met."""
+        return {
+            "question": example.question, "rank_method": "longllmlingua", "condition_in_question": "after_condition",
+            "condition_compare": True, "reorder_context": "sort", "dynamic_context_compression_ratio": min(0.3, rate),
+        }  # fmt: skip
 
     def pieces(self, context: str) -> list[str]:
         """Paragraphs, or the sentences of a single one: these are ranked by the question."""
