@@ -7308,11 +7308,7 @@ def prompt_compressor(lm: LM) -> Any:
     package = require("llmlingua.prompt_compressor", "llmlingua")
     from transformers import DynamicCache
 
-    counter = type(
-        "Counter",
-        (),
-        {"encode": staticmethod(lambda text, **_: lm.tokenizer(text, add_special_tokens=False).input_ids)},
-    )
+    counter = type("Counter", (), {"encode": staticmethod(lambda text, **_: lm.ids(text))})
 
     class Compressor(package.PromptCompressor):  # type: ignore[name-defined]
         """The package's own, with three methods mended."""
@@ -7322,16 +7318,24 @@ def prompt_compressor(lm: LM) -> Any:
             self.tokenizer, self.model, self.device = lm.tokenizer, lm.model, str(lm.device)
             self.context_idxs: list[Any] = []
             self.max_position_embeddings = lm.config.max_position_embeddings
+            self.read: dict[Any, Any] = {}
 
         @torch.no_grad()
         def get_ppl(
             self, text: str, granularity: str = "sentence", input_ids: Any = None, attention_mask: Any = None,
             past_key_values: Any = None, return_kv: bool = False, **asked: Any,
         ) -> Any:  # fmt: skip
-            """Nats per token, with keys and values as the lists of pairs that the package works on."""
+            """Nats per token, with keys and values as the lists of pairs that the package works on.
+
+            A whole prompt is read once for all rates; the package throws its keys and values away.
+            """
             if input_ids is None:
                 found = self.tokenizer(text, return_tensors="pt").to(self.device)
                 input_ids, attention_mask = found["input_ids"], found["attention_mask"]
+            whole = past_key_values is None and asked.get("end") is None
+            key = (tuple(input_ids[0].tolist()), granularity, *asked.values())
+            if whole and key in self.read:
+                return (self.read[key], None) if return_kv else self.read[key]
             past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
             end = min(asked.get("end") or input_ids.shape[1], past + self.max_position_embeddings)
             cache = DynamicCache(ddp_cache_data=past_key_values)  # without config: no layer slides, nothing is dropped
@@ -7344,10 +7348,13 @@ def prompt_compressor(lm: LM) -> Any:
                 logits.reshape(-1, logits.size(-1))[real].float(), labels.reshape(-1)[real], reduction="none"
             )
             at = asked.get("condition_pos_id", 0)
-            nats = nats[
-                {"before": slice(at), "after": slice(at, None)}.get(asked.get("condition_mode", ""), slice(None))
-            ]
+            sides = {"before": slice(at), "after": slice(at, None)}
+            nats = nats[sides.get(asked.get("condition_mode", ""), slice(None))]
             found = nats.mean() if granularity == "sentence" else nats
+            if whole:
+                if len(self.read) == 256:
+                    self.read.clear()
+                self.read[key] = found
             return (found, [(layer.keys, layer.values) for layer in out.past_key_values.layers]) if return_kv else found
 
         def iterative_compress_prompt(
