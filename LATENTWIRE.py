@@ -7409,16 +7409,19 @@ class LLMLingua(Compressed):
         return [context]
 
     def compress(self, example: Example, budget: int) -> str:
-        """Of at most eight rates the one whose result comes nearest, by bisection."""
-        lm, low, high = self.responder.receiver, 0.0, 1.0
-        found: list[tuple[int, str]] = []
+        """Of at most eight rates the one whose result comes nearest, by false position (Illinois)."""
+        lm, found, before = self.responder.receiver, list[tuple[int, str]](), 0
+        low, under, high, over = 0.0, -float(budget), 1.0, float(len(lm.ids(example.context)) - budget)
         for _ in range(8):
-            text = self.once(example, rate := (low + high) / 2)
-            size = len(lm.ids(text))
-            found.append((abs(size - budget), text))
-            if found[-1][0] <= 0.05 * budget:
+            rate = low + (high - low) * under / (under - over)
+            text = self.once(example, rate)
+            gap = len(lm.ids(text)) - budget
+            found.append((abs(gap), text))
+            if abs(gap) <= 0.05 * budget:
                 break
-            low, high = (rate, high) if size < budget else (low, rate)
+            worn = 2 if gap * before > 0 else 1  # the end that stays a second time counts half
+            low, under, high, over = (rate, gap, high, over / worn) if gap < 0 else (low, under / worn, rate, gap)
+            before = gap
         return min(found)[1]
 
 
