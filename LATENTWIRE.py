@@ -7461,23 +7461,31 @@ class LLMLingua2(LLMLingua):
 
     @functools.cached_property
     def compressor(self) -> Any:
-        """The package's object; it seeds every generator, which is undone."""
+        """The package's object; it seeds every generator and turns cuDNN's switches, which is undone."""
+        import numpy
+
+        name, cudnn = self.contest.asked.llmlingua2_model or "", torch.backends.cudnn
+        if not any(known in name for known in ("xlm-roberta-large", "bert-base-multilingual-cased")):
+            raise LatentWireError(
+                f"--llmlingua2_model {name}: its path must hold xlm-roberta-large or bert-base-multilingual-cased, by "
+                "which llmlingua tells tokenizers apart"
+            )
+        before = random.getstate(), numpy.random.get_state(), cudnn.deterministic, cudnn.benchmark
+        hashing = {key: os.environ[key] for key in ("PYTHONHASHSEED",) if key in os.environ}
         package = require("llmlingua.prompt_compressor", "llmlingua")
-        counter, original = (
-            type("Counter", (), {"encode": staticmethod(str.split)}),
-            package.tiktoken.encoding_for_model,
-        )
-        package.tiktoken.encoding_for_model = lambda *_: counter
-        states = random.getstate(), torch.get_rng_state()
+        counter = type("Counter", (), {"encode": staticmethod(str.split)})
+        original, package.tiktoken.encoding_for_model = package.tiktoken.encoding_for_model, lambda *_: counter
+        how = {"trust_remote_code": False, "local_files_only": self.contest.settings.offline}
         try:
-            return package.PromptCompressor(
-                self.contest.asked.llmlingua2_model, str(self.responder.receiver.device), {"trust_remote_code": False},
-                use_llmlingua2=True,
-            )  # fmt: skip
+            with torch.random.fork_rng(range(torch.cuda.device_count())):
+                return package.PromptCompressor(name, str(self.responder.receiver.device), how, use_llmlingua2=True)
         finally:
             package.tiktoken.encoding_for_model = original
-            random.setstate(states[0])
-            torch.set_rng_state(states[1])
+            random.setstate(before[0])
+            numpy.random.set_state(before[1])
+            cudnn.deterministic, cudnn.benchmark = before[2:]
+            os.environ.pop("PYTHONHASHSEED", None)
+            os.environ.update(hashing)
 
     def once(self, example: Example, rate: float) -> str:
         """The context at one nominal rate."""
