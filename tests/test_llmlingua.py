@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -164,3 +165,33 @@ def test_short_prompts_are_compressed(expected, compressors):
     assert 100 < count < 200
     found = compressors["wide"].compress_prompt(text, **how)["compressed_prompt"]
     assert 0.15 < len(tokenizer(found, add_special_tokens=False).input_ids) / count < 0.35
+
+
+@pytest.mark.parametrize("count", [150, 401, 402, 403, 605, 606])
+def test_equal_windows_leave_no_window_whole(compressors, count):
+    compressor = compressors["wide"]
+    tokenizer = compressor.tokenizer
+    text = tokenizer.decode(tokenizer(LONG, add_special_tokens=False).input_ids[:count])
+    found = compressor.compress_prompt(text, rate=0.25, iterative_size=0)["compressed_prompt"]
+    assert 0.18 < len(tokenizer(found, add_special_tokens=False).input_ids) / count < 0.32
+
+
+def test_a_text_read_before_compresses_the_same(folders, compressors):
+    lm = lw.load_lm(str(folders["wide"]), lw.ModelSettings(device="cpu", dtype="float32"), True)
+    for rate in RATES:
+        how = {"rate": rate, **DYNAMIC, "iterative_size": 0}
+        fresh, again = lw.prompt_compressor(lm), [compressors["wide"].compress_prompt(SEVERAL, **how) for _ in range(2)]
+        assert [found["compressed_prompt"] for found in again] == [
+            fresh.compress_prompt(SEVERAL, **how)["compressed_prompt"]
+        ] * 2
+
+
+def test_selective_writes_a_shared_character_once(folders):
+    lm = lw.load_lm(str(folders["wide"]), lw.ModelSettings(device="cpu", dtype="float32"), True)
+    contest = SimpleNamespace(
+        speaker=lm, asked=SimpleNamespace(compressor=None), responder_of=lambda role: SimpleNamespace(receiver=lm)
+    )
+    text = "北京市 and 🎻 of Königsberg"
+    found = lw.Selective(contest).compress(lw.Example("1", text, "", ("",)), len(lm.ids(text)) - 3)
+    left = iter(text)
+    assert 0 < len(found) < len(text) and all(character in left for character in found), found
