@@ -7301,7 +7301,8 @@ class Selective(Compressed):
         order = sorted(range(len(ids)), key=lambda i: (-surprise[i], i))
 
         def kept(count: int) -> str:
-            return "".join(example.context[slice(*spans[i])] for i in sorted(order[:count])).strip()
+            chosen = {at for i in order[:count] for at in range(*spans[i])}  # several tokens may share one character
+            return "".join(example.context[at] for at in sorted(chosen)).strip()
 
         low, high = 0, len(ids)
         while low < high:
@@ -7319,11 +7320,7 @@ def prompt_compressor(lm: LM) -> Any:
     package = require("llmlingua.prompt_compressor", "llmlingua")
     from transformers import DynamicCache
 
-    counter = type(
-        "Counter",
-        (),
-        {"encode": staticmethod(lambda text, **_: lm.tokenizer(text, add_special_tokens=False).input_ids)},
-    )
+    counter = type("Counter", (), {"encode": staticmethod(lambda text, **_: lm.ids(text))})
 
     class Compressor(package.PromptCompressor):  # type: ignore[name-defined]
         """The package's own, with three methods mended."""
@@ -7333,16 +7330,24 @@ def prompt_compressor(lm: LM) -> Any:
             self.tokenizer, self.model, self.device = lm.tokenizer, lm.model, str(lm.device)
             self.context_idxs: list[Any] = []
             self.max_position_embeddings = lm.config.max_position_embeddings
+            self.read: dict[Any, Any] = {}
 
         @torch.no_grad()
         def get_ppl(
             self, text: str, granularity: str = "sentence", input_ids: Any = None, attention_mask: Any = None,
             past_key_values: Any = None, return_kv: bool = False, **asked: Any,
         ) -> Any:  # fmt: skip
-            """Nats per token, with keys and values as the lists of pairs that the package works on."""
+            """Nats per token, with keys and values as the lists of pairs that the package works on.
+
+            A whole prompt is read once for all rates; the package throws its keys and values away.
+            """
             if input_ids is None:
                 found = self.tokenizer(text, return_tensors="pt").to(self.device)
                 input_ids, attention_mask = found["input_ids"], found["attention_mask"]
+            whole = past_key_values is None and asked.get("end") is None
+            key = (tuple(input_ids[0].tolist()), granularity, *asked.values())
+            if whole and key in self.read:
+                return (self.read[key], None) if return_kv else self.read[key]
             past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
             end = min(asked.get("end") or input_ids.shape[1], past + self.max_position_embeddings)
             cache = DynamicCache(ddp_cache_data=past_key_values)  # without config: no layer slides, nothing is dropped
@@ -7355,11 +7360,22 @@ def prompt_compressor(lm: LM) -> Any:
                 logits.reshape(-1, logits.size(-1))[real].float(), labels.reshape(-1)[real], reduction="none"
             )
             at = asked.get("condition_pos_id", 0)
-            nats = nats[
-                {"before": slice(at), "after": slice(at, None)}.get(asked.get("condition_mode", ""), slice(None))
-            ]
+            sides = {"before": slice(at), "after": slice(at, None)}
+            nats = nats[sides.get(asked.get("condition_mode", ""), slice(None))]
             found = nats.mean() if granularity == "sentence" else nats
+            if whole:
+                if len(self.read) == 256:
+                    self.read.clear()
+                self.read[key] = found
             return (found, [(layer.keys, layer.values) for layer in out.past_key_values.layers]) if return_kv else found
+
+        def iterative_compress_prompt(
+            self, context: list[str], target_token: float, iterative_size: int = 200, start: int = 0, **rest: Any
+        ) -> Any:
+            """Size 0: equal windows of at most 200 tokens of what is left; a last one that is not full stays whole."""
+            count = len(self.tokenizer("\n\n".join(context), add_special_tokens=False).input_ids) - start
+            size = iterative_size or max(1, count // math.ceil(max(1, count) / 200))
+            return super().iterative_compress_prompt(context, target_token, size, start=start, **rest)
 
         def get_compressed_input(
             self, loss: Any, input_ids: Any, attention_mask: Any, end: int = 200, iterative_size: int = 200, **rest: Any
@@ -7381,8 +7397,6 @@ def prompt_compressor(lm: LM) -> Any:
 class LLMLingua(Compressed):
     """LLMLingua's own package with the sender as its model; a rate is searched that meets the budget."""
 
-    how: ClassVar[dict[str, Any]] = {}
-
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
         """Where the package is installed."""
@@ -7394,29 +7408,32 @@ class LLMLingua(Compressed):
         return prompt_compressor(self.model)
 
     def once(self, example: Example, rate: float) -> str:
-        """The context at one nominal rate; windows of equal size, or the last one would stay whole."""
-        count = len(self.model.ids(example.context))
-        size = math.ceil(count / math.ceil(count / 200))
-        how = {"rate": rate, "iterative_size": size, "concate_question": False, **self.how}
-        asked = {"question": example.question} if self.how else {}
-        found = self.compressor.compress_prompt(self.pieces(example.context), **asked, **how)
-        return str(found["compressed_prompt"]).strip()
+        """The context at one nominal rate; the question steers, but is left out."""
+        how = {"rate": rate, "iterative_size": 0, "concate_question": False, **self.how(example, rate)}
+        return str(self.compressor.compress_prompt(self.pieces(example.context), **how)["compressed_prompt"]).strip()
+
+    def how(self, example: Example, rate: float) -> dict[str, Any]:
+        """Options beyond the package's own."""
+        return {}
 
     def pieces(self, context: str) -> list[str]:
         """What the package sees as documents."""
         return [context]
 
     def compress(self, example: Example, budget: int) -> str:
-        """Of at most eight rates the one whose result comes nearest, by bisection."""
-        lm, low, high = self.responder.receiver, 0.0, 1.0
-        found: list[tuple[int, str]] = []
+        """Of at most eight rates the one whose result comes nearest, by false position (Illinois)."""
+        lm, found, before = self.responder.receiver, list[tuple[int, str]](), 0
+        low, under, high, over = 0.0, -float(budget), 1.0, float(len(lm.ids(example.context)) - budget)
         for _ in range(8):
-            text = self.once(example, rate := (low + high) / 2)
-            size = len(lm.ids(text))
-            found.append((abs(size - budget), text))
-            if found[-1][0] <= 0.05 * budget:
+            rate = low + (high - low) * under / (under - over)
+            text = self.once(example, rate)
+            gap = len(lm.ids(text)) - budget
+            found.append((abs(gap), text))
+            if abs(gap) <= 0.05 * budget:
                 break
-            low, high = (rate, high) if size < budget else (low, rate)
+            worn = 2 if gap * before > 0 else 1  # the end that stays a second time counts half
+            low, under, high, over = (rate, gap, high, over / worn) if gap < 0 else (low, under / worn, rate, gap)
+            before = gap
         return min(found)[1]
 
 
@@ -7424,15 +7441,18 @@ class LLMLingua(Compressed):
 class LongLLMLingua(LLMLingua):
     """The same, asked with the question (LongLLMLingua; Jiang et al. 2024)."""
 
-    how: ClassVar[dict[str, Any]] = {
-        "rank_method": "longllmlingua", "condition_in_question": "after_condition", "condition_compare": True,
-        "reorder_context": "sort", "dynamic_context_compression_ratio": 0.3,
-    }  # fmt: skip
+    def how(self, example: Example, rate: float) -> dict[str, Any]:
+        """Its authors' options; rates spread around the asked one by no more than that, or small budgets are not met."""
+        return {
+            "question": example.question, "rank_method": "longllmlingua", "condition_in_question": "after_condition",
+            "condition_compare": True, "reorder_context": "sort", "dynamic_context_compression_ratio": min(0.3, rate),
+        }  # fmt: skip
 
     def pieces(self, context: str) -> list[str]:
         """Paragraphs, or the sentences of a single one: these are ranked by the question."""
-        lines = context.splitlines()
-        return lines if len(lines) > 1 else re.split(r"(?<=[.!?])\s+", context)
+        lines = context.split("\n")
+        found = lines if len(lines) > 1 else re.split(r"(?<=[.!?])\s+", context)
+        return [piece for piece in map(str.strip, found) if piece]
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
@@ -7453,23 +7473,31 @@ class LLMLingua2(LLMLingua):
 
     @functools.cached_property
     def compressor(self) -> Any:
-        """The package's object; it seeds every generator, which is undone."""
+        """The package's object; it seeds every generator and turns cuDNN's switches, which is undone."""
+        import numpy
+
+        name, cudnn = self.contest.asked.llmlingua2_model or "", torch.backends.cudnn
+        if not any(known in name for known in ("xlm-roberta-large", "bert-base-multilingual-cased")):
+            raise LatentWireError(
+                f"--llmlingua2_model {name}: its path must hold xlm-roberta-large or bert-base-multilingual-cased, by "
+                "which llmlingua tells tokenizers apart"
+            )
+        before = random.getstate(), numpy.random.get_state(), cudnn.deterministic, cudnn.benchmark
+        hashing = {key: os.environ[key] for key in ("PYTHONHASHSEED",) if key in os.environ}
         package = require("llmlingua.prompt_compressor", "llmlingua")
-        counter, original = (
-            type("Counter", (), {"encode": staticmethod(str.split)}),
-            package.tiktoken.encoding_for_model,
-        )
-        package.tiktoken.encoding_for_model = lambda *_: counter
-        states = random.getstate(), torch.get_rng_state()
+        counter = type("Counter", (), {"encode": staticmethod(str.split)})
+        original, package.tiktoken.encoding_for_model = package.tiktoken.encoding_for_model, lambda *_: counter
+        how = {"trust_remote_code": False, "local_files_only": self.contest.settings.offline}
         try:
-            return package.PromptCompressor(
-                self.contest.asked.llmlingua2_model, str(self.responder.receiver.device), {"trust_remote_code": False},
-                use_llmlingua2=True,
-            )  # fmt: skip
+            with torch.random.fork_rng(range(torch.cuda.device_count())):
+                return package.PromptCompressor(name, str(self.responder.receiver.device), how, use_llmlingua2=True)
         finally:
             package.tiktoken.encoding_for_model = original
-            random.setstate(states[0])
-            torch.set_rng_state(states[1])
+            random.setstate(before[0])
+            numpy.random.set_state(before[1])
+            cudnn.deterministic, cudnn.benchmark = before[2:]
+            os.environ.pop("PYTHONHASHSEED", None)
+            os.environ.update(hashing)
 
     def once(self, example: Example, rate: float) -> str:
         """The context at one nominal rate."""
