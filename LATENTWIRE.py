@@ -6002,7 +6002,8 @@ class Contest:
     def kept(self, example: Example) -> int:
         """How many receiver tokens stand for the text in methods with a budget."""
         if self.asked.budget_ratio:
-            whole = self.setup.receiver.ids(self.setup.part.receiver_text(example))
+            part = self.setup.part
+            whole = self.setup.receiver.ids(example.context if part.agnostic else part.receiver_text(example))
             return max(1, round(len(whole) / self.asked.budget_ratio))
         return self.asked.token_budget_k or self.slots
 
@@ -7457,7 +7458,7 @@ class LongLLMLingua(LLMLingua):
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
         """Where questions are asked."""
-        return super().suits(setup, settings) and bool(setup.splits["evaluated"][0].question)
+        return super().suits(setup, settings) and all(example.question for example in setup.splits["evaluated"])
 
 
 @METHODS.register("llmlingua2")
