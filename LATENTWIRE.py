@@ -7576,7 +7576,7 @@ class TunedMethod(ReadingMethod):
                     checked = [float(self.loss(group)) * len(group) for group in batches(held, size)]
                 found = sum(checked) / len(held) if held else float(loss.detach())
                 if found < best or not kept:
-                    best, kept = found, {name: p.detach().clone() for name, p in parameters.items()}
+                    best, kept = min(best, found), {name: p.detach().clone() for name, p in parameters.items()}
             self.contest.told(f"{self.name} at {rate:g}", step, steps)
         return best, kept
 
@@ -7588,9 +7588,13 @@ class TunedMethod(ReadingMethod):
             for rate in self.contest.asked.rival_lrs or self.rates[: self.contest.asked.rival_tries]
         }
         best = min(tried, key=lambda rate: tried[rate][0])
+        if not math.isfinite(tried[best][0]):
+            raise RuntimeError("training diverged at every learning rate; give smaller ones with --rival_lrs")
         self.details = {
             "learning_rate": best,
-            "validation_loss": {f"{rate:g}": loss for rate, (loss, _) in tried.items()},
+            "validation_loss": {
+                f"{rate:g}": loss if math.isfinite(loss) else None for rate, (loss, _) in tried.items()
+            },
         }
         parameters = self.begin()
         with torch.no_grad():
