@@ -6979,7 +6979,8 @@ class ProbeMethod(Method):
         """(B, L·D) as numpy."""
         texts = [self.contest.text(example) for example in examples]
         train, evaluated = self.stores[tuple(layers)]
-        return (evaluated if texts[0] in evaluated.index else train).pooled(texts, pooling).numpy()
+        own = all(text in evaluated.index for text in texts)  # a text may stand in both
+        return (evaluated if own else train).pooled(texts, pooling).numpy()
 
     @functools.cached_property
     def stores(self) -> dict[tuple[int, ...], tuple[StateStore, StateStore]]:
