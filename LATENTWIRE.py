@@ -7713,15 +7713,13 @@ class TrainedBridge(Method):
         """The trained bridge as a method."""
         contest = self.contest
         asked, rows = contest.asked, contest.setup.splits["train"]
-        folder = (
-            contest.home
-            / f"{self.name}-{digest_of([self.changes(), asked.rival_steps, contest.settings.determining()])}"
-        )
         size = min(32, len(rows))
         steps = asked.rival_steps or max(1, round(asked.rival_epochs * len(rows) / size))
+        own = [self.changes(), steps, contest.seed, contest.settings.determining()]
+        folder = contest.home / f"{self.name}-{digest_of(own)}"
         base = contest.settings.model_dump(exclude_unset=True) | {
             "steps": steps, "epochs": None, "batch_size": size, "latent_len": contest.slots, "output_dir": folder,
-            "auto_resume": True, "resume": None, "seeds": None, "samples": len(rows),
+            "auto_resume": True, "resume": None, "seeds": None, "samples": len(rows), "seed": contest.seed,
         }  # fmt: skip
         train_in(World(), TrainSettings(**(base | self.changes())), Told(contest.told), contest.signals)
         check = EvalSettings(**asked.model_dump(include=set(AskedSettings.model_fields), exclude={"methods"}, exclude_unset=True),
