@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -386,3 +387,381 @@ def test_lora_has_the_rank_that_was_asked(toy):
         ranks = {len(p) for name, p in method.begin().items() if "lora_A" in name}
         scales = {part.scaling["default"] for part in toy.setup.receiver.tuned}
     assert (ranks, scales) == ({3}, {2.0})
+
+
+# ---- probes --------------------------------------------------------------------------------------------------------------
+
+
+def by_hand(contest: lw.Contest, reader: lw.LM, layer: int, pooling: str, examples: Sequence[lw.Example]) -> Any:
+    """Features of each text, read alone."""
+    rows = [[*reader.bos, *reader.ids(contest.setup.part.sender_text(e))] for e in examples]
+    with torch.no_grad():
+        states = [reader.model(torch.tensor([row]), output_hidden_states=True).hidden_states[layer][0] for row in rows]
+    part = {"mean": lambda h: h.mean(0), "last": lambda h: h[-1], "first": lambda h: h[0]}[pooling]
+    return torch.stack([part(h) for h in states]).numpy()
+
+
+@pytest.mark.parametrize("name", ["probe", "probe:receiver"])
+def test_a_probe_equals_scikit_learns_grid_search_called_directly(name, here):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    reader = here.setup.receiver if name == "probe:receiver" else here.setup.sender
+    train, test = here.setup.splits["train"], here.examples
+    with using(name, here, probe_layers=["1", "2"], pooling=["mean", "last"]) as method:
+        found = method.answers(test)
+    direct = {}
+    for layer in (1, 2):
+        for pooling in ("mean", "last"):
+            search = GridSearchCV(
+                make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)),
+                {"logisticregression__C": [0.001, 0.01, 0.1, 1.0]}, cv=3,
+            )  # fmt: skip
+            search.fit(by_hand(here, reader, layer, pooling, train), [e.label for e in train])
+            direct[layer, pooling] = search, by_hand(here, reader, layer, pooling, test)
+    told = {(one["layers"][0], one["pooling"]): one for one in method.details["tried"]}
+    assert [*told] == [*direct]
+    for key, (search, x) in direct.items():
+        assert told[key]["C"] == search.best_params_["logisticregression__C"]
+        assert told[key]["cross_validation"] == pytest.approx(search.best_score_, abs=1e-6)
+        assert told[key]["accuracy"] == pytest.approx(search.score(x, [e.label for e in test]), abs=1e-6)
+    search, x = max(direct.values(), key=lambda one: one[0].best_score_)
+    wanted = torch.from_numpy(search.predict_log_proba(x)).float()
+    torch.testing.assert_close(scores(found), wanted, rtol=0, atol=2e-3)
+    assert [answer.text for answer in found] == [COLOURS[i] for i in search.predict(x)]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "first"])
+def test_pooling_is_what_it_says(pooling, here):
+    flat = torch.randn(9, 2, 3, generator=torch.Generator().manual_seed(1))
+    store = lw.StateStore(flat, torch.tensor([0, 4, 5, 9]), {"a": 0, "b": 1, "c": 2}, 0.0, "here")
+    pieces = [flat[5:9], flat[0:4]]
+    rows = {"mean": [p.mean(0) for p in pieces], "last": [p[-1] for p in pieces], "first": [p[0] for p in pieces]}
+    torch.testing.assert_close(store.pooled(["c", "a"], pooling), torch.stack(rows[pooling]).flatten(1))
+    with using("probe", here, probe_layers=["1"], pooling=[pooling]) as method:
+        x = torch.from_numpy(method.features(here.examples[:5], (1,), pooling))
+    wanted = torch.from_numpy(by_hand(here, here.setup.sender, 1, pooling, here.examples[:5]))
+    torch.testing.assert_close(x, wanted, rtol=0, atol=1e-4)
+
+
+def test_layers_are_chosen_by_cross_validation_and_never_by_test_rows(toy, monkeypatch):
+    train = {e.id for e in toy.setup.splits["train"]}
+    chance = random.Random(3)
+
+    def features(self: Any, examples: Sequence[lw.Example], layers: Sequence[int], pooling: str) -> Any:
+        seen = {e.id for e in examples} == train and len(examples) == len(train)
+        good = seen == (layers == (1,))  # layer 1 knows the train rows, layer 2 the test rows
+        told = [e.label if good else chance.randrange(4) for e in examples]
+        return torch.eye(4)[told].numpy()
+
+    monkeypatch.setattr(lw.ProbeMethod, "features", features)
+    for order in (["1", "2"], ["2", "1"]):
+        with using("probe", toy, probe_layers=order) as method:
+            assert method.best[1] == (1,)
+        assert [one["layers"] for one in method.details["tried"]] == [[int(order[0])], [int(order[1])]]
+
+
+def test_a_text_that_stands_in_both_splits_does_not_stop_the_probe(here):
+    twin = replace(here.setup.splits["train"][0], id="twin", context=here.examples[3].context)
+    splits = {**here.setup.splits, "train": [twin, *here.setup.splits["train"]]}
+    contest = lw.Contest(replace(here.setup, splits=splits), here.settings, here.asked, here.responder)
+    assert len(lw.METHODS["probe"](contest).answers(here.examples)) == len(here.examples)
+
+
+def test_a_class_that_train_never_shows_is_never_said(here):
+    train = [e for e in here.setup.splits["train"] if e.label != 1]
+    contest = lw.Contest(replace(here.setup, splits={**here.setup.splits, "train": train}), here.settings, here.asked,
+                         here.responder)  # fmt: skip
+    found = lw.METHODS["probe"](contest).answers(here.examples)
+    assert {answer.scores[1] for answer in found} == {-1e9}
+    assert all(math.exp(answer.scores[0]) + math.exp(answer.scores[2]) == pytest.approx(1) for answer in found)
+
+
+# ---- what the sender says ------------------------------------------------------------------------------------------------
+
+
+def heard(contest: lw.Contest, examples: Sequence[lw.Example], contexts: Sequence[str]) -> list[lw.Answer]:
+    """What the receiver answers where other words stand for the text."""
+    changed = [replace(e, context=text) for e, text in zip(examples, contexts, strict=True)]
+    return lw.Responder(contest.responder.prompting).answers(changed, None, text=True)
+
+
+def test_relays_of_every_budget_read_the_beginning_of_one_note(here, monkeypatch):
+    contest, said = asking(here, relay_tokens=50), []
+    generate = lw.LM.generate
+
+    def counting(self: lw.LM, prefill: Any, count: int, *rest: Any, **more: Any) -> list[str]:
+        if self is here.setup.sender:
+            said.append(count)
+        return generate(self, prefill, count, *rest, **more)
+
+    monkeypatch.setattr(lw.LM, "generate", counting)
+    some, lm = here.examples[:5], here.setup.sender
+    whole = None
+    for count in (50, 1, 2, 4, 8, 16):
+        answers = lw.METHODS[f"text_relay:{count}"](contest).answers(some)
+        notes = contest.notes(some)
+        whole = whole or notes
+        assert notes == whole and max(map(len, notes)) > 16
+        texts = [lm.tokenizer.decode(note[:count]).strip() for note in notes]
+        wanted = heard(here, some, texts)
+        torch.testing.assert_close(scores(answers), scores(wanted), rtol=0, atol=1e-4)
+        assert [answer.nbytes for answer in answers] == [len(text.encode()) for text in texts]
+        assert [answer.tokens for answer in answers] == [len(here.setup.receiver.ids(text)) for text in texts]
+    assert said == [50]
+
+
+def test_a_note_is_greedy_after_the_text_and_the_task(here):
+    contest, lm, example = asking(here, relay_tokens=3), here.setup.sender, here.examples[0]
+    opening = here.setup.part.receiver_text(example).rstrip() + "\n\nWhich of these is it: rose, ruby, sand?"
+    ids = lm.ids(f"{opening} Name it, then say why, for somebody who cannot read the text.\nNote:")
+    for _ in range(3):
+        with torch.no_grad():
+            ids.append(int(lm.model(torch.tensor([[*lm.bos, *ids]])).logits[0, -1].argmax()))
+    assert contest.notes([example]) == [lm.ids(lm.tokenizer.decode(ids[-3:]).strip())]
+
+
+def test_relays_longer_than_a_note_may_be_do_not_run(here):
+    names = [f"text_relay:{count}" for count in (1, 2, 4, 8, 16, 50)]
+    found = lw.chosen_methods(asking(here, methods=["text_relay"], relay_tokens=16).asked, here.setup)
+    assert found == names[:5]
+
+
+def test_the_senders_own_label_is_all_that_the_receiver_reads(here):
+    sender, lm = here.setup.sender, here.setup.receiver
+    answers = lw.METHODS["sender_label"](here).answers(here.examples)
+    labels = []
+    for example in here.examples:
+        ids = sender.ids(here.setup.part.receiver_text(example) + "Answer:")
+        likely = [spoken(sender, ids, sender.ids(f" {word}")) for word in COLOURS]
+        labels.append(COLOURS[likely.index(max(likely))])
+    assert len({*labels}) > 1
+    torch.testing.assert_close(scores(answers), scores(heard(here, here.examples, labels)), rtol=0, atol=1e-4)
+    assert [(a.nbytes, a.tokens) for a in answers] == [(len(label), len(lm.ids(label))) for label in labels]
+
+
+def test_where_answers_are_free_the_senders_words_are_its_label(free):
+    method, some = lw.METHODS["sender_label"](free), free.examples[:3]
+    said = [answer.text for answer in lw.METHODS["zeroshot:sender"](free).answers(some)]
+    assert method.contexts(some) == said and any(said)
+
+
+def test_an_ensemble_multiplies_the_two_models_probabilities(here):
+    both = [scores(lw.METHODS[name](here).answers(here.examples)) for name in ("text", "zeroshot:sender")]
+    found = lw.METHODS["ensemble"](here).answers(here.examples)
+    wanted = both[0].log_softmax(-1) + both[1].log_softmax(-1)
+    torch.testing.assert_close(scores(found), wanted, rtol=0, atol=1e-4)
+    assert [answer.text for answer in found] == [COLOURS[i] for i in wanted.argmax(-1).tolist()]
+    assert not lw.chosen_methods(
+        asking(here, methods=["ensemble"]).asked, replace(here.setup, part=lw.Task(here.settings))
+    )
+
+
+# ---- budgets -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def agnostic(data: Path) -> lw.Contest:
+    return contest_on(data / "free", protocol="question-agnostic")
+
+
+@pytest.mark.parametrize("count", [3, 30, 41, 500])
+@pytest.mark.parametrize("keep", ["head", "tail", "both"])
+def test_a_token_budget_keeps_the_question_and_exactly_so_many_tokens(keep, count, free, agnostic):
+    name, lm = "token_budget" if keep == "head" else f"token_budget:{keep}", free.setup.receiver
+    for contest in (free, agnostic):
+        with using(name, contest, token_budget_k=count) as method:
+            rows = [method.ids(example) for example in contest.examples]
+            answers = method.answers(contest.examples[:2])
+        assert [answer.tokens for answer in answers] == [len(row) for row in rows[:2]]
+        assert [answer.nbytes for answer in answers] == [len(lm.tokenizer.decode(row).encode()) for row in rows[:2]]
+        for example, row in zip(contest.examples, rows, strict=True):
+            own, asked = lm.ids(example.context), lm.ids(f"\nQuestion: {ASKED}\n")
+            room = count if contest is agnostic else max(0, count - len(asked))
+            left = {"head": room, "tail": 0, "both": room // 2}[keep]
+            kept = own if room >= len(own) else own[:left] + own[len(own) - (room - left) :]
+            assert row == [*kept, *asked] if contest is agnostic else row == [*kept, *asked][:count]
+            assert contest is agnostic or len(row) == min(count, len(own) + len(asked))
+
+
+def test_a_budget_may_be_a_share_of_the_text_or_as_many_as_latents(free):
+    lm, example = free.setup.receiver, free.examples[0]
+    whole = len(lm.ids(free.setup.part.receiver_text(example)))
+    assert asking(free, budget_ratio=3.0).kept(example) == round(whole / 3)
+    assert asking(free, soft_tokens=7).kept(example) == 7
+    assert asking(free, token_budget_k=9).kept(example) == 9
+
+
+@pytest.mark.parametrize("count", [15, 16, 17, 31, 32, 33, 400])
+def test_a_byte_budget_keeps_the_question_and_whole_characters(count, free, agnostic):
+    contexts = ["é" * 20, "👍🏽" * 5, "plain words and more of them"]
+    for contest in (free, agnostic):
+        examples = [replace(e, context=text) for e, text in zip(contest.examples, contexts, strict=False)]
+        with using("byte_budget", contest, byte_budget=count) as method:
+            found = method.contexts(examples)
+            prompts = method.prompts(examples, found)
+            answers = method.answers(examples)
+        room = count if contest is agnostic else count - len(ASKED)
+        for text, kept in zip(contexts, found, strict=True):
+            size = len(kept.encode())
+            assert text.startswith(kept) and size <= room
+            assert kept == text or size + len(text[len(kept)].encode()) > room
+        assert prompts == [f"{kept}\nQuestion: {ASKED}\n" for kept in found]
+        assert [answer.nbytes for answer in answers] == [len(kept.encode()) for kept in found]
+
+
+@pytest.mark.parametrize("budget", [1, 12, 30])
+@pytest.mark.parametrize("compressor", ["tiny-llama", "tiny-qwen"])
+def test_selective_keeps_the_most_surprising_tokens_that_fit(budget, compressor, free):
+    lm, reader = lw.load_lm(compressor, free.settings), free.setup.receiver
+    named = None if compressor == "tiny-llama" else compressor
+    with using("selective", free, compressor=named, methods=["selective"]) as method:
+        assert method.model.name == compressor
+        for example in free.examples[:3]:
+            ids, spans = lm.pieces(example.context)
+            with torch.no_grad():
+                logs = lm.model(torch.tensor([[*lm.bos, *ids]])).logits[0].log_softmax(-1)
+            offset = len(lm.bos)
+            nats = [math.inf if i + offset == 0 else -float(logs[i + offset - 1, t]) for i, t in enumerate(ids)]
+            order = sorted(range(len(ids)), key=lambda i: -nats[i])
+            texts = [
+                "".join(example.context[slice(*spans[i])] for i in sorted(order[:n])).strip()
+                for n in range(len(ids) + 1)
+            ]
+            fitting = [n for n, text in enumerate(texts) if len(reader.ids(text)) <= budget]
+            assert method.compress(example, budget) in {texts[n] for n in fitting[-2:]}
+
+
+def test_a_text_that_fits_is_not_compressed(free):
+    with using("selective", free, token_budget_k=500, methods=["selective"]) as method:
+        assert method.contexts(free.examples) == [e.context for e in free.examples]
+    asked = len(free.setup.receiver.ids(f"\nQuestion: {ASKED}\n"))
+    with using("selective", free, token_budget_k=asked + 20, methods=["selective"]) as method:
+        found = method.contexts(free.examples)
+    assert all(15 <= len(free.setup.receiver.ids(text)) <= 20 for text in found)
+
+
+@pytest.mark.parametrize("name", ["llmlingua", "longllmlingua", "llmlingua2"])
+@pytest.mark.parametrize("budget", [60, 150])
+def test_llmlingua_comes_near_the_budget(name, budget, free, classifier):
+    pytest.importorskip("llmlingua")
+    words = random.Random(7)
+    text = " ".join("".join(words.choices("abcdeghilmnorstu", k=words.randint(2, 7))) for _ in range(75))
+    text = ". ".join(text[i : i + 60].strip() for i in range(0, len(text), 60)) + "."
+    example = replace(free.examples[0], context=text)
+    asked = {"methods": [name], "llmlingua2_model": str(classifier)}
+    with using(name, free, **asked) as method:
+        plain = random.getstate(), torch.get_rng_state()
+        assert method.compressor
+        assert random.getstate() == plain[0] and torch.equal(torch.get_rng_state(), plain[1])
+        found = method.compress(example, budget)
+    size = len(free.setup.receiver.ids(found))
+    assert len(free.setup.receiver.ids(text)) > 300
+    assert abs(size - budget) <= 0.1 * budget
+
+
+def test_compressors_of_class_tasks_run_only_when_they_are_named(here, free):
+    assert "selective" not in lw.chosen_methods(asking(here, methods=["all"]).asked, here.setup)
+    assert "selective" in lw.chosen_methods(asking(here, methods=["selective"]).asked, here.setup)
+    assert "selective" in lw.chosen_methods(asking(free, methods=["all"]).asked, free.setup)
+
+
+# ---- caches, partners, other tasks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-qwen", "tiny-gemma"])
+def test_a_cache_of_the_same_model_says_what_the_text_says(name, data):
+    contest = contest_on(data / "here", sender=name, receiver=name, methods=["kv_cache"])
+    assert lw.chosen_methods(contest.asked, contest.setup) == ["kv_cache"]
+    some = contest.examples
+    found, text = lw.METHODS["kv_cache"](contest).answers(some), lw.METHODS["text"](contest).answers(some)
+    torch.testing.assert_close(scores(found), scores(text), rtol=0, atol=1e-4)
+    assert [answer.text for answer in found] == [answer.text for answer in text]
+    lm = contest.setup.receiver
+    config, counts = lm.config, [len(lm.ids(contest.setup.part.receiver_text(e))) for e in some]
+    assert [answer.tokens for answer in found] == counts
+    each = 2 * config.num_hidden_layers * config.num_key_value_heads * lm.blocks[0].self_attn.head_dim * 4
+    assert [answer.nbytes for answer in found] == [each * count for count in counts]
+
+
+def test_a_cache_needs_models_of_one_shape(here):
+    asked = asking(here, methods=["kv_cache"]).asked
+    assert lw.chosen_methods(asked, here.setup) == []
+    twin = lw.load_lm("tiny-qwen", here.settings)
+    assert lw.chosen_methods(asked, replace(here.setup, sender=twin)) == ["kv_cache"]
+
+
+@pytest.fixture(scope="module")
+def channel(toy_run: Path) -> lw.Channel:
+    settings = lw.EvalSettings(checkpoint=toy_run, num_samples=40, state_cache="memory")
+    return lw.open_channel(settings, lw.resolve_checkpoint(toy_run))[0]
+
+
+def test_a_partner_of_the_same_label_is_another_example(channel):
+    method = lw.METHODS["same_label"](channel)
+    labels = [example.label for example in channel.examples]
+    assert [labels[i] for i in method.partner] == labels
+    assert sorted(method.partner) == [*range(40)] and all(i != p for i, p in enumerate(method.partner))
+    assert [method.message(e) for e in channel.examples] == [channel.messages[p] for p in method.partner]
+    alone = lw.Channel(channel.setup, channel.settings, channel.asked, channel.listener, None)
+    lonely = next(i for i, label in enumerate(labels) if label == 0)
+    alone.examples = [e for i, e in enumerate(channel.examples) if labels[i] != 0 or i == lonely]
+    partner = lw.METHODS["same_label"](alone).partner
+    assert [i for i, p in enumerate(partner) if i == p] == [
+        i for i, e in enumerate(alone.examples) if e is channel.examples[lonely]
+    ]
+
+
+def test_a_bridge_of_the_task_itself_is_no_wrong_task(toy, here, toy_run):
+    with pytest.raises(lw.LatentWireError, match="trained on toy, the task itself"):
+        lw.METHODS["control:wrong_task"](asking(toy, wrong_task=toy_run)).answers(toy.examples[:1])
+    assert not lw.chosen_methods(asking(here, methods=["control:wrong_task"]).asked, here.setup)
+    answers = lw.METHODS["control:wrong_task"](asking(here, wrong_task=toy_run)).answers(here.examples[:2])
+    assert all(len(answer.scores) == 3 and answer.nbytes > 0 for answer in answers)
+
+
+def test_a_trained_bridge_is_trained_with_the_seed_it_is_asked(toy, tmp_path):
+    seeds, languages = [], set()
+    for seed in (42, 7):
+        contest = asking(toy, seed, rival_steps=1, soft_tokens=3)
+        contest.home = tmp_path / str(seed)
+        inner = lw.METHODS["linear_bridge"](contest).inner
+        seeds.append(inner.channel.settings.seed)
+        assert inner.channel.bridge.shape.latent_len == 3 and inner.channel.setup.sender.name == "tiny-llama"
+        assert inner.channel.examples == toy.examples
+        assert {e.id for e in inner.channel.setup.splits["train"]} <= {e.id for e in toy.setup.splits["train"]}
+        languages.add(inner.channel.bridge.fingerprint())
+    assert seeds == [42, 7] and len(languages) == 2
+
+
+def test_a_bridge_trained_longer_or_with_another_seed_is_another_bridge(toy, tmp_path):
+    found = []
+    for seed, epochs in ((1, 0.5), (1, 1.0), (1, 0.5), (2, 0.5)):
+        contest = asking(toy, seed, rival_steps=None, rival_epochs=epochs)
+        contest.home = tmp_path
+        channel = lw.METHODS["linear_bridge"](contest).inner.channel
+        found.append((channel.bridge.fingerprint(), channel.settings.steps, channel.settings.seed))
+    assert found[0] == found[2] and len({name for name, _, _ in found}) == 3
+    assert [one[1:] for one in found] == [(2, 1), (4, 1), (2, 1), (2, 2)]
+
+
+def test_the_same_model_bridge_goes_from_the_receiver_to_itself(here, tmp_path):
+    contest = asking(here, rival_steps=1)
+    contest.home = tmp_path
+    channel = lw.METHODS["same_model_bridge"](contest).inner.channel
+    assert (channel.setup.sender.name, channel.setup.receiver.name) == ("tiny-qwen", "tiny-qwen")
+    assert (channel.settings.encoder, channel.settings.steps) == (here.settings.encoder, 1)
+
+
+def test_the_linear_bridge_takes_plain_means_of_states(toy, tmp_path):
+    contest = asking(toy, rival_steps=1, soft_tokens=3)
+    contest.home = tmp_path
+    bridge = lw.METHODS["linear_bridge"](contest).inner.channel.bridge
+    assert isinstance(bridge.pooler, lw.MeanPooler) and not [*bridge.pooler.parameters()]
+    tokens, mask = torch.randn(2, 6, 4), torch.ones(2, 6, dtype=torch.bool)
+    shares = torch.tensor([[1.0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]]).expand(2, 2, 6)
+    latents, weights = bridge.pooler(tokens, mask, lw.Windows(shares, None, shares.sum(-1) > 0, shares))
+    torch.testing.assert_close(latents, torch.stack([tokens[:, :2].mean(1), tokens[:, 2:].mean(1)], 1))
+    assert torch.equal(weights, torch.ones(2, 6))
