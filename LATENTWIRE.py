@@ -6268,7 +6268,7 @@ class TokenMethod(Method):
 class TokenBudget(TokenMethod):
     """The text's first receiver tokens, as many as there are latents; the question is kept."""
 
-    own = ("token_budget_k", "budget_ratio")
+    own = ("token_budget_k", "budget_ratio", "soft_tokens")
     keep: ClassVar[str] = "head"
 
     @classmethod
@@ -7243,7 +7243,7 @@ class ByteBudget(ReadingMethod):
 class Compressed(SpokenMethod):
     """Another model leaves words out of the text, down to a budget; override ``compress``."""
 
-    own: ClassVar[tuple[str, ...]] = ("token_budget_k", "budget_ratio", "compressor")
+    own: ClassVar[tuple[str, ...]] = (*TokenBudget.own, "compressor")
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
