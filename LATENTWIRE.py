@@ -7898,9 +7898,12 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
     prepare_cuda(settings)
     load_plugins(settings.plugin)
     named = named_methods(settings.methods or ["all"])
-    alone = sorted(name for name in named if METHODS[name].bridged)
-    if settings.methods and "all" not in settings.methods and len(alone) == len(named):
-        raise LatentWireError(f"{alone[0]} needs a bridge; evaluate it with eval --checkpoint RUN --methods {alone[0]}")
+    for word in settings.methods or ():
+        alone = sorted(named_methods([word]))
+        if all(METHODS[name].bridged for name in alone):
+            raise LatentWireError(
+                f"{alone[0]} needs a bridge; evaluate it with eval --checkpoint RUN --methods {alone[0]}"
+            )
     settings = sized(settings.model_copy(update={"methods": settings.methods or ["all"]}), report)
     datasets, seeds = settings.datasets or [settings.dataset or ""], settings.seeds or [settings.seed]
     if not datasets[0]:
