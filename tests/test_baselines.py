@@ -6,8 +6,9 @@ import contextlib
 import json
 import math
 import random
+import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,9 @@ def free(data: Path) -> lw.Contest:
     return contest_on(data / "free")
 
 
-def asking(contest: lw.Contest, seed: int | None = None, **asked: Any) -> lw.Contest:
+def asking(contest: lw.Contest, **asked: Any) -> lw.Contest:
     """The same models and rows, asked otherwise."""
-    found = lw.Contest(contest.setup, contest.settings, contest.asked.model_copy(update=asked), contest.responder)
-    found.seed = contest.seed if seed is None else seed
-    return found
+    return lw.Contest(contest.setup, contest.settings, contest.asked.model_copy(update=asked), contest.responder)
 
 
 @contextlib.contextmanager
@@ -174,8 +173,8 @@ def test_shots_are_balanced_and_never_none_of_a_class(here, shots, each, role):
 
 
 def test_shots_are_chosen_and_ordered_by_the_seed(here):
-    rows = {seed: shown(asking(here, seed, shots=6)) for seed in (1, 2, 3)}
-    assert shown(asking(here, 1, shots=6)) == rows[1]
+    rows = {seed: shown(asking(here, seed=seed, shots=6)) for seed in (1, 2, 3)}
+    assert shown(asking(here, seed=1, shots=6)) == rows[1]
     assert len({frozenset(own) for own in rows.values()}) == 3
     assert len({tuple(row.rpartition("Answer: ")[2] for row in own) for own in rows.values()}) > 1
 
@@ -725,7 +724,7 @@ def test_a_bridge_of_the_task_itself_is_no_wrong_task(toy, here, toy_run):
 def test_a_trained_bridge_is_trained_with_the_seed_it_is_asked(toy, tmp_path):
     seeds, languages = [], set()
     for seed in (42, 7):
-        contest = asking(toy, seed, rival_steps=1, soft_tokens=3)
+        contest = asking(toy, seed=seed, rival_steps=1, soft_tokens=3)
         contest.home = tmp_path / str(seed)
         inner = lw.METHODS["linear_bridge"](contest).inner
         seeds.append(inner.channel.settings.seed)
@@ -739,7 +738,7 @@ def test_a_trained_bridge_is_trained_with_the_seed_it_is_asked(toy, tmp_path):
 def test_a_bridge_trained_longer_or_with_another_seed_is_another_bridge(toy, tmp_path):
     found = []
     for seed, epochs in ((1, 0.5), (1, 1.0), (1, 0.5), (2, 0.5)):
-        contest = asking(toy, seed, rival_steps=None, rival_epochs=epochs)
+        contest = asking(toy, seed=seed, rival_steps=None, rival_epochs=epochs)
         contest.home = tmp_path
         channel = lw.METHODS["linear_bridge"](contest).inner.channel
         found.append((channel.bridge.fingerprint(), channel.settings.steps, channel.settings.seed))
@@ -765,3 +764,369 @@ def test_the_linear_bridge_takes_plain_means_of_states(toy, tmp_path):
     latents, weights = bridge.pooler(tokens, mask, lw.Windows(shares, None, shares.sum(-1) > 0, shares))
     torch.testing.assert_close(latents, torch.stack([tokens[:, :2].mean(1), tokens[:, 2:].mean(1)], 1))
     assert torch.equal(weights, torch.ones(2, 6))
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["fewshot"], {"fewshot:receiver", "fewshot:sender"}),
+        (["zeroshot"], {"text", "zeroshot:sender"}),
+        (["zeroshot:receiver"], {"text"}),
+        (["text"], {"text"}),
+        (["token_budget"], {"token_budget"}),
+        (["token_budget:tail", "token_budget"], {"token_budget:tail", "token_budget"}),
+        (["probe"], {"probe"}),
+        (["linear_probe", "text+prompt_tuning"], {"probe", "prompt_tuning"}),
+        (["text_relay"], {f"text_relay:{count}" for count in (1, 2, 4, 8, 16, 50)}),
+        (["control"], {name for name in lw.METHODS if name.startswith("control:")}),
+        (["all"], {*lw.METHODS}),
+        ([], set()),
+    ],
+)
+def test_methods_are_named_by_name_alias_group_or_all(words, wanted):
+    assert lw.named_methods(words) == wanted
+
+
+@pytest.mark.parametrize("word", ["fewshots", "control:", "text_rely", ""])
+def test_an_unknown_name_is_no_group(word):
+    with pytest.raises(lw.LatentWireError, match="unknown method"):
+        lw.named_methods(["text", word])
+
+
+# ---- what shows that a method is broken ----------------------------------------------------------------------------------
+
+
+def graded(right: int, count: int = 100, **fields: Any) -> list[dict[str, Any]]:
+    """Rows of four classes, said in turn."""
+    found = []
+    for i in range(count):
+        said = i % 4
+        label = said if i < right else (said + 1) % 4
+        found.append({"label": label, "prediction": said, "correct": said == label, **fields})
+    return found
+
+
+def free_rows(empty: int, long: int, count: int = 100) -> list[dict[str, Any]]:
+    return [{"generated": "" if i < empty else "word", "gold_tokens": 9 if i < long else 8} for i in range(count)]
+
+
+def test_a_method_below_chance_is_broken(toy):
+    part = toy.setup.part
+    found = lw.gates("lora", graded(16), part, 8)  # 0.25 - 2·√(0.25·0.75/100) = 0.163
+    assert len(found) == 1 and "0.160 is below chance (0.250)" in found[0]
+    assert lw.gates("lora", graded(17), part, 8) == []
+    assert lw.gates("lora", graded(1, 19), part, 8) == []
+    assert len(lw.gates("lora", graded(0, 20), part, 8)) == 1
+
+
+def test_a_method_that_says_one_class_only_is_broken(toy):
+    rows = [{**row, "prediction": 2, "correct": row["label"] == 2} for row in graded(100)]
+    assert lw.gates("probe", rows, toy.setup.part, 8) == ["it always says 'c'"]
+    assert lw.gates("probe", [row for row in rows if row["correct"]], toy.setup.part, 8) == []
+    assert lw.gates("probe", [{**rows[0], "prediction": 1}, *rows[1:]], toy.setup.part, 8) == []
+
+
+def test_free_answers_that_are_empty_or_cut_off_are_broken(free):
+    part = free.setup.part
+    assert lw.gates("text", free_rows(5, 5), part, 8) == []
+    assert [text[:4] for text in lw.gates("text", free_rows(6, 0), part, 8)] == ["6.0%"]
+    assert ["longer than the 8 tokens" in text for text in lw.gates("text", free_rows(0, 6), part, 8)] == [True]
+    assert len(lw.gates("text", free_rows(6, 6), part, 8)) == 2
+    assert lw.gates("text", [{**row, "generated": " \n"} for row in free_rows(0, 0)], part, 8)
+
+
+def test_controls_and_failed_rows_are_not_judged(toy):
+    part = toy.setup.part
+    for name, kind in lw.METHODS.items():
+        assert bool(lw.gates(name, graded(0), part, 8)) is not kind.control
+    assert lw.gates("lora", [*graded(0), {"error": "memory"}], part, 8) == []
+
+
+def test_records_know_how_long_the_shortest_accepted_answer_is(free):
+    example = replace(free.examples[0], answers=("a long answer", "short"))
+    saved: list[dict[str, Any]] = []
+    lw.compute_rows(lw.METHODS["text"](free), [example], 1, saved.extend)
+    assert saved[0]["gold_tokens"] == len(free.setup.receiver.ids(" short"))
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def baseline(tmp_path, monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command in an empty folder → exit code, what it printed, and its errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words: Any) -> tuple[int, str, str]:
+        code = lw.main(["baseline", *map(str, words), *FLAGS])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[str]:
+    """Names of the methods whose rows are computed."""
+    names: list[str] = []
+    compute = lw.compute_rows
+
+    def noting(method: lw.Method, examples: Sequence[lw.Example], *rest: Any) -> None:
+        names.append(method.name)
+        compute(method, examples, *rest)
+
+    monkeypatch.setattr(lw, "compute_rows", noting)
+    return names
+
+
+SHORT = ("--dataset", "toy", "--num_samples", "24", "--samples", "60", "--steps", "2", "--rival_tries", "1",
+         "--relay_tokens", "8", "--output_dir", "out")  # fmt: skip
+
+
+def always(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on it says the first class whatever it reads."""
+    said = lw.Answer("a", (0.0, -1.0, -1.0, -1.0))
+    monkeypatch.setattr(lw.METHODS[method], "answers", lambda self, examples: [said] * len(examples))
+
+
+def test_a_broken_trained_rival_fails_the_command(baseline, monkeypatch):
+    always("lora", monkeypatch)
+    code, out, err = baseline("lora", "control:none", *SHORT)
+    assert (code, err) == (1, "") and "broken: lora on toy: it always says 'a'" in out
+    gates = json.loads(Path("out/results.json").read_text())["gates"]
+    assert gates == {"lora": {"broken": ["it always says 'a'"], "fails": True}}
+    assert baseline("lora", *SHORT)[0] == 1
+    assert Path("out/table.md").read_text().count("| lora |") == 1
+
+
+def test_a_broken_untrained_rival_is_told_only(baseline, monkeypatch):
+    always("text", monkeypatch)
+    always("control:none", monkeypatch)
+    code, out, err = baseline("zeroshot:receiver", "control:none", *SHORT)
+    assert (code, err) == (0, "") and "careful: text on toy: it always says 'a'" in out
+    assert "control:none on toy" not in out
+
+
+def test_failed_rows_fail_the_command_and_are_computed_again(baseline, monkeypatch, computed):
+    def broken(self: Any, examples: Any) -> Any:
+        raise RuntimeError("no such kernel")
+
+    answers = lw.METHODS["text"].answers
+    monkeypatch.setattr(lw.METHODS["text"], "answers", broken)
+    code, out, err = baseline("text", "probe", *SHORT)
+    assert (code, err) == (1, "") and "rows failed: 24 of text" in out
+    monkeypatch.setattr(lw.METHODS["text"], "answers", answers)
+    computed.clear()
+    assert baseline("text", "probe", *SHORT)[0] == 0 and computed == ["text"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("zeroshoot", "--dataset", "toy"), "unknown method 'zeroshoot'"),
+        (
+            ("bridge", "--dataset", "toy"),
+            "bridge needs a bridge; evaluate it with eval --checkpoint RUN --methods bridge",
+        ),
+        (("embed", "--dataset", "toy"), "embed:adapter needs a bridge"),
+        (("text", "same_label", "--dataset", "toy"), "same_label needs a bridge"),
+        (("text",), "--dataset is missing"),
+        (("all",), "--dataset is missing"),
+        (("text", "--dataset", "toys"), "toys"),
+        (("kv_cache", "--dataset", "toy"), "none of kv_cache can run on toy"),
+        (("control:wrong_task", "--dataset", "toy"), "none of control:wrong_task can run on toy"),
+        (("text", "--dataset", "toy", "--shots", "0"), "shots"),
+        (("probe", "--dataset", "toy", "--pooling", "middle"), "middle"),
+        (("probe", "--dataset", "toy", "--probe_layers", "9"), "layer 9"),
+    ],
+)
+def test_what_cannot_run_is_one_line(words, line, baseline):
+    code, _, err = baseline(*words, "--num_samples", "4", "--samples", "20")
+    assert code == 2 and re.fullmatch(r"error: \S.*\n", err) and line in err
+    assert not [*Path().rglob("results.json")]
+
+
+def test_a_second_call_computes_nothing_and_other_shots_only_few_shots(baseline, computed):
+    names = ("control:none", "text", "probe", "fewshot:receiver", "sender_label", "prompt_tuning")
+    assert baseline(*names, *SHORT)[0] == 0
+    assert computed == [name for name in lw.METHODS if name in names]
+    results, rows = json.loads(Path("out/results.json").read_text()), Path("out/records.jsonl").read_bytes()
+    computed.clear()
+    assert baseline(*names, *SHORT)[0] == 0 and computed == []
+    again = json.loads(Path("out/results.json").read_text())
+    assert Path("out/records.jsonl").read_bytes() == rows
+    assert again["methods"] == results["methods"] and again["details"] == results["details"]
+    assert {*results["details"]} == {"probe", "prompt_tuning"}
+    assert baseline(*names, *SHORT, "--shots", "9")[0] == 0 and computed == ["fewshot:receiver"]
+    computed.clear()
+    assert baseline(*names, *SHORT, "--fresh_eval")[0] == 0 and len(computed) == 6
+
+
+def test_results_follow_from_the_records_and_the_table_from_the_results(baseline):
+    code, out, _ = baseline("text", "probe", "control:none", *SHORT)
+    results, rows = json.loads(Path("out/results.json").read_text()), lw.read_rows(Path("out/records.jsonl"))
+    assert code == 0 and (results["n"], results["dataset"], results["headline"]) == (24, "toy", "accuracy")
+    for name, summary in results["methods"].items():
+        own = [row for row in rows if row["method"] == name]
+        assert len(own) == 24 and {row["key"] for row in own} == {results["provenance"]["record_keys"][name]}
+        assert summary["accuracy"] == sum(row["correct"] for row in own) / 24
+        assert all(row["correct"] == (lw.pick(row["scores"]) == row["label"]) for row in own)
+    best = max(results["methods"], key=lambda name: results["methods"][name]["accuracy"])
+    assert results["verdict"] == f"best: {best}, accuracy {results['methods'][best]['accuracy']:.3f}"
+    table = Path("out/table.md").read_text()
+    assert table == lw.baseline_table([results]) and "linear probe on sender" in table and "out/table.md" in out
+    for summary in results["methods"].values():
+        low, high = (100 * x for x in summary["ci"])
+        assert f"| {100 * summary['accuracy']:.1f} ({low:.1f}–{high:.1f}) |" in table
+
+
+def test_a_kill_between_methods_keeps_the_rows(baseline, monkeypatch, computed):
+    answers = lw.METHODS["probe"].answers
+
+    def killed(self: Any, examples: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lw.METHODS["probe"], "answers", killed)
+    assert baseline("text", "probe", *SHORT)[0] == 130
+    assert Counter(row["method"] for row in lw.read_rows(Path("out/records.jsonl"))) == {"text": 24}
+    monkeypatch.setattr(lw.METHODS["probe"], "answers", answers)
+    computed.clear()
+    assert baseline("text", "probe", *SHORT)[0] == 0 and computed == ["probe"]
+
+
+def test_a_signal_stops_at_the_next_word_and_leaves_the_receiver_whole(toy, tmp_path):
+    contest = asking(toy, rival_steps=4, batch_size=8)
+    lw.attend(contest, tmp_path, (lw.Silent(), [15], {}))
+    with pytest.raises(lw.Interrupted):
+        lw.run_methods(contest, ["text"], "key", tmp_path)
+    assert len(lw.read_rows(tmp_path / "records.jsonl")) == 8
+    with pytest.raises(lw.Interrupted):
+        lw.run_methods(contest, ["lora"], "key", tmp_path)
+    assert toy.setup.receiver.tuned == [] and toy.setup.receiver.lora == {}
+
+
+BUDGETS = {
+    "token_budget",
+    "token_budget:tail",
+    "token_budget:both",
+    "selective",
+    "llmlingua",
+    "longllmlingua",
+    "llmlingua2",
+}
+PROMPTS = {"prompt_tuning", "control:prompt_tuning"}
+BRIDGES = {"same_model_bridge", "linear_bridge"}
+SHOTS = {"fewshot:receiver", "fewshot:sender"}
+PROBES = {"probe", "probe:receiver"}
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"shots": 7}, SHOTS),
+        ({"rank": 3}, {"lora"}),
+        ({"rival_steps": 9}, PROMPTS | BRIDGES | {"lora"}),
+        ({"rival_lrs": [0.5]}, PROMPTS | {"lora"}),
+        ({"rival_batch": 3}, PROMPTS | {"lora"}),
+        ({"pooling": ["last"]}, PROBES),
+        ({"probe_layers": ["1"]}, PROBES),
+        ({"soft_tokens": 5}, PROMPTS | BRIDGES | BUDGETS),
+        ({"token_budget_k": 5}, BUDGETS),
+        ({"budget_ratio": 5.0}, BUDGETS),
+        ({"byte_budget": 5}, {"byte_budget"}),
+        ({"compressor": "tiny-gemma"}, BUDGETS - {"token_budget", "token_budget:tail", "token_budget:both"}),
+        ({"llmlingua2_model": "there"}, {"llmlingua2"}),
+        ({"wrong_task": Path("there")}, {"control:wrong_task"}),
+        ({"seed": 7}, SHOTS | PROMPTS | BRIDGES | {"lora"}),
+        ({"batch_size": 3}, set()),
+    ],
+)
+def test_a_changed_setting_computes_again_what_it_changes_and_nothing_else(change, wanted, toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(lw, "compute_rows", lambda method, rows, size, save: save([{"id": e.id} for e in rows]))
+    before = lw.run_methods(asking(toy), UNBRIDGED, "key", tmp_path)[1]
+    after = lw.run_methods(asking(toy, **change), UNBRIDGED, "key", tmp_path)[1]
+    assert {name for name in UNBRIDGED if before[name] != after[name]} == wanted
+    rows = Counter(row["method"] for row in lw.read_rows(tmp_path / "records.jsonl"))
+    assert {name for name, count in rows.items() if count == 2 * len(toy.examples)} == wanted
+
+
+def test_later_seeds_run_what_a_seed_changes_and_data_sets_have_folders(baseline, data, computed):
+    two = ("--datasets", f"toy,{data / 'here'}", "--seeds", "1,2")
+    code = baseline("text", "fewshot:receiver", "probe", *two, *SHORT[2:])[0]
+    assert code in (0, 1)
+    own = re.sub(r"[^\w.-]+", "_", str(data / "here"))
+    found = {
+        str(path.parent.relative_to("out")): json.loads(path.read_text()) for path in Path("out").rglob("results.json")
+    }
+    assert {name: [*one["methods"]] for name, one in found.items()} == {
+        "toy/seed1": ["text", "probe", "fewshot:receiver"], "toy/seed2": ["fewshot:receiver"],
+        f"{own}/seed1": ["text", "probe", "fewshot:receiver"], f"{own}/seed2": ["fewshot:receiver"],
+    }  # fmt: skip
+    assert [found[f"toy/seed{seed}"]["provenance"]["seed_of_training"] for seed in (1, 2)] == [1, 2]
+    texts = {row["gold"][0] for row in lw.read_rows(Path("out", own, "seed2", "records.jsonl"))}
+    assert texts == {*COLOURS}
+    table = Path("out/table.md").read_text()
+    line = next(line for line in table.splitlines() if line.startswith("| fewshot:receiver"))
+    for name, cell in zip(("toy", own), line.split(" | ")[1:], strict=True):
+        values = torch.tensor(
+            [100 * found[f"{name}/seed{s}"]["methods"]["fewshot:receiver"]["accuracy"] for s in (1, 2)]
+        )
+        assert cell.rstrip(" |") == f"{values.mean():.1f} ± {values.std():.1f}"
+    assert computed.count("fewshot:receiver") == 4 and computed.count("text") == 2
+
+
+def test_the_table_has_a_gap_where_a_method_did_not_run():
+    run = {"dataset": "a", "headline": "f1", "n": 5, "methods": {"text": {"f1": 0.5, "ci": [0.25, 0.75]}},
+           "provenance": {"sender": {"name": "s"}, "receiver": {"name": "r"}}}  # fmt: skip
+    other = {**run, "dataset": "b", "methods": {"probe": {"f1": 1.0, "ci": [1.0, 1.0]}}}
+    assert lw.baseline_table([run, other]).splitlines() == [
+        "| method | a, f1 %, n 5 | b, f1 %, n 5 |", "|---|---|---|", "| full text | 50.0 (25.0–75.0) | – |",
+        "| linear probe on sender | – | 100.0 (100.0–100.0) |", "",
+        "s → r; ± over seeds, else the 95 % interval of one run.",
+    ]  # fmt: skip
+
+
+def test_a_laptop_takes_less_unless_it_is_told_otherwise():
+    said: list[str] = []
+    report = lw.Silent()
+    report.say = said.append  # type: ignore[method-assign]
+    sized = lw.sized(lw.BaselineSettings(device="cpu", samples=77), report)
+    assert (sized.samples, sized.rival_tries, sized.relay_tokens) == (77, 2, 16)
+    assert said == ["CPU: --rival_tries 2 --relay_tokens 16; other values win"]
+
+
+# ---- beside a bridge -----------------------------------------------------------------------------------------------------
+
+
+def test_rivals_run_beside_a_bridge(toy_run, tmp_path):
+    results = lw.eval_main(["--checkpoint", str(toy_run), "--num_samples", "24", "--state_cache", "memory", "--methods",
+                            "bridge,same_label,byte_budget,fewshot,token_budget,lora,control:prompt_tuning,zeroshot:sender",
+                            "--rival_steps", "2", "--rival_tries", "1", "--output_dir", str(tmp_path)])  # fmt: skip
+    methods = results["methods"]
+    assert {*methods} == {
+        "bridge", "same_label", "byte_budget", "fewshot:receiver", "fewshot:sender", "token_budget", "lora",
+        "control:prompt_tuning", "zeroshot:sender",
+    }  # fmt: skip
+    assert all(summary["errors"] == 0 for summary in methods.values())
+    assert methods["same_label"]["accuracy"] > 0.9 < methods["bridge"]["accuracy"]
+    assert results["best_control"] == "control:prompt_tuning" and results["communication"]
+    assert {*results["details"]} == {"lora", "control:prompt_tuning"} and {*results["seconds"]} == {*methods}
+
+
+def test_without_names_an_evaluation_runs_its_usual_methods(channel):
+    names = lw.chosen_methods(channel.asked, channel.setup)
+    assert names == ["bridge", "control:zero", "control:shuffled", "control:mean", "control:gaussian", "control:none",
+                     "text", "probe"]  # fmt: skip
+
+
+def test_beside_a_bridge_budgets_are_those_of_its_message(channel):
+    example = channel.examples[0]
+    long = replace(example, context="ab" * 2000)
+    assert channel.kept(example) == channel.bridge.shape.latent_len == channel.slots
+    size = len(channel.messages[channel.position[example.id]])
+    assert lw.METHODS["byte_budget"](channel).contexts([long]) == [long.context[:size]]
+    assert channel.speaker is not channel.setup.sender or len(channel.setup.sender.blocks) == 2
+    assert len(channel.speaker.blocks) == channel.speaker.n_layers
