@@ -2770,6 +2770,11 @@ class LM:
         """Free the blocks above ``layer``: a sender that is read there never runs them."""
         del self.blocks[layer + 1 :]
 
+    @property
+    def top(self) -> int:
+        """The highest layer that can still be read."""
+        return self.n_layers if len(self.blocks) == self.n_layers else len(self.blocks) - 1
+
     def layer_index(self, text: str) -> int:
         """A layer as index, negative index or fraction of depth: 0 is the embeddings, the last is the normed output."""
         try:
@@ -6969,10 +6974,8 @@ class ProbeMethod(Method):
             return [self.contest.bridge.shape.layers]
         assert isinstance(reader, LM)
         found: list[tuple[int, ...]] = [(reader.layer_index(text),) for text in asked or ("0.5", "0.75", "1.0")]
-        if max(found)[0] > len(reader.blocks):
-            raise LatentWireError(
-                f"--probe_layers {max(found)[0]}: this bridge's sender is loaded up to {len(reader.blocks)}"
-            )
+        if max(found)[0] > reader.top:
+            raise LatentWireError(f"--probe_layers {max(found)[0]}: this bridge's sender is loaded up to {reader.top}")
         return found
 
     def features(self, examples: Sequence[Example], layers: Sequence[int], pooling: str) -> Any:
@@ -7802,6 +7805,8 @@ class WrongTask(Method):
         if state["task"]["name"] == (setup.part.name or str(setup.part.settings.dataset)):
             raise LatentWireError(f"--wrong_task {folder} was trained on {state['task']['name']}, the task itself")
         check_models(state, folder, setup.sender, setup.receiver)
+        if isinstance(setup.sender, LM) and max(bridge.shape.layers) > setup.sender.top:
+            setup = replace(setup, sender=self.contest.speaker)
         own = self.contest.responder
         listener = Listener(bridge.to(setup.receiver.device), own.prompting, own.max_new_tokens, own.how)
         first = setup.receiver if bridge.wants_heard else None
