@@ -7910,7 +7910,8 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
                 f"{alone[0]} needs a bridge; evaluate it with eval --checkpoint RUN --methods {alone[0]}"
             )
     settings = sized(settings.model_copy(update={"methods": settings.methods or ["all"]}), report)
-    datasets, seeds = settings.datasets or [settings.dataset or ""], settings.seeds or [settings.seed]
+    datasets = [*dict.fromkeys(settings.datasets or [settings.dataset or ""])]
+    seeds = [*dict.fromkeys(settings.seeds or [settings.seed])]
     if not datasets[0]:
         raise LatentWireError("--dataset is missing; see 'list datasets'")
     runs, made_with = [], environment()
@@ -7923,7 +7924,7 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
                 names = [name for name in names if seed == seeds[0] or METHODS[name].seeded]
                 if not names:
                     continue
-                contest.seed = seed
+                contest.seed, contest.asked = seed, contest.asked.model_copy(update={"seed": seed})
                 where = base / f"seed{seed}" if len(seeds) > 1 else base
                 with saving(where):
                     where.mkdir(parents=True, exist_ok=True)
