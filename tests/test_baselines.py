@@ -1059,7 +1059,7 @@ def test_a_changed_setting_computes_again_what_it_changes_and_nothing_else(chang
 
 
 def test_later_seeds_run_what_a_seed_changes_and_data_sets_have_folders(baseline, data, computed):
-    two = ("--datasets", f"toy,{data / 'here'}", "--seeds", "1,2")
+    two = ("--datasets", f"toy,{data / 'here'},toy", "--seeds", "1,2,1")
     code = baseline("text", "fewshot:receiver", "probe", *two, *SHORT[2:])[0]
     assert code in (0, 1)
     own = re.sub(r"[^\w.-]+", "_", str(data / "here"))
@@ -1071,6 +1071,7 @@ def test_later_seeds_run_what_a_seed_changes_and_data_sets_have_folders(baseline
         f"{own}/seed1": ["text", "probe", "fewshot:receiver"], f"{own}/seed2": ["fewshot:receiver"],
     }  # fmt: skip
     assert [found[f"toy/seed{seed}"]["provenance"]["seed_of_training"] for seed in (1, 2)] == [1, 2]
+    assert [found[f"toy/seed{seed}"]["provenance"]["settings"]["seed"] for seed in (1, 2)] == [1, 2]
     texts = {row["gold"][0] for row in lw.read_rows(Path("out", own, "seed2", "records.jsonl"))}
     assert texts == {*COLOURS}
     table = Path("out/table.md").read_text()
