@@ -7919,9 +7919,12 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
         for dataset in datasets:
             base = settings.output_dir / re.sub(r"[^\w.-]+", "_", dataset) if settings.datasets else settings.output_dir
             contest = contest_of(settings, dataset, seeds[0])
+            suited = chosen_methods(settings, contest.setup)
+            left = [w for w in settings.methods or () if w in METHODS and METHODS.name_of(w) not in suited]
+            if left and suited:
+                report.say(f"{', '.join(left)} cannot run on {dataset}; see 'list methods'")
             for seed in seeds:
-                names = chosen_methods(settings, contest.setup)
-                names = [name for name in names if seed == seeds[0] or METHODS[name].seeded]
+                names = [name for name in suited if seed == seeds[0] or METHODS[name].seeded]
                 if not names:
                     continue
                 contest.seed, contest.asked = seed, contest.asked.model_copy(update={"seed": seed})
