@@ -2778,6 +2778,11 @@ class LM:
         """Free the blocks above ``layer``: a sender that is read there never runs them."""
         del self.blocks[layer + 1 :]
 
+    @property
+    def top(self) -> int:
+        """The highest layer that can still be read."""
+        return self.n_layers if len(self.blocks) == self.n_layers else len(self.blocks) - 1
+
     def layer_index(self, text: str) -> int:
         """A layer as index, negative index or fraction of depth: 0 is the embeddings, the last is the normed output."""
         try:
@@ -6277,7 +6282,7 @@ class TokenMethod(Method):
 class TokenBudget(TokenMethod):
     """The text's first receiver tokens, as many as there are latents; the question is kept."""
 
-    own = ("token_budget_k", "budget_ratio")
+    own = ("token_budget_k", "budget_ratio", "soft_tokens")
     keep: ClassVar[str] = "head"
 
     @classmethod
@@ -6978,17 +6983,16 @@ class ProbeMethod(Method):
             return [self.contest.bridge.shape.layers]
         assert isinstance(reader, LM)
         found: list[tuple[int, ...]] = [(reader.layer_index(text),) for text in asked or ("0.5", "0.75", "1.0")]
-        if max(found)[0] > len(reader.blocks):
-            raise LatentWireError(
-                f"--probe_layers {max(found)[0]}: this bridge's sender is loaded up to {len(reader.blocks)}"
-            )
+        if max(found)[0] > reader.top:
+            raise LatentWireError(f"--probe_layers {max(found)[0]}: this bridge's sender is loaded up to {reader.top}")
         return found
 
     def features(self, examples: Sequence[Example], layers: Sequence[int], pooling: str) -> Any:
         """(B, L·D) as numpy."""
         texts = [self.contest.text(example) for example in examples]
         train, evaluated = self.stores[tuple(layers)]
-        return (evaluated if texts[0] in evaluated.index else train).pooled(texts, pooling).numpy()
+        own = all(text in evaluated.index for text in texts)  # a text may stand in both
+        return (evaluated if own else train).pooled(texts, pooling).numpy()
 
     @functools.cached_property
     def stores(self) -> dict[tuple[int, ...], tuple[StateStore, StateStore]]:
@@ -7255,7 +7259,7 @@ class ByteBudget(ReadingMethod):
 class Compressed(SpokenMethod):
     """Another model leaves words out of the text, down to a budget; override ``compress``."""
 
-    own: ClassVar[tuple[str, ...]] = ("token_budget_k", "budget_ratio", "compressor")
+    own: ClassVar[tuple[str, ...]] = (*TokenBudget.own, "compressor")
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
@@ -7617,7 +7621,7 @@ class TunedMethod(ReadingMethod):
                     checked = [float(self.loss(group)) * len(group) for group in batches(held, size)]
                 found = sum(checked) / len(held) if held else float(loss.detach())
                 if found < best or not kept:
-                    best, kept = found, {name: p.detach().clone() for name, p in parameters.items()}
+                    best, kept = min(best, found), {name: p.detach().clone() for name, p in parameters.items()}
             self.contest.told(f"{self.name} at {rate:g}", step, steps)
         return best, kept
 
@@ -7629,9 +7633,13 @@ class TunedMethod(ReadingMethod):
             for rate in self.contest.asked.rival_lrs or self.rates[: self.contest.asked.rival_tries]
         }
         best = min(tried, key=lambda rate: tried[rate][0])
+        if not math.isfinite(tried[best][0]):
+            raise RuntimeError("training diverged at every learning rate; give smaller ones with --rival_lrs")
         self.details = {
             "learning_rate": best,
-            "validation_loss": {f"{rate:g}": loss for rate, (loss, _) in tried.items()},
+            "validation_loss": {
+                f"{rate:g}": loss if math.isfinite(loss) else None for rate, (loss, _) in tried.items()
+            },
         }
         parameters = self.begin()
         with torch.no_grad():
@@ -7749,15 +7757,13 @@ class TrainedBridge(Method):
         """The trained bridge as a method."""
         contest = self.contest
         asked, rows = contest.asked, contest.setup.splits["train"]
-        folder = (
-            contest.home
-            / f"{self.name}-{digest_of([self.changes(), asked.rival_steps, contest.settings.determining()])}"
-        )
         size = min(32, len(rows))
         steps = asked.rival_steps or max(1, round(asked.rival_epochs * len(rows) / size))
+        own = [self.changes(), steps, contest.seed, contest.settings.determining()]
+        folder = contest.home / f"{self.name}-{digest_of(own)}"
         base = contest.settings.model_dump(exclude_unset=True) | {
             "steps": steps, "epochs": None, "batch_size": size, "latent_len": contest.slots, "output_dir": folder,
-            "auto_resume": True, "resume": None, "seeds": None, "samples": len(rows),
+            "auto_resume": True, "resume": None, "seeds": None, "samples": len(rows), "seed": contest.seed,
         }  # fmt: skip
         train_in(World(), TrainSettings(**(base | self.changes())), Told(contest.told), contest.signals)
         check = EvalSettings(**asked.model_dump(include=set(AskedSettings.model_fields), exclude={"methods"}, exclude_unset=True),
@@ -7840,6 +7846,8 @@ class WrongTask(Method):
         if state["task"]["name"] == (setup.part.name or str(setup.part.settings.dataset)):
             raise LatentWireError(f"--wrong_task {folder} was trained on {state['task']['name']}, the task itself")
         check_models(state, folder, setup.sender, setup.receiver)
+        if isinstance(setup.sender, LM) and max(bridge.shape.layers) > setup.sender.top:
+            setup = replace(setup, sender=self.contest.speaker)
         own = self.contest.responder
         listener = Listener(bridge.to(setup.receiver.device), own.prompting, own.max_new_tokens, own.how)
         first = setup.receiver if bridge.wants_heard else None
@@ -7936,11 +7944,15 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
     prepare_cuda(settings)
     load_plugins(settings.plugin)
     named = named_methods(settings.methods or ["all"])
-    alone = sorted(name for name in named if METHODS[name].bridged)
-    if settings.methods and "all" not in settings.methods and len(alone) == len(named):
-        raise LatentWireError(f"{alone[0]} needs a bridge; evaluate it with eval --checkpoint RUN --methods {alone[0]}")
+    for word in settings.methods or ():
+        alone = sorted(named_methods([word]))
+        if all(METHODS[name].bridged for name in alone):
+            raise LatentWireError(
+                f"{alone[0]} needs a bridge; evaluate it with eval --checkpoint RUN --methods {alone[0]}"
+            )
     settings = sized(settings.model_copy(update={"methods": settings.methods or ["all"]}), report)
-    datasets, seeds = settings.datasets or [settings.dataset or ""], settings.seeds or [settings.seed]
+    datasets = [*dict.fromkeys(settings.datasets or [settings.dataset or ""])]
+    seeds = [*dict.fromkeys(settings.seeds or [settings.seed])]
     if not datasets[0]:
         raise LatentWireError("--dataset is missing; see 'list datasets'")
     runs, made_with = [], environment()
@@ -7948,12 +7960,15 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
         for dataset in datasets:
             base = settings.output_dir / re.sub(r"[^\w.-]+", "_", dataset) if settings.datasets else settings.output_dir
             contest = contest_of(settings, dataset, seeds[0])
+            suited = chosen_methods(settings, contest.setup)
+            left = [w for w in settings.methods or () if w in METHODS and METHODS.name_of(w) not in suited]
+            if left and suited:
+                report.say(f"{', '.join(left)} cannot run on {dataset}; see 'list methods'")
             for seed in seeds:
-                names = chosen_methods(settings, contest.setup)
-                names = [name for name in names if seed == seeds[0] or METHODS[name].seeded]
+                names = [name for name in suited if seed == seeds[0] or METHODS[name].seeded]
                 if not names:
                     continue
-                contest.seed = seed
+                contest.seed, contest.asked = seed, contest.asked.model_copy(update={"seed": seed})
                 where = base / f"seed{seed}" if len(seeds) > 1 else base
                 with saving(where):
                     where.mkdir(parents=True, exist_ok=True)
