@@ -7525,7 +7525,8 @@ class Ensemble(SpokenMethod):
         for pair in zip(*both, strict=True):
             scores = sum(torch.tensor(answer.scores[: len(words)]).log_softmax(-1) for answer in pair)
             assert isinstance(scores, Tensor)
-            found.append(Answer(words[pick(scores.tolist())], tuple(scores.tolist())))
+            said, read = words[pick(scores.tolist())], pair[1]
+            found.append(Answer(said, tuple(scores.tolist()), nbytes=read.nbytes, tokens=read.tokens))
         return found
 
 
@@ -7788,10 +7789,10 @@ class SameModelBridge(TrainedBridge):
 
 @METHODS.register("linear_bridge")
 class LinearBridge(TrainedBridge):
-    """Means of sender states through one linear map into the receiver: what attention adds to a bridge."""
+    """Means of sender states through linear maps and their norms alone: what attention adds to a bridge."""
 
     def changes(self) -> dict[str, Any]:
-        """No attention, no non-linearity."""
+        """No attention, no activation function."""
         return {"encoder": "hidden", "pooler": "mean", "init": "none", "adapter": "linear", "d_z": 256}
 
 
@@ -7887,6 +7888,8 @@ def contest_of(settings: BaselineSettings, dataset: str, seed: int) -> Contest:
     rows, source = test_split(part, settings.num_samples)
     known = {part.sender_text(example).casefold() for example in splits["train"]}
     overlap = sum(part.sender_text(example).casefold() in known for example in rows)
+    if overlap > len(rows) / 2:
+        raise LatentWireError(f"{overlap} of {len(rows)} rows of {source} are training rows; evaluate others")
     sender = load_lm(run.sender or "", run, run.offline, run.sender_device)
     same = run.sender == run.receiver
     receiver = sender if same else load_lm(run.receiver or "", run, run.offline, run.receiver_device)
@@ -8841,6 +8844,7 @@ def eval_command(settings: EvalSettings) -> None:
     if "runs" in results:
         for name, value in results["methods"].items():
             report.say(f"{name}: {100 * value['mean']:.1f} ± {100 * value['sd']:.1f} over {len(value['values'])} seeds")
+    check_gates(results.get("runs", [results]), report)
 
 
 def baseline_command(settings: BaselineSettings) -> None:
