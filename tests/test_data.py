@@ -123,25 +123,31 @@ def test_toy_repeats_one_letter_six_times_and_shares_no_text_between_splits():
 
 
 def official_words(text: str) -> list[str]:
-    """The normalisation of SQuAD's evaluation script, written from its description."""
+    """The normalisation of SQuAD's evaluate-v1.1.py, in its order: lower case, punctuation, articles, white space."""
     lowered = "".join(character for character in text.lower() if character not in set(string.punctuation))
     return re.sub(r"\b(a|an|the)\b", " ", lowered).split()
 
 
+def official_em(said: str, gold: str) -> float:
+    return float(" ".join(official_words(said)) == " ".join(official_words(gold)))
+
+
 def official_f1(said: str, gold: str) -> float:
+    """By evaluate-v1.1.py; two answers without words share none (the script of SQuAD 2.0 gives 1)."""
     ours, theirs = official_words(said), official_words(gold)
-    if not ours or not theirs:
-        return float(ours == theirs)
     same = sum((collections.Counter(ours) & collections.Counter(theirs)).values())
+    if same == 0:
+        return 0.0
     precision, recall = same / len(ours), same / len(theirs)
-    return 2 * precision * recall / (precision + recall) if same else 0.0
+    return 2 * precision * recall / (precision + recall)
 
 
 ANSWERS = (
     "the Denver Broncos", "Denver Broncos.", "denver  broncos\n", "Broncos of Denver", "Broncos", "An a the", "", "!?",
     "U.S.", "us", "theatre", "the-atre", "a b a b", "b a b", "b b b", "1,000", "1000", "Café", "café", "CAFE", "don't",
     "dont", "x—y", "“quoted”", "the the cat", "cat cat", "straße", "STRASSE", "_a_", "a_b", "$5", "5", "İstanbul",
-    "x—the—y", "x——y", "x the y",
+    "x—the—y", "x——y", "x the y", ".", "$", " ", "\u00a0", "a\u00a0cat", "cat\u3000cat", "a\u200bcat", "Cafe\u0301",
+    "the\tcat\r\ncat", "A.", "an-other", "another", "‘the’", "the’s", "ﬁne", "fine", "東京 の", "a東京", "🙂 a 🙂", "²", "2",
 )  # fmt: skip
 
 
@@ -149,7 +155,20 @@ ANSWERS = (
 def test_exact_match_and_f1_agree_with_the_official_script(said):
     for gold in ANSWERS:
         assert lw.token_f1(said, gold) == pytest.approx(official_f1(said, gold)), (said, gold)
-        assert lw.exact_match(said, gold) == float(official_words(said) == official_words(gold)), (said, gold)
+        assert lw.exact_match(said, gold) == official_em(said, gold), (said, gold)
+
+
+@pytest.mark.parametrize("golds", [ANSWERS[:4], ANSWERS[4:9], ("", "Broncos"), (".", "x y"), ("cat", "cat"), ANSWERS])
+def test_each_metric_takes_its_best_gold_answer(golds):
+    part = lw.make_task(lw.DataSettings(dataset="squad"))
+    rows = [lw.record_of(part, lw.Example("0", "", "", golds), lw.Answer(said)) for said in ANSWERS]
+    for said, row in zip(ANSWERS, rows, strict=True):
+        assert row["em"] == max(official_em(said, gold) for gold in golds), said
+        assert row["f1"] == pytest.approx(max(official_f1(said, gold) for gold in golds)), said
+    summary = lw.summarize(rows, "f1", 0)
+    for name, official in (("em", official_em), ("f1", official_f1)):
+        total = sum(max(official(said, gold) for gold in golds) for said in ANSWERS)
+        assert summary[name] == pytest.approx(total / len(ANSWERS))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +178,7 @@ def test_exact_match_and_f1_agree_with_the_official_script(said):
         ("Broncos", "Denver Broncos", 0, 2 / 3),
         ("the the Broncos Broncos", "Broncos", 0, 2 / 3),
         ("Panthers", "Broncos", 0, 0),
-        ("a", "the", 1, 1),
+        ("a", "the", 1, 0),
         ("", "Broncos", 0, 0),
     ],
 )
