@@ -1,6 +1,6 @@
 """Label scores against EleutherAI's lm-evaluation-harness: the same rows, its own prompts, requests and arithmetic.
 
-The whole bar, four published data sets and own labels, both models, zero and five shots, about an hour on two cores:
+The whole bar, four published data sets and own labels, both models, zero and five shots:
 
     LATENTWIRE_LM_EVAL_ROWS=200 python -m pytest -m slow -s tests/test_lm_eval.py
 
