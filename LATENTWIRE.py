@@ -8231,6 +8231,37 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
+def beside_base(folder: Path) -> dict[str, Any]:
+    """What each run's change does to its bridge, example by example, beside the run named ``base`` on the same rows.
+
+    ``q`` is p after Benjamini and Hochberg (1995) over all runs.
+    """
+    from scipy.stats import false_discovery_control
+
+    home, rows = recorded(folder / "base", "bridge")
+    headline, told = home["headline"], {}
+    for path in sorted(folder.glob("*/results.json")):
+        other, own = recorded(path, "bridge")
+        if path.parent.name == "base" or other["headline"] != headline:
+            continue
+        if own.keys() != rows.keys():
+            raise LatentWireError(f"{path.parent} was evaluated on other rows than {folder / 'base'}")
+        here, there = (headline_values([found[key] for key in rows], headline) for found in (own, rows))
+        gaps = [a - b for a, b in zip(here, there, strict=True)]
+        told[path.parent.name] = {
+            headline: other["methods"]["bridge"][headline], "difference": sum(gaps) / len(gaps),
+            "ci": list(bootstrap_interval(gaps)), "p": paired_p(here, there, headline, 0),
+        }  # fmt: skip
+    corrected = false_discovery_control([row["p"] for row in told.values()]) if told else []
+    for row, q in zip(told.values(), corrected, strict=True):
+        row["q"] = float(q)
+    made = {name: home["provenance"][name] for name in ("sender", "receiver", "seed_of_training", "source_sha256")}
+    return {
+        "schema": 1, "dataset": home["dataset"], "n": home["n"], "headline": headline, "base": home["methods"]["bridge"],
+        "effects": told, "provenance": made,
+    }  # fmt: skip
+
+
 def aggregate(base: Path, output: Path) -> Path:
     """Every results file below ``base``, grouped by all settings but the seed → aggregated_results.json and .md.
 
@@ -8281,6 +8312,8 @@ def aggregate(base: Path, output: Path) -> Path:
     head = "| dataset | models | latents | settings | method | metric | mean ± sd | runs |\n" + "|---" * 8 + "|\n"
     write_atomic(output / "aggregated_results.md", (head + "\n".join(rows) + "\n").encode())
     write_atomic(output / "table.md", "\n".join(map(comparable_table, pairs.values())).encode())
+    if (base / "base" / "results.json").is_file():
+        write_json(output / "effects.json", beside_base(base))
     write_json(output / "aggregated_results.json", {"schema": 1, "groups": [*groups.values()]})
     return output / "aggregated_results.json"
 
@@ -8296,6 +8329,31 @@ def demo_suite() -> dict[str, Any]:
     return {
         "dataset": "rotten_tomatoes", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "samples": 3000,
         "steps": 180, "lr": 1e-3, "batch_size": 16, "val_samples": 200, "eval_every": 45,
+    }  # fmt: skip
+
+
+@SUITES.register("effects")
+def effects_suite() -> dict[str, Any]:
+    """Each feature, loss and schedule alone beside a plain bridge (the run named base), on TREC."""
+    flags = ("use_prefix", "use_deep_prefix", "use_coprocessor", "use_latent_adapters", "use_latent_refiner", "film")
+    weights = {
+        "kd": 1.0, "state_kd": 0.1, "latent_align": 0.1, "latent_prefix_align": 0.1, "reconstruction": 0.2,
+        "continuation": 0.2, "contrast": 0.5, "manifold": 0.1, "scale": 0.05, "rms": 0.05, "diversity": 0.1,
+        "first_token_entropy": 0.05,
+    }  # fmt: skip
+    changes: dict[str, dict[str, Any]] = {"base": {}} | {name: {name: True} for name in flags}
+    changes |= {name: {f"{name}_weight": weight} for name, weight in weights.items()} | {
+        "use_lora": {"use_lora": True, "lora_target_modules": "q_proj,v_proj"},
+        "use_gist_head": {"use_gist_head": True, "gist_weight": 0.1},
+        "no_k_token_ce": {"k_token_ce_weight": 0.0}, "no_first_token_ce": {"first_token_ce_weight": 0.0},
+        "init_none": {"init": "none"}, "init_ridge": {"init": "ridge"}, "latent_dropout": {"latent_keep_start": 0.5},
+        "stage_a": {"stages": "A,B"},
+    }  # fmt: skip
+    return {
+        "dataset": "trec", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "encoder": "hidden", "pooler": "window",
+        "init": "copy", "adapter": "mlp", "latent_len": 4, "d_z": 256, "layers": ["0.5"], "steps": 150, "batch_size": 16,
+        "val_samples": 64, "eval_every": 150, "samples": 2400,
+        "runs": [{"name": name, "overrides": own} for name, own in changes.items()],
     }  # fmt: skip
 
 

@@ -138,6 +138,35 @@ def test_stages_one_at_a_time_are_the_whole(capsys):
     assert len(group["methods"]["bridge"]["values"]) == 2 and group["methods"]["bridge"]["sd"] is not None
 
 
+def test_effects_are_paired_differences_beside_the_run_named_base(tmp_path):
+    right = {"base": [1, 0, 0, 0, 1, 0, 1, 0, 0, 0], "better": [1] * 10, "same": [1, 0, 0, 0, 1, 0, 1, 0, 0, 0]}
+    for name, values in right.items():
+        rows = [{"key": "k", "method": "bridge", "id": str(i), "correct": v} for i, v in enumerate(values)]
+        made = {"record_key": "k", "sender": {}, "receiver": {}, "seed_of_training": 1, "source_sha256": "x"}
+        found = {"dataset": "toy", "n": 10, "headline": "accuracy", "provenance": made,
+                 "methods": {"bridge": {"accuracy": sum(values) / 10}}}  # fmt: skip
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+        (tmp_path / name / "results.json").write_text(json.dumps(found))
+    told = lw.beside_base(tmp_path)["effects"]
+    assert told.keys() == {"better", "same"}
+    assert told["better"]["difference"] == pytest.approx(0.7) and told["same"]["difference"] == 0
+    assert told["better"]["p"] == pytest.approx(2 / 2**7) and told["same"]["p"] == 1
+    assert told["better"]["q"] == pytest.approx(2 * told["better"]["p"]) and told["better"]["ci"][0] > 0.3
+    (tmp_path / "same" / "records.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(lw.LatentWireError, match="other rows"):
+        lw.beside_base(tmp_path)
+
+
+def test_the_suite_of_effects_changes_one_thing_in_each_run():
+    runs = {run.output_dir.name: run for run in lw.planned(lw.ExperimentSettings(name="effects"), [])}
+    base = runs.pop("base").determining()
+    changed = {name: {k for k, v in run.determining().items() if base[k] != v} for name, run in runs.items()}
+    assert len(runs) == 26 and all(len(keys) in (1, 2) for keys in changed.values()), changed
+    losses = {f"{name}_weight" for name in lw.LOSSES} - {"answer_ce_weight"}
+    assert losses <= set().union(*changed.values()), losses - set().union(*changed.values())
+
+
 def test_aggregate_never_mixes_settings(toy_run, tmp_path, capsys):
     source = ROOT / "latex" / "results" / "sst2.json"
     results = json.loads(source.read_text())
