@@ -7209,7 +7209,7 @@ class TextRelay(SpokenMethod):
 
 def add_relay(tokens: int) -> None:
     """Register the relay of so many tokens."""
-    text = f"The sender is told the task and writes a note; the receiver reads its first {tokens} tokens."
+    text = f"The sender is told the task and writes a note; the receiver reads {tokens} of its tokens."
     METHODS.register(f"text_relay:{tokens}")(
         type(f"TextRelay{tokens}", (TextRelay,), {"tokens": tokens, "__doc__": text})
     )
@@ -9079,7 +9079,7 @@ def list_command(kind: Annotated[str, typer.Argument(help="One kind, such as dat
         if kind in ("", name):
             print(name)
             for part, value in registry.items():
-                print(f"  {part:20} {help_of(value)}")
+                print(f"  {part:21} {help_of(value)}")
     if kind in ("", "scripts"):
         print("scripts")
         for script, command in SCRIPTS.items():
