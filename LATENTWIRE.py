@@ -7209,7 +7209,7 @@ class TextRelay(SpokenMethod):
 
 def add_relay(tokens: int) -> None:
     """Register the relay of so many tokens."""
-    text = f"The sender is told the task and writes a note; the receiver reads {tokens} of its tokens."
+    text = f"The sender, told the task, writes a note; the receiver reads it up to token {tokens}."
     METHODS.register(f"text_relay:{tokens}")(
         type(f"TextRelay{tokens}", (TextRelay,), {"tokens": tokens, "__doc__": text})
     )
