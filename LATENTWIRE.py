@@ -6370,7 +6370,7 @@ class TextMethod(Method):
 
 def record_of(part: Task, example: Example, answer: Answer, gold_tokens: int = 0) -> dict[str, Any]:
     """One row of records.jsonl; ``gold_tokens`` are those of the shortest accepted answer."""
-    row = {
+    row: dict[str, Any] = {
         "id": example.id, "gold": list(example.answers), "generated": answer.text, "bytes": answer.nbytes, "tokens": answer.tokens,
         "gold_tokens": gold_tokens,
         "em": max(exact_match(answer.text, gold) for gold in example.answers),
@@ -6381,6 +6381,7 @@ def record_of(part: Task, example: Example, answer: Answer, gold_tokens: int = 0
     if part.words:
         scores = list(answer.scores[: len(part.words)])
         chosen = pick(scores)
+        row["f1"] = max(row["f1"], row["gen_correct"])  # SQuAD's rule drops articles, and "A" is a class word
         row |= {"label": example.label, "prediction": chosen, "scores": scores, "correct": chosen == example.label}
     return row
 

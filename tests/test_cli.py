@@ -80,7 +80,7 @@ def test_list_names_everything_with_its_help(say):
     for kind, registry in lw.REGISTRIES.items():
         own = say("list", kind)
         assert own in everything
-        assert own.splitlines() == [kind, *(f"  {name:20} {lw.help_of(part)}" for name, part in registry.items())]
+        assert own.splitlines() == [kind, *(f"  {name:21} {lw.help_of(part)}" for name, part in registry.items())]
     scripts = say("list", "scripts")
     assert all(f"{script} " in scripts for script in lw.SCRIPTS)
 

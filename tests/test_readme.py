@@ -66,6 +66,20 @@ def squad_sentence() -> str:
     )
 
 
+def effects_table() -> str:
+    """README's table of what each feature and loss does, from the file, largest gain first."""
+    found = load("effects")
+    rows = sorted(found["effects"].items(), key=lambda item: (-item[1]["difference"], item[0]))
+    lines = ["| alone | accuracy | difference | 95 % CI | q |", "|---|--:|--:|--:|--:|"]
+    for name, row in rows:
+        low, high = (f"{100 * x:+.1f}" for x in row["ci"])
+        q = "< 0.001" if row["q"] < 0.001 else f"{row['q']:.2g}"
+        lines.append(
+            f"| `{name}` | {percent(row['accuracy'])} | {100 * row['difference']:+.1f} | {low} to {high} | {q} |"
+        )
+    return "\n".join(lines)
+
+
 def demo_sentence() -> str:
     """README's sentence on the demo, from the file."""
     found = load("demo")
@@ -105,6 +119,8 @@ def test_readme_shows_the_numbers_of_the_files():
     assert results_table() in README
     assert demo_sentence() in unwrapped(README)
     assert bytes_sentence() in unwrapped(README)
+    assert effects_table() in README
+    assert f"plain bridge ({percent(load('effects')['base']['accuracy'])} %)" in unwrapped(README)
     assert squad_table() in README
     assert squad_sentence() in unwrapped(README)
     assert (ROOT / ".github" / "assets" / "demo.png").read_bytes().startswith(b"\x89PNG")
