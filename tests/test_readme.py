@@ -80,6 +80,12 @@ def effects_table() -> str:
     return "\n".join(lines)
 
 
+def seeds_sentence() -> str:
+    """README's warning about seeds, from the file."""
+    others = load("effects")["other_seeds_of_base"]
+    return f"other seeds of the plain bridge gave {', '.join(percent(value) for value in others.values())},"
+
+
 def demo_sentence() -> str:
     """README's sentence on the demo, from the file."""
     found = load("demo")
@@ -119,6 +125,7 @@ def test_readme_shows_the_numbers_of_the_files():
     assert results_table() in README
     assert demo_sentence() in unwrapped(README)
     assert bytes_sentence() in unwrapped(README)
+    assert seeds_sentence() in unwrapped(README)
     assert effects_table() in README
     assert f"plain bridge ({percent(load('effects')['base']['accuracy'])} %)" in unwrapped(README)
     assert squad_table() in README
