@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -91,3 +93,18 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         return out
 
     return run
+
+
+def package_folder(name: str, pins: tuple[str, ...]) -> Path:
+    """A folder with other versions of packages, made once; whatever else they need is this environment's."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentwire" / name
+    folder = cache / f"{sys.implementation.cache_tag}-{hashlib.sha256(repr(pins).encode()).hexdigest()[:12]}"
+    done = folder / "complete"
+    if not done.is_file():
+        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--retries", "1", "--timeout", "20"]
+        made = subprocess.run([*command, "--upgrade", "--target", folder, *pins], capture_output=True, text=True)
+        if made.returncode:
+            why = (made.stderr.strip() or "pip failed").splitlines()[-1]
+            pytest.skip(f"{', '.join(pins)} cannot be had: {why}")
+        done.touch()
+    return folder

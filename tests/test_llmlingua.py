@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import package_folder
 
 import LATENTWIRE as lw
 
@@ -72,17 +73,7 @@ RATES = (0.25, 0.5, 0.75)
 @pytest.fixture(scope="module")
 def packages() -> Path:
     """A folder of the old packages, made once; whatever else they need is this environment's."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentwire" / "llmlingua-reference"
-    folder = cache / f"{sys.implementation.cache_tag}-{lw.digest_of(list(PINS))[:12]}"
-    done = folder / "complete"
-    if not done.is_file():
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--retries", "1", "--timeout", "20"]
-        made = subprocess.run([*command, "--upgrade", "--target", folder, *PINS], capture_output=True, text=True)
-        if made.returncode:
-            why = (made.stderr.strip() or "pip failed").splitlines()[-1]
-            pytest.skip(f"{', '.join(PINS)} cannot be had: {why}")
-        done.touch()
-    return folder
+    return package_folder("llmlingua-reference", PINS)
 
 
 def save_model(folder: Path, **changes: object) -> Path:

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import package_folder
 
 import LATENTWIRE as lw
 
@@ -89,17 +90,7 @@ def two_threads():
 def packages() -> Path:
     """A folder with the harness, made once; whatever else it needs is this environment's."""
     pytest.importorskip("sacrebleu")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentwire" / "lm-eval"
-    folder = cache / f"{sys.implementation.cache_tag}-{lw.digest_of(list(PINS))[:12]}"
-    done = folder / "complete"
-    if not done.is_file():
-        command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--retries", "1", "--timeout", "20"]
-        made = subprocess.run([*command, "--upgrade", "--target", folder, *PINS], capture_output=True, text=True)
-        if made.returncode:
-            why = (made.stderr.strip() or "pip failed").splitlines()[-1]
-            pytest.skip(f"{', '.join(PINS)} cannot be had: {why}")
-        done.touch()
-    return folder
+    return package_folder("lm-eval", PINS)
 
 
 @pytest.fixture(scope="module")
