@@ -6547,6 +6547,17 @@ def data_key(settings: DataSettings) -> str:
     return TASKS.name_of(name) if name in TASKS else str(Path(name).resolve())
 
 
+def overlapping(train: Sequence[str], evaluated: Sequence[str], source: str) -> int:
+    """How many evaluated texts stand in the training rows as well; more than half of them are refused."""
+    known = {text.casefold() for text in train}
+    count = sum(text.casefold() in known for text in evaluated)
+    if count > len(evaluated) / 2:
+        raise LatentWireError(
+            f"{count} of {len(evaluated)} rows of {source} are training rows of this run; evaluate others"
+        )
+    return count
+
+
 def evaluated_rows(
     settings: EvalSettings, part: Task, run: TrainSettings, trained: TrainSettings, digest: str
 ) -> tuple[Splits, str, int]:
@@ -6569,12 +6580,7 @@ def evaluated_rows(
     rows = rows[: settings.num_samples]
     if not rows:
         raise LatentWireError(f"--split {settings.split}: no rows; leave out --dataset or evaluate the test split")
-    known = {home.sender_text(example).casefold() for example in own["train"]}
-    overlap = sum(part.sender_text(example).casefold() in known for example in rows)
-    if overlap > len(rows) / 2:
-        raise LatentWireError(
-            f"{overlap} of {len(rows)} rows of {source} are training rows of this run; evaluate others"
-        )
+    overlap = overlapping([home.sender_text(e) for e in own["train"]], [part.sender_text(e) for e in rows], source)
     usable = same and data_digest(own["train"]) == digest
     return (
         {"train": own["train"] if usable else [], "validation": own["validation"], "evaluated": rows},
@@ -7580,9 +7586,6 @@ class TunedMethod(ReadingMethod):
         """Fresh parameters."""
         raise NotImplementedError
 
-    def end(self) -> None:
-        """Leave the receiver as it was."""
-
     def soft(self, count: int) -> SoftPrompt | None:
         """What ``count`` rows read in front of the text."""
         return None
@@ -7876,19 +7879,13 @@ def contest_of(settings: BaselineSettings, dataset: str, seed: int) -> Contest:
     shared = {*DataSettings.model_fields, *ModelSettings.model_fields, *DecodeSettings.model_fields}
     shared |= {"sender", "receiver", "samples", "val_samples", "data_seed", "max_tokens", "protocol", "state_cache"}
     given = {name: getattr(settings, name) for name in shared & settings.model_fields_set}
-    given |= {
-        name: getattr(settings, name) for name in ("samples", "val_samples") if getattr(settings, name) is not None
-    }
     run = TrainSettings(**given | {"dataset": dataset, "seed": seed, "encoder": "hidden", "init": "none", "pooler": "resampler",
                                    "latent_len": settings.soft_tokens, "epochs": 1})  # fmt: skip
     run, _ = resolve(run)
     part = make_task(run)
     splits, _ = training_splits(part, run)
     rows, source = test_split(part, settings.num_samples)
-    known = {part.sender_text(example).casefold() for example in splits["train"]}
-    overlap = sum(part.sender_text(example).casefold() in known for example in rows)
-    if overlap > len(rows) / 2:
-        raise LatentWireError(f"{overlap} of {len(rows)} rows of {source} are training rows; evaluate others")
+    overlap = overlapping([part.sender_text(e) for e in splits["train"]], [part.sender_text(e) for e in rows], source)
     sender = load_lm(run.sender or "", run, run.offline, run.sender_device)
     same = run.sender == run.receiver
     receiver = sender if same else load_lm(run.receiver or "", run, run.offline, run.receiver_device)
@@ -7922,12 +7919,11 @@ def hold(
         found, keys = run_methods(contest, names, key, where)
     headline = part.headline
     methods = {name: summarize(own, headline, contest.seed) for name, own in found.items()}
-    field_name = {"gen_accuracy": "gen_accuracy"}.get(headline, headline)
-    best = max(methods, key=lambda name: methods[name][field_name])
+    best = max(methods, key=lambda name: methods[name][headline])
     results = {
         "schema": 1, "dataset": part.name or str(contest.settings.dataset), "split": "test", "n": len(contest.examples),
         "headline": headline, "overlap": setup.overlap, "protocol": contest.settings.protocol, "methods": methods,
-        "verdict": f"best: {best}, {headline} {methods[best][field_name]:.3f}",
+        "verdict": f"best: {best}, {headline} {methods[best][headline]:.3f}",
         **judged(contest, found, where, keys),
         "provenance": {
             **made_with, "record_key": key, "record_keys": keys, "sender": setup.sender.identity(),

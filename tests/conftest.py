@@ -108,3 +108,14 @@ def package_folder(name: str, pins: tuple[str, ...]) -> Path:
             pytest.skip(f"{', '.join(pins)} cannot be had: {why}")
         done.touch()
     return folder
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """Both cores, for real models."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

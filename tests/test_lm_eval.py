@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import package_folder
 
 import LATENTWIRE as lw
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_threads")]
 
 PINS = ("lm_eval==0.4.13",)
 PUBLISHED = Path(lw.__file__).resolve().parent.parent / "shared" / "data"
@@ -76,14 +75,6 @@ told = [
 with open(sys.argv[3], "w") as file:
     json.dump(told, file)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

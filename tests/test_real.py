@@ -8,16 +8,8 @@ import torch
 
 import LATENTWIRE as lw
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_threads")]
 PAIR = ["--sender", "smollm2-135m", "--receiver", "gemma-3-270m", "--dataset", "rotten_tomatoes"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
