@@ -85,12 +85,13 @@ def log_of(here: Path, name: str) -> str:
 def test_a_job_ended_four_ways_ends_like_an_uninterrupted_run(box, latentwire, here):
     flags = [*TRAIN, "--steps", "1500", "--eval_every", "500", "--dataset", "toy"]
     run, plugin = here / "runs" / "job", here / "slow.py"
-    plugin.write_text(  # the time limit's warning comes after half a minute; training must last longer on any machine
+    plugin.write_text(  # training must outlast the wait for the time limit's warning on any machine
         "import time, LATENTWIRE as lw\nstep = lw.Trainer.step\n"
         "def slow(self):\n    time.sleep(0.02)\n    return step(self)\nlw.Trainer.step = slow\n"
     )
-    asked = ["slurm", "--job", "training", "--time", "1", *flags, "--plugin", str(plugin), "--output_dir", "runs/job"]
-    [job] = submitted(latentwire(*asked, SBATCH_SIGNAL="B:USR1@30"))
+    asked = ["slurm", "--job", "training", *flags, "--plugin", str(plugin), "--output_dir", "runs/job"]
+    started = time.monotonic()
+    [job] = submitted(latentwire(*asked, SBATCH_SIGNAL="B:USR1@120"))
     reached = []
 
     def comes_back(how: str) -> None:
@@ -100,7 +101,9 @@ def test_a_job_ended_four_ways_ends_like_an_uninterrupted_run(box, latentwire, h
         box.rush(job)
 
     wait_for_step(run, 50)
-    box.wait_state(job, "PENDING", timeout=80)  # the time limit's own warning, after half a minute
+    near = int((time.monotonic() - started) / 60) + 2  # minutes: less than two are left, however slow the start was
+    assert box.run("scontrol", "update", f"JobId={job}", f"TimeLimit={near}").returncode == 0
+    box.wait_state(job, "PENDING", timeout=80)  # by the time limit's own warning, sent at the next look of slurmctld
     comes_back("time limit")
     box.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     wait_for_step(run, reached[-1] + 50)
@@ -122,7 +125,7 @@ def test_a_job_ended_four_ways_ends_like_an_uninterrupted_run(box, latentwire, h
     assert log.count("host=") == 4 and log.count("status=143") + log.count("status=138") == 4
     assert box.show(job)["Restarts"] == "3"
 
-    [again] = submitted(latentwire(*asked[:3], *asked[5:]))  # the same command, a new job
+    [again] = submitted(latentwire(*asked))  # the same command, a new job
     box.wait_state(again, "COMPLETED", timeout=120)
     assert f"resuming at step {reached[3]} of 1500" in log_of(here, f"preempt_training_{again}.log")
     plain = latentwire("train", *flags, "--output_dir", "runs/plain")
@@ -130,7 +133,7 @@ def test_a_job_ended_four_ways_ends_like_an_uninterrupted_run(box, latentwire, h
     assert result(run) == result(here / "runs" / "plain")
     assert [step for step, _ in result(run)[1]] == list(range(1, 1501))
     assert not [p for p in [*run.rglob(".*"), *(here / "cache" / "states").glob(".*")] if p.name != "."]
-    assert latentwire(*asked[:3], *asked[5:]).returncode == 0
+    assert latentwire(*asked).returncode == 0
     print(f"\nsaved at steps {reached}: time limit, requeue, preemption, scancel")
 
 
