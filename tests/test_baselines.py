@@ -339,7 +339,30 @@ def test_training_looks_at_train_rows_and_choosing_at_validation_rows(toy, name,
     with using(name, toy, rival_steps=16) as method:
         assert method.tuned
     splits = {key: {e.context for e in rows} for key, rows in toy.setup.splits.items()}
-    assert seen[True] == splits["train"] and seen[False] == splits["validation"]
+    chosen_by = {e.context for e in toy.setup.splits["validation"][:32]}  # a quarter as many as train rows, at least 32
+    assert seen[True] == splits["train"] and seen[False] == chosen_by < splits["validation"]
+
+
+def test_batches_hold_texts_of_like_length_and_every_row_equally_often(toy):
+    train = [replace(e, context="word " * (1 + 7 * i % 23)) for i, e in enumerate(toy.setup.splits["train"])]
+    setup = replace(toy.setup, splits={**toy.setup.splits, "train": train})
+    contest, rows, size = lw.Contest(setup, toy.settings, toy.asked, toy.responder), train, 4
+    steps = 2 * len(rows) // size  # two passes
+    with using("lora", contest) as method:
+        groups = [*method.course(steps, size)]
+        again = [*method.course(steps, size)]
+    assert groups == again
+    assert {len(group) for group in groups} == {size}
+    counts = Counter(example.id for group in groups for example in group)
+    assert set(counts.values()) == {2} and len(counts) == len(rows)
+    spread = sum(max(len(e.context) for e in group) - min(len(e.context) for e in group) for group in groups)
+    plain = [rows[lw.row_at(toy.seed, place, len(rows))] for place in range(steps * size)]
+    random_spread = sum(
+        max(len(e.context) for e in group) - min(len(e.context) for e in group) for group in lw.batches(plain, size)
+    )
+    assert spread < 0.6 * random_spread
+    lengths = [len(group[0].context) for group in groups[:8]]
+    assert lengths != sorted(lengths)  # easy and hard batches come in any order
 
 
 def test_the_prompt_alone_tells_everyone_the_same(toy):
