@@ -1151,14 +1151,18 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         stream.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line torn by a kill is cut off, any other bad line is an error."""
+def read_rows(path: Path, own: bool = True) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a last line torn by a kill is cut off, any other bad line is an error.
+
+    Where the file is not our ``own``, somebody may be writing that last line: it is left alone.
+    """
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
-        write_atomic(path, b"".join(lines))
+        if own:
+            write_atomic(path, b"".join(lines))
     rows = []
     for number, line in enumerate(lines, 1):
         try:
@@ -6813,16 +6817,21 @@ def attend(contest: Contest, where: Path, around: tuple[Report, Sequence[int], M
 
 
 def run_methods(
-    contest: Contest, names: Sequence[str], key: str, where: Path
+    contest: Contest, names: Sequence[str], bases: Mapping[bool, str], where: Path
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """Rows by method, in the order of the examples, and each method's record key; finished rows are never computed again."""
+    """Rows by method, in the order of the examples, and each method's record key; finished rows are never computed again.
+
+    ``bases`` are the keys of methods with a bridge and without; of the latter, rows of the same run with another seed
+    are taken over.
+    """
     path, examples, asked = where / "records.jsonl", contest.examples, contest.asked
     keys = {}
     for name in names:
         kind = METHODS[name]
         own = {field: str(getattr(asked, field, None)) for field in kind.own}
         own |= {"seed": str(contest.seed)} if kind.seeded else {}
-        keys[name] = digest_of([key, own]) if own else key
+        base = bases[kind.bridged]
+        keys[name] = digest_of([base, own]) if own else base
     kept = read_rows(path)  # mends a torn last line even when nothing of it is used
     old = [] if asked.fresh_eval else [row for row in kept if "error" not in row]
     by_method: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
@@ -6927,7 +6936,7 @@ def evaluate_receiver(
     names = chosen_methods(settings, channel.setup)
     with threads_for(channel.setup.sender, channel.setup.receiver):
         report.say(f"{channel.store.truncated:.1%} of the texts were cut; {len(channel.messages)} messages to send")
-        ordered, keys = run_methods(channel, names, key, where)
+        ordered, keys = run_methods(channel, names, {True: key, False: alone}, where)
     made_with = {**made_with, "record_keys": keys}
     results = results_of(settings, channel, state, ordered, {**made_with, "checkpoint": str(folder), "record_key": key})
     results |= {"reconstruction": written_back(channel)} if settings.bleu else {}
@@ -7066,6 +7075,14 @@ class SenderProbe(ProbeMethod):
 class ReceiverProbe(ProbeMethod):
     """Linear probe on the receiver: what it knows of the text itself."""
 
+    taken = []
+    for row in [] if asked.fresh_eval else rows_of_other_seeds(where):
+        name = row["method"]
+        if keys.get(name) == row["key"] and not METHODS[name].bridged and row["id"] not in by_method[name]:
+            by_method[name][row["id"]] = row
+            taken.append(row)
+    if taken:
+        append_rows(path, taken)
     usual = False
     role = "receiver"
 
@@ -7091,6 +7108,13 @@ class ReadingMethod(Method):
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """What stands for each example's text."""
         return [example.context for example in examples]
+def rows_of_other_seeds(where: Path) -> Iterator[dict[str, Any]]:
+    """Whole records in the folders beside ``seed<N>``."""
+    for path in sorted(where.parent.glob("seed*/records.jsonl")) if where.name.startswith("seed") else ():
+        if path.parent != where:
+            yield from (row for row in read_rows(path, own=False) if "error" not in row)
+
+
 
     def prompts(self, examples: Sequence[Example], contexts: Sequence[str]) -> list[str]:
         """All that is read, up to the anchor: as the task shows its text, with its question."""
@@ -7157,6 +7181,9 @@ class FewShot(ReadingMethod):
                 )
             chosen = [e for group in groups for e in group]
         else:
+    tuned = channel.bridge.fingerprint() if channel.settings.use_lora else ""
+    run_of = {name: value for name, value in channel.settings.determining().items() if name != "seed"}
+    alone = digest_of([tuned, run_of, data_digest(examples), decoding, prompts, train])  # what owes the bridge nothing
             chosen = ordered[:shots]
         if not chosen:
             raise LatentWireError(f"fewshot: no train row of at most {limit} tokens; raise --max_tokens")
@@ -7933,7 +7960,7 @@ def hold(
     report.say(f"{setup.part.name or contest.settings.dataset}: {len(contest.examples)} rows of {setup.source}, "
                f"{len(setup.splits['train'])} train rows; {len(names)} methods into {where}")  # fmt: skip
     with threads_for(setup.sender, setup.receiver):
-        found, keys = run_methods(contest, names, key, where)
+        found, keys = run_methods(contest, names, {True: key, False: key}, where)
     headline = part.headline
     methods = {name: summarize(own, headline, contest.seed) for name, own in found.items()}
     best = max(methods, key=lambda name: methods[name][headline])

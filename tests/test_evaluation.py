@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import edit_state
+from conftest import TOY, edit_state
 
 import LATENTWIRE as lw
 
@@ -174,6 +174,43 @@ def test_seed_folders_are_evaluated_together(toy_run, tmp_path):
     )
     assert merged["seeds"] == ["seed1", "seed2"] and merged["methods"]["bridge"]["sd"] == 0.0
     assert (tmp_path / "sweep" / "results.json").exists()
+
+
+def test_a_second_seed_computes_only_what_depends_on_it(tmp_path, monkeypatch):
+    flags = [*TOY, "--steps", "4", "--width", "32", "--seeds", "1,2", "--output_dir", str(tmp_path / "runs")]
+    lw.train_main(flags)
+    asked: list[tuple[str, int]] = []
+    compute = lw.compute_rows
+
+    def watched(method, examples, size, save):
+        asked.append((method.name, len(examples)))
+        compute(method, examples, size, save)
+
+    monkeypatch.setattr(lw, "compute_rows", watched)
+    methods = ["--methods", "bridge,text,control:none,control:mean,probe", "--num_samples", "24"]
+    merged = lw.eval_main(["--checkpoint", str(tmp_path / "runs"), *methods])
+    assert sorted(asked) == sorted(
+        [(name, 24) for name in ("bridge", "control:mean") for _ in "12"]
+        + [(name, 24) for name in ("text", "control:none", "probe")]
+    )
+    rows = [lw.read_rows(tmp_path / "runs" / f"seed{seed}" / "records.jsonl") for seed in (1, 2)]
+    for name in ("text", "control:none", "probe"):
+        assert [r for r in rows[0] if r["method"] == name] == [r for r in rows[1] if r["method"] == name]
+        assert merged["methods"][name]["sd"] == 0
+    asked.clear()
+    lw.eval_main(["--checkpoint", str(tmp_path / "runs"), *methods, "--fresh_eval"])
+    assert len(asked) == 10
+
+
+def test_a_line_that_another_seed_is_writing_is_left_alone(tmp_path):
+    ours, theirs = tmp_path / "seed1", tmp_path / "seed2"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    written = b'{"method": "text", "key": "k", "id": "1"}\n{"method": "text", "ke'
+    (theirs / "records.jsonl").write_bytes(written)
+    assert [row["id"] for row in lw.rows_of_other_seeds(ours)] == ["1"]
+    assert (theirs / "records.jsonl").read_bytes() == written
+    assert not [*lw.rows_of_other_seeds(tmp_path / "other")]
 
 
 def test_question_answering_task_trains_and_scores_f1(tmp_path):
