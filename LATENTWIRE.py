@@ -2590,7 +2590,7 @@ class LM:
     """What the running forward pass reads, for activations that are computed again."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any, revision: str, device: torch.device) -> None:
-        self.name, self.revision = name, revision
+        self.name, self.revision, self.engine = name, revision, Engine()
         placed = hasattr(model, "hf_device_map")  # already on its devices, which accelerate's hooks connect
         self.model = (model if placed else model.to(device)).eval().requires_grad_(False)
         self.device: torch.device = model.get_input_embeddings().weight.device if placed else device
@@ -2637,6 +2637,8 @@ class LM:
         found = self.tokenizer(text, **asked)
         ends = itertools.accumulate((end for _, end in found.offset_mapping), max, initial=0)
         return found.input_ids, [(min(start, before), end) for (start, end), before in zip(found.offset_mapping, ends)]  # noqa: B905
+    engine: Engine
+    """How prompts are read and answers decoded."""
 
     def heard(self, texts: Sequence[str]) -> Tokens:
         """Texts as this model's own tokens: what the copy path copies."""
@@ -2805,11 +2807,10 @@ class LM:
     @torch.no_grad()
     def states(self, rows: Sequence[TokenIds], layers: Sequence[int]) -> States:
         """Hidden states (B, L, T, D) at ``layers`` for right-padded rows; blocks above the last one asked never run."""
-        packed = lay_out(self, None, rows)
-        return States(torch.stack(self.hidden_states(packed, layers), 1), packed.mask)
+        return self.engine.hidden(self, lay_out(self, None, rows), layers)
 
     def hidden_states(self, packed: Packed, layers: Sequence[int]) -> list[Tensor]:
-        """Hidden states (B, T, D) at each of ``layers``."""
+        """Hidden states (B, T, D) at each of ``layers``; blocks above the last one never run."""
         seen: dict[int, Tensor] = {}
 
         def watch(index: int) -> Callable[..., None]:
@@ -2834,8 +2835,23 @@ class LM:
     @torch.no_grad()
     def prefill(self, packed: Packed) -> Prefill:
         """Read left-padded prompts once; scoring and generation both go on from here."""
-        output = self.forward(packed, use_cache=True)
-        return Prefill(output.past_key_values, self.logits(output.last_hidden_state[:, -1]), packed.mask, packed.soft)
+        return self.engine.prefill(self, packed)
+
+    @torch.no_grad()
+    def prefill_ids(self, rows: Sequence[TokenIds]) -> Prefill:
+        """The same for prompts of ids; a long beginning that all of them share, such as examples, is read once."""
+        width, window = max(map(len, rows)), getattr(self.config, "sliding_window", None) or math.inf
+        alike = itertools.takewhile(lambda column: len({*column}) == 1, zip(*rows, strict=False))
+        shared = min(sum(1 for _ in alike), *(len(row) - 1 for row in rows))
+        if len(rows) == 1 or shared < 32 or width > window:  # windows count columns, and padding would stand inside
+            return self.prefill(lay_out(self, None, rows, left=True))
+        head = self.prefill(lay_out(self, None, [rows[0][:shared]]))
+        everyone = torch.zeros(len(rows), dtype=torch.long, device=self.device)
+        cache, mask = copy_cache(head.cache, everyone), head.mask[everyone]
+        ids, real = pad_right([row[shared:][::-1] for row in rows], self.pad, self.device)
+        begun = Prefill(cache, head.logits[everyone], mask)
+        hidden, mask = self.advance(begun, cache, ids.flip(1), real.flip(1))
+        return Prefill(cache, self.logits(hidden[:, -1]), mask)
 
     def advance(self, prefill: Prefill, cache: Any, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Read ids (B, S) after ``cache``; → hidden (B, S, D) and the longer mask. Positions are explicit (trap T3)."""
@@ -2881,7 +2897,8 @@ class LM:
         ``how`` may ban the end for some steps and draw the first token from a nucleus, by one number of ``draws`` a row.
         """
         how = how or DecodeSettings()
-        logits, state, lines = prefill.logits, prefill, [[] for _ in range(len(prefill.logits))]  # type: ignore[var-annotated]
+        logits, lines = prefill.logits, [[] for _ in range(len(prefill.logits))]  # type: ignore[var-annotated]
+        go_on = self.engine.steps(self, prefill, max_new_tokens)
         open_rows = [True] * len(lines)
         for step in range(max_new_tokens):
             if step < how.eos_ban_steps:
@@ -2895,10 +2912,7 @@ class LM:
                     open_rows[b] = not line or "\n" not in self.tokenizer.decode(lines[b]).lstrip()
             if not any(open_rows) or step == max_new_tokens - 1:
                 break
-            real = torch.tensor(open_rows, device=self.device)[:, None]
-            hidden, mask = self.advance(state, state.cache, chosen[:, None], real)
-            logits = self.logits(hidden[:, -1])
-            state = replace(state, logits=logits, mask=mask)
+            logits = go_on(chosen[:, None], torch.tensor(open_rows, device=self.device)[:, None])
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in lines]
         return [text.partition("\n")[0].strip() if line else text for text in texts]
 
@@ -2950,6 +2964,180 @@ def nucleus(logits: Tensor, how: DecodeSettings, draws: Sequence[int]) -> Tensor
     seeds = [torch.Generator().manual_seed(number) for number in draws]
     places = [torch.multinomial(row, 1, generator=seed) for row, seed in zip(share, seeds, strict=True)]
     return order.gather(1, torch.stack(places).to(order.device))[:, 0]
+
+
+class Engine:
+    """How a frozen LM's forward passes run: here as they come, each step's keys and values joined to those before."""
+
+    def run(self, name: Any, work: Callable[..., Any], *inputs: Tensor) -> Any:
+        """What ``work`` makes of ``inputs``; ``name`` stands for all else that it depends on."""
+        return work(*inputs)
+
+    def hidden(self, lm: LM, packed: Packed, layers: Sequence[int]) -> States:
+        """Hidden states (B, L, T, D) of right-padded rows at ``layers``."""
+        return States(torch.stack(lm.hidden_states(packed, layers), 1), packed.mask)
+
+    def prefill(self, lm: LM, packed: Packed) -> Prefill:
+        """Left-padded prompts, read."""
+        output = lm.forward(packed, use_cache=True)
+        return Prefill(output.past_key_values, lm.logits(output.last_hidden_state[:, -1]), packed.mask, packed.soft)
+
+    def steps(self, lm: LM, prefill: Prefill, most: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """A function that reads one token of each row (B, 1), where it is real, → logits after it; at most ``most`` times."""
+        state = prefill
+
+        def step(tokens: Tensor, real: Tensor) -> Tensor:
+            nonlocal state
+            hidden, mask = lm.advance(state, state.cache, tokens, real)
+            state = replace(state, mask=mask)
+            return lm.logits(hidden[:, -1])
+
+        return step
+
+
+class StaticEngine(Engine):
+    """The same with shapes that repeat: widths in steps of 16, keys and values preallocated; CUDA graphs on CUDA.
+
+    A graph is captured once per shape and replayed, so that a small batch does not wait for Python (PyTorch's "CUDA
+    Graphs"). What a replay gives is overwritten by the next one of the same shape. Prompts whose features reach into the
+    blocks run as they come.
+    """
+
+    GRAIN: ClassVar[int] = 16
+
+    def __init__(self) -> None:
+        self.graphs: dict[Any, tuple[Any, list[Tensor], Any]] = {}
+        self.decoders: dict[Any, StaticCacheSteps] = {}
+
+    def run(self, name: Any, work: Callable[..., Any], *inputs: Tensor) -> Any:
+        """Replayed, or on other devices called."""
+        if inputs[0].device.type != "cuda":
+            return work(*inputs)
+        key = (name, *((*tensor.shape, tensor.dtype) for tensor in inputs))
+        if key not in self.graphs:
+            held, stream = [tensor.clone() for tensor in inputs], torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # libraries choose kernels and take memory before they are recorded
+                    work(*held)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                found = work(*held)
+            self.graphs[key] = graph, held, found
+        graph, held, found = self.graphs[key]
+        for own, given in zip(held, inputs, strict=True):
+            own.copy_(given)
+        graph.replay()
+        return found
+
+    def hidden(self, lm: LM, packed: Packed, layers: Sequence[int]) -> States:
+        """Rows padded further on the right."""
+        wide = widened(packed, self.GRAIN, left=False)
+
+        def read(embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+            rows = replace(wide, embeds=embeds, mask=mask, positions=positions)
+            return torch.stack(lm.hidden_states(rows, layers), 1)
+
+        return States(self.run((id(lm), *layers), read, wide.embeds, wide.mask, wide.positions), wide.mask)
+
+    def prefill(self, lm: LM, packed: Packed) -> Prefill:
+        """Prompts padded further on the left."""
+        soft = packed.soft
+        if soft is not None and (soft.readers or soft.changes is not None):
+            return super().prefill(lm, packed)
+        wide = widened(packed, self.GRAIN, left=True)
+
+        def read(embeds: Tensor, mask: Tensor, positions: Tensor) -> tuple[Any, Tensor]:
+            from transformers import DynamicCache
+
+            rows = replace(wide, embeds=embeds, mask=mask, positions=positions)
+            output = lm.forward(rows, past_key_values=DynamicCache())  # without config no layer slides; the mask does
+            return output.past_key_values, lm.logits(output.last_hidden_state[:, -1])
+
+        cache, logits = self.run((id(lm), soft is None), read, wide.embeds, wide.mask, wide.positions)
+        return Prefill(shallow_cache(cache), logits.clone(), wide.mask, soft)
+
+    def steps(self, lm: LM, prefill: Prefill, most: int) -> Callable[[Tensor, Tensor], Tensor]:
+        """Steps of one shape, after a copy of the prompt's keys and values."""
+        if prefill.soft is not None and prefill.soft.readers:
+            return super().steps(lm, prefill, most)
+        rows, width = prefill.mask.shape
+        length = math.ceil((width + most) / 64) * 64
+        key = (id(lm), rows, length, prefill.soft is None)
+        if key not in self.decoders:
+            self.decoders[key] = StaticCacheSteps(lm, prefill, length)
+        decoder = self.decoders[key]
+        decoder.start(prefill)
+
+        def step(tokens: Tensor, real: Tensor) -> Tensor:
+            with lm.reading(prefill.soft, None):
+                found: Tensor = self.run(key, decoder.step, tokens)
+            return found
+
+        if prefill.logits.device.type == "cuda" and not any(known[0] == key for known in self.graphs):
+            step(torch.full((rows, 1), lm.pad, device=lm.device), prefill.mask)  # capturing takes steps of its own
+            decoder.start(prefill)
+        return step
+
+
+class StaticCacheSteps:
+    """Decoding steps with preallocated keys and values: the same addresses and shapes (B, H, ``length``, D_h) each time."""
+
+    def __init__(self, lm: LM, prefill: Prefill, length: int) -> None:
+        from transformers.cache_utils import Cache, StaticLayer
+
+        self.lm = lm
+        self.layers: list[Any] = [StaticLayer(length) for _ in prefill.cache.layers]
+        self.cache = Cache(layers=self.layers)
+        for own, layer in zip(self.layers, prefill.cache.layers, strict=True):
+            own.lazy_initialization(layer.keys, layer.values)
+        self.mask = torch.ones(len(prefill.mask), length, dtype=torch.long, device=lm.device)
+        self.position = torch.zeros(len(prefill.mask), 1, dtype=torch.long, device=lm.device)
+
+    @torch.no_grad()
+    def start(self, prefill: Prefill) -> None:
+        """After this prompt; a sliding layer has kept only its end."""
+        width = prefill.mask.shape[1]
+        for own, layer in zip(self.layers, prefill.cache.layers, strict=True):
+            kept = slice(width - layer.keys.shape[2], width)
+            own.keys[:, :, kept] = layer.keys
+            own.values[:, :, kept] = layer.values
+            own.cumulative_length.fill_(width)
+        self.mask.fill_(1)
+        self.mask[:, :width] = prefill.mask
+        self.position.copy_(prefill.mask.sum(1, keepdim=True))
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor) -> Tensor:
+        """Read a token of each row (B, 1) → logits after it (B, V); a row that is closed reads on and is not looked at."""
+        lm = self.lm
+        output = lm.backbone(
+            inputs_embeds=lm.embed(tokens), attention_mask=self.mask, position_ids=self.position,
+            past_key_values=self.cache,
+        )  # fmt: skip
+        self.position.add_(1)
+        return lm.logits(output.last_hidden_state[:, -1])
+
+
+def widened(packed: Packed, grain: int, left: bool) -> Packed:
+    """A batch padded on one side to a multiple of ``grain`` columns."""
+    more = -packed.mask.shape[1] % grain
+    sides, gap = ((more, 0), more) if left else ((0, more), 0)
+    at = None if packed.at is None else packed.at + gap
+    return replace(
+        packed, embeds=F.pad(packed.embeds, (0, 0, *sides)), mask=F.pad(packed.mask, sides),
+        positions=F.pad(packed.positions, sides), columns=packed.columns + gap, at=at,
+    )  # fmt: skip
+
+
+def shallow_cache(cache: Any) -> Any:
+    """A KV cache that can grow without changing the given one, whose tensors it shares."""
+    import copy
+
+    grown = copy.copy(cache)
+    grown.layers = [copy.copy(layer) for layer in cache.layers]
+    return grown
 
 
 def copy_cache(cache: Any, rows: Tensor) -> Any:
@@ -7124,14 +7312,15 @@ def rows_of_other_seeds(where: Path) -> Iterator[dict[str, Any]]:
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """After BOS, the prompt and the anchor; bytes and tokens are those of what stands for the text."""
         contexts, prompting, lm = self.contexts(examples), self.responder.prompting, self.responder.receiver
-        rows = [prompting.ending(text) for text in self.prompts(examples, contexts)]
+        before = [*lm.bos, *prompting.frame[0]]
+        rows = [[*before, *prompting.ending(text)] for text in self.prompts(examples, contexts)]
         longest, window = max(map(len, rows)), getattr(lm.config, "max_position_embeddings", None)
         if window and longest + self.responder.max_new_tokens > window:
             raise LatentWireError(
                 f"a prompt of {longest} tokens is longer than {lm.name} reads ({window}); use fewer --shots"
             )
         sizes = [len(text.encode()) for text in contexts]
-        found = self.responder.respond(prompting.joined(None, rows, None, left=True), examples, sizes)
+        found = self.responder.go_on(lm.prefill_ids(rows), examples, sizes)
         return [replace(answer, tokens=len(lm.ids(text))) for answer, text in zip(found, contexts, strict=True)]
 
 
