@@ -36,9 +36,10 @@ Sections
 §10 TRAINING: one loop, its checkpoint and its log
 §11 EVALUATION: methods, controls and the verdict
 §12 BASELINES: every rival, as a Method
-§13 FIGURES AND TABLES: records to pictures, tables and a page
-§14 SUITES: named experiments as data, and the jobs that run them
-§15 CLI: thin shells around the functions above
+§13 BENCHMARKS: latency, throughput, memory and growth of every way, against the device's own limits
+§14 FIGURES AND TABLES: records to pictures, tables and a page
+§15 SUITES: named experiments as data, and the jobs that run them
+§16 CLI: thin shells around the functions above
 """
 
 # §0 PRELUDE: imports, errors, small helpers
@@ -80,6 +81,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 from urllib.parse import urlparse
 
@@ -866,6 +868,53 @@ class BaselineSettings(AskedSettings):
         "question-aware", "Whether the sender sees the question, or the receiver gets it as text."
     )
     output_dir: Path = setting(Path("runs/baselines"), "Where records and results go.", execution=True)
+
+
+BENCHMARKS = ("latency", "batched", "decoding", "memory", "training", "growth")
+
+
+class BenchmarkSettings(DataSettings, ModelSettings):
+    """Benchmark"""
+
+    benchmark: Words = setting(
+        ["latency"], "latency, batched (also throughput), decoding, memory, training, growth, or all."
+    )
+    checkpoint: Path | None = setting(
+        None, "A trained run; else an untrained bridge between the models named here.", "ckpt"
+    )
+    sender: str | None = setting(None, "Frozen model that reads.", "sender_model", "sender_id", "source_model")
+    receiver: str | None = setting(None, "Frozen model that answers.", "receiver_model", "receiver_id", "target_model")
+    random_weights: Words | None = setting(
+        None, "Models of known shapes with random weights instead, such as llama-3.1-8b,mistral-7b: no download."
+    )
+    layers: Words | None = setting(None, "Sender layers that an untrained bridge reads.", "source_layer")
+    soft_tokens: int = setting(8, "K of an untrained bridge.", "latent_len", ge=1)
+    input_tokens: int = setting(64, "Length of the texts in sender tokens.", ge=1)
+    answer_tokens: list[Annotated[int, Field(ge=0)]] = setting(
+        [0, 5, 16], "Tokens of an answer; 0 scores the class words. All but latency take the first."
+    )
+    arms: Words | None = setting(None, "Ways to measure, see 'list arms'; default all that can run here.")
+    num_trials: int = setting(50, "Trials of each.", ge=1)
+    warmup: int = setting(5, "Calls before them.", ge=0)
+    max_seconds: float = setting(20.0, "A slow one stops after so many seconds and at least five trials.", gt=0)
+    batch_sizes: list[Annotated[int, Field(ge=1)]] = setting([1, 2, 4, 8, 16], "Texts at a time.")
+    num_samples: int = setting(100, "batched: texts to go through.", "samples", ge=1)
+    engine: Literal["auto", "eager", "static"] = setting(
+        "auto", "static: shapes repeat, as CUDA graphs on CUDA; eager: as they come; auto: static on CUDA."
+    )
+    seed: int = setting(42, "Seed of an untrained bridge.", ge=0)
+    output_dir: Path = setting(Path("runs/benchmarks"), "Where benchmark.json, .md and figures go.")
+
+    @property
+    def chosen(self) -> list[str]:
+        """What to measure, in one spelling."""
+        words = ["batched" if word == "throughput" else word for word in self.benchmark]
+        unknown = [word for word in words if word not in (*BENCHMARKS, "all")]
+        if unknown:
+            raise LatentWireError(
+                f"--benchmark {unknown[0]}: unknown{suggest(unknown[0], BENCHMARKS)} (known: {', '.join(BENCHMARKS)}, all)"
+            )
+        return [name for name in BENCHMARKS if name in words or "all" in words]
 
 
 class ExperimentSettings(Settings):
@@ -2588,6 +2637,8 @@ class LM:
     """Whether LoRA works in every forward pass (a sender), or only where a soft prompt is read."""
     now: tuple[SoftPrompt | None, Tensor | None, bool] = (None, None, False)
     """What the running forward pass reads, for activations that are computed again."""
+    engine: Engine
+    """How prompts are read and answers decoded."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any, revision: str, device: torch.device) -> None:
         self.name, self.revision, self.engine = name, revision, Engine()
@@ -2637,8 +2688,6 @@ class LM:
         found = self.tokenizer(text, **asked)
         ends = itertools.accumulate((end for _, end in found.offset_mapping), max, initial=0)
         return found.input_ids, [(min(start, before), end) for (start, end), before in zip(found.offset_mapping, ends)]  # noqa: B905
-    engine: Engine
-    """How prompts are read and answers decoded."""
 
     def heard(self, texts: Sequence[str]) -> Tokens:
         """Texts as this model's own tokens: what the copy path copies."""
@@ -2917,55 +2966,6 @@ class LM:
         return [text.partition("\n")[0].strip() if line else text for text in texts]
 
 
-def lora_targets(asked: Sequence[str], names: set[str]) -> tuple[list[str] | str, int]:
-    """(linear layers that LoRA adapts, in how many first blocks; 0 is all) for ``auto``, ``attn_firstN:N`` or names."""
-    attention: list[str] = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in names]
-    inner: list[str] = [name for name in ("gate_proj", "up_proj", "down_proj") if name in names]
-    found = re.fullmatch(r"(attn|attn_mlp)_firstN:(\d+)", asked[0])
-    if found:
-        return [*attention, *(inner if found[1] == "attn_mlp" else [])] or "all-linear", int(found[2])
-    if list(asked) == ["auto"]:
-        return attention or "all-linear", 0
-    missing = [name for name in asked if name not in names]
-    if missing:
-        raise LatentWireError(
-            f"--lora_target_modules {missing[0]}: not a layer here{suggest(missing[0], names)} (layers: {', '.join(sorted(names))})"
-        )
-    return list(asked), 0
-
-
-def adding(change: Tensor, at: Tensor | None) -> Callable[..., Tensor]:
-    """A hook that adds ``change`` (B, K, D) to a layer's output (B, T, D) at positions ``at`` (B, K)."""
-
-    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
-        assert at is not None
-        rows = torch.arange(len(at), device=output.device)[:, None].expand_as(at)
-        return output.index_put((rows, at.to(output.device)), change.to(output), accumulate=True)
-
-    return hook
-
-
-def passing(reader: Callable[[Tensor, SoftPrompt], Tensor], soft: SoftPrompt | None) -> Callable[..., Any]:
-    """A hook that lets ``reader`` change a block's hidden states (B, T, D)."""
-
-    def hook(module: Any, args: Any, output: Any) -> Any:
-        assert soft is not None
-        if isinstance(output, tuple):
-            return (reader(output[0], soft), *output[1:])
-        return reader(output, soft)
-
-    return hook
-
-
-def nucleus(logits: Tensor, how: DecodeSettings, draws: Sequence[int]) -> Tensor:
-    """One token a row from the smallest set whose probability reaches top-p (Holtzman et al. 2020), by its own seed."""
-    share, order = (logits / how.first_token_temperature).softmax(-1).sort(-1, descending=True)
-    share = share.masked_fill(share.cumsum(-1) - share >= how.first_token_top_p, 0.0).cpu()
-    seeds = [torch.Generator().manual_seed(number) for number in draws]
-    places = [torch.multinomial(row, 1, generator=seed) for row, seed in zip(share, seeds, strict=True)]
-    return order.gather(1, torch.stack(places).to(order.device))[:, 0]
-
-
 class Engine:
     """How a frozen LM's forward passes run: here as they come, each step's keys and values joined to those before."""
 
@@ -3138,6 +3138,55 @@ def shallow_cache(cache: Any) -> Any:
     grown = copy.copy(cache)
     grown.layers = [copy.copy(layer) for layer in cache.layers]
     return grown
+
+
+def lora_targets(asked: Sequence[str], names: set[str]) -> tuple[list[str] | str, int]:
+    """(linear layers that LoRA adapts, in how many first blocks; 0 is all) for ``auto``, ``attn_firstN:N`` or names."""
+    attention: list[str] = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in names]
+    inner: list[str] = [name for name in ("gate_proj", "up_proj", "down_proj") if name in names]
+    found = re.fullmatch(r"(attn|attn_mlp)_firstN:(\d+)", asked[0])
+    if found:
+        return [*attention, *(inner if found[1] == "attn_mlp" else [])] or "all-linear", int(found[2])
+    if list(asked) == ["auto"]:
+        return attention or "all-linear", 0
+    missing = [name for name in asked if name not in names]
+    if missing:
+        raise LatentWireError(
+            f"--lora_target_modules {missing[0]}: not a layer here{suggest(missing[0], names)} (layers: {', '.join(sorted(names))})"
+        )
+    return list(asked), 0
+
+
+def adding(change: Tensor, at: Tensor | None) -> Callable[..., Tensor]:
+    """A hook that adds ``change`` (B, K, D) to a layer's output (B, T, D) at positions ``at`` (B, K)."""
+
+    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
+        assert at is not None
+        rows = torch.arange(len(at), device=output.device)[:, None].expand_as(at)
+        return output.index_put((rows, at.to(output.device)), change.to(output), accumulate=True)
+
+    return hook
+
+
+def passing(reader: Callable[[Tensor, SoftPrompt], Tensor], soft: SoftPrompt | None) -> Callable[..., Any]:
+    """A hook that lets ``reader`` change a block's hidden states (B, T, D)."""
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        assert soft is not None
+        if isinstance(output, tuple):
+            return (reader(output[0], soft), *output[1:])
+        return reader(output, soft)
+
+    return hook
+
+
+def nucleus(logits: Tensor, how: DecodeSettings, draws: Sequence[int]) -> Tensor:
+    """One token a row from the smallest set whose probability reaches top-p (Holtzman et al. 2020), by its own seed."""
+    share, order = (logits / how.first_token_temperature).softmax(-1).sort(-1, descending=True)
+    share = share.masked_fill(share.cumsum(-1) - share >= how.first_token_top_p, 0.0).cpu()
+    seeds = [torch.Generator().manual_seed(number) for number in draws]
+    places = [torch.multinomial(row, 1, generator=seed) for row, seed in zip(share, seeds, strict=True)]
+    return order.gather(1, torch.stack(places).to(order.device))[:, 0]
 
 
 def copy_cache(cache: Any, rows: Tensor) -> Any:
@@ -7026,9 +7075,18 @@ def run_methods(
     for row in old:
         if keys.get(row["method"]) == row["key"]:
             by_method[row["method"]][row["id"]] = row
+    taken = []
+    for row in [] if asked.fresh_eval else rows_of_other_seeds(where):
+        name = row["method"]
+        if keys.get(name) == row["key"] and not METHODS[name].bridged and row["id"] not in by_method[name]:
+            by_method[name][row["id"]] = row
+            taken.append(row)
+    if taken:
+        append_rows(path, taken)
     for name in names:
         done = by_method[name]
         todo = [e for e in examples if e.id not in done]
+        todo.sort(key=lambda example: len(contest.text(example)), reverse=True)  # texts of like length share a batch
         if not todo:
             continue
 
@@ -7048,6 +7106,13 @@ def run_methods(
             earlier = json.loads(kept_details.read_text(encoding="utf-8")) if kept_details.exists() else {}
             write_json(kept_details, earlier | {keys[name]: {"method": name, **method.details}})
     return {name: [by_method[name][example.id] for example in examples] for name in names}, keys
+
+
+def rows_of_other_seeds(where: Path) -> Iterator[dict[str, Any]]:
+    """Whole records in the folders beside ``seed<N>``."""
+    for path in sorted(where.parent.glob("seed*/records.jsonl")) if where.name.startswith("seed") else ():
+        if path.parent != where:
+            yield from (row for row in read_rows(path, own=False) if "error" not in row)
 
 
 def gates(name: str, rows: Sequence[Mapping[str, Any]], part: Task, longest: int) -> list[str]:
@@ -7116,6 +7181,9 @@ def evaluate_receiver(
     key = digest_of(
         [channel.bridge.fingerprint(), data_digest(examples), decoding, prompts, train, str(settings.prompt)]
     )
+    tuned = channel.bridge.fingerprint() if channel.settings.use_lora else ""
+    run_of = {name: value for name, value in channel.settings.determining().items() if name != "seed"}
+    alone = digest_of([tuned, run_of, data_digest(examples), decoding, prompts, train])  # what owes the bridge nothing
     output = results_file(where, settings, channel)
     report.say(
         f"evaluating {folder} with {channel.setup.receiver.name}: {len(examples)} rows of {channel.setup.source}, "
@@ -7263,14 +7331,6 @@ class SenderProbe(ProbeMethod):
 class ReceiverProbe(ProbeMethod):
     """Linear probe on the receiver: what it knows of the text itself."""
 
-    taken = []
-    for row in [] if asked.fresh_eval else rows_of_other_seeds(where):
-        name = row["method"]
-        if keys.get(name) == row["key"] and not METHODS[name].bridged and row["id"] not in by_method[name]:
-            by_method[name][row["id"]] = row
-            taken.append(row)
-    if taken:
-        append_rows(path, taken)
     usual = False
     role = "receiver"
 
@@ -7291,18 +7351,10 @@ class ReadingMethod(Method):
     def responder(self) -> Responder:
         """The model that answers."""
         return self.contest.responder_of(self.role)
-        todo.sort(key=lambda example: len(contest.text(example)), reverse=True)  # texts of like length share a batch
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """What stands for each example's text."""
         return [example.context for example in examples]
-def rows_of_other_seeds(where: Path) -> Iterator[dict[str, Any]]:
-    """Whole records in the folders beside ``seed<N>``."""
-    for path in sorted(where.parent.glob("seed*/records.jsonl")) if where.name.startswith("seed") else ():
-        if path.parent != where:
-            yield from (row for row in read_rows(path, own=False) if "error" not in row)
-
-
 
     def prompts(self, examples: Sequence[Example], contexts: Sequence[str]) -> list[str]:
         """All that is read, up to the anchor: as the task shows its text, with its question."""
@@ -7370,9 +7422,6 @@ class FewShot(ReadingMethod):
                 )
             chosen = [e for group in groups for e in group]
         else:
-    tuned = channel.bridge.fingerprint() if channel.settings.use_lora else ""
-    run_of = {name: value for name, value in channel.settings.determining().items() if name != "seed"}
-    alone = digest_of([tuned, run_of, data_digest(examples), decoding, prompts, train])  # what owes the bridge nothing
             chosen = ordered[:shots]
         if not chosen:
             raise LatentWireError(f"fewshot: no train row of at most {limit} tokens; raise --max_tokens")
@@ -7816,6 +7865,20 @@ class TunedMethod(ReadingMethod):
         found = supervise(self.responder.receiver, self.pack(examples, answers=True), tuned=True)
         return found.mean_per_row(found.order >= 0)
 
+    def course(self, steps: int, size: int) -> Iterator[Sequence[Example]]:
+        """A batch for each step, of texts of like length: half of a random batch would be padding.
+
+        The rows of eight batches at a time are sorted by length and their batches shuffled, as ``group_by_length`` of
+        transformers does.
+        """
+        rows, seed = self.contest.setup.splits["train"], self.contest.seed
+        for first in range(0, steps, 8):
+            places = range(first * size, min(first + 8, steps) * size)
+            picked = [rows[row_at(seed, place, len(rows))] for place in places]
+            groups = [*batches(sorted(picked, key=lambda example: len(self.contest.text(example))), size)]
+            random.Random(f"{seed} {first}").shuffle(groups)
+            yield from groups
+
     def fit(self, rate: float) -> tuple[float, dict[str, Tensor]]:
         """One training; → its lowest validation loss (the last training loss where no rows are held out), and when."""
         contest, asked = self.contest, self.contest.asked
@@ -8083,20 +8146,6 @@ class WrongTask(Method):
 LAPTOP = {"samples": 320, "rival_tries": 2, "relay_tokens": 16}
 """What ``baseline`` takes on a CPU where nothing else is said: fifteen minutes for a pair of small models."""
 
-    def course(self, steps: int, size: int) -> Iterator[Sequence[Example]]:
-        """A batch for each step, of texts of like length: half of a random batch would be padding.
-
-        The rows of eight batches at a time are sorted by length and their batches shuffled, as ``group_by_length`` of
-        transformers does.
-        """
-        rows, seed = self.contest.setup.splits["train"], self.contest.seed
-        for first in range(0, steps, 8):
-            places = range(first * size, min(first + 8, steps) * size)
-            picked = [rows[row_at(seed, place, len(rows))] for place in places]
-            groups = [*batches(sorted(picked, key=lambda example: len(self.contest.text(example))), size)]
-            random.Random(f"{seed} {first}").shuffle(groups)
-            yield from groups
-
 
 def sized(settings: BaselineSettings, report: Report) -> BaselineSettings:
     """Settings for this machine."""
@@ -8256,7 +8305,626 @@ def table_cell(runs: Sequence[Mapping[str, Any]], name: str, column: str) -> tup
     return mean, f"{mean:.1f} ± {spread:.1f} ({len(values)})"
 
 
-# §13 FIGURES AND TABLES: records to pictures, tables and a page
+# §13 BENCHMARKS: latency, throughput, memory and growth of every way, against the device's own limits
+
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-3.1-8b": ("LlamaConfig", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}),
+    "mistral-7b": ("MistralConfig", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+                   "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768, "sliding_window": None}),
+    "qwen2.5-7b": ("Qwen2Config", {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                   "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}),
+    "llama-3.2-1b": ("LlamaConfig", {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True}),
+    "qwen2.5-1.5b": ("Qwen2Config", {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+                     "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}),
+    "smollm2-135m": ("LlamaConfig", {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                     "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}),
+}  # fmt: skip
+"""Shapes of well-known models as their config.json has them: what --random_weights builds without a download."""
+
+
+def random_lm(name: str, settings: ModelSettings) -> LM:
+    """A model of a known shape with random weights, made on its device; it has byte tokens and says nothing of use."""
+    if name not in ARCHITECTURES:
+        raise LatentWireError(
+            f"--random_weights {name}: unknown{suggest(name, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})"
+        )
+    import transformers
+
+    kind, sizes = ARCHITECTURES[name]
+    device = resolve_device(settings.device)
+    tokenizer = byte_tokenizer(("<pad>", "<bos>", "<eos>"), [], add_bos=True)
+    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    config = getattr(transformers, kind)(**sizes, **ends, max_position_embeddings=8192)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(settings.dtype, device))
+    return LM(f"random {name}", model, tokenizer, "random weights", device)
+
+
+Limits = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward of a model's first ``blocks`` over so many rows of so many tokens; logits of ``heads`` positions a row."""
+
+    lm: LM
+    rows: int
+    tokens: int
+    blocks: int
+    heads: int = 1
+
+    def cost(self) -> tuple[float, float]:
+        """(bytes of weights read, floating-point operations): each weight once, two operations per weight and token.
+
+        What attention adds is left out: below one per cent at these lengths.
+        """
+        weights = [p for block in self.lm.blocks[: self.blocks] for p in block.parameters()]
+        size, count = sum(p.numel() * p.element_size() for p in weights), sum(p.numel() for p in weights)
+        work = 2.0 * count * self.rows * self.tokens
+        if self.heads:
+            table = self.lm.head.weight
+            size += table.numel() * table.element_size()
+            work += 2.0 * table.numel() * self.rows * self.heads
+        return size, work
+
+    def floor(self, limits: Limits) -> float:
+        """Seconds below which it cannot go: reading its weights or multiplying, whichever takes longer (roofline)."""
+        size, work = self.cost()
+        return max(size / limits["bytes_per_s"], work / limits["flop_per_s"])
+
+
+def once(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a call, the device's queue empty before and after."""
+    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
+    wait()
+    started = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - started
+
+
+def race(
+    runs: Mapping[str, Callable[[], Any]], device: torch.device, asked: BenchmarkSettings
+) -> dict[str, list[float]]:
+    """Seconds of each trial; all take turns, so that what else the machine does slows them alike.
+
+    A slow one stops early: after --max_seconds, but not before five trials.
+    """
+    for run in runs.values():
+        for _ in range(asked.warmup):
+            run()
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(asked.num_trials):
+        for name, run in runs.items():
+            if len(found[name]) < 5 or sum(found[name]) < asked.max_seconds:
+                found[name].append(once(run, device))
+    return found
+
+
+def device_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What this device reaches, measured: bytes read per second in a matrix-vector product, operations in a large product."""
+    rows, side = (262144, 8192) if device.type == "cuda" else (32768, 2048)
+    table, one = torch.ones(rows, 4096, dtype=dtype, device=device), torch.ones(4096, 1, dtype=dtype, device=device)
+    reading = min(once(lambda: table @ one, device) for _ in range(10))
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
+    multiplying = min(once(lambda: a @ b, device) for _ in range(10))
+    return {"bytes_per_s": table.numel() * table.element_size() / reading, "flop_per_s": 2.0 * side**3 / multiplying}
+
+
+@dataclass
+class Bench:
+    """Two models, a bridge between them, and texts of one length."""
+
+    sender: LM
+    receiver: LM
+    listener: Listener
+    part: Task
+    input_tokens: int
+    seed: int = 42
+
+    @property
+    def bridge(self) -> Bridge:
+        """What writes and reads the latents."""
+        return self.listener.bridge
+
+    @functools.cached_property
+    def words(self) -> TokenIds:
+        """Sender tokens of the task's test rows, one text after the other."""
+        rows, _ = test_split(self.part, 500)
+        return self.sender.ids(" ".join(self.part.sender_text(example) for example in rows))
+
+    def texts(self, count: int, tokens: int | None = None) -> list[str]:
+        """So many texts of about so many sender tokens each; short data are used again."""
+        length = tokens or self.input_tokens
+        taken = [*itertools.islice(itertools.cycle(self.words), count * length)]
+        return [self.sender.tokenizer.decode(taken[i * length : (i + 1) * length]) for i in range(count)]
+
+    def examples(self, texts: Sequence[str]) -> list[Example]:
+        """The texts as test rows."""
+        answer = self.part.words[0] if self.part.words else "yes"
+        return [Example(id=str(i), context=text, question="", answers=(answer,)) for i, text in enumerate(texts)]
+
+
+def untimed(part: str) -> None:
+    """No clock inside a trial."""
+
+
+class Arm:
+    """A way from a text to an answer; override ``prompt``, which ends with what the receiver reads."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+
+    def prompt(self, texts: Sequence[str], clock: Callable[[str], None]) -> Packed:
+        """Everything up to the receiver's prompt."""
+        raise NotImplementedError
+
+    def before(self, texts: Sequence[str]) -> list[Pass]:
+        """Forward passes of the sender."""
+        return []
+
+    def modules(self) -> list[nn.Module]:
+        """What has to be in memory besides the receiver."""
+        return []
+
+    @torch.no_grad()
+    def run(self, texts: Sequence[str], answer: int, clock: Callable[[str], None] = untimed) -> None:
+        """From texts to answers: ``answer`` 0 scores the class words, else so many tokens are generated."""
+        packed, lm = self.prompt(texts, clock), self.bench.receiver
+        self.read = packed.mask.shape[1]
+        prefill = lm.prefill(packed)
+        if answer:
+            lm.generate(prefill, answer, DecodeSettings(eos_ban_steps=answer), line=False)
+        else:
+            lm.score(prefill, [self.bench.listener.prompting.label_ids] * len(texts))
+        clock("receiver")
+
+    def floor(self, texts: Sequence[str], answer: int, limits: Limits) -> float:
+        """Roofline of all its passes, in seconds; after ``run``."""
+        lm = self.bench.receiver
+        passes = [*self.before(texts), Pass(lm, len(texts), self.read, lm.n_layers)]
+        passes += [Pass(lm, len(texts), 1, lm.n_layers)] * max(0, answer - 1)
+        return sum(one.floor(limits) for one in passes)
+
+
+ARMS: Registry[type[Arm]] = Registry("arms", "arm")
+
+
+@ARMS.register("bridge")
+class BridgeArm(Arm):
+    """Sender up to the layer that is read, bridge, message bytes, receiver."""
+
+    def prompt(self, texts: Sequence[str], clock: Callable[[str], None]) -> Packed:
+        """BOS, soft prompt, anchor."""
+        return self.heard(self.states(texts, clock), texts, clock)
+
+    def states(self, texts: Sequence[str], clock: Callable[[str], None]) -> States:
+        """The sender's states."""
+        bench = self.bench
+        states = bench.sender.states(
+            [sender_ids(bench.sender, text, 10**6) for text in texts], bench.bridge.shape.layers
+        )
+        if bench.bridge.wants_windows:
+            states = with_spans(
+                states, texts, bench.sender, 10**6, bench.receiver if bench.bridge.wants_heard else None
+            )
+        clock("sender")
+        return states
+
+    def heard(self, states: States, texts: Sequence[str], clock: Callable[[str], None]) -> Packed:
+        """From states to the receiver's prompt, through the bytes that travel."""
+        bench, listener, engine = self.bench, self.bench.listener, self.bench.receiver.engine
+        bridge, there = bench.bridge, bench.receiver.device
+        states = replace(states, hidden=states.hidden.to(there), mask=states.mask.to(there))
+        if bridge.wants_windows:
+            sent = bridge.encode(states, listener.name)
+        else:
+            written = engine.run(
+                (id(bridge), "write"), lambda hidden, mask: bridge.encode(States(hidden, mask)).latents, states.hidden, states.mask
+            )  # fmt: skip
+            sent = Message(written, bridge.shape.codec, listener.name)
+        packed = listener.prompting.pack(listener.open([row.to_bytes() for row in sent.rows()]), bench.examples(texts))
+        clock("bridge")
+        return packed
+
+    def before(self, texts: Sequence[str]) -> list[Pass]:
+        """The sender's blocks that are read."""
+        sender = self.bench.sender
+        longest = max(len(sender.ids(text)) for text in texts)
+        return [Pass(sender, len(texts), longest, max(self.bench.bridge.shape.layers), heads=0)]
+
+    def modules(self) -> list[nn.Module]:
+        """Embeddings and lower blocks of the sender, and the bridge."""
+        sender = self.bench.sender
+        return [sender.table, *sender.blocks[: max(self.bench.bridge.shape.layers)], self.bench.bridge]
+
+
+@ARMS.register("bridge:cached")
+class CachedArm(BridgeArm):
+    """The same from sender states that are there already."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench)
+        self.known: dict[tuple[str, ...], States] = {}
+
+    def states(self, texts: Sequence[str], clock: Callable[[str], None]) -> States:
+        """Computed once."""
+        if tuple(texts) not in self.known:
+            found = super().states(texts, untimed)
+            self.known[tuple(texts)] = replace(found, hidden=found.hidden.clone())
+        return self.known[tuple(texts)]
+
+    def before(self, texts: Sequence[str]) -> list[Pass]:
+        """None."""
+        return []
+
+    def modules(self) -> list[nn.Module]:
+        """The bridge alone."""
+        return [self.bench.bridge]
+
+
+@ARMS.register("text")
+class TextArm(Arm):
+    """The receiver reads the text itself: the rival that needs no sender."""
+
+    def prompt(self, texts: Sequence[str], clock: Callable[[str], None]) -> Packed:
+        """The task's text prompt."""
+        return self.bench.listener.prompting.pack(None, self.bench.examples(texts), text=True)
+
+
+class RelayArm(Arm):
+    """The sender writes a note, the receiver reads it."""
+
+    tokens: ClassVar[int]
+
+    def prompt(self, texts: Sequence[str], clock: Callable[[str], None]) -> Packed:
+        """The note in the text's place."""
+        bench, lm = self.bench, self.bench.sender
+        rows = [lm.ids(text) for text in texts]
+        notes = lm.generate(lm.prefill(lay_out(lm, None, rows, before=lm.bos, left=True)), self.tokens,
+                            DecodeSettings(eos_ban_steps=self.tokens), line=False)  # fmt: skip
+        clock("sender")
+        return bench.listener.prompting.pack(None, bench.examples(notes), text=True)
+
+    def before(self, texts: Sequence[str]) -> list[Pass]:
+        """Reading the text, then a pass for each further token."""
+        lm = self.bench.sender
+        longest = max(len(lm.ids(text)) for text in texts)
+        return [Pass(lm, len(texts), longest, lm.n_layers)] + [Pass(lm, len(texts), 1, lm.n_layers)] * (self.tokens - 1)
+
+    def modules(self) -> list[nn.Module]:
+        """The whole sender."""
+        return [self.bench.sender.model]
+
+
+def add_relay_arm(tokens: int) -> None:
+    """Register the relay of so many tokens."""
+    text = f"The sender writes a note of {tokens} tokens, the receiver reads it."
+    ARMS.register(f"relay:{tokens}")(type(f"RelayArm{tokens}", (RelayArm,), {"tokens": tokens, "__doc__": text}))
+
+
+for relay_length in (1, 8, 50):
+    add_relay_arm(relay_length)
+
+
+@ARMS.register("llmlingua")
+class LinguaArm(Arm):
+    """LLMLingua leaves words out by the sender's likelihood, down to as many tokens as there are latents."""
+
+    @functools.cached_property
+    def compressor(self) -> Any:
+        """The package's object around the sender."""
+        return prompt_compressor(self.bench.sender)
+
+    def prompt(self, texts: Sequence[str], clock: Callable[[str], None]) -> Packed:
+        """The shorter text, at one nominal rate."""
+        bench = self.bench
+        rate = min(1.0, bench.bridge.shape.latent_len / bench.input_tokens)
+        self.compressor.read.clear()  # a text is never known before
+        shorter = [
+            str(self.compressor.compress_prompt([text], rate=rate, iterative_size=0)["compressed_prompt"])
+            for text in texts
+        ]
+        clock("sender")
+        return bench.listener.prompting.pack(None, bench.examples(shorter), text=True)
+
+    def before(self, texts: Sequence[str]) -> list[Pass]:
+        """The sender reads each text."""
+        lm = self.bench.sender
+        return [Pass(lm, 1, len(lm.ids(text)), lm.n_layers, len(lm.ids(text))) for text in texts]
+
+    def modules(self) -> list[nn.Module]:
+        """The whole sender."""
+        return [self.bench.sender.model]
+
+
+def bench_of(asked: BenchmarkSettings) -> Bench:
+    """The models and bridge of a checkpoint; else named ones, or random ones of known shapes, and an untrained bridge."""
+    load_plugins(asked.plugin)
+    own = {name: getattr(asked, name) for name in (*DataSettings.model_fields, *ModelSettings.model_fields)}
+    if asked.checkpoint is not None:
+        given = {name: own[name] for name in own if name in asked.model_fields_set}
+        channel, _ = open_channel(
+            EvalSettings(checkpoint=asked.checkpoint, num_samples=2, **given), resolve_checkpoint(asked.checkpoint)
+        )
+        if not isinstance(channel.setup.sender, LM):
+            raise LatentWireError(f"--checkpoint {asked.checkpoint} has no sender model that could write a note")
+        sender, receiver = channel.speaker, channel.setup.receiver
+        return Bench(sender, receiver, channel.listener, channel.setup.part, asked.input_tokens, asked.seed)
+    own |= {"dataset": asked.dataset or "toy", "sender": asked.sender, "receiver": asked.receiver}
+    own |= {"layers": asked.layers} if asked.layers else {}
+    run = TrainSettings(**own, latent_len=asked.soft_tokens, encoder="hidden")
+    if asked.random_weights:
+        names = asked.random_weights * (1 if len(asked.random_weights) > 1 else 2)
+        sender, receiver = (random_lm(name, asked) for name in names[:2])
+        run = run.model_copy(update={"sender": sender.name, "receiver": receiver.name})
+    else:
+        first, second, _ = pick_models(run)
+        run = run.model_copy(update={"sender": first, "receiver": second})
+        sender = load_lm(first, run, run.offline, run.sender_device)
+        receiver = load_lm(second, run, run.offline, run.receiver_device)
+    part = make_task(run)
+    run = resolve(run)[0]
+    torch.manual_seed(asked.seed)
+    bridge = Bridge(BridgeShape.of(run, sender, receiver)).to(receiver.device).eval()
+    return Bench(
+        sender, receiver, Listener(bridge, prompting_of(run, part, receiver)), part, asked.input_tokens, asked.seed
+    )
+
+
+class Stopwatch:
+    """Seconds of each part of a trial, the device's queue emptied between them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, list[float]] = {}
+
+    def start(self) -> None:
+        """A trial begins."""
+        self.at = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        """A part has ended."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds.setdefault(part, []).append(now - self.at)
+        self.at = now
+
+
+def split_times(arm: Arm, texts: Sequence[str], answer: int, trials: int) -> dict[str, float]:
+    """Median milliseconds of each part of an arm."""
+    watch = Stopwatch(arm.bench.receiver.device)
+    for _ in range(trials):
+        watch.start()
+        arm.run(texts, answer, watch)
+    return {part: 1e3 * median(seconds) for part, seconds in watch.seconds.items()}
+
+
+def timing(
+    arm: Arm, name: str, texts: Sequence[str], answer: int, seconds: Sequence[float], limits: Limits
+) -> dict[str, Any]:
+    """One row of a table."""
+    middle, floor = median(seconds), arm.floor(texts, answer, limits)
+    high = sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
+    return {
+        "arm": name, "batch": len(texts), "answer_tokens": answer, "median_ms": 1e3 * middle, "p95_ms": 1e3 * high,
+        "trials": len(seconds), "floor_ms": 1e3 * floor, "roofline": floor / middle, "texts_per_s": len(texts) / middle,
+    }  # fmt: skip
+
+
+def latency_rows(
+    bench: Bench, arms: Mapping[str, Arm], asked: BenchmarkSettings, limits: Limits
+) -> list[dict[str, Any]]:
+    """One text at a time: each arm with each length of answer, and the parts of its time."""
+    rows, texts = [], bench.texts(1)
+    for answer in asked.answer_tokens:
+        runs = {name: functools.partial(arm.run, texts, answer) for name, arm in arms.items()}
+        for name, seconds in race(runs, bench.receiver.device, asked).items():
+            row = timing(arms[name], name, texts, answer, seconds, limits)
+            rows.append(row | {"parts_ms": split_times(arms[name], texts, answer, min(10, asked.num_trials))})
+    return rows
+
+
+def batched_rows(
+    bench: Bench, arms: Mapping[str, Arm], asked: BenchmarkSettings, limits: Limits
+) -> list[dict[str, Any]]:
+    """Texts per second for each batch size, over --num_samples texts."""
+    rows, answer = [], asked.answer_tokens[0]
+    texts = bench.texts(max(asked.num_samples, *asked.batch_sizes))
+    for size in asked.batch_sizes:
+        groups = [[*group] for group in batches(texts, size) if len(group) == size]
+        own = asked.model_copy(update={"num_trials": len(groups), "warmup": min(asked.warmup, 2)})
+        turns = {name: (arm, itertools.cycle(groups)) for name, arm in arms.items()}
+        runs = {name: (lambda arm=arm, turn=turn: arm.run(next(turn), answer)) for name, (arm, turn) in turns.items()}
+        for name, seconds in race(runs, bench.receiver.device, own).items():
+            rows.append(timing(arms[name], name, groups[0], answer, seconds, limits))
+    return rows
+
+
+def decoding_rows(bench: Bench, asked: BenchmarkSettings, limits: Limits) -> list[dict[str, Any]]:
+    """Milliseconds per token that a model writes, for each batch size, beside what reading its weights alone takes."""
+    rows, count = [], 32
+    for lm in (bench.sender, bench.receiver):
+        for size in asked.batch_sizes:
+            ids = [lm.ids(text) for text in bench.texts(size)]
+            with torch.no_grad():
+                prefill = lm.prefill(lay_out(lm, None, ids, before=lm.bos, left=True))
+            token = torch.full((size, 1), lm.pad, device=lm.device)
+            real = torch.ones_like(token, dtype=torch.bool)
+
+            @torch.no_grad()
+            def write(
+                lm: LM = lm, prefill: Prefill = prefill, token: Tensor = token, real: Tensor = real
+            ) -> list[float]:
+                step = lm.engine.steps(lm, replace(prefill, cache=shallow_cache(prefill.cache)), count)
+                return [once(lambda: step(token, real), lm.device) for _ in range(count)]
+
+            write()
+            seconds = median(write() + write())
+            floor = Pass(lm, size, 1, lm.n_layers).floor(limits)
+            rows.append({"model": lm.name, "batch": size, "ms_per_token": 1e3 * seconds, "floor_ms": 1e3 * floor,
+                         "roofline": floor / seconds, "tokens_per_s": size / seconds})  # fmt: skip
+    return rows
+
+
+def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
+    """Megabytes that a call takes at its peak above what was there before; None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
+    reset, told = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not told.exists():
+        return None
+
+    def held(word: str) -> int:
+        return int(re.search(rf"{word}:\s+(\d+) kB", told.read_text())[1]) * 1024  # type: ignore[index]
+
+    gc.collect()
+    reset.write_text("5")  # the peak from here on; see proc(5)
+    before = held("VmRSS")
+    work()
+    return (held("VmHWM") - before) / 1e6
+
+
+def memory_rows(bench: Bench, arms: Mapping[str, Arm], asked: BenchmarkSettings) -> list[dict[str, Any]]:
+    """Weights that each arm needs, and what a batch takes on top at its peak."""
+    rows = []
+    for (name, arm), size in itertools.product(arms.items(), asked.batch_sizes):
+        run = functools.partial(arm.run, bench.texts(size), asked.answer_tokens[0])
+        run()
+        needed = {p for module in (*arm.modules(), bench.receiver.model) for p in module.parameters()}
+        rows.append({
+            "arm": name, "batch": size, "weights_mb": sum(p.numel() * p.element_size() for p in needed) / 1e6,
+            "peak_above_mb": peak_of(run, bench.receiver.device),
+        })  # fmt: skip
+    return rows
+
+
+def training_rows(bench: Bench, asked: BenchmarkSettings, limits: Limits) -> list[dict[str, Any]]:
+    """A training step from cached sender states: its time, its peak memory, and its share of the matmul rate.
+
+    A frozen weight costs four operations per token: forward, and the gradient of the activations.
+    """
+    rows, lm, bridge = [], bench.receiver, bench.bridge
+    optimizer = torch.optim.AdamW(bridge.parameters(), lr=1e-6, fused=True)
+
+    def step(states: States, texts: Sequence[str]) -> int:
+        packed = bench.listener.prompting.pack(
+            bridge.decode(bridge.encode(states)), bench.examples(texts), answers=True
+        )
+        found = supervise(lm, packed)
+        F.cross_entropy(found.logits, found.targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return packed.mask.shape[1]
+
+    for size in asked.batch_sizes:
+        texts = bench.texts(size)
+        run = functools.partial(step, CachedArm(bench).states(texts, untimed), texts)
+        tokens = run()
+        seconds = median(race({"step": run}, lm.device, asked)["step"])
+        work = 2 * Pass(lm, size, tokens, lm.n_layers, heads=2).cost()[1]
+        rows.append({
+            "batch": size, "tokens": tokens, "median_ms": 1e3 * seconds, "rows_per_s": size / seconds,
+            "matmul_share": work / seconds / limits["flop_per_s"], "peak_above_mb": peak_of(run, lm.device),
+        })  # fmt: skip
+    return rows
+
+
+def growth_curves(bench: Bench) -> dict[str, dict[int, Callable[[], Any]]]:
+    """What may grow → how far → the work."""
+    arm, bridge, listener, lm = BridgeArm(bench), bench.bridge, bench.listener, bench.receiver
+    four = bench.texts(4)
+    examples = bench.examples(four)
+    with torch.no_grad():
+        sent = bridge.encode(CachedArm(bench).states(four, untimed))
+
+    def answer_all(texts: Sequence[str]) -> None:
+        for group in batches(texts, 16):
+            arm.run(group, 0)
+
+    @torch.no_grad()
+    def hear(count: int | None = None, receivers: int = 1) -> None:
+        for _ in range(receivers):
+            soft = bridge.decode(sent, listener.ear).embeds
+            soft = soft.repeat(1, math.ceil((count or 1) / soft.shape[1]), 1)[:, :count]
+            lm.prefill(listener.prompting.pack(SoftPrompt(soft), examples))
+
+    here = functools.partial
+    return {
+        "texts": {n: here(answer_all, bench.texts(n)) for n in (16, 32, 64, 128, 256)},
+        "input tokens": {n: here(arm.run, bench.texts(4, n), 0) for n in (32, 64, 128, 256, 512)},
+        "soft tokens": {n: here(hear, n) for n in (8, 16, 32, 64, 128, 256)},
+        "receivers": {n: here(hear, None, n) for n in (1, 2, 4, 8)},
+    }
+
+
+def growth_rows(bench: Bench, asked: BenchmarkSettings) -> list[dict[str, Any]]:
+    """Time and memory of more texts, input tokens, soft tokens, receivers.
+
+    ``exponent`` is the slope of log time over log size in the upper half of a curve, where what is constant fades.
+    """
+    import numpy as np
+
+    rows, device = [], bench.receiver.device
+    few = asked.model_copy(update={"num_trials": min(asked.num_trials, 7), "warmup": 1})
+    for what, runs in growth_curves(bench).items():
+        times = race({str(size): run for size, run in runs.items()}, device, few)
+        sizes, seconds = [*runs], [*map(median, times.values())]
+        upper = slice(len(sizes) // 2 - 1, None)
+        exponent = float(np.polyfit(np.log(sizes[upper]), np.log(seconds[upper]), 1)[0])
+        for (size, run), middle in zip(runs.items(), seconds, strict=True):
+            row = {"of": what, "size": size, "median_ms": 1e3 * middle, "peak_above_mb": peak_of(run, device)}
+            rows.append(row | {"exponent": exponent})
+    return rows
+
+
+def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
+    """What was asked for, measured alike in one process → benchmark.json in the output folder."""
+    prepare_cuda(asked)
+    usual = [name for name in ARMS if name != "llmlingua" or importlib.util.find_spec(name)]
+    wanted, names = asked.chosen, [*map(ARMS.name_of, asked.arms or usual)]
+    bench = bench_of(asked)
+    arms = {name: ARMS[name](bench) for name in names}
+    device, dtype = bench.receiver.device, bench.receiver.dtype
+    static = asked.engine == "static" or (asked.engine == "auto" and device.type == "cuda")
+    for lm in (bench.sender, bench.receiver):
+        lm.engine = StaticEngine() if static else Engine()
+    how = "static" if static else "eager"
+    report.say(f"{bench.sender.name} → {bench.receiver.name}, {dtype} on {device}, {how} engine")
+    limits = device_limits(device, dtype)
+    report.say(f"measured limits: {limits['bytes_per_s'] / 1e9:.0f} GB/s, {limits['flop_per_s'] / 1e12:.2f} TFLOP/s")
+    work: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "latency": lambda: latency_rows(bench, arms, asked, limits),
+        "batched": lambda: batched_rows(bench, arms, asked, limits),
+        "decoding": lambda: decoding_rows(bench, asked, limits),
+        "memory": lambda: memory_rows(bench, arms, asked),
+        "training": lambda: training_rows(bench, asked, limits),
+        "growth": lambda: growth_rows(bench, asked),
+    }
+    cuda = device.type == "cuda"
+    results: dict[str, Any] = {
+        "schema": 1, "sender": bench.sender.identity(), "receiver": bench.receiver.identity(), "dtype": str(dtype),
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "engine": how, "limits": limits, "input_tokens": asked.input_tokens,
+        "soft_tokens": bench.bridge.shape.latent_len, "layers": bench.bridge.shape.layers,
+    }  # fmt: skip
+    for name in wanted:
+        report.say(f"measuring {name}")
+        results[name] = work[name]()
+    results["provenance"] = environment() | {"settings": asked.model_dump(mode="json")}
+    write_json(asked.output_dir / "benchmark.json", results)
+    return results
+
+
+# §14 FIGURES AND TABLES: records to pictures, tables and a page
 
 COLOURS = {"bridge": "#0072B2", "text": "#009E73", "probe": "#E69F00", "control": "#999999"}  # Okabe and Ito 2008
 
@@ -8461,6 +9129,73 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
+def benchmark_tables(results: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """(heading, column heads, rows as text) of every part that was measured."""
+    for name in BENCHMARKS:
+        rows = [{key: value for key, value in row.items() if key != "trials"} for row in results.get(name, ())]
+        if rows:
+            parts = [*dict.fromkeys(part for row in rows for part in row.get("parts_ms", ()))]
+            flat = [row | {f"{part}_ms": row.pop("parts_ms", {}).get(part) for part in parts} for row in rows]
+            heads = [key for key in flat[0] if key != "parts_ms"]
+            told = [[in_short(row[key]) for key in heads] for row in flat]
+            yield name, [head.replace("_", " ") for head in heads], told
+
+
+def in_short(value: Any) -> str:
+    """A cell: three significant digits."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "–" if value is None else str(value)
+
+
+def benchmark_table(results: Mapping[str, Any]) -> str:
+    """All of it as Markdown."""
+    limits, dtype = results["limits"], results["dtype"].removeprefix("torch.")
+    lines = [
+        f"{results['sender']['name']} → {results['receiver']['name']}, {dtype}, {results['device']}, "
+        f"{results['engine']} engine; {results['input_tokens']} input tokens, {results['soft_tokens']} latents; measured "
+        f"limits {limits['bytes_per_s'] / 1e9:.0f} GB/s and {limits['flop_per_s'] / 1e12:.2f} TFLOP/s",
+        "",
+    ]
+    for name, heads, rows in benchmark_tables(results):
+        lines += [f"**{name}**", "", f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+    return "\n".join(lines)
+
+
+def write_benchmark(results: Mapping[str, Any], folder: Path) -> None:
+    """``benchmark.md`` and the figures of a benchmark's results."""
+    write_atomic(folder / "benchmark.md", benchmark_table(results).encode())
+    draw_benchmark(results, folder / "figures")
+
+
+def draw_benchmark(results: Mapping[str, Any], folder: Path) -> None:
+    """Latency as bars with the roofline as a mark, throughput over batch size, growth on logarithmic axes."""
+    latency: list[Any] = [*reversed(results.get("latency", ()))]
+    if latency:
+        with figure(folder / "latency.png", height=0.8 + 0.24 * len(latency)) as axes:
+            names = [f"{row['arm']}, {row['answer_tokens'] or 'scored'}" for row in latency]
+            axes.barh(names, [r["median_ms"] for r in latency], color=[COLOURS[family_of(r["arm"])] for r in latency])
+            axes.plot([r["floor_ms"] for r in latency], names, "k|", markersize=9, label="roofline of this device")
+            axes.set(xlabel="ms from text to answer, median (logarithmic)", xscale="log")
+            axes.legend(frameon=False, loc="lower right")
+    if "batched" in results:
+        curves = [(r["arm"], r["batch"], r["texts_per_s"]) for r in results["batched"]]
+        log_curves(curves, folder / "throughput.png", "texts at a time", "texts per second")
+    if "growth" in results:
+        grown = [(f"{r['of']}: time ∝ size^{r['exponent']:.2f}", r["size"], r["median_ms"]) for r in results["growth"]]
+        log_curves(grown, folder / "growth.png", "how many", "ms, median")
+
+
+def log_curves(points: Sequence[tuple[str, float, float]], path: Path, across: str, up: str) -> None:
+    """A curve for each name over its (name, x, y) on logarithmic axes."""
+    with figure(path) as axes:
+        for name in dict.fromkeys(name for name, _, _ in points):
+            axes.plot(*zip(*[(x, y) for own, x, y in points if own == name], strict=True), "o-", label=name)
+        axes.set(xlabel=across, ylabel=up, xscale="log", yscale="log")
+        axes.legend(frameon=False, fontsize=8)
+
+
 def beside_base(folder: Path) -> dict[str, Any]:
     """What each run's change does to its bridge, example by example, beside the run named ``base`` on the same rows.
 
@@ -8548,7 +9283,7 @@ def aggregate(base: Path, output: Path) -> Path:
     return output / "aggregated_results.json"
 
 
-# §14 SUITES: named experiments as data, and the jobs that run them
+# §15 SUITES: named experiments as data, and the jobs that run them
 
 SUITES: Registry[Callable[[], dict[str, Any]]] = Registry("suites", "suite")
 
@@ -8715,6 +9450,20 @@ def eval_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
     return [Stage("eval", ["eval", *words], checkpoint)]
 
 
+@JOBS.register("benchmark")
+def benchmark_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
+    """Latency, throughput and memory on the cluster's own device."""
+    asked, _ = settings_from(BenchmarkSettings, words)
+    return [Stage("benchmark", ["benchmark", *words], str(asked.output_dir))]
+
+
+@JOBS.register("baseline")
+def baseline_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
+    """Rivals; a job that is stopped goes on where it was."""
+    asked, _ = settings_from(BaselineSettings, words)
+    return [Stage("baseline", ["baseline", *words], str(asked.output_dir))]
+
+
 @JOBS.register("experiment")
 def experiment_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
     """A grid of runs as a pipeline: an array of trainings, an array of evaluations, their aggregate."""
@@ -8833,7 +9582,7 @@ def run_status(run: Run, jobs: Sequence[Mapping[str, str]]) -> list[str]:
     ]
 
 
-# §15 CLI: thin shells around the functions above
+# §16 CLI: thin shells around the functions above
 
 
 import typer  # noqa: E402
@@ -8848,6 +9597,7 @@ SCRIPTS = {
     "meta-llama/Meta-Llama-3.1-8B-Instruct --qwen_id Qwen/Qwen2.5-7B-Instruct",
     "scripts/run_pipeline.sh": "experiment --name pipeline --preset smoke-base",
     "telepathy/run_baselines.py": "baseline", "telepathy/linear_probe_baseline.py": "baseline probe",
+    "telepathy/run_benchmarks.py": "benchmark",
     "scripts/run_embedding_baselines.sh": "eval --config configs/baseline/embedding_baselines.json",
     "scripts/compare_baselines.py": "compare", "scripts/run_tests.sh": "test",
 }  # fmt: skip
@@ -8913,21 +9663,28 @@ class RichReport:
             self.bars.stop()
         self.bars, self.jobs = None, {}
 
-    def table(self, results: Mapping[str, Any]) -> None:
-        """The evaluation as a table, then the verdict."""
+    def rows(
+        self, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] | None = None
+    ) -> None:
+        """Text in columns."""
         from rich import box
         from rich.table import Table
 
         self.close()
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns
+        for i, head in enumerate(heads):
+            table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
+        for row, style in zip(rows, styles or [""] * len(rows), strict=True):
+            table.add_row(*row, style=style)
+        self.console.print(table)
+
+    def table(self, results: Mapping[str, Any]) -> None:
+        """The evaluation as a table, then the verdict."""
         made = results["provenance"]
         pair = f"{made['sender']['name']} → {made['receiver']['name']}"
         title = f"{results['dataset']} ({results['split']}), n = {results['n']}: {pair}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns
-        for i, head in enumerate(table_head(results)):
-            table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
-        for name, row in zip(results["methods"], table_rows(results), strict=True):
-            table.add_row(*row, style="bold" if name == "bridge" else "dim" if METHODS[name].control else "")
-        self.console.print(table)
+        styles = ["bold" if name == "bridge" else "dim" if METHODS[name].control else "" for name in results["methods"]]
+        self.rows(title, table_head(results), table_rows(results), styles)
         for line in (results["verdict"], *told_beside(results)):
             self.say(line)
 
@@ -9146,6 +9903,19 @@ def baseline_command(settings: BaselineSettings) -> None:
     check_gates(found["runs"], report)
 
 
+def benchmark_command(settings: BenchmarkSettings) -> None:
+    """Latency, throughput and memory of every way, measured alike: benchmark --benchmark all --checkpoint runs/sst2"""
+    report = RichReport()
+    try:
+        results = benchmark_run(settings, report)
+    finally:
+        report.close()
+    write_benchmark(results, settings.output_dir)
+    for name, heads, rows in benchmark_tables(results):
+        report.rows(name, heads, rows)
+    report.say(f"the same as Markdown, JSON and pictures: {settings.output_dir}")
+
+
 def check_gates(runs: Sequence[Mapping[str, Any]], report: Report) -> None:
     """Tell every broken method; one that was trained, or rows that failed, end the command with exit code 1."""
     broken = [(run["dataset"], name, gate) for run in runs for name, gate in run.get("gates", {}).items()]
@@ -9185,6 +9955,7 @@ def demo_command(settings: TrainSettings) -> None:
 register_command("train", TrainSettings, train_command)
 register_command("eval", EvalSettings, eval_command)
 register_command("baseline", BaselineSettings, baseline_command)
+register_command("benchmark", BenchmarkSettings, benchmark_command)
 register_command("demo", TrainSettings, demo_command)
 
 
@@ -9441,7 +10212,7 @@ def without_script(words: Sequence[str]) -> list[str]:
 def prepared_words(words: Sequence[str]) -> list[str]:
     """Command-line words with spellings and lists brought into the one form Typer knows."""
     kinds: dict[str, type[Settings]] = {"train": TrainSettings, "eval": EvalSettings, "demo": TrainSettings,
-                                        "baseline": BaselineSettings}  # fmt: skip
+                                        "baseline": BaselineSettings, "benchmark": BenchmarkSettings}  # fmt: skip
     if not words:
         return []
     command = words[0]

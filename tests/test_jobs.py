@@ -255,7 +255,7 @@ def test_flags_win_over_the_environment_and_that_over_the_site(capsys, monkeypat
     ("words", "phrases"),
     [
         ("--job trainig", ("unknown job 'trainig'", "'training'")),
-        ("--job benchmark", ("unknown job 'benchmark'", "training")),
+        ("--job benchmarks", ("unknown job 'benchmarks'", "benchmark")),
         ("--datset sst2", ("--datset", "'dataset'")),
         ("--job training --lr fast", ("--lr", "fast")),
         ("--job eval", ("--checkpoint",)),

@@ -101,6 +101,40 @@ def test_training_is_about_three_times_faster_than_the_plain_loop(tmp_path, monk
     assert plain / ours >= 2.5  # 3.15 and 3.21 on a quiet machine (LOG.md); the rest is room for a noisy one
 
 
+def plain_evaluation(run: Path, batches: int) -> float:
+    """The evaluation everyone writes first: for every method sender, bridge and ten generated tokens; → seconds per row."""
+    channel, _ = lw.open_channel(lw.EvalSettings(checkpoint=run), lw.resolve_checkpoint(run))
+    sender, receiver, bridge = channel.speaker, channel.setup.receiver, channel.bridge
+    prompting, layer = channel.listener.prompting, bridge.shape.layers[0]
+    started = time.perf_counter()
+    for number in range(batches):
+        examples = channel.examples[number * 32 : (number + 1) * 32]
+        rows = [sender.ids(channel.text(example)) for example in examples]
+        ids, mask = lw.pad_right(rows, sender.pad, sender.device)
+        for method in ("bridge", "zero", "shuffled", "mean", "gaussian", "none"):
+            with torch.no_grad():
+                read = sender.model(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+                message = bridge.encode(lw.States(read.hidden_states[layer][:, None], mask))
+                soft = None if method == "none" else bridge.decode(message)
+                packed = prompting.pack(soft, examples)
+                receiver.model.generate(
+                    inputs_embeds=packed.embeds, attention_mask=packed.mask.long(), max_new_tokens=10, do_sample=False
+                )
+    return (time.perf_counter() - started) / batches / 32
+
+
+def test_evaluation_is_several_times_faster_than_generating(real_run, tmp_path, capsys):
+    plain = plain_evaluation(real_run, 2) * 512
+    methods = "bridge,control:zero,control:shuffled,control:mean,control:gaussian,control:none"
+    flags = ["--checkpoint", str(real_run), "--num_samples", "512", "--methods", methods, "--state_cache", "memory"]
+    started = time.perf_counter()
+    lw.eval_main([*flags, "--output_dir", str(tmp_path)])
+    ours = time.perf_counter() - started
+    with capsys.disabled():
+        print(f"\ngenerating {plain:.1f} s (64 of 512 rows measured), ours {ours:.1f} s: {plain / ours:.2f} times")
+    assert plain / ours >= 4
+
+
 @pytest.mark.slow
 def test_checkpoints_cost_less_than_two_percent(tmp_path, monkeypatch, capsys):
     spent: list[float] = []
