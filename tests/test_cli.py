@@ -136,7 +136,7 @@ def test_an_older_script_path_reaches_its_command(script, command, say):
     name = command.split()[0]
     assert say(script, "--help") == say(name, "--help")
     if not script.startswith("scripts/"):
-        kinds = {"train": "train", "submit": "slurm", "baseline": "baseline", "eval": "eval"}
+        kinds = {"train": "train", "submit": "slurm", "baseline": "baseline", "bench": "benchmark", "eval": "eval"}
         assert name == next(kind for word, kind in kinds.items() if word in script)
     if name in ("train", "eval", "slurm", "experiment", "baseline"):
         assert say(script, *words) == say(f"./{script}", *words) == say(*command.split(), *words)
