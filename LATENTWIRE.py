@@ -49,6 +49,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import csv
+import ctypes
 import datetime
 import difflib
 import functools
@@ -2887,18 +2888,19 @@ class LM:
         return self.engine.prefill(self, packed)
 
     @torch.no_grad()
-    def prefill_ids(self, rows: Sequence[TokenIds]) -> Prefill:
-        """The same for prompts of ids; a long beginning that all of them share, such as examples, is read once."""
+    def prefill_ids(self, rows: Sequence[TokenIds], most: int) -> Prefill:
+        """The same for prompts of ids which at most ``most`` tokens follow; a long beginning that all of them share, such
+        as examples, is read once."""
         width, window = max(map(len, rows)), getattr(self.config, "sliding_window", None) or math.inf
         alike = itertools.takewhile(lambda column: len({*column}) == 1, zip(*rows, strict=False))
         shared = min(sum(1 for _ in alike), *(len(row) - 1 for row in rows))
-        if len(rows) == 1 or shared < 32 or width > window:  # windows count columns, and padding would stand inside
+        if len(rows) == 1 or shared < 32 or width + most > window:  # windows count columns, padding would be inside
             return self.prefill(lay_out(self, None, rows, left=True))
         head = self.prefill(lay_out(self, None, [rows[0][:shared]]))
         everyone = torch.zeros(len(rows), dtype=torch.long, device=self.device)
-        cache, mask = copy_cache(head.cache, everyone), head.mask[everyone]
+        cache = copy_cache(head.cache, everyone)
         ids, real = pad_right([row[shared:][::-1] for row in rows], self.pad, self.device)
-        begun = Prefill(cache, head.logits[everyone], mask)
+        begun = Prefill(cache, head.logits, head.mask[everyone])
         hidden, mask = self.advance(begun, cache, ids.flip(1), real.flip(1))
         return Prefill(cache, self.logits(hidden[:, -1]), mask)
 
@@ -2996,11 +2998,11 @@ class Engine:
 
 
 class StaticEngine(Engine):
-    """The same with shapes that repeat: widths in steps of 16, keys and values preallocated; CUDA graphs on CUDA.
+    """One model's with shapes that repeat: widths in steps of 16, keys and values preallocated; CUDA graphs on CUDA.
 
     A graph is captured once per shape and replayed, so that a small batch does not wait for Python (PyTorch's "CUDA
     Graphs"). What a replay gives is overwritten by the next one of the same shape. Prompts whose features reach into the
-    blocks run as they come.
+    blocks run as they come. At least one column is padding, so that every mask takes the same way through the model.
     """
 
     GRAIN: ClassVar[int] = 16
@@ -3013,7 +3015,11 @@ class StaticEngine(Engine):
         """Replayed, or on other devices called."""
         if inputs[0].device.type != "cuda":
             return work(*inputs)
-        key = (name, *((*tensor.shape, tensor.dtype) for tensor in inputs))
+        with torch.cuda.device(inputs[0].device):
+            return self.replayed((name, *((*tensor.shape, tensor.dtype) for tensor in inputs)), work, inputs)
+
+    def replayed(self, key: Any, work: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+        """Captured where the shapes are new, then replayed with these values."""
         if key not in self.graphs:
             held, stream = [tensor.clone() for tensor in inputs], torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
@@ -3039,7 +3045,7 @@ class StaticEngine(Engine):
             rows = replace(wide, embeds=embeds, mask=mask, positions=positions)
             return torch.stack(lm.hidden_states(rows, layers), 1)
 
-        return States(self.run((id(lm), *layers), read, wide.embeds, wide.mask, wide.positions), wide.mask)
+        return States(self.run(("hidden", *layers), read, wide.embeds, wide.mask, wide.positions), wide.mask)
 
     def prefill(self, lm: LM, packed: Packed) -> Prefill:
         """Prompts padded further on the left."""
@@ -3055,7 +3061,8 @@ class StaticEngine(Engine):
             output = lm.forward(rows, past_key_values=DynamicCache())  # without config no layer slides; the mask does
             return output.past_key_values, lm.logits(output.last_hidden_state[:, -1])
 
-        cache, logits = self.run((id(lm), soft is None), read, wide.embeds, wide.mask, wide.positions)
+        name = ("prefill", soft is None)  # LoRA may work only where a soft prompt is read
+        cache, logits = self.run(name, read, wide.embeds, wide.mask, wide.positions)
         return Prefill(shallow_cache(cache), logits.clone(), wide.mask, soft)
 
     def steps(self, lm: LM, prefill: Prefill, most: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -3063,8 +3070,8 @@ class StaticEngine(Engine):
         if prefill.soft is not None and prefill.soft.readers:
             return super().steps(lm, prefill, most)
         rows, width = prefill.mask.shape
-        length = math.ceil((width + most) / 64) * 64
-        key = (id(lm), rows, length, prefill.soft is None)
+        length = math.ceil((width + max(most, 4)) / 64) * 64  # capturing takes three steps and replays one
+        key = ("step", rows, length, prefill.soft is None)
         if key not in self.decoders:
             self.decoders[key] = StaticCacheSteps(lm, prefill, length)
         decoder = self.decoders[key]
@@ -3076,7 +3083,7 @@ class StaticEngine(Engine):
             return found
 
         if prefill.logits.device.type == "cuda" and not any(known[0] == key for known in self.graphs):
-            step(torch.full((rows, 1), lm.pad, device=lm.device), prefill.mask)  # capturing takes steps of its own
+            step(torch.full((rows, 1), lm.pad, device=lm.device), prefill.mask)
             decoder.start(prefill)
         return step
 
@@ -3121,8 +3128,8 @@ class StaticCacheSteps:
 
 
 def widened(packed: Packed, grain: int, left: bool) -> Packed:
-    """A batch padded on one side to a multiple of ``grain`` columns."""
-    more = -packed.mask.shape[1] % grain
+    """A batch padded on one side, by at least a column, to a multiple of ``grain`` columns."""
+    more = grain - packed.mask.shape[1] % grain
     sides, gap = ((more, 0), more) if left else ((0, more), 0)
     at = None if packed.at is None else packed.at + gap
     return replace(
@@ -7083,10 +7090,10 @@ def run_methods(
             taken.append(row)
     if taken:
         append_rows(path, taken)
+        keep_details(where, {row["key"] for row in taken})
     for name in names:
         done = by_method[name]
         todo = [e for e in examples if e.id not in done]
-        todo.sort(key=lambda example: len(contest.text(example)), reverse=True)  # texts of like length share a batch
         if not todo:
             continue
 
@@ -7102,10 +7109,22 @@ def run_methods(
         finally:
             method.end()
         if method.details is not None:
-            kept_details = where / "details.json"
-            earlier = json.loads(kept_details.read_text(encoding="utf-8")) if kept_details.exists() else {}
-            write_json(kept_details, earlier | {keys[name]: {"method": name, **method.details}})
+            write_json(where / "details.json", details_in(where) | {keys[name]: {"method": name, **method.details}})
     return {name: [by_method[name][example.id] for example in examples] for name in names}, keys
+
+
+def details_in(where: Path) -> dict[str, Any]:
+    """What methods told about themselves in an evaluation's folder, by record key."""
+    path = where / "details.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def keep_details(where: Path, keys: set[str]) -> None:
+    """Take over what other seeds' methods told, where their rows were."""
+    found = [details_in(folder) for folder in sorted(where.parent.glob("seed*")) if folder != where]
+    taken = {key: told for details in found for key, told in details.items() if key in keys}
+    if taken:
+        write_json(where / "details.json", taken | details_in(where))
 
 
 def rows_of_other_seeds(where: Path) -> Iterator[dict[str, Any]]:
@@ -7143,8 +7162,7 @@ def judged(
     """Gates by method, and what methods told about themselves."""
     part, longest = contest.setup.part, contest.responder.max_new_tokens
     found = {name: gates(name, own, part, longest) for name, own in rows.items()}
-    told = where / "details.json"
-    details = json.loads(told.read_text(encoding="utf-8")) if told.exists() else {}
+    details = details_in(where)
     return {
         "gates": {name: {"broken": words, "fails": METHODS[name].trained} for name, words in found.items() if words},
         "details": {name: details[key] for name, key in keys.items() if key in details},
@@ -7183,7 +7201,9 @@ def evaluate_receiver(
     )
     tuned = channel.bridge.fingerprint() if channel.settings.use_lora else ""
     run_of = {name: value for name, value in channel.settings.determining().items() if name != "seed"}
-    alone = digest_of([tuned, run_of, data_digest(examples), decoding, prompts, train])  # what owes the bridge nothing
+    models = [channel.setup.sender.identity(), channel.setup.receiver.identity()]
+    rows = [data_digest(examples), train, data_digest(channel.setup.splits["validation"])]
+    alone = digest_of([tuned, run_of, models, rows, decoding, prompts])  # all that counts where there is no bridge
     output = results_file(where, settings, channel)
     report.say(
         f"evaluating {folder} with {channel.setup.receiver.name}: {len(examples)} rows of {channel.setup.source}, "
@@ -7372,7 +7392,9 @@ class ReadingMethod(Method):
                 f"a prompt of {longest} tokens is longer than {lm.name} reads ({window}); use fewer --shots"
             )
         sizes = [len(text.encode()) for text in contexts]
-        found = self.responder.go_on(lm.prefill_ids(rows), examples, sizes)
+        gold = max(len(prompting.answer_ids(example.answers[0])) for example in examples)
+        most = max(self.responder.max_new_tokens, gold, *map(len, prompting.label_ids))
+        found = self.responder.go_on(lm.prefill_ids(rows, most), examples, sizes)
         return [replace(answer, tokens=len(lm.ids(text))) for answer, text in zip(found, contexts, strict=True)]
 
 
@@ -8376,19 +8398,21 @@ class Pass:
         return max(size / limits["bytes_per_s"], work / limits["flop_per_s"])
 
 
-def once(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a call, the device's queue empty before and after."""
-    wait = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else (lambda: None)
-    wait()
-    started = time.perf_counter()
+def emptied() -> float:
+    """The time now, once every CUDA device has done what it was told."""
+    for number in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(number)
+    return time.perf_counter()
+
+
+def once(run: Callable[[], Any]) -> float:
+    """Seconds of a call, the devices' queues empty before and after."""
+    started = emptied()
     run()
-    wait()
-    return time.perf_counter() - started
+    return emptied() - started
 
 
-def race(
-    runs: Mapping[str, Callable[[], Any]], device: torch.device, asked: BenchmarkSettings
-) -> dict[str, list[float]]:
+def race(runs: Mapping[str, Callable[[], Any]], asked: BenchmarkSettings) -> dict[str, list[float]]:
     """Seconds of each trial; all take turns, so that what else the machine does slows them alike.
 
     A slow one stops early: after --max_seconds, but not before five trials.
@@ -8400,30 +8424,39 @@ def race(
     for _ in range(asked.num_trials):
         for name, run in runs.items():
             if len(found[name]) < 5 or sum(found[name]) < asked.max_seconds:
-                found[name].append(once(run, device))
+                found[name].append(once(run))
     return found
 
 
 def device_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this device reaches, measured: bytes read per second in a matrix-vector product, operations in a large product."""
-    rows, side = (262144, 8192) if device.type == "cuda" else (32768, 2048)
-    table, one = torch.ones(rows, 4096, dtype=dtype, device=device), torch.ones(4096, 1, dtype=dtype, device=device)
-    reading = min(once(lambda: table @ one, device) for _ in range(10))
+    """What this device reaches, measured: bytes moved per second, and operations per second in a large product.
+
+    Bytes are those of whichever is fastest: a matrix-vector product, a sum, or a copy, which reads and writes.
+    """
+    rows, side = (262144, 8192) if device.type == "cuda" else (16384, 2048)
+    table, one = torch.ones(rows, 4096, device=device), torch.ones(4096, 1, device=device)
+    copied, size = torch.empty_like(table), table.numel() * table.element_size()
+    moves: list[tuple[int, Callable[[], Any]]] = [
+        (size, lambda: table @ one), (size, lambda: table.sum()), (2 * size, lambda: copied.copy_(table)),
+    ]  # fmt: skip
+    moving = max(count / min(once(work) for _ in range(8)) for count, work in moves)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
-    multiplying = min(once(lambda: a @ b, device) for _ in range(10))
-    return {"bytes_per_s": table.numel() * table.element_size() / reading, "flop_per_s": 2.0 * side**3 / multiplying}
+    return {"bytes_per_s": moving, "flop_per_s": 2.0 * side**3 / min(once(lambda: a @ b) for _ in range(8))}
 
 
 @dataclass
 class Bench:
-    """Two models, a bridge between them, and texts of one length."""
+    """Two models, a bridge between them, and texts of one length.
+
+    ``reader`` is the sender as the bridge reads it: without the blocks above, and with LoRA where it was trained so.
+    """
 
     sender: LM
+    reader: LM
     receiver: LM
     listener: Listener
     part: Task
     input_tokens: int
-    seed: int = 42
 
     @property
     def bridge(self) -> Bridge:
@@ -8472,20 +8505,20 @@ class Arm:
 
     @torch.no_grad()
     def run(self, texts: Sequence[str], answer: int, clock: Callable[[str], None] = untimed) -> None:
-        """From texts to answers: ``answer`` 0 scores the class words, else so many tokens are generated."""
+        """From texts to answers: ``answer`` 0 scores the class words by their first tokens, else so many are generated."""
         packed, lm = self.prompt(texts, clock), self.bench.receiver
-        self.read = packed.mask.shape[1]
+        self.last = texts, packed.mask.shape[1]
         prefill = lm.prefill(packed)
         if answer:
             lm.generate(prefill, answer, DecodeSettings(eos_ban_steps=answer), line=False)
         else:
-            lm.score(prefill, [self.bench.listener.prompting.label_ids] * len(texts))
+            lm.score(prefill, [[ids[:1] for ids in self.bench.listener.prompting.label_ids]] * len(texts))
         clock("receiver")
 
-    def floor(self, texts: Sequence[str], answer: int, limits: Limits) -> float:
-        """Roofline of all its passes, in seconds; after ``run``."""
-        lm = self.bench.receiver
-        passes = [*self.before(texts), Pass(lm, len(texts), self.read, lm.n_layers)]
+    def floor(self, answer: int, limits: Limits) -> float:
+        """Roofline of the passes of the last ``run``, in seconds."""
+        (texts, width), lm = self.last, self.bench.receiver
+        passes = [*self.before(texts), Pass(lm, len(texts), width, lm.n_layers)]
         passes += [Pass(lm, len(texts), 1, lm.n_layers)] * max(0, answer - 1)
         return sum(one.floor(limits) for one in passes)
 
@@ -8503,14 +8536,10 @@ class BridgeArm(Arm):
 
     def states(self, texts: Sequence[str], clock: Callable[[str], None]) -> States:
         """The sender's states."""
-        bench = self.bench
-        states = bench.sender.states(
-            [sender_ids(bench.sender, text, 10**6) for text in texts], bench.bridge.shape.layers
-        )
+        bench, reader = self.bench, self.bench.reader
+        states = reader.states([sender_ids(reader, text, 10**6) for text in texts], bench.bridge.shape.layers)
         if bench.bridge.wants_windows:
-            states = with_spans(
-                states, texts, bench.sender, 10**6, bench.receiver if bench.bridge.wants_heard else None
-            )
+            states = with_spans(states, texts, reader, 10**6, bench.receiver if bench.bridge.wants_heard else None)
         clock("sender")
         return states
 
@@ -8523,8 +8552,8 @@ class BridgeArm(Arm):
             sent = bridge.encode(states, listener.name)
         else:
             written = engine.run(
-                (id(bridge), "write"), lambda hidden, mask: bridge.encode(States(hidden, mask)).latents, states.hidden, states.mask
-            )  # fmt: skip
+                "write", lambda hidden, mask: bridge.encode(States(hidden, mask)).latents, states.hidden, states.mask
+            )
             sent = Message(written, bridge.shape.codec, listener.name)
         packed = listener.prompting.pack(listener.open([row.to_bytes() for row in sent.rows()]), bench.examples(texts))
         clock("bridge")
@@ -8532,14 +8561,19 @@ class BridgeArm(Arm):
 
     def before(self, texts: Sequence[str]) -> list[Pass]:
         """The sender's blocks that are read."""
-        sender = self.bench.sender
-        longest = max(len(sender.ids(text)) for text in texts)
-        return [Pass(sender, len(texts), longest, max(self.bench.bridge.shape.layers), heads=0)]
+        reader = self.bench.reader
+        longest = max(len(reader.ids(text)) for text in texts)
+        return [Pass(reader, len(texts), longest, max(self.bench.bridge.shape.layers), heads=0)]
 
     def modules(self) -> list[nn.Module]:
         """Embeddings and lower blocks of the sender, and the bridge."""
-        sender = self.bench.sender
-        return [sender.table, *sender.blocks[: max(self.bench.bridge.shape.layers)], self.bench.bridge]
+        reader = self.bench.reader
+        return [reader.table, *reader.blocks[: max(self.bench.bridge.shape.layers)], self.bench.bridge]
+
+    def floor(self, answer: int, limits: Limits) -> float:
+        """With the bridge's own weights, read once."""
+        weights = sum(p.numel() * p.element_size() for p in self.bench.bridge.parameters())
+        return super().floor(answer, limits) + weights / limits["bytes_per_s"]
 
 
 @ARMS.register("bridge:cached")
@@ -8576,7 +8610,7 @@ class TextArm(Arm):
 
 
 class RelayArm(Arm):
-    """The sender writes a note, the receiver reads it."""
+    """The sender writes a note, the receiver reads as many of its own tokens of it, then the anchor."""
 
     tokens: ClassVar[int]
 
@@ -8587,7 +8621,9 @@ class RelayArm(Arm):
         notes = lm.generate(lm.prefill(lay_out(lm, None, rows, before=lm.bos, left=True)), self.tokens,
                             DecodeSettings(eos_ban_steps=self.tokens), line=False)  # fmt: skip
         clock("sender")
-        return bench.listener.prompting.pack(None, bench.examples(notes), text=True)
+        prompting, reader = bench.listener.prompting, bench.receiver
+        heard = [itertools.islice(itertools.cycle(reader.ids(note) or [reader.pad]), self.tokens) for note in notes]
+        return prompting.joined(None, [[*ids, *prompting.ending()] for ids in heard], None, left=True)
 
     def before(self, texts: Sequence[str]) -> list[Pass]:
         """Reading the text, then a pass for each further token."""
@@ -8612,7 +8648,7 @@ for relay_length in (1, 8, 50):
 
 @ARMS.register("llmlingua")
 class LinguaArm(Arm):
-    """LLMLingua leaves words out by the sender's likelihood, down to as many tokens as there are latents."""
+    """LLMLingua's package, one text at a time, leaves words out down to as many tokens as there are latents."""
 
     @functools.cached_property
     def compressor(self) -> Any:
@@ -8647,13 +8683,16 @@ def bench_of(asked: BenchmarkSettings) -> Bench:
     own = {name: getattr(asked, name) for name in (*DataSettings.model_fields, *ModelSettings.model_fields)}
     if asked.checkpoint is not None:
         given = {name: own[name] for name in own if name in asked.model_fields_set}
-        channel, _ = open_channel(
-            EvalSettings(checkpoint=asked.checkpoint, num_samples=2, **given), resolve_checkpoint(asked.checkpoint)
-        )
-        if not isinstance(channel.setup.sender, LM):
+        given |= {"soft_tokens": asked.soft_tokens} if "soft_tokens" in asked.model_fields_set else {}
+        check = EvalSettings(checkpoint=asked.checkpoint, source_layer=asked.layers, num_samples=2, **given)
+        for role in ("sender", "receiver", "random_weights"):
+            if getattr(asked, role):
+                raise LatentWireError(f"--{role} and --checkpoint: the checkpoint knows its models; give one of them")
+        channel, _ = open_channel(check, resolve_checkpoint(asked.checkpoint))
+        reader, setup = channel.setup.sender, channel.setup
+        if not isinstance(reader, LM):
             raise LatentWireError(f"--checkpoint {asked.checkpoint} has no sender model that could write a note")
-        sender, receiver = channel.speaker, channel.setup.receiver
-        return Bench(sender, receiver, channel.listener, channel.setup.part, asked.input_tokens, asked.seed)
+        return Bench(channel.speaker, reader, setup.receiver, channel.listener, setup.part, asked.input_tokens)
     own |= {"dataset": asked.dataset or "toy", "sender": asked.sender, "receiver": asked.receiver}
     own |= {"layers": asked.layers} if asked.layers else {}
     run = TrainSettings(**own, latent_len=asked.soft_tokens, encoder="hidden")
@@ -8666,82 +8705,74 @@ def bench_of(asked: BenchmarkSettings) -> Bench:
         run = run.model_copy(update={"sender": first, "receiver": second})
         sender = load_lm(first, run, run.offline, run.sender_device)
         receiver = load_lm(second, run, run.offline, run.receiver_device)
-    part = make_task(run)
-    run = resolve(run)[0]
+    part, run = make_task(run), resolve(run)[0]
     torch.manual_seed(asked.seed)
     bridge = Bridge(BridgeShape.of(run, sender, receiver)).to(receiver.device).eval()
     return Bench(
-        sender, receiver, Listener(bridge, prompting_of(run, part, receiver)), part, asked.input_tokens, asked.seed
+        sender, sender, receiver, Listener(bridge, prompting_of(run, part, receiver)), part, asked.input_tokens
     )
 
 
 class Stopwatch:
-    """Seconds of each part of a trial, the device's queue emptied between them."""
+    """Seconds of each part of a trial, the devices' queues emptied between them."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
 
     def start(self) -> None:
         """A trial begins."""
-        self.at = time.perf_counter()
+        self.at = emptied()
 
     def __call__(self, part: str) -> None:
         """A part has ended."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = time.perf_counter()
+        now = emptied()
         self.seconds.setdefault(part, []).append(now - self.at)
         self.at = now
 
 
 def split_times(arm: Arm, texts: Sequence[str], answer: int, trials: int) -> dict[str, float]:
     """Median milliseconds of each part of an arm."""
-    watch = Stopwatch(arm.bench.receiver.device)
+    watch = Stopwatch()
     for _ in range(trials):
         watch.start()
         arm.run(texts, answer, watch)
     return {part: 1e3 * median(seconds) for part, seconds in watch.seconds.items()}
 
 
-def timing(
-    arm: Arm, name: str, texts: Sequence[str], answer: int, seconds: Sequence[float], limits: Limits
-) -> dict[str, Any]:
+def timing(arm: Arm, name: str, answer: int, seconds: Sequence[float], limits: Limits) -> dict[str, Any]:
     """One row of a table."""
-    middle, floor = median(seconds), arm.floor(texts, answer, limits)
+    middle, floor, size = median(seconds), arm.floor(answer, limits), len(arm.last[0])
     high = sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
     return {
-        "arm": name, "batch": len(texts), "answer_tokens": answer, "median_ms": 1e3 * middle, "p95_ms": 1e3 * high,
-        "trials": len(seconds), "floor_ms": 1e3 * floor, "roofline": floor / middle, "texts_per_s": len(texts) / middle,
+        "arm": name, "batch": size, "answer_tokens": answer, "median_ms": 1e3 * middle, "p95_ms": 1e3 * high,
+        "trials": len(seconds), "floor_ms": 1e3 * floor, "roofline": floor / middle,
+        "texts_per_s": size * len(seconds) / sum(seconds),
     }  # fmt: skip
 
 
-def latency_rows(
-    bench: Bench, arms: Mapping[str, Arm], asked: BenchmarkSettings, limits: Limits
-) -> list[dict[str, Any]]:
+def latency_rows(arms: Mapping[str, Arm], asked: BenchmarkSettings, limits: Limits) -> list[dict[str, Any]]:
     """One text at a time: each arm with each length of answer, and the parts of its time."""
-    rows, texts = [], bench.texts(1)
+    rows, bench = [], next(iter(arms.values())).bench
+    texts = bench.texts(1)
     for answer in asked.answer_tokens:
         runs = {name: functools.partial(arm.run, texts, answer) for name, arm in arms.items()}
-        for name, seconds in race(runs, bench.receiver.device, asked).items():
-            row = timing(arms[name], name, texts, answer, seconds, limits)
+        for name, seconds in race(runs, asked).items():
+            row = timing(arms[name], name, answer, seconds, limits)
             rows.append(row | {"parts_ms": split_times(arms[name], texts, answer, min(10, asked.num_trials))})
     return rows
 
 
-def batched_rows(
-    bench: Bench, arms: Mapping[str, Arm], asked: BenchmarkSettings, limits: Limits
-) -> list[dict[str, Any]]:
-    """Texts per second for each batch size, over --num_samples texts."""
-    rows, answer = [], asked.answer_tokens[0]
+def batched_rows(arms: Mapping[str, Arm], asked: BenchmarkSettings, limits: Limits) -> list[dict[str, Any]]:
+    """Texts per second for each batch size, over --num_samples texts, each of which was answered once before."""
+    rows, answer, bench = [], asked.answer_tokens[0], next(iter(arms.values())).bench
     texts = bench.texts(max(asked.num_samples, *asked.batch_sizes))
     for size in asked.batch_sizes:
         groups = [[*group] for group in batches(texts, size) if len(group) == size]
-        own = asked.model_copy(update={"num_trials": len(groups), "warmup": min(asked.warmup, 2)})
+        own = asked.model_copy(update={"num_trials": len(groups), "warmup": len(groups)})
         turns = {name: (arm, itertools.cycle(groups)) for name, arm in arms.items()}
         runs = {name: (lambda arm=arm, turn=turn: arm.run(next(turn), answer)) for name, (arm, turn) in turns.items()}
-        for name, seconds in race(runs, bench.receiver.device, own).items():
-            rows.append(timing(arms[name], name, groups[0], answer, seconds, limits))
+        for name, seconds in race(runs, own).items():
+            rows.append(timing(arms[name], name, answer, seconds, limits))
     return rows
 
 
@@ -8761,7 +8792,7 @@ def decoding_rows(bench: Bench, asked: BenchmarkSettings, limits: Limits) -> lis
                 lm: LM = lm, prefill: Prefill = prefill, token: Tensor = token, real: Tensor = real
             ) -> list[float]:
                 step = lm.engine.steps(lm, replace(prefill, cache=shallow_cache(prefill.cache)), count)
-                return [once(lambda: step(token, real), lm.device) for _ in range(count)]
+                return [once(lambda: step(token, real)) for _ in range(count)]
 
             write()
             seconds = median(write() + write())
@@ -8787,6 +8818,8 @@ def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
         return int(re.search(rf"{word}:\s+(\d+) kB", told.read_text())[1]) * 1024  # type: ignore[index]
 
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system
     reset.write_text("5")  # the peak from here on; see proc(5)
     before = held("VmRSS")
     work()
@@ -8794,7 +8827,7 @@ def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
 
 
 def memory_rows(bench: Bench, arms: Mapping[str, Arm], asked: BenchmarkSettings) -> list[dict[str, Any]]:
-    """Weights that each arm needs, and what a batch takes on top at its peak."""
+    """Weights that each arm needs, and what a batch takes on top at its peak, by the eager engine: a graph keeps its own."""
     rows = []
     for (name, arm), size in itertools.product(arms.items(), asked.batch_sizes):
         run = functools.partial(arm.run, bench.texts(size), asked.answer_tokens[0])
@@ -8829,7 +8862,7 @@ def training_rows(bench: Bench, asked: BenchmarkSettings, limits: Limits) -> lis
         texts = bench.texts(size)
         run = functools.partial(step, CachedArm(bench).states(texts, untimed), texts)
         tokens = run()
-        seconds = median(race({"step": run}, lm.device, asked)["step"])
+        seconds = median(race({"step": run}, asked)["step"])
         work = 2 * Pass(lm, size, tokens, lm.n_layers, heads=2).cost()[1]
         rows.append({
             "batch": size, "tokens": tokens, "median_ms": 1e3 * seconds, "rows_per_s": size / seconds,
@@ -8839,19 +8872,20 @@ def training_rows(bench: Bench, asked: BenchmarkSettings, limits: Limits) -> lis
 
 
 def growth_curves(bench: Bench) -> dict[str, dict[int, Callable[[], Any]]]:
-    """What may grow → how far → the work."""
+    """What may grow → how far → the work: texts with caching and answers as ``eval`` goes through them, the rest four."""
     arm, bridge, listener, lm = BridgeArm(bench), bench.bridge, bench.listener, bench.receiver
     four = bench.texts(4)
     examples = bench.examples(four)
-    with torch.no_grad():
-        sent = bridge.encode(CachedArm(bench).states(four, untimed))
 
     def answer_all(texts: Sequence[str]) -> None:
-        for group in batches(texts, 16):
-            arm.run(group, 0)
+        store = collect_states(bench.reader, texts, bridge.shape.layers, 10**6, "memory", lambda done, total: None)
+        with torch.no_grad():
+            for group in batches(texts, 16):
+                listener.respond(arm.heard(store.batch(group, lm.device), group, untimed), bench.examples(group))
 
     @torch.no_grad()
     def hear(count: int | None = None, receivers: int = 1) -> None:
+        sent = bridge.encode(arm.states(four, untimed))
         for _ in range(receivers):
             soft = bridge.decode(sent, listener.ear).embeds
             soft = soft.repeat(1, math.ceil((count or 1) / soft.shape[1]), 1)[:, :count]
@@ -8860,7 +8894,7 @@ def growth_curves(bench: Bench) -> dict[str, dict[int, Callable[[], Any]]]:
     here = functools.partial
     return {
         "texts": {n: here(answer_all, bench.texts(n)) for n in (16, 32, 64, 128, 256)},
-        "input tokens": {n: here(arm.run, bench.texts(4, n), 0) for n in (32, 64, 128, 256, 512)},
+        "input tokens": {n: here(arm.run, bench.texts(4, n), 1) for n in (32, 64, 128, 256, 512)},
         "soft tokens": {n: here(hear, n) for n in (8, 16, 32, 64, 128, 256)},
         "receivers": {n: here(hear, None, n) for n in (1, 2, 4, 8)},
     }
@@ -8876,7 +8910,7 @@ def growth_rows(bench: Bench, asked: BenchmarkSettings) -> list[dict[str, Any]]:
     rows, device = [], bench.receiver.device
     few = asked.model_copy(update={"num_trials": min(asked.num_trials, 7), "warmup": 1})
     for what, runs in growth_curves(bench).items():
-        times = race({str(size): run for size, run in runs.items()}, device, few)
+        times = race({str(size): run for size, run in runs.items()}, few)
         sizes, seconds = [*runs], [*map(median, times.values())]
         upper = slice(len(sizes) // 2 - 1, None)
         exponent = float(np.polyfit(np.log(sizes[upper]), np.log(seconds[upper]), 1)[0])
@@ -8895,15 +8929,17 @@ def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
     arms = {name: ARMS[name](bench) for name in names}
     device, dtype = bench.receiver.device, bench.receiver.dtype
     static = asked.engine == "static" or (asked.engine == "auto" and device.type == "cuda")
-    for lm in (bench.sender, bench.receiver):
-        lm.engine = StaticEngine() if static else Engine()
-    how = "static" if static else "eager"
+    engine, how = (StaticEngine, "static") if static else (Engine, "eager")
+    if static and any(hasattr(lm.model, "hf_device_map") for lm in (bench.sender, bench.reader, bench.receiver)):
+        raise LatentWireError("--engine static records one device; a model spread over several needs --engine eager")
+    if not bench.part.words:  # there is nothing to score
+        asked = asked.model_copy(update={"answer_tokens": [*dict.fromkeys(n or 1 for n in asked.answer_tokens)]})
     report.say(f"{bench.sender.name} → {bench.receiver.name}, {dtype} on {device}, {how} engine")
     limits = device_limits(device, dtype)
     report.say(f"measured limits: {limits['bytes_per_s'] / 1e9:.0f} GB/s, {limits['flop_per_s'] / 1e12:.2f} TFLOP/s")
     work: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "latency": lambda: latency_rows(bench, arms, asked, limits),
-        "batched": lambda: batched_rows(bench, arms, asked, limits),
+        "latency": lambda: latency_rows(arms, asked, limits),
+        "batched": lambda: batched_rows(arms, asked, limits),
         "decoding": lambda: decoding_rows(bench, asked, limits),
         "memory": lambda: memory_rows(bench, arms, asked),
         "training": lambda: training_rows(bench, asked, limits),
@@ -8915,12 +8951,14 @@ def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
         "engine": how, "limits": limits, "input_tokens": asked.input_tokens,
         "soft_tokens": bench.bridge.shape.latent_len, "layers": bench.bridge.shape.layers,
+        "provenance": environment() | {"settings": asked.model_dump(mode="json")},
     }  # fmt: skip
     for name in wanted:
         report.say(f"measuring {name}")
+        for lm in (bench.sender, bench.reader, bench.receiver):
+            lm.engine = Engine() if name in ("memory", "training", "growth") else engine()
         results[name] = work[name]()
-    results["provenance"] = environment() | {"settings": asked.model_dump(mode="json")}
-    write_json(asked.output_dir / "benchmark.json", results)
+        write_json(asked.output_dir / "benchmark.json", results)
     return results
 
 
@@ -10185,6 +10223,8 @@ def test_command(
     marks = "slow" if slow else "not slow and not trains" if quick else "not slow"
     command = [sys.executable, "-m", "pytest", str(chosen), "-m", marks, "-q", *(["-x"] if quick else [])]
     command += ["--cov=LATENTWIRE", "--cov-report=term-missing:skip-covered"] if coverage else []
+    if not slow and not module and importlib.util.find_spec("xdist"):  # slow tests measure times
+        command += ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
     print("+", shlex.join(command), flush=True)
     raise typer.Exit(subprocess.run(command, cwd=tests.parent, check=False).returncode)
 

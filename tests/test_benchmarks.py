@@ -62,6 +62,7 @@ def test_the_static_engine_gives_the_answers_of_the_eager_one(name):
     for prompt in (None, soft):
         ours, theirs = (lm.prefill(packed(lm, soft=prompt)) for lm in (other, eager))
         assert ours.mask.shape[1] % lw.StaticEngine.GRAIN == 0
+        assert not ours.mask.all(), "the mask must always take the same way through the model"
         torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
         candidates = [[eager.ids(" yes"), eager.ids(" perhaps")]] * 3
         for mine, its in zip(other.score(ours, candidates), eager.score(theirs, candidates), strict=True):
@@ -108,7 +109,7 @@ def test_scoring_leaves_a_prompt_that_can_still_be_continued():
 
 
 class NoWaiting(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot record: values that Python looks at, and data that come from the host."""
+    """Refuses what a CUDA graph cannot record: values that Python looks at, and numbers that Python brings."""
 
     REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "lift_fresh", "item", "equal.default")
 
@@ -143,6 +144,34 @@ def test_nothing_that_would_be_captured_waits_for_the_device(name, monkeypatch):
     assert len(ran) == 3 + (name == "tiny-llama")
 
 
+@pytest.mark.parametrize("layer", ["0", "1", "2"])
+def test_every_graph_has_a_name_of_its_own(layer, monkeypatch):
+    """A replay is a call of the function that was recorded first under this name and these shapes."""
+    recorded: dict[Any, Any] = {}
+
+    def run(self: lw.StaticEngine, name: Any, work: Any, *inputs: torch.Tensor) -> Any:
+        key = (id(self), name, *((*tensor.shape, tensor.dtype) for tensor in inputs))
+        return recorded.setdefault(key, work)(*inputs)
+
+    bench = lw.bench_of(asked(*PAIR, "--layers", layer))
+    arms = [lw.ARMS[name](bench) for name in ("bridge", "relay:8", "text", "bridge:cached")]
+    texts, heard = bench.texts(2), list[Any]()
+    score = lw.LM.score
+    monkeypatch.setattr(lw.LM, "score", lambda *words: heard.append(score(*words)) or heard[-1])
+    for arm in (*arms, *reversed(arms)):
+        arm.run(texts, 0)
+    eager, heard[:] = [*heard], []
+    monkeypatch.setattr(lw.StaticEngine, "run", run)
+    for lm in (bench.sender, bench.receiver):
+        lm.engine = lw.StaticEngine()
+    for arm in (*arms, *reversed(arms)):
+        arm.run(texts, 0)
+    assert len(recorded) >= 4 and len(eager) == 8
+    for ours, theirs in zip(heard, eager, strict=True):
+        for mine, its in zip(ours, theirs, strict=True):
+            assert mine == pytest.approx(its, abs=1e-3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
 @pytest.mark.parametrize("name", TINY)
 def test_cuda_graphs_give_the_eager_answers(name):
@@ -172,7 +201,7 @@ def test_a_shared_beginning_is_read_once_and_changes_nothing(name, monkeypatch):
         return forward(self, packed, **options)
 
     monkeypatch.setattr(lw.LM, "forward", watched)
-    shared = lm.prefill_ids(rows)
+    shared = lm.prefill_ids(rows, 16)
     assert [count for count, _ in read] == [1], "the beginning is one row, the rest goes on from it"
     torch.testing.assert_close(shared.logits, plain.logits, rtol=1e-4, atol=1e-4)
     candidates = [[lm.ids(" positive"), lm.ids(" no")]] * 3
@@ -186,16 +215,28 @@ def test_prompts_that_differ_or_slide_are_read_as_they_are(monkeypatch):
     shown = "the same beginning for everybody who reads here, and it is long"
     for lm, texts in ((gemma, [shown + "a", shown + "bc"]), (llama, ["a" + shown, "b" + shown]), (llama, [shown])):
         rows = [lm.ids(text) for text in texts]
-        ours, theirs = lm.prefill_ids(rows), lm.prefill(lw.lay_out(lm, None, rows, left=True))
+        ours, theirs = lm.prefill_ids(rows, 16), lm.prefill(lw.lay_out(lm, None, rows, left=True))
         assert torch.equal(ours.logits, theirs.logits)
         assert torch.equal(ours.mask, theirs.mask)
+
+
+@pytest.mark.parametrize(("room", "read"), [(0, [1]), (1, [2])])
+def test_a_beginning_is_not_shared_where_answers_would_reach_the_sliding_window(room, read, monkeypatch):
+    lm = load("tiny-gemma")
+    monkeypatch.setattr(lm.config, "sliding_window", 64)
+    rows = [lm.ids("the same beginning for everybody who reads " + tail) for tail in ("a", "bc")]
+    found: list[int] = []
+    prefill = lw.LM.prefill
+    monkeypatch.setattr(lw.LM, "prefill", lambda self, packed: found.append(len(packed.mask)) or prefill(self, packed))
+    lm.prefill_ids(rows, 64 - max(map(len, rows)) + room)
+    assert found == read
 
 
 def test_prompts_that_are_the_same_leave_one_token_to_read():
     lm = load("tiny-llama")
     rows = [lm.ids("exactly the same words for both of the rows, all of them")] * 2
     plain = lm.prefill(lw.lay_out(lm, None, rows, left=True))
-    torch.testing.assert_close(lm.prefill_ids(rows).logits, plain.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lm.prefill_ids(rows, 1).logits, plain.logits, rtol=1e-4, atol=1e-4)
 
 
 # ---- floors, races, memory -----------------------------------------------------------------------------------------------
@@ -215,9 +256,9 @@ def test_a_pass_costs_its_weights_once_and_two_operations_per_weight_and_token()
 def test_all_take_turns_and_a_slow_one_stops_after_five(monkeypatch):
     calls: list[str] = []
     seconds = {"slow": 3.0, "fast": 0.1}
-    monkeypatch.setattr(lw, "once", lambda run, device: run())
+    monkeypatch.setattr(lw, "once", lambda run: run())
     runs = {name: lambda name=name: calls.append(name) or seconds[name] for name in seconds}
-    found = lw.race(runs, torch.device("cpu"), asked("--num_trials", "8", "--warmup", "2", "--max_seconds", "10"))
+    found = lw.race(runs, asked("--num_trials", "8", "--warmup", "2", "--max_seconds", "10"))
     assert calls[:4] == ["slow", "slow", "fast", "fast"]
     assert calls[4:14] == ["slow", "fast"] * 5
     assert {name: len(own) for name, own in found.items()} == {"slow": 5, "fast": 8}
@@ -226,19 +267,19 @@ def test_all_take_turns_and_a_slow_one_stops_after_five(monkeypatch):
 def test_peak_memory_is_what_a_call_takes():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("no /proc here")
-    torch.ones(1)
-    small = lw.peak_of(lambda: None, torch.device("cpu"))
-    large = lw.peak_of(lambda: float(torch.ones(50_000_000).sum()), torch.device("cpu"))  # 200 MB
-    assert small is not None
-    assert large is not None
-    assert small < 20
-    assert large == pytest.approx(200, abs=20)
+    for _ in range(3):  # memory that an earlier call has freed counts again
+        for megabytes in (0, 10, 200):
+            peak = lw.peak_of(lambda size=megabytes: float(torch.ones(size * 250_000).sum()), torch.device("cpu"))
+            assert peak == pytest.approx(megabytes, abs=5)
 
 
 def test_limits_are_of_a_real_device():
     limits = lw.device_limits(torch.device("cpu"), torch.float32)
-    assert 5e8 < limits["bytes_per_s"] < 1e13
-    assert 1e9 < limits["flop_per_s"] < 1e15
+    table, one = torch.ones(8192, 4096), torch.ones(4096, 1)
+    assert limits["bytes_per_s"] > 0.5 * table.numel() * 4 / min(lw.once(lambda: table @ one) for _ in range(5))
+    a = torch.randn(512, 512)
+    assert limits["flop_per_s"] > 0.5 * 2 * 512**3 / min(lw.once(lambda: a @ a) for _ in range(5))
+    assert limits["bytes_per_s"] < 2e12 and limits["flop_per_s"] < 1e14  # of one CPU core
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------------
@@ -257,7 +298,8 @@ def test_every_arm_gives_every_length_of_answer(measured):
         own = {"bridge": ["sender", "bridge"], "bridge:cached": ["bridge"], "text": []}.get(row["arm"], ["sender"])
         assert [*row["parts_ms"]] == [*own, "receiver"]
     floor = {(row["arm"], row["answer_tokens"]): row["floor_ms"] for row in rows}
-    assert floor["bridge:cached", 0] < floor["bridge", 0] < floor["relay:8", 0] < floor["relay:50", 0]
+    assert floor["bridge:cached", 0] < floor["bridge", 0]
+    assert floor["text", 0] < floor["relay:1", 0] < floor["relay:8", 0] < floor["relay:50", 0]
     assert floor["text", 0] < floor["text", 5]
     time = {(row["arm"], row["answer_tokens"]): row["median_ms"] for row in rows}
     assert time["relay:50", 0] > 2 * time["relay:8", 0] > time["relay:1", 0]
@@ -303,12 +345,41 @@ def test_the_bridge_arm_sends_bytes_and_its_words_arrive(monkeypatch):
 
 def test_throughput_goes_through_all_texts(measured):
     rows = measured[0]["batched"]
-    assert {(row["arm"], row["batch"], row["trials"]) for row in rows if row["arm"] == "bridge"} == {
-        ("bridge", 1, 8),
-        ("bridge", 4, 2 if len(rows) else 0),
-    } or all(row["trials"] >= 2 for row in rows)
-    for row in rows:
-        assert row["texts_per_s"] == pytest.approx(1e3 * row["batch"] / row["median_ms"])
+    assert {row["trials"] for row in rows if row["batch"] == 1} == {8}
+    assert {row["trials"] for row in rows if row["batch"] == 4} == {2}
+    assert all(row["texts_per_s"] > 0 for row in rows)
+
+
+def test_a_cached_arm_never_reads_in_a_trial(monkeypatch):
+    bench = lw.bench_of(asked(*PAIR))
+    read: list[int] = []
+    hidden = lw.Engine.hidden
+    monkeypatch.setattr(lw.Engine, "hidden", lambda *words: read.append(len(words)) or hidden(*words))
+    during: list[int] = []
+
+    def once(run: Any) -> float:
+        before = len(read)
+        run()
+        during.append(len(read) - before)
+        return 1.0
+
+    monkeypatch.setattr(lw, "once", once)
+    settings = asked("--batch_sizes", "2", "--num_samples", "24", "--warmup", "1")
+    arms = {"bridge:cached": lw.CachedArm(bench)}
+    lw.batched_rows(arms, settings, {"bytes_per_s": 1e9, "flop_per_s": 1e9})
+    assert len(during) == 12 and not any(during)
+
+
+@pytest.mark.parametrize("name", ["relay:1", "relay:8"])
+def test_the_receiver_reads_as_many_tokens_of_a_note_as_were_written(name, monkeypatch):
+    bench = lw.bench_of(asked(*PAIR))
+    monkeypatch.setattr(
+        lw.LM, "generate", lambda self, *words, **options: ["", "a note that is longer than it should be"]
+    )
+    packed = lw.ARMS[name](bench).prompt(bench.texts(2), lw.untimed)
+    count = int(name.partition(":")[2])
+    ending = len(bench.listener.prompting.ending())
+    assert packed.mask.sum(1).tolist() == [len(bench.receiver.bos) + count + ending] * 2
 
 
 def test_memory_counts_the_weights_each_arm_needs(measured):
@@ -387,6 +458,7 @@ def test_commands_of_the_documents(words, toy_run, tmp_path, monkeypatch, capsys
         (["--random_weights", "llama-3.1-80b"], "did you mean 'llama-3.1-8b'?"),
         (["--batch_sizes", "0"], "--batch_sizes"),
         (["--checkpoint", "nowhere"], "nowhere"),
+        (["--checkpoint", "nowhere", "--sender", "tiny-llama"], "the checkpoint knows its models"),
     ],
 )
 def test_mistakes_are_one_line(words, said, capsys, tmp_path, monkeypatch):
@@ -434,8 +506,7 @@ def test_nothing_grows_faster_than_its_input(tmp_path):
     exponents = {row["of"]: row["exponent"] for row in results["growth"]}
     print(exponents)
     assert exponents["texts"] < 1.15
-    assert exponents["receivers"] < 1.15
-    assert all(math.isfinite(value) and value < 1.6 for value in exponents.values())
+    assert all(math.isfinite(value) and value < 1.3 for value in exponents.values())
 
 
 @pytest.mark.slow

@@ -197,6 +197,8 @@ def test_a_second_seed_computes_only_what_depends_on_it(tmp_path, monkeypatch):
     for name in ("text", "control:none", "probe"):
         assert [r for r in rows[0] if r["method"] == name] == [r for r in rows[1] if r["method"] == name]
         assert merged["methods"][name]["sd"] == 0
+    told = [run["details"]["probe"] for run in merged["runs"]]
+    assert told[0] == told[1] and told[0]
     asked.clear()
     lw.eval_main(["--checkpoint", str(tmp_path / "runs"), *methods, "--fresh_eval"])
     assert len(asked) == 10
