@@ -9208,15 +9208,19 @@ def write_benchmark(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def draw_benchmark(results: Mapping[str, Any], folder: Path) -> None:
-    """Latency as bars with the roofline as a mark, throughput over batch size, growth on logarithmic axes."""
+    """Latency as points with the roofline beside each, throughput over batch size, growth on logarithmic axes."""
     latency: list[Any] = [*reversed(results.get("latency", ()))]
     if latency:
-        with figure(folder / "latency.png", height=0.8 + 0.24 * len(latency)) as axes:
+        with figure(folder / "latency.png", height=0.9 + 0.2 * len(latency)) as axes:
             names = [f"{row['arm']}, {row['answer_tokens'] or 'scored'}" for row in latency]
-            axes.barh(names, [r["median_ms"] for r in latency], color=[COLOURS[family_of(r["arm"])] for r in latency])
-            axes.plot([r["floor_ms"] for r in latency], names, "k|", markersize=9, label="roofline of this device")
-            axes.set(xlabel="ms from text to answer, median (logarithmic)", xscale="log")
-            axes.legend(frameon=False, loc="lower right")
+            kinds = [row["arm"].partition(":")[0] for row in latency]
+            colours = [COLOURS.get(kind, COLOURS["probe"]) for kind in kinds]
+            floors, medians = ([row[key] for row in latency] for key in ("floor_ms", "median_ms"))
+            axes.hlines(names, floors, medians, colors=colours, linewidth=1)
+            axes.scatter(medians, names, color=colours, zorder=3, label="median")
+            axes.plot(floors, names, "k|", markersize=9, label="roofline of this device")
+            axes.set(xlabel="ms from text to answer, logarithmic", xscale="log")
+            axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     if "batched" in results:
         curves = [(r["arm"], r["batch"], r["texts_per_s"]) for r in results["batched"]]
         log_curves(curves, folder / "throughput.png", "texts at a time", "texts per second")

@@ -80,6 +80,64 @@ def effects_table() -> str:
     return "\n".join(lines)
 
 
+def benchmark_table() -> str:
+    """README's table of latency and throughput, from the file."""
+    found = load("benchmark")
+    heads = [
+        f"{n} tokens, ms" if n else "scored, ms" for n in dict.fromkeys(r["answer_tokens"] for r in found["latency"])
+    ]
+    sizes = [size for size in dict.fromkeys(row["batch"] for row in found["batched"]) if size in (1, 16)]
+    lines = [
+        f"| from text to answer | {' | '.join(heads)} | {' | '.join(f'texts/s, batch {size}' for size in sizes)} |",
+        "|---" + "|--:" * (len(heads) + len(sizes)) + "|",
+    ]
+    for arm in dict.fromkeys(row["arm"] for row in found["latency"]):
+        own = [row for row in found["latency"] if row["arm"] == arm]
+        cells = [f"{row['median_ms']:.0f} ({row['roofline']:.0%})" for row in own]
+        cells += [
+            f"{row['texts_per_s']:.1f}" for row in found["batched"] if row["arm"] == arm and row["batch"] in sizes
+        ]
+        lines.append(f"| `{arm}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def benchmark_sentence() -> str:
+    """README's reading of that table, from the file."""
+    found = {row["arm"]: row["median_ms"] for row in load("benchmark")["latency"] if row["answer_tokens"] == 0}
+    return (
+        f"on this machine the receiver reads {load('benchmark')['input_tokens']} tokens of text in {found['text']:.0f} ms, and "
+        f"the way over the bridge takes {found['bridge']:.0f} ms, or {found['bridge:cached']:.0f} ms where the sender's states "
+        f"are there already. What latents save is writing: a note of 50 tokens makes the answer "
+        f"{found['relay:50'] / found['bridge']:.0f} times slower."
+    )
+
+
+def compressors_table() -> str:
+    """README's table of prompt compressors beside the latents, from the file."""
+    lines = ["| method | times fewer tokens | F1 | 95 % CI | EM | p against the latents |", "|---|--:|--:|--:|--:|--:|"]
+    for method, row in load("compressors")["rows"].items():
+        p = row["p_bridge"]
+        shown = "" if p is None else "< 0.001" if p < 0.001 else f"{p:.2g}"
+        low, high = (percent(x) for x in row["ci"])
+        name = lw.PLAIN_NAMES.get(method, method)
+        lines.append(
+            f"| {name} | {row['ratio']:.2f} | {percent(row['f1'])} | {low}–{high} | {percent(row['em'])} | {shown} |"
+        )
+    return "\n".join(lines)
+
+
+def receivers_sentence() -> str:
+    """README's sentence on several receivers, from the file."""
+    runs = {name: percent(run["accuracy"]) for name, run in load("receivers")["runs"].items()}
+    count = load("receivers")["runs"]["qwen2.5-coder-1.5b joined later"]["n"]
+    return (
+        f"On TREC, Gemma-3-270M and SmolLM2 reach {runs['gemma-3-270m together']} % and {runs['smollm2-135m together']} % "
+        f"of {count} test questions when they are trained together ({runs['gemma-3-270m alone']} % and "
+        f"{runs['smollm2-135m alone']} % each alone); Qwen2.5-Coder-1.5B, which joined later with the shared part frozen, "
+        f"{runs['qwen2.5-coder-1.5b joined later']} % (300 steps, one seed)."
+    )
+
+
 def seeds_sentence() -> str:
     """README's warning about seeds, from the file."""
     others = load("effects")["other_seeds_of_base"]
@@ -129,6 +187,10 @@ def test_readme_shows_the_numbers_of_the_files():
     assert effects_table() in README
     assert f"plain bridge ({percent(load('effects')['base']['accuracy'])} %)" in unwrapped(README)
     assert squad_table() in README
+    assert benchmark_table() in README
+    assert benchmark_sentence() in unwrapped(README)
+    assert receivers_sentence() in unwrapped(README)
+    assert compressors_table() in README
     assert squad_sentence() in unwrapped(README)
     assert (ROOT / ".github" / "assets" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
