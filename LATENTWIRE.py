@@ -8648,7 +8648,7 @@ for relay_length in (1, 8, 50):
 
 @ARMS.register("llmlingua")
 class LinguaArm(Arm):
-    """LLMLingua's package, one text at a time, leaves words out down to as many tokens as there are latents."""
+    """LLMLingua's package leaves words out, one text at a time, down to as many tokens as latents."""
 
     @functools.cached_property
     def compressor(self) -> Any:
