@@ -112,10 +112,10 @@ def evaluate(run: Path, out: Path | str, *flags: str) -> dict[str, Any]:
 def records(folder: Path | str, receiver: str = "tiny-qwen") -> dict[str, dict[str, dict[str, Any]]]:
     """An evaluation's records by method and example, without times and keys."""
     name = "results.json" if receiver == PAIR[0] else f"results-{receiver}.json"
-    key = json.loads(Path(folder, name).read_text())["provenance"]["record_key"]
+    keys = json.loads(Path(folder, name).read_text())["provenance"]["record_keys"]
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in lw.read_rows(Path(folder, "records.jsonl")):
-        if row["key"] == key:
+        if row["key"] == keys.get(row["method"]):
             mine = {name: value for name, value in row.items() if name not in ("seconds", "key")}
             found.setdefault(row["method"], {})[row["id"]] = mine
     return found
