@@ -144,16 +144,21 @@ def answer(lm: lw.LM, dataset: str, shots: int, rows: int) -> Ours:
         shots=shots or 5, labels=list(LABELS) if Path(dataset).exists() else None,
     )  # fmt: skip
     read: list[lw.TokenIds] = []
-    lay_out = lw.lay_out
+    lay_out, prefill_ids = lw.lay_out, lw.LM.prefill_ids
 
     def watched(lm, soft, after, answers=None, before=(), left=False):
-        read.extend([*before, *ids] for ids in after)
+        read.extend([] if shots else [[*before, *ids] for ids in after])
         return lay_out(lm, soft, after, answers, before, left)
+
+    def watched_ids(self, prompts, most):  # lays out what the prompts share apart from the rest
+        read.extend(prompts)
+        return prefill_ids(self, prompts, most)
 
     records: list[dict[str, Any]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lw, "load_lm", lambda *_: lm)
         patch.setattr(lw, "lay_out", watched)
+        patch.setattr(lw.LM, "prefill_ids", watched_ids)
         contest = lw.contest_of(settings, dataset, 42)
         method = lw.METHODS["fewshot:receiver" if shots else "zeroshot:receiver"](contest)
         lw.compute_rows(method, contest.examples, 8, records.extend)
