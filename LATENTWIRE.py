@@ -7119,9 +7119,14 @@ def details_in(where: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
+def other_seeds(where: Path) -> list[Path]:
+    """The folders beside ``seed<N>``."""
+    return [p for p in sorted(where.parent.glob("seed*")) if p != where] if where.name.startswith("seed") else []
+
+
 def keep_details(where: Path, keys: set[str]) -> None:
     """Take over what other seeds' methods told, where their rows were."""
-    found = [details_in(folder) for folder in sorted(where.parent.glob("seed*")) if folder != where]
+    found = map(details_in, other_seeds(where))
     taken = {key: told for details in found for key, told in details.items() if key in keys}
     if taken:
         write_json(where / "details.json", taken | details_in(where))
@@ -7129,9 +7134,8 @@ def keep_details(where: Path, keys: set[str]) -> None:
 
 def rows_of_other_seeds(where: Path) -> Iterator[dict[str, Any]]:
     """Whole records in the folders beside ``seed<N>``."""
-    for path in sorted(where.parent.glob("seed*/records.jsonl")) if where.name.startswith("seed") else ():
-        if path.parent != where:
-            yield from (row for row in read_rows(path, own=False) if "error" not in row)
+    for folder in other_seeds(where):
+        yield from (row for row in read_rows(folder / "records.jsonl", own=False) if "error" not in row)
 
 
 def gates(name: str, rows: Sequence[Mapping[str, Any]], part: Task, longest: int) -> list[str]:
@@ -7195,14 +7199,13 @@ def evaluate_receiver(
     ]
     prompts = [part.words, part.sender_prompt, part.receiver_prompt, listener.prompting.anchor, part.agnostic]
     prompts += [listener.prompting.chat]
-    train = data_digest(channel.setup.splits["train"])
-    key = digest_of(
-        [channel.bridge.fingerprint(), data_digest(examples), decoding, prompts, train, str(settings.prompt)]
-    )
-    tuned = channel.bridge.fingerprint() if channel.settings.use_lora else ""
+    train, evaluated = data_digest(channel.setup.splits["train"]), data_digest(examples)
+    weights = channel.bridge.fingerprint()
+    key = digest_of([weights, evaluated, decoding, prompts, train, str(settings.prompt)])
+    tuned = weights if channel.settings.use_lora else ""
     run_of = {name: value for name, value in channel.settings.determining().items() if name != "seed"}
     models = [channel.setup.sender.identity(), channel.setup.receiver.identity()]
-    rows = [data_digest(examples), train, data_digest(channel.setup.splits["validation"])]
+    rows = [evaluated, train, data_digest(channel.setup.splits["validation"])]
     alone = digest_of([tuned, run_of, models, rows, decoding, prompts])  # all that counts where there is no bridge
     output = results_file(where, settings, channel)
     report.say(
@@ -8368,6 +8371,11 @@ def random_lm(name: str, settings: ModelSettings) -> LM:
 Limits = Mapping[str, float]
 
 
+def weight_bytes(weights: Iterable[Tensor]) -> int:
+    """Bytes that weights take."""
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
 @dataclass(frozen=True)
 class Pass:
     """One forward of a model's first ``blocks`` over so many rows of so many tokens; logits of ``heads`` positions a row."""
@@ -8384,11 +8392,11 @@ class Pass:
         What attention adds is left out: below one per cent at these lengths.
         """
         weights = [p for block in self.lm.blocks[: self.blocks] for p in block.parameters()]
-        size, count = sum(p.numel() * p.element_size() for p in weights), sum(p.numel() for p in weights)
+        size, count = weight_bytes(weights), sum(p.numel() for p in weights)
         work = 2.0 * count * self.rows * self.tokens
         if self.heads:
             table = self.lm.head.weight
-            size += table.numel() * table.element_size()
+            size += weight_bytes([table])
             work += 2.0 * table.numel() * self.rows * self.heads
         return size, work
 
@@ -8572,8 +8580,7 @@ class BridgeArm(Arm):
 
     def floor(self, answer: int, limits: Limits) -> float:
         """With the bridge's own weights, read once."""
-        weights = sum(p.numel() * p.element_size() for p in self.bench.bridge.parameters())
-        return super().floor(answer, limits) + weights / limits["bytes_per_s"]
+        return super().floor(answer, limits) + weight_bytes(self.bench.bridge.parameters()) / limits["bytes_per_s"]
 
 
 @ARMS.register("bridge:cached")
@@ -8670,7 +8677,7 @@ class LinguaArm(Arm):
     def before(self, texts: Sequence[str]) -> list[Pass]:
         """The sender reads each text."""
         lm = self.bench.sender
-        return [Pass(lm, 1, len(lm.ids(text)), lm.n_layers, len(lm.ids(text))) for text in texts]
+        return [Pass(lm, 1, count, lm.n_layers, count) for count in (len(lm.ids(text)) for text in texts)]
 
     def modules(self) -> list[nn.Module]:
         """The whole sender."""
@@ -8834,7 +8841,7 @@ def memory_rows(bench: Bench, arms: Mapping[str, Arm], asked: BenchmarkSettings)
         run()
         needed = {p for module in (*arm.modules(), bench.receiver.model) for p in module.parameters()}
         rows.append({
-            "arm": name, "batch": size, "weights_mb": sum(p.numel() * p.element_size() for p in needed) / 1e6,
+            "arm": name, "batch": size, "weights_mb": weight_bytes(needed) / 1e6,
             "peak_above_mb": peak_of(run, bench.receiver.device),
         })  # fmt: skip
     return rows
@@ -9705,6 +9712,12 @@ class RichReport:
             self.bars.stop()
         self.bars, self.jobs = None, {}
 
+    def __enter__(self) -> RichReport:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def rows(
         self, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] | None = None
     ) -> None:
@@ -9904,11 +9917,8 @@ def register_command(name: str, kind: type[Settings], body: Callable[..., None],
 
 def train_command(settings: TrainSettings) -> None:
     """Train a bridge between two frozen models: train --dataset sst2 --output_dir runs/sst2"""
-    report = RichReport(quiet=launched()[0] > 0)
-    try:
+    with RichReport(quiet=launched()[0] > 0) as report:
         summary = train_settings(settings, report)
-    finally:
-        report.close()
     if "results" in summary:
         report.table(summary["results"])
         return
@@ -9917,11 +9927,8 @@ def train_command(settings: TrainSettings) -> None:
 
 def eval_command(settings: EvalSettings) -> None:
     """Measure what came through, against every control: eval --checkpoint runs/sst2"""
-    report = RichReport()
-    try:
+    with RichReport() as report:
         results = eval_settings(settings, report)
-    finally:
-        report.close()
     for single in results.get("runs", [results]):
         report.table(single)
         if "failed" in single:
@@ -9934,11 +9941,8 @@ def eval_command(settings: EvalSettings) -> None:
 
 def baseline_command(settings: BaselineSettings) -> None:
     """Every rival through the same door: baseline all --dataset sst2, baseline zeroshot fewshot --dataset trec"""
-    report = RichReport()
-    try:
+    with RichReport() as report:
         found = baseline_run(settings, report)
-    finally:
-        report.close()
     for results in found["runs"]:
         report.table(results)
     report.say(f"the same as Markdown: {found['table']}")
@@ -9947,11 +9951,8 @@ def baseline_command(settings: BaselineSettings) -> None:
 
 def benchmark_command(settings: BenchmarkSettings) -> None:
     """Latency, throughput and memory of every way, measured alike: benchmark --benchmark all --checkpoint runs/sst2"""
-    report = RichReport()
-    try:
+    with RichReport() as report:
         results = benchmark_run(settings, report)
-    finally:
-        report.close()
     write_benchmark(results, settings.output_dir)
     for name, heads, rows in benchmark_tables(results):
         report.rows(name, heads, rows)
@@ -9982,11 +9983,9 @@ def demo_command(settings: TrainSettings) -> None:
         f"{settings.sender} reads a film review; {settings.latent_len} latents travel; {settings.receiver} says what it thinks."
     )
     report.say("Both are frozen and real. Gemma is used under the Gemma terms: https://ai.google.dev/gemma/terms")
-    try:
+    with report:
         train_run(settings, report)
         results = eval_run(EvalSettings(checkpoint=folder), report)
-    finally:
-        report.close()
     report.table(results)
     page = write_report(folder)
     program = shlex.join(["python", Path(sys.argv[0]).name])
@@ -10010,11 +10009,8 @@ def experiment_command(settings: ExperimentSettings, words: list[str], dry_run: 
             train = command_line("train", run.model_dump(mode="json", exclude_unset=True))
             print(train, "&&", command_line("eval", measured))
         return
-    report = RichReport(quiet=launched()[0] > 0)
-    try:
+    with RichReport(quiet=launched()[0] > 0) as report:
         failures = run_experiment(settings, words, report)
-    finally:
-        report.close()
     for folder, reason in failures.items():
         report.say(f"failed: {folder}: {reason}")
     if failures:
