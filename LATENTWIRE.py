@@ -4,6 +4,7 @@
 #   "torch>=2.8,<3", "transformers>=5.0,<6", "datasets>=4.0", "safetensors>=0.5", "gguf>=0.17",
 #   "tokenizers>=0.21", "accelerate>=1.10", "peft>=0.17",
 #   "pydantic>=2.11", "typer>=0.20", "rich>=14", "pyyaml>=6", "numpy>=2", "scipy>=1.15", "scikit-learn>=1.6",
+#   "pandas>=2.2", "statsmodels>=0.14",
 #   "matplotlib>=3.10", "jinja2>=3.1", "pyarrow>=20",
 # ]
 # ///
@@ -79,7 +80,7 @@ import time
 import traceback
 import urllib.request
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -1383,6 +1384,13 @@ class Run:
 # §4 STATISTICS: pure functions of arrays
 
 
+def in_short(value: Any) -> str:
+    """A cell: three significant digits."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "–" if value is None else str(value)
+
+
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval for a proportion (Wilson 1927)."""
     from scipy.stats import binomtest
@@ -1391,18 +1399,81 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     return float(interval.low), float(interval.high)
 
 
-def bootstrap_interval(values: Sequence[float], seed: int = 0, resamples: int = 10_000) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean; constant 0/1 data takes Wilson's, which has no zero width."""
+def cluster_sums(values: Any, clusters: Sequence[Hashable] | None) -> tuple[Any, Any]:
+    """Scores (n,) or (n, seeds) summed over each cluster → (sums (m, seeds), sizes (m,)); without clusters, m = n."""
+    import numpy as np
+
+    data = np.asarray(values, dtype=float)
+    data = data[:, None] if data.ndim == 1 else data
+    if clusters is None:
+        return data, np.ones(len(data))
+    number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    where = np.array([number[name] for name in clusters])
+    sums = np.zeros((len(number), data.shape[1]))
+    np.add.at(sums, where, data)
+    return sums, np.bincount(where).astype(float)
+
+
+def bootstrap_interval(
+    values: Sequence[float],
+    seed: int = 0,
+    resamples: int = 10_000,
+    method: Literal["percentile", "bca"] = "percentile",
+    clusters: Sequence[Hashable] | None = None,
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of scores (n,): percentile, or BCa (Efron 1987, by scipy).
+
+    With ``clusters`` (n names; questions of one context, say) whole clusters are drawn. Equal scores of a run are counted,
+    not drawn one by one: a resample is one multinomial draw over the different scores. Constant 0/1 data takes Wilson's
+    interval, which has no zero width.
+    """
     import numpy as np
     from scipy.stats import bootstrap
 
+    sums, sizes = cluster_sums(values, clusters)
     data = np.asarray(values, dtype=float)
     if np.all(data == data[0]):
         binary = data[0] in (0.0, 1.0)
         return wilson_interval(int(data.sum()), len(data)) if binary else (float(data[0]), float(data[0]))
-    rng = np.random.default_rng(seed)
-    found = bootstrap((data,), np.mean, n_resamples=resamples, method="percentile", batch=256, rng=rng)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    rng, sums = np.random.default_rng(seed), sums[:, 0]
+    if method == "bca":
+        found = bootstrap(
+            (sums, sizes), lambda x, n, axis=-1: x.sum(axis) / n.sum(axis), paired=True, n_resamples=resamples,
+            vectorized=True, method="BCa", batch=256, rng=rng,
+        )  # fmt: skip
+        return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    levels, counts = np.unique(np.stack([sums, sizes], 1), axis=0, return_counts=True)
+    chunk = max(1, 2_000_000 // len(levels))
+    sizes_of = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    drawn = [rng.multinomial(len(sums), counts / len(sums), size=rows) @ levels for rows in sizes_of]
+    totals = np.concatenate(drawn)
+    low, high = np.quantile(totals[:, 0] / totals[:, 1], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def crossed_interval(scores: Any, clusters: Sequence[Hashable] | None = None) -> tuple[float, float, float]:
+    """Scores (n, seeds), seeds and examples both drawn at random → 95 % interval of the mean, and p of a mean of zero.
+
+    The variance of a two-way random layout, seed + example − both (Cornfield and Tukey 1956), with Satterthwaite's (1946)
+    degrees of freedom and Student's t. Both matter: another seed would give other weights, another test set other rows.
+    """
+    from scipy.stats import t
+
+    sums, sizes = cluster_sums(scores, clusters)
+    ratios = sums.sum(0) / sizes.sum()
+    data = ratios + (sums - ratios * sizes[:, None]) * (len(sums) / sizes.sum())  # a cluster's pull on the mean
+    n, s = data.shape
+    mean, rows, columns = data.mean(), data.mean(1), data.mean(0)
+    by_row, by_seed = s * rows.var(ddof=1), n * columns.var(ddof=1)
+    rest = data - rows[:, None] - columns[None] + mean
+    both = float((rest**2).sum()) / ((n - 1) * (s - 1))
+    variance = max(by_row + by_seed - both, by_row, by_seed) / (n * s)
+    if variance == 0:
+        return float(mean), float(mean), float(mean == 0)
+    parts = by_row**2 / (n - 1) + by_seed**2 / (s - 1) + (both**2 / ((n - 1) * (s - 1)) if by_row and by_seed else 0.0)
+    freedom = max(1.0, (variance * n * s) ** 2 / parts)
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance)
+    return float(mean) - half, float(mean) + half, float(2 * t.sf(abs(mean) / math.sqrt(variance), freedom))
 
 
 def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> float:
@@ -1414,19 +1485,179 @@ def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> float:
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def paired_permutation(a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: int = 9_999) -> float:
-    """Two-sided sign-flip permutation p-value for the mean of paired differences."""
+def paired_permutation(
+    a: Sequence[float],
+    b: Sequence[float],
+    seed: int = 0,
+    resamples: int = 9_999,
+    clusters: Sequence[Hashable] | None = None,
+) -> float:
+    """Two-sided sign-flip permutation p-value for the mean of paired differences; whole clusters flip together.
+
+    Equal differences flip by one binomial draw instead of one by one, which is the same lottery.
+    """
     import numpy as np
     from scipy.stats import permutation_test
 
-    differences = np.asarray([x - y for x, y in zip(a, b, strict=True)], dtype=float)
-    if not differences.any():
+    sums, _ = cluster_sums([x - y for x, y in zip(a, b, strict=True)], clusters)
+    sizes, counts = np.unique(np.abs(sums[sums != 0]).round(12), return_counts=True)
+    if not len(sizes):
         return 1.0
-    rng = np.random.default_rng(seed)
-    test = permutation_test(
-        (differences,), np.mean, permutation_type="samples", vectorized=True, n_resamples=resamples, batch=256, rng=rng
-    )
-    return float(test.pvalue)
+    if 2 ** counts.sum() <= resamples:  # few enough to count every flip
+        flips = permutation_test(
+            (sums[sums != 0],), np.sum, permutation_type="samples", vectorized=True, n_resamples=resamples
+        )
+        return float(flips.pvalue)
+    rng, seen, beyond = np.random.default_rng(seed), abs(float(sums.sum())), 0
+    chunk = max(1, 2_000_000 // len(sizes))
+    for start in range(0, resamples, chunk):
+        heads = rng.binomial(counts, 0.5, size=(min(chunk, resamples - start), len(sizes)))
+        beyond += int((np.abs((2 * heads - counts) @ sizes) >= seen - 1e-9 * max(1.0, seen)).sum())
+    return (beyond + 1) / (resamples + 1)
+
+
+def paired_t(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p-value of Student's paired t."""
+    from scipy.stats import ttest_rel
+
+    if all(x - y == a[0] - b[0] for x, y in zip(a, b, strict=True)):  # no spread: t is 0/0 or infinite
+        return float(a[0] == b[0])
+    return float(ttest_rel(a, b).pvalue)
+
+
+def wilcoxon_p(a: Sequence[float], b: Sequence[float]) -> float:
+    """Two-sided p-value of Wilcoxon's signed ranks (1945); pairs without difference are left out, as he did."""
+    from scipy.stats import wilcoxon
+
+    return float(wilcoxon(a, b).pvalue) if any(x != y for x, y in zip(a, b, strict=True)) else 1.0
+
+
+def cohens_d(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Cohen's d of paired scores: mean difference over its own deviation (d_z; Lakens 2013); None without any spread."""
+    import numpy as np
+
+    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
+    return float(differences.mean()) / spread if spread > 1e-12 else None
+
+
+def hedges_g(a: Sequence[float], b: Sequence[float]) -> float | None:
+    """Cohen's d without its bias in small samples (Hedges 1981, the exact factor)."""
+    d, freedom = cohens_d(a, b), len(a) - 1
+    if d is None or freedom < 2:
+        return None
+    return d * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
+
+
+CORRECTIONS = {"holm": "holm", "bonferroni": "bonferroni", "bh": "fdr_bh", "by": "fdr_by", "fdr_bh": "fdr_bh",
+               "fdr_by": "fdr_by"}  # fmt: skip
+"""Corrections for several tests by name → statsmodels' name; ``none`` leaves p as it is."""
+
+
+def corrected(p_values: Sequence[float], how: str = "holm") -> list[float]:
+    """p-values after a correction for their number: holm, bonferroni, fdr_bh (bh), fdr_by (by) or none."""
+    if how != "none" and how not in CORRECTIONS:
+        raise LatentWireError(
+            f"unknown correction {how!r}{suggest(how, CORRECTIONS)} ({', '.join([*CORRECTIONS, 'none'])})"
+        )
+    if how == "none" or not p_values:
+        return list(p_values)
+    multitest = require("statsmodels.stats.multitest")
+    return [float(p) for p in multitest.multipletests(p_values, method=CORRECTIONS[how])[1]]
+
+
+def power_of(effect: float | None, n: int, alpha: float = 0.05) -> tuple[float | None, int | None]:
+    """Power of a paired t-test at standardised effect d_z and n pairs, and the pairs needed for a power of 80 %."""
+    if not effect or n < 2:
+        return None, None
+    power = require("statsmodels.stats.power").TTestPower()
+    reached = float(power.power(effect, n, alpha))
+    if math.isnan(reached) and abs(effect) * math.sqrt(n) > 10:  # beyond what the non-central t is computed for
+        reached = 1.0
+    if abs(effect) > 5:  # three pairs are enough, and the solver has nothing to bracket
+        return reached, 3
+    return reached, math.ceil(float(power.solve_power(abs(effect), None, alpha, 0.8)))
+
+
+def battery(
+    a: Sequence[float],
+    b: Sequence[float],
+    seed: int = 0,
+    resamples: int = 10_000,
+    clusters: Sequence[Hashable] | None = None,
+) -> dict[str, Any]:
+    """Everything about the paired difference a − b of scores: intervals, tests, effect sizes, power.
+
+    ``p`` is the test to report: exact McNemar for right/wrong without clusters, else the permutation test.
+    """
+    gaps = [x - y for x, y in zip(a, b, strict=True)]
+    binary = clusters is None and {*a, *b} <= {0.0, 1.0}
+    exact = mcnemar_exact([bool(x) for x in a], [bool(y) for y in b]) if binary else None
+    flipped = paired_permutation(a, b, seed, resamples - 1, clusters)
+    d = cohens_d(a, b)
+    reached, needed = power_of(d, len(gaps))
+    return {
+        "difference": sum(gaps) / len(gaps), "ci": list(bootstrap_interval(gaps, seed, resamples, clusters=clusters)),
+        "p": flipped if exact is None else exact, "test": "permutation" if exact is None else "McNemar, exact",
+        "p_permutation": flipped, "p_mcnemar": exact, "p_t": paired_t(a, b), "p_wilcoxon": wilcoxon_p(a, b),
+        "cohens_d": d, "hedges_g": hedges_g(a, b), "power": reached, "n_for_power_80": needed, "n": len(gaps),
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """What ``comprehensive_comparison_report`` found; ``str()`` is the text, ``results`` the same for JSON."""
+
+    results: dict[str, Any]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def comprehensive_comparison_report(
+    baseline_name: str,
+    baseline_scores: Sequence[float],
+    method_scores: Mapping[str, Sequence[float]],
+    correction: str = "fdr_bh",
+    alpha: float = 0.05,
+    n_bootstrap: int = 10_000,
+    random_state: int = 42,
+) -> ComparisonReport:
+    """Several methods beside one baseline on the same examples: scores (n,) each, in the same order.
+
+    Means with BCa intervals, paired differences with percentile intervals, p of a paired test, p corrected for their
+    number, effect sizes, power. Raises ``LatentWireError`` where the lengths differ.
+    """
+    n = len(baseline_scores)
+    wrong = [f"{name} has {len(scores)}" for name, scores in method_scores.items() if len(scores) != n]
+    if wrong or n < 2:
+        raise LatentWireError(
+            f"scores must be of the same two or more examples: {baseline_name} has {n}, {', '.join(wrong)}"
+        )
+    scores = {name: [float(x) for x in own] for name, own in {baseline_name: baseline_scores, **method_scores}.items()}
+    means = {name: {"mean": sum(own) / n, "ci": list(bootstrap_interval(own, random_state, n_bootstrap, "bca"))}
+             for name, own in scores.items()}  # fmt: skip
+    base = scores[baseline_name]
+    found = {name: battery(scores[name], base, random_state, n_bootstrap) for name in method_scores}
+    for row, q in zip(found.values(), corrected([row["p"] for row in found.values()], correction), strict=True):
+        row |= {"p_corrected": q, "significant": q < alpha}
+    warnings = [f"n = {n} is small: intervals and tests are rough below 20 examples"] if n < 20 else []
+    results = {"baseline": baseline_name, "n": n, "correction": correction, "alpha": alpha, "warnings": warnings,
+               "means": means, "comparisons": found}  # fmt: skip
+    lines = [
+        f"{baseline_name}: mean {means[baseline_name]['mean']:.4f}, n {n}",
+        *(f"careful: {text}" for text in warnings),
+    ]
+    for name, row in found.items():
+        low, high = row["ci"]
+        lines.append(
+            f"{name}: mean {means[name]['mean']:.4f}, difference {row['difference']:+.4f} ({low:+.4f} to {high:+.4f}), "
+            f"{row['test']} p {row['p']:.2g}, {correction} {row['p_corrected']:.2g}"
+            f"{', significant' if row['significant'] else ''}, d {in_short(row['cohens_d'])}, "
+            f"power {in_short(row['power'])}, n for 80 % {in_short(row['n_for_power_80'])}"
+        )
+    return ComparisonReport(results, "\n".join(lines))
 
 
 def beats_constant(correct: Sequence[bool], gold: Sequence[Any]) -> float:
@@ -9184,13 +9415,6 @@ def benchmark_tables(results: Mapping[str, Any]) -> Iterator[tuple[str, list[str
             heads = [key for key in flat[0] if key != "parts_ms"]
             told = [[in_short(row[key]) for key in heads] for row in flat]
             yield name, [head.replace("_", " ") for head in heads], told
-
-
-def in_short(value: Any) -> str:
-    """A cell: three significant digits."""
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    return "–" if value is None else str(value)
 
 
 def benchmark_table(results: Mapping[str, Any]) -> str:
