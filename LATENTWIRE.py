@@ -83,7 +83,7 @@ import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median
+from statistics import NormalDist, median, stdev
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 from urllib.parse import urlparse
 
@@ -829,6 +829,10 @@ class EvalSettings(AskedSettings):
     bleu: bool = setting(
         False, "Also let the receiver write the text back from its latents, and report BLEU (sacrebleu)."
     )
+    artifacts: int = setting(
+        500, "Examples whose latents are kept for figures, and of the first 20 the attention; 0 keeps none.",
+        execution=True, ge=0,
+    )  # fmt: skip
     sequential_eval: bool = setting(False, "Never hold two receivers in memory; then none rescores another's answers.")
     soft_tokens: int | None = setting(None, "Checked against the checkpoint, which knows its own.", "latent_len", ge=1)
     calibration: str | None = setting(None, "Checked against the checkpoint, which knows its own.")
@@ -930,6 +934,9 @@ class ExperimentSettings(Settings):
         "all", "Only this part; a SLURM pipeline runs them as jobs of their own.", execution=True
     )
     only: int | None = setting(None, "Only the run of this number, from 0.", execution=True, ge=0)
+    fast_mode: bool = setting(
+        False, "10 steps, 32 train and 20 test rows for each run: a rehearsal of the whole way, not a result."
+    )
 
     @property
     def folder(self) -> Path:
@@ -1405,6 +1412,8 @@ def cluster_sums(values: Any, clusters: Sequence[Hashable] | None) -> tuple[Any,
 
     data = np.asarray(values, dtype=float)
     data = data[:, None] if data.ndim == 1 else data
+    if not np.isfinite(data).all():
+        raise LatentWireError("a score is not a finite number; mend the records or leave that row out of all methods")
     if clusters is None:
         return data, np.ones(len(data))
     number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
@@ -1434,8 +1443,12 @@ def bootstrap_interval(
     data = np.asarray(values, dtype=float)
     if np.all(data == data[0]):
         binary = data[0] in (0.0, 1.0)
-        return wilson_interval(int(data.sum()), len(data)) if binary else (float(data[0]), float(data[0]))
+        return wilson_interval(int(data[0]) * len(sums), len(sums)) if binary else (float(data[0]), float(data[0]))
     rng, sums = np.random.default_rng(seed), sums[:, 0]
+    if len(sums) < 2:
+        raise LatentWireError("all rows share one context: nothing is known of other contexts, so there is no interval")
+    if float(np.ptp(sums / sizes)) < 1e-12:
+        return float(data.mean()), float(data.mean())
     if method == "bca":
         found = bootstrap(
             (sums, sizes), lambda x, n, axis=-1: x.sum(axis) / n.sum(axis), paired=True, n_resamples=resamples,
@@ -1454,26 +1467,31 @@ def bootstrap_interval(
 def crossed_interval(scores: Any, clusters: Sequence[Hashable] | None = None) -> tuple[float, float, float]:
     """Scores (n, seeds), seeds and examples both drawn at random → 95 % interval of the mean, and p of a mean of zero.
 
-    The variance of a two-way random layout, seed + example − both (Cornfield and Tukey 1956), with Satterthwaite's (1946)
-    degrees of freedom and Student's t. Both matter: another seed would give other weights, another test set other rows.
+    The parts of a two-way random layout's variance (Cornfield and Tukey 1956), each with Student's t of its own degrees of
+    freedom (Banerjee 1960), which holds its level with three seeds too. Both matter: another seed would give other weights,
+    another test set other rows. Raises ``LatentWireError`` with fewer than two of either.
     """
+    from scipy.optimize import brentq
     from scipy.stats import t
 
     sums, sizes = cluster_sums(scores, clusters)
     ratios = sums.sum(0) / sizes.sum()
     data = ratios + (sums - ratios * sizes[:, None]) * (len(sums) / sizes.sum())  # a cluster's pull on the mean
     n, s = data.shape
-    mean, rows, columns = data.mean(), data.mean(1), data.mean(0)
-    by_row, by_seed = s * rows.var(ddof=1), n * columns.var(ddof=1)
-    rest = data - rows[:, None] - columns[None] + mean
-    both = float((rest**2).sum()) / ((n - 1) * (s - 1))
-    variance = max(by_row + by_seed - both, by_row, by_seed) / (n * s)
-    if variance == 0:
-        return float(mean), float(mean), float(mean == 0)
-    parts = by_row**2 / (n - 1) + by_seed**2 / (s - 1) + (both**2 / ((n - 1) * (s - 1)) if by_row and by_seed else 0.0)
-    freedom = max(1.0, (variance * n * s) ** 2 / parts)
-    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance)
-    return float(mean) - half, float(mean) + half, float(2 * t.sf(abs(mean) / math.sqrt(variance), freedom))
+    if n < 2 or s < 2:
+        raise LatentWireError(f"{n} independent examples and {s} seeds: an interval over both needs two of each")
+    mean, rows, columns = float(data.mean()), data.mean(1), data.mean(0)
+    both = float(((data - rows[:, None] - columns[None] + mean) ** 2).sum()) / ((n - 1) * (s - 1))
+    by_row, by_seed = float(rows.var(ddof=1)) / n, max(0.0, float(columns.var(ddof=1)) / s - both / (n * s))
+    if by_row + by_seed < 1e-24:
+        return mean, mean, float(abs(mean) < 1e-12)
+
+    def half(alpha: float) -> float:
+        return math.sqrt(t.isf(alpha / 2, n - 1) ** 2 * by_row + t.isf(alpha / 2, s - 1) ** 2 * by_seed)
+
+    least = -30 if half(1e-30) > abs(mean) else None
+    p = 1e-30 if least is None else 10 ** float(brentq(lambda level: half(10**level) - abs(mean), least, 0))
+    return mean - half(0.05), mean + half(0.05), p
 
 
 def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> float:
@@ -1501,9 +1519,9 @@ def paired_permutation(
 
     sums, _ = cluster_sums([x - y for x, y in zip(a, b, strict=True)], clusters)
     sizes, counts = np.unique(np.abs(sums[sums != 0]).round(12), return_counts=True)
-    if not len(sizes):
+    if counts.sum() < 2:
         return 1.0
-    if 2 ** counts.sum() <= resamples:  # few enough to count every flip
+    if counts.sum() <= math.log2(resamples):  # few enough to count every flip
         flips = permutation_test(
             (sums[sums != 0],), np.sum, permutation_type="samples", vectorized=True, n_resamples=resamples
         )
@@ -1520,6 +1538,8 @@ def paired_t(a: Sequence[float], b: Sequence[float]) -> float:
     """Two-sided p-value of Student's paired t."""
     from scipy.stats import ttest_rel
 
+    if len(a) < 2:
+        return 1.0
     if all(x - y == a[0] - b[0] for x, y in zip(a, b, strict=True)):  # no spread: t is 0/0 or infinite
         return float(a[0] == b[0])
     return float(ttest_rel(a, b).pvalue)
@@ -1529,16 +1549,17 @@ def wilcoxon_p(a: Sequence[float], b: Sequence[float]) -> float:
     """Two-sided p-value of Wilcoxon's signed ranks (1945); pairs without difference are left out, as he did."""
     from scipy.stats import wilcoxon
 
-    return float(wilcoxon(a, b).pvalue) if any(x != y for x, y in zip(a, b, strict=True)) else 1.0
+    differences = [gap for x, y in zip(a, b, strict=True) if (gap := round(float(x) - float(y), 12))]
+    return float(wilcoxon(differences).pvalue) if differences else 1.0
 
 
 def cohens_d(a: Sequence[float], b: Sequence[float]) -> float | None:
     """Cohen's d of paired scores: mean difference over its own deviation (d_z; Lakens 2013); None without any spread."""
     import numpy as np
 
-    differences = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    differences = (np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).round(12)
     spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
-    return float(differences.mean()) / spread if spread > 1e-12 else None
+    return float(differences.mean()) / spread if spread else None
 
 
 def hedges_g(a: Sequence[float], b: Sequence[float]) -> float | None:
@@ -1568,15 +1589,20 @@ def corrected(p_values: Sequence[float], how: str = "holm") -> list[float]:
 
 def power_of(effect: float | None, n: int, alpha: float = 0.05) -> tuple[float | None, int | None]:
     """Power of a paired t-test at standardised effect d_z and n pairs, and the pairs needed for a power of 80 %."""
-    if not effect or n < 2:
+    if not effect or abs(effect) < 1e-4 or n < 2:
         return None, None
     power = require("statsmodels.stats.power").TTestPower()
-    reached = float(power.power(effect, n, alpha))
-    if math.isnan(reached) and abs(effect) * math.sqrt(n) > 10:  # beyond what the non-central t is computed for
-        reached = 1.0
-    if abs(effect) > 5:  # three pairs are enough, and the solver has nothing to bracket
-        return reached, 3
-    return reached, math.ceil(float(power.solve_power(abs(effect), None, alpha, 0.8)))
+
+    def reached(pairs: int) -> float:
+        found = float(power.power(effect, pairs, alpha))
+        if math.isnan(found):  # the lower tail is nothing, too far out to be computed
+            found = float(power.power(abs(effect), pairs, alpha / 2, alternative="larger"))
+        return float(abs(effect) * math.sqrt(pairs) > 5) if math.isnan(found) else found
+
+    needed = max(2, math.ceil((NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(0.8)) ** 2 / effect**2))
+    while needed < 100_000 and reached(needed) < 0.8:  # Student's t wants two or three more than the normal
+        needed += 1
+    return reached(n), needed
 
 
 def battery(
@@ -1596,8 +1622,12 @@ def battery(
     flipped = paired_permutation(a, b, seed, resamples - 1, clusters)
     d = cohens_d(a, b)
     reached, needed = power_of(d, len(gaps))
+    ci = bootstrap_interval(gaps, seed, resamples, clusters=clusters)
+    if binary and not any(gaps):  # no pair differs: rows not seen may, on either side, as Wilson bounds it
+        most = wilson_interval(0, len(gaps))[1]
+        ci = (-most, most)
     return {
-        "difference": sum(gaps) / len(gaps), "ci": list(bootstrap_interval(gaps, seed, resamples, clusters=clusters)),
+        "difference": sum(gaps) / len(gaps), "ci": list(ci),
         "p": flipped if exact is None else exact, "test": "permutation" if exact is None else "McNemar, exact",
         "p_permutation": flipped, "p_mcnemar": exact, "p_t": paired_t(a, b), "p_wilcoxon": wilcoxon_p(a, b),
         "cohens_d": d, "hedges_g": hedges_g(a, b), "power": reached, "n_for_power_80": needed, "n": len(gaps),
@@ -1629,6 +1659,9 @@ def comprehensive_comparison_report(
     Means with BCa intervals, paired differences with percentile intervals, p of a paired test, p corrected for their
     number, effect sizes, power. Raises ``LatentWireError`` where the lengths differ.
     """
+    corrected([], correction)  # an unknown one is told before the work
+    if baseline_name in method_scores:
+        raise LatentWireError(f"{baseline_name!r} is the baseline and a method; give one of them another name")
     n = len(baseline_scores)
     wrong = [f"{name} has {len(scores)}" for name, scores in method_scores.items() if len(scores) != n]
     if wrong or n < 2:
@@ -2481,7 +2514,7 @@ def tiny_model(config_class: str, seed: int, tokenizer: Any, **sizes: Any) -> tu
     import transformers
 
     config = getattr(transformers, config_class)(
-        num_hidden_layers=2, vocab_size=len(tokenizer), initializer_range=0.15, max_position_embeddings=1024,
+        num_hidden_layers=2, vocab_size=len(tokenizer), initializer_range=0.15, max_position_embeddings=8192,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         **sizes,
     )  # fmt: skip
@@ -6446,6 +6479,7 @@ class Contest:
         self.home = Path()
         self.signals: Sequence[int] = ()
         self.written: dict[str, TokenIds] = {}
+        self.skipped: dict[str, str] = {}
 
     def text(self, example: Example) -> str:
         """What the sender reads."""
@@ -6857,6 +6891,8 @@ def record_of(part: Task, example: Example, answer: Answer, gold_tokens: int = 0
         "gen_correct": part.correct(answer.text, example),
         "nll_per_token": answer.nll_per_token, "first_correct": answer.first_correct,
     }  # fmt: skip
+    if example.question and example.context:
+        row["cluster"] = digest_of(example.context)  # questions on one context are no independent samples
     if part.words:
         scores = list(answer.scores[: len(part.words)])
         chosen = pick(scores)
@@ -6906,6 +6942,12 @@ def headline_values(rows: Sequence[Mapping[str, Any]], headline: str) -> list[fl
     return [float(row.get(FIELD_OF[headline], 0.0)) for row in rows]
 
 
+def clusters_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """The context of each row, where several rows share one."""
+    names = [row.get("cluster", row["id"]) for row in rows]
+    return names if len(set(names)) < len(names) else None
+
+
 def macro_f1(rows: Sequence[Mapping[str, Any]]) -> float | None:
     """F1 of each class that occurs, averaged; a failed row is wrong."""
     if not any("prediction" in row for row in rows):
@@ -6926,13 +6968,16 @@ def summarize(rows: Sequence[Mapping[str, Any]], headline: str, seed: int) -> di
         "tokens": average(rows, "tokens"), "macro_f1": macro_f1(rows),
         "errors": sum("error" in row for row in rows),
     }  # fmt: skip
-    return summary | {"ci": list(bootstrap_interval(headline_values(rows, headline), seed))}
+    values, clusters = headline_values(rows, headline), clusters_of(rows)
+    return summary | {"ci": list(bootstrap_interval(values, seed, clusters=clusters))}
 
 
-def paired_p(a: Sequence[float], b: Sequence[float], headline: str, seed: int) -> float:
-    """Exact McNemar for right/wrong metrics, sign-flip permutation for F1."""
-    if headline == "f1":
-        return paired_permutation(a, b, seed)
+def paired_p(
+    a: Sequence[float], b: Sequence[float], headline: str, seed: int, clusters: Sequence[str] | None = None
+) -> float:
+    """Exact McNemar for right/wrong metrics of independent rows, else the sign-flip permutation test."""
+    if headline == "f1" or clusters is not None:
+        return paired_permutation(a, b, seed, clusters=clusters)
     return mcnemar_exact([bool(x) for x in a], [bool(x) for x in b])
 
 
@@ -6954,7 +6999,8 @@ def compare(by_method: Mapping[str, Sequence[Mapping[str, Any]]], headline: str,
         return {"communication": False, "verdict": "the bridge was not evaluated"}
     values = {name: headline_values(rows, headline) for name, rows in by_method.items()}
     means = {name: sum(v) / len(v) for name, v in values.items()}
-    p_values = {n: paired_p(values["bridge"], v, headline, seed) for n, v in values.items() if n != "bridge"}
+    clusters = clusters_of(by_method["bridge"])
+    p_values = {n: paired_p(values["bridge"], v, headline, seed, clusters) for n, v in values.items() if n != "bridge"}
     controls = [name for name in by_method if METHODS[name].control]
     tests: dict[str, Any] = {"p_bridge_vs": p_values}
     if headline == "accuracy":
@@ -7170,13 +7216,19 @@ def evaluate(settings: EvalSettings, report: Report, signals: Sequence[int]) -> 
         channels += [] if settings.sequential_eval else [channel]
     first, _, output = done[0]
     if len(done) > 1:
-        first["receivers"] = {
-            r["provenance"]["receiver"]["name"]: {k: r[k] for k in ("methods", "verdict")} for r, _, _ in done
-        }
+        beside: dict[str, Any] = {"beside": [path.name for _, _, path in done]}
         if len(channels) > 1 and all("bridge" in rows for _, rows, _ in done):
-            first["joint"] = joint([rows["bridge"] for _, rows, _ in done], channels, settings.seed)
+            beside["joint"] = joint([rows["bridge"] for _, rows, _ in done], channels, settings.seed)
+        kept = json.loads(facts_file(output).read_text(encoding="utf-8"))
+        write_json(facts_file(output), kept | beside)
+        first |= beside | {"receivers": told_of_receivers([results for results, _, _ in done])}
         write_json(output, first)
     return first
+
+
+def told_of_receivers(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What each receiver of the same latents reached, by its name."""
+    return {r["provenance"]["receiver"]["name"]: {k: r[k] for k in ("methods", "verdict")} for r in results}
 
 
 def joint(heard: Sequence[Sequence[Mapping[str, Any]]], channels: Sequence[Channel], seed: int) -> dict[str, Any]:
@@ -7291,22 +7343,27 @@ def attend(contest: Contest, where: Path, around: tuple[Report, Sequence[int], M
     contest.home, contest.told, contest.signals = where, told, signals
 
 
+def record_keys(contest: Contest, names: Sequence[str], bases: Mapping[bool, str]) -> dict[str, str]:
+    """Each method's record key: one of ``bases``, with a bridge and without, and the settings that the method reads."""
+    keys = {}
+    for name in names:
+        kind = METHODS[name]
+        own = {field: str(getattr(contest.asked, field, None)) for field in kind.own}
+        own |= {"seed": str(contest.seed)} if kind.seeded else {}
+        base = bases[kind.bridged]
+        keys[name] = digest_of([base, own]) if own else base
+    return keys
+
+
 def run_methods(
     contest: Contest, names: Sequence[str], bases: Mapping[bool, str], where: Path
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """Rows by method, in the order of the examples, and each method's record key; finished rows are never computed again.
 
-    ``bases`` are the keys of methods with a bridge and without; of the latter, rows of the same run with another seed
-    are taken over.
+    Of methods without a bridge, rows of the same run with another seed are taken over.
     """
     path, examples, asked = where / "records.jsonl", contest.examples, contest.asked
-    keys = {}
-    for name in names:
-        kind = METHODS[name]
-        own = {field: str(getattr(asked, field, None)) for field in kind.own}
-        own |= {"seed": str(contest.seed)} if kind.seeded else {}
-        base = bases[kind.bridged]
-        keys[name] = digest_of([base, own]) if own else base
+    keys = record_keys(contest, names, bases)
     kept = read_rows(path)  # mends a torn last line even when nothing of it is used
     old = [] if asked.fresh_eval else [row for row in kept if "error" not in row]
     by_method: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
@@ -7334,14 +7391,21 @@ def run_methods(
             done.update({row["id"]: row for row in full})
             contest.told(f"evaluating {name}", len(done), len(examples))
 
-        method = METHODS[name](contest)
         try:
-            compute_rows(method, todo, asked.batch_size, save)
-        finally:
-            method.end()
+            method = METHODS[name](contest)
+            try:
+                compute_rows(method, todo, asked.batch_size, save)
+            finally:
+                method.end()
+        except LatentWireError as error:
+            if asked.methods is None or name in map(METHODS.name_of, filter(METHODS.__contains__, asked.methods)):
+                raise
+            contest.skipped[name] = str(error)  # of a group that was asked for, it cannot run on these rows
+            continue
         if method.details is not None:
             write_json(where / "details.json", details_in(where) | {keys[name]: {"method": name, **method.details}})
-    return {name: [by_method[name][example.id] for example in examples] for name in names}, keys
+    ran = [name for name in names if name not in contest.skipped]
+    return {name: [by_method[name][example.id] for example in examples] for name in ran}, keys
 
 
 def details_in(where: Path) -> dict[str, Any]:
@@ -7369,18 +7433,18 @@ def rows_of_other_seeds(where: Path) -> Iterator[dict[str, Any]]:
         yield from (row for row in read_rows(folder / "records.jsonl", own=False) if "error" not in row)
 
 
-def gates(name: str, rows: Sequence[Mapping[str, Any]], part: Task, longest: int) -> list[str]:
+def gates(name: str, rows: Sequence[Mapping[str, Any]], words: Sequence[str], longest: int) -> list[str]:
     """What shows that a method is broken, not beaten: worse than guessing, one class only, no words, gold cut off."""
     if METHODS[name].control or len(rows) < 20 or any("error" in row for row in rows):
         return []
     found, n = [], len(rows)
-    if part.words:
-        chance = 1 / len(part.words)
+    if words:
+        chance = 1 / len(words)
         right = sum(row["correct"] for row in rows) / n
         if right < chance - 2 * math.sqrt(chance * (1 - chance) / n):
             found.append(f"accuracy {right:.3f} is below chance ({chance:.3f}) by more than two standard errors")
         if len({row["prediction"] for row in rows}) == 1 and len({row["label"] for row in rows}) > 1:
-            found.append(f"it always says {part.words[rows[0]['prediction']]!r}")
+            found.append(f"it always says {words[rows[0]['prediction']]!r}")
     else:
         empty = sum(not row["generated"].strip() for row in rows) / n
         if empty > 0.05:
@@ -7391,18 +7455,52 @@ def gates(name: str, rows: Sequence[Mapping[str, Any]], part: Task, longest: int
     return found
 
 
-def judged(
-    contest: Contest, rows: Mapping[str, Sequence[Mapping[str, Any]]], where: Path, keys: Mapping[str, str]
-) -> dict[str, Any]:
-    """Gates by method, and what methods told about themselves."""
-    part, longest = contest.setup.part, contest.responder.max_new_tokens
-    found = {name: gates(name, own, part, longest) for name, own in rows.items()}
-    details = details_in(where)
+def asked_alike(part: Task, prompting: Prompting) -> list[Any]:
+    """What is said around the text: two evaluations may share a table only where this is equal."""
+    return [part.words, part.sender_prompt, part.receiver_prompt, prompting.anchor, part.agnostic, prompting.chat]
+
+
+def facts_file(results: Path) -> Path:
+    """Where an evaluation keeps what its records do not say; with them it makes the results file anew."""
+    return results.with_name(results.name.replace("results", "evaluation", 1))
+
+
+def facts_of(contest: Contest, names: Sequence[str], split: str, made_with: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of an evaluation before its first row: task, data, models, provenance."""
+    setup, part, settings = contest.setup, contest.setup.part, contest.settings
+    receiver = setup.receiver
     return {
-        "gates": {name: {"broken": words, "fails": METHODS[name].trained} for name, words in found.items() if words},
+        "schema": 2, "dataset": part.name or str(settings.dataset), "split": split, "n": len(contest.examples),
+        "headline": part.headline, "overlap": setup.overlap, "protocol": settings.protocol, "words": list(part.words),
+        "longest": contest.responder.max_new_tokens, "seed": contest.seed, "order": list(names),
+        "provenance": {
+            **made_with, "receiver": receiver.identity(), "data": setup.source, "data_digest": data_digest(contest.examples),
+            "prompts": digest_of(asked_alike(part, contest.responder.prompting)), "seed_of_training": settings.seed,
+            "device": str(receiver.device), "dtype": str(receiver.dtype),
+        },
+    }  # fmt: skip
+
+
+def results_from(
+    facts: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]], details: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What results.json says: all of it from the facts, the records, and what methods told about themselves."""
+    headline, seed, made = facts["headline"], facts["seed"], facts["provenance"]
+    methods = {name: summarize(found, headline, seed) for name, found in rows.items()}
+    keys = {name: made.get("record_keys", {}).get(name, made["record_key"]) for name in rows}
+    if "bridge" in made:
+        told = compare(rows, headline, seed)
+    else:
+        best = max(methods, key=lambda name: methods[name][headline])
+        told = {"verdict": f"best: {best}, {headline} {methods[best][headline]:.3f}"}
+    broken = {name: gates(name, own, facts["words"], facts["longest"]) for name, own in rows.items()}
+    return {
+        **{name: value for name, value in facts.items() if name not in ("words", "longest", "seed", "order")},
+        "methods": methods, **told,
+        "gates": {name: {"broken": words, "fails": METHODS[name].trained} for name, words in broken.items() if words},
         "details": {name: details[key] for name, key in keys.items() if key in details},
         "seconds": {name: average(own, "seconds") for name, own in rows.items()},
-    }
+    }  # fmt: skip
 
 
 def evaluate_receiver(
@@ -7428,8 +7526,7 @@ def evaluate_receiver(
         channel.setup.receiver.name,
         settings.token_budget_k,
     ]
-    prompts = [part.words, part.sender_prompt, part.receiver_prompt, listener.prompting.anchor, part.agnostic]
-    prompts += [listener.prompting.chat]
+    prompts = asked_alike(part, listener.prompting)
     train, evaluated = data_digest(channel.setup.splits["train"]), data_digest(examples)
     weights = channel.bridge.fingerprint()
     key = digest_of([weights, evaluated, decoding, prompts, train, str(settings.prompt)])
@@ -7444,39 +7541,74 @@ def evaluate_receiver(
         f"{channel.setup.overlap} of them also in the training rows; record key {key}"
     )
     names = chosen_methods(settings, channel.setup)
+    bases = {True: key, False: alone}
+    made_with = {**made_with, "checkpoint": str(folder), "record_key": key}
+    made_with |= {"record_keys": record_keys(channel, names, bases)}
     with threads_for(channel.setup.sender, channel.setup.receiver):
         report.say(f"{channel.store.truncated:.1%} of the texts were cut; {len(channel.messages)} messages to send")
-        ordered, keys = run_methods(channel, names, {True: key, False: alone}, where)
-    made_with = {**made_with, "record_keys": keys}
-    results = results_of(settings, channel, state, ordered, {**made_with, "checkpoint": str(folder), "record_key": key})
-    results |= {"reconstruction": written_back(channel)} if settings.bleu else {}
-    results |= judged(channel, ordered, where, keys)
+        facts = facts_of(channel, names, settings.split, made_with | bridge_facts(channel, state))
+        facts["compression"] = compression(channel)
+        write_json(facts_file(output), facts)
+        ordered, _ = run_methods(channel, names, bases, where)
+    facts |= {"reconstruction": written_back(channel)} if settings.bleu else {}
+    facts |= left_aside(channel, names, report)
+    write_json(facts_file(output), facts)
+    if settings.artifacts and "bridge" in names and not listener.ear:
+        save_artifacts(channel, where / "artifacts.safetensors", settings.artifacts)
+    results = results_from(facts, ordered, details_in(where))
     write_json(output, results)
     return results, ordered, output
 
 
-def results_of(
-    settings: EvalSettings,
-    channel: Channel,
-    state: Mapping[str, Any],
-    rows: Mapping[str, list[dict[str, Any]]],
-    made_with: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What results.json says."""
-    part, examples, bridge = channel.setup.part, channel.examples, channel.bridge
+def save_artifacts(channel: Channel, path: Path, count: int, looked_at: int = 20) -> None:
+    """Latents (N, K, D_w) of the first examples, and of some, for a resampler, its attention to the text's tokens.
+
+    ``attention`` is (n, blocks, heads, K, T); ids, classes and the tokens' texts are in the file's metadata.
+    """
+    from safetensors.torch import save
+
+    latents, mask = padded(channel.latents[:count])
+    tensors = {"latents": latents.half().contiguous(), "mask": mask}
+    examples, seen = channel.examples[:looked_at], []
+    about: dict[str, Any] = {"ids": [e.id for e in channel.examples[:count]], "words": list(channel.setup.part.words),
+                             "labels": [e.label for e in channel.examples[:count]], "tokens": []}  # fmt: skip
+
+    def look(module: nn.Module, given: Any, named: dict[str, Any], _: Any) -> None:
+        if not named.get("need_weights"):
+            seen.append(module(*given, **named | {"need_weights": True, "average_attn_weights": False})[1])
+
+    blocks = [module for module in channel.bridge.modules() if isinstance(module, ResamplerBlock)]
+    if blocks and isinstance(channel.setup.sender, LM):
+        hooks = [block.look.register_forward_hook(look, with_kwargs=True) for block in blocks]
+        try:
+            texts = [channel.text(example) for example in examples]
+            with torch.no_grad():
+                channel.bridge.encode(channel.store.batch(texts, channel.setup.receiver.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        limit = text_limit(channel.settings, channel.setup.sender)
+        spans = [sender_spans(channel.setup.sender, text, limit) for text in texts]
+        about["tokens"] = [[text[a:b] for a, b in own] for text, own in zip(texts, spans, strict=True)]
+        tensors["attention"] = torch.stack(seen, 1).half().cpu()
+    write_atomic(path, save(tensors, {"about": json.dumps(about)}))
+
+
+def left_aside(contest: Contest, names: Sequence[str], report: Report) -> dict[str, Any]:
+    """The methods that ran, as facts, and why others of a group could not; these are told."""
+    for name, why in contest.skipped.items():
+        report.say(f"{name} cannot run here: {why}")
+    return {"order": [name for name in names if name not in contest.skipped], "skipped": contest.skipped}
+
+
+def bridge_facts(channel: Channel, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Provenance of a trained bridge."""
+    bridge = channel.bridge
     return {
-        "schema": 1, "dataset": part.name or str(channel.settings.dataset), "split": settings.split, "n": len(examples),
-        "headline": part.headline, "overlap": channel.setup.overlap, "protocol": channel.settings.protocol,
-        "methods": {name: summarize(found, part.headline, settings.seed) for name, found in rows.items()},
-        **compare(rows, part.headline, settings.seed), "compression": compression(channel),
-        "provenance": {
-            **made_with, "bridge": bridge.fingerprint(), "language": channel.listener.name, "codec": bridge.shape.codec,
-            "step": state["progress"]["step"], "sender": state["sender"], "receiver": channel.setup.receiver.identity(),
-            "task": state["task"], "data": channel.setup.source, "data_digest": data_digest(examples),
-            "seed_of_training": channel.settings.seed, "device": str(channel.setup.receiver.device),
-            "dtype": str(channel.setup.receiver.dtype), "latent_len": bridge.shape.latent_len,
-            "layers": list(bridge.shape.layers), "sender_texts_cut": channel.store.truncated,
-        },
+        "bridge": bridge.fingerprint(), "language": channel.listener.name, "codec": bridge.shape.codec,
+        "step": state["progress"]["step"], "sender": state["sender"], "task": state["task"],
+        "latent_len": bridge.shape.latent_len, "layers": list(bridge.shape.layers),
+        "sender_texts_cut": channel.store.truncated,
     }  # fmt: skip
 
 
@@ -8441,7 +8573,7 @@ def hold(
     setup, part, asked = contest.setup, contest.setup.part, contest.asked
     attend(contest, where, around)
     responder = contest.responder
-    prompts = [part.words, part.sender_prompt, part.receiver_prompt, responder.prompting.anchor, part.agnostic]
+    prompts = asked_alike(part, responder.prompting)
     models = [setup.sender.identity(), setup.receiver.identity(), str(setup.receiver.dtype)]
     rows = [data_digest(contest.examples), data_digest(setup.splits["train"]), data_digest(setup.splits["validation"])]
     decoding = [
@@ -8453,24 +8585,20 @@ def hold(
     key = digest_of([models, rows, prompts, decoding])
     report.say(f"{setup.part.name or contest.settings.dataset}: {len(contest.examples)} rows of {setup.source}, "
                f"{len(setup.splits['train'])} train rows; {len(names)} methods into {where}")  # fmt: skip
-    with threads_for(setup.sender, setup.receiver):
-        found, keys = run_methods(contest, names, {True: key, False: key}, where)
-    headline = part.headline
-    methods = {name: summarize(own, headline, contest.seed) for name, own in found.items()}
-    best = max(methods, key=lambda name: methods[name][headline])
-    results = {
-        "schema": 1, "dataset": part.name or str(contest.settings.dataset), "split": "test", "n": len(contest.examples),
-        "headline": headline, "overlap": setup.overlap, "protocol": contest.settings.protocol, "methods": methods,
-        "verdict": f"best: {best}, {headline} {methods[best][headline]:.3f}",
-        **judged(contest, found, where, keys),
-        "provenance": {
-            **made_with, "record_key": key, "record_keys": keys, "sender": setup.sender.identity(),
-            "receiver": setup.receiver.identity(), "task": setup.describe(responder.prompting.anchor), "data": setup.source,
-            "data_digest": data_digest(contest.examples), "seed_of_training": contest.seed, "latent_len": contest.slots,
-            "layers": None, "dtype": str(setup.receiver.dtype), "device": str(setup.receiver.device),
-            "settings": asked.model_dump(mode="json"),
-        },
+    bases = {True: key, False: key}
+    own = {
+        "record_key": key, "record_keys": record_keys(contest, names, bases), "sender": setup.sender.identity(),
+        "task": setup.describe(responder.prompting.anchor), "latent_len": contest.slots, "layers": None,
+        "settings": asked.model_dump(mode="json"),
     }  # fmt: skip
+    facts = facts_of(contest, names, "test", {**made_with, **own})
+    facts["provenance"]["seed_of_training"] = contest.seed
+    write_json(facts_file(where / "results.json"), facts)
+    with threads_for(setup.sender, setup.receiver):
+        found, _ = run_methods(contest, names, bases, where)
+    facts |= left_aside(contest, names, report)
+    write_json(facts_file(where / "results.json"), facts)
+    results = results_from(facts, found, details_in(where))
     write_json(where / "results.json", results)
     return results
 
@@ -8511,54 +8639,7 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
                 runs.append(hold(contest, names, where, (report, signals, made_with)))
     if not runs:
         raise LatentWireError(f"none of {', '.join(sorted(named))} can run on {datasets[0]}; see 'list methods'")
-    write_atomic(settings.output_dir / "table.md", baseline_table(runs).encode())
-    return {"runs": runs, "table": str(settings.output_dir / "table.md")}
-
-
-def baseline_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown: a row per method, a column per data set; mean ± deviation over seeds, or the 95 % interval of one.
-
-    An arrow marks what is above the bridge.
-    """
-    columns = [*dict.fromkeys(run["dataset"] for run in runs)]
-    names = [name for name in METHODS if any(name in run["methods"] for run in runs)]
-    cells = {(name, column): table_cell(runs, name, column) for name in names for column in columns}
-    heads = {c: next(f"{c}, {run['headline']} %, n {run['n']}" for run in runs if run["dataset"] == c) for c in columns}
-    lines = [f"| method | {' | '.join(heads[c] for c in columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name in names:
-        row = []
-        for column in columns:
-            (mean, text), bridge = cells[name, column], cells.get(("bridge", column), (math.inf, ""))[0]
-            row.append(text + (" ↑" if mean > bridge else ""))
-        lines.append(f"| {PLAIN_NAMES.get(name, name)} | {' | '.join(row)} |")
-    pair = runs[0]["provenance"]
-    note = f"{pair['sender']['name']} → {pair['receiver']['name']}; ± over seeds, else the 95 % interval of one run"
-    return "\n".join([*lines, "", note + ("; ↑ above the bridge." if "bridge" in names else "."), ""])
-
-
-def comparable_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """The table of runs that differ in nothing but data set and seed; of others, why there is none."""
-    seen: dict[tuple[str, int, str], float] = {}
-    for run in runs:
-        for name, values in run["methods"].items():
-            key, value = (run["dataset"], run["provenance"]["seed_of_training"], name), values[run["headline"]]
-            if seen.setdefault(key, value) != value:
-                return f"No one table: several runs of {run['dataset']}, seed {key[1]}, differ in {name}; see the others.\n"
-    return baseline_table(runs)
-
-
-def table_cell(runs: Sequence[Mapping[str, Any]], name: str, column: str) -> tuple[float, str]:
-    """A method's mean on a data set in per cent, and how it is written; runs that agree count as one."""
-    own = [run for run in runs if run["dataset"] == column and name in run["methods"]]
-    values = [100 * run["methods"][name][run["headline"]] for run in own]
-    if not values:
-        return -math.inf, "–"
-    mean = sum(values) / len(values)
-    if len(set(values)) == 1:
-        low, high = (100 * x for x in own[0]["methods"][name]["ci"])
-        return mean, f"{mean:.1f} ({low:.1f}–{high:.1f})"
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return mean, f"{mean:.1f} ± {spread:.1f} ({len(values)})"
+    return {"runs": runs}
 
 
 # §13 BENCHMARKS: latency, throughput, memory and growth of every way, against the device's own limits
@@ -9203,50 +9284,356 @@ def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
 # §14 FIGURES AND TABLES: records to pictures, tables and a page
 
 COLOURS = {"bridge": "#0072B2", "text": "#009E73", "probe": "#E69F00", "control": "#999999"}  # Okabe and Ito 2008
+SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # the same eight, without yellow
+MARKS = "osD^vP*X"
 
 
 @contextlib.contextmanager
-def figure(path: Path, width: float = 6.0, height: float = 3.4) -> Iterator[Any]:
-    """Axes to draw on; saved as PNG at ``path`` afterwards, without a display."""
+def figure(path: Path, height: float = 2.6, panels: tuple[int, int] = (1, 1), width: float = 3.4) -> Iterator[Any]:
+    """Axes to draw on, an array of them for several panels; then saved beside each other as PNG and PDF, no display needed.
+
+    As wide as one column of a paper, in type that needs no shrinking; the same input gives the same bytes.
+    """
     require("matplotlib")
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    canvas = Figure(figsize=(width, height), layout="constrained")
-    axes = canvas.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    yield axes
-    with saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        canvas.savefig(path, dpi=160)
+    with rc_context(
+        {"font.size": 8, "pdf.fonttype": 42, "axes.linewidth": 0.6, "lines.linewidth": 1.1, "lines.markersize": 4}
+    ):
+        canvas = Figure(figsize=(width, height), layout="constrained")
+        axes = canvas.subplots(*panels)
+        for one in [axes] if panels == (1, 1) else axes.flat:
+            one.spines[["top", "right"]].set_visible(False)
+        yield axes
+        with saving(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            canvas.savefig(path.with_suffix(".png"), dpi=200)
+            canvas.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+
+
+@dataclass(frozen=True)
+class Material:
+    """What figures, tables and reports are made of: evaluations in columns, training logs, a benchmark, artefacts."""
+
+    columns: list[Column]
+    left: list[str]
+    logs: dict[str, list[dict[str, Any]]]
+    benchmark: dict[str, Any]
+    artifacts: Path | None
+    configs: dict[str, dict[str, Any]]
+
+    @classmethod
+    def below(cls, base: Path) -> Material:
+        """Everything in the folders below ``base``, or behind an ``aggregated_results.json``."""
+        columns, left = columns_of(evaluations_below(base))
+        home = base.parent if base.is_file() else base
+        members = [member.file.parent for column in columns for member in column.members]
+        runs = {short(folder, home): folder for folder in dict.fromkeys(members)}
+        logs = {name: read_rows(folder / "diagnostics.jsonl", own=False) for name, folder in runs.items()}
+        configs = {name: Run(folder).saved() for name, folder in runs.items() if Run(folder).config_path.exists()}
+        measured = sorted(home.rglob("benchmark.json"))
+        benchmark = json.loads(measured[0].read_text(encoding="utf-8")) if measured else {}
+        kept = [
+            folder / "artifacts.safetensors" for folder in runs.values() if (folder / "artifacts.safetensors").exists()
+        ]
+        return cls(
+            columns, left, {n: rows for n, rows in logs.items() if rows}, benchmark, kept[0] if kept else None, configs
+        )
+
+    def bridged(self) -> list[Column]:
+        """The columns that have a bridge."""
+        return [column for column in self.columns if "bridge" in column.told]
+
+
+def short(folder: Path, home: Path) -> str:
+    """A folder as it is called inside another."""
+    return str(folder.relative_to(home)) if folder.is_relative_to(home) and folder != home else folder.name
+
+
+FIGURES: Registry[Callable[[Material, Path], bool]] = Registry("figures", "figure")
+"""Each draws to a path without suffix where there is something to draw; → whether there was."""
+
+
+@FIGURES.register("methods")
+def methods_figure(material: Material, path: Path) -> bool:
+    """Accuracy or F1 of every method, with 95 % intervals; with several data sets the chief ones, a sign for each."""
+    columns = material.columns
+    if not columns:
+        return False
+    if len(columns) == 1:
+        bar_chart(columns[0], path)
+        return True
+    names = [name for name in CHIEF if any(name in column.told for column in columns)][::-1]
+    with figure(path, height=0.9 + 0.24 * len(names)) as axes:
+        for number, column in enumerate(columns):
+            rows = [(i, column.told[name]) for i, name in enumerate(names) if name in column.told]
+            shift = (number - (len(columns) - 1) / 2) * 0.7 / len(columns)
+            means = [100 * told["mean"] for _, told in rows]
+            spans = [[max(0.0, sign * (mean - 100 * told["ci"][side])) for (_, told), mean in zip(rows, means, strict=True)]
+                     for side, sign in ((0, 1), (1, -1))]  # fmt: skip
+            axes.errorbar(means, [i - shift for i, _ in rows], xerr=spans, fmt=MARKS[number % 8], elinewidth=0.7, markersize=3,
+                          color=SERIES[number % 7], label=column.title)  # fmt: skip
+        axes.set(xlabel=f"{columns[0].headline} (%)", xlim=(0, 100))
+        axes.set_yticks(range(len(names)), [PLAIN_NAMES.get(name, name) for name in names])
+        axes.grid(axis="x", linewidth=0.3)
+        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    return True
+
+
+CHIEF = ("bridge", "text", "zeroshot:sender", "fewshot:receiver", "lora", "prompt_tuning", "probe", "probe:receiver",
+         "linear_bridge", "same_model_bridge", "sender_label", "text_relay:16", "token_budget", "llmlingua", "control:zero",
+         "control:shuffled", "control:none", "control:prompt", "control:prompt_tuning")  # fmt: skip
+
+
+@FIGURES.register("learning_curve")
+def learning_figure(material: Material, path: Path) -> bool:
+    """Training loss, smoothed, and validation over steps."""
+    if len(material.logs) == 1:
+        learning_curve(next(iter(material.logs.values())), path)
+    elif material.logs:
+        kinds = [*dict.fromkeys(short_name(Path(name)) for name in material.logs)]
+        with figure(path, height=2.8) as axes:
+            for name, rows in material.logs.items():
+                kind = kinds.index(short_name(Path(name)))
+                label = (
+                    kinds[kind]
+                    if name == next(n for n in material.logs if short_name(Path(n)) == kinds[kind])
+                    else None
+                )
+                axes.plot([r["step"] for r in rows], smoothed([r["loss"] for r in rows]), color=SERIES[kind % 7],
+                          linestyle=("-", "--", ":", "-.")[kind // 7 % 4], linewidth=0.9, label=label)  # fmt: skip
+            axes.set(xlabel="optimizer step", ylabel="training loss (nats, weighted sum)", yscale="log")
+            axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    return bool(material.logs)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Running means over a fortieth of the values."""
+    span = max(1, len(values) // 40)
+    return [sum(values[max(0, i - span) : i + 1]) / len(values[max(0, i - span) : i + 1]) for i in range(len(values))]
 
 
 def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Training loss per step, smoothed beside raw, and validation."""
     steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    span = max(1, len(rows) // 40)
-    smooth = [sum(losses[max(0, i - span) : i + 1]) / len(losses[max(0, i - span) : i + 1]) for i in range(len(losses))]
     checks = [row for row in rows if "val_loss" in row]
     with figure(path) as axes:
-        axes.plot(steps, losses, color=COLOURS["control"], alpha=0.35, linewidth=0.8)
-        axes.plot(steps, smooth, color=COLOURS["bridge"], label="training loss (weighted sum)")
+        axes.plot(steps, losses, color=COLOURS["control"], alpha=0.35, linewidth=0.6)
+        axes.plot(steps, smoothed(losses), color=COLOURS["bridge"], label="training loss (weighted sum)")
         axes.set(xlabel="optimizer step", ylabel="loss (nats)", yscale="log")
         if checks and "val_accuracy" in checks[0]:
             right = axes.twinx()
-            right.plot(
-                [r["step"] for r in checks], [100 * r["val_accuracy"] for r in checks], "o-", color=COLOURS["probe"]
-            )
+            values = [100 * r["val_accuracy"] for r in checks]
+            right.plot([r["step"] for r in checks], values, "o-", color=COLOURS["probe"])
             right.set(ylabel="validation accuracy (%)", ylim=(0, 100))
             right.yaxis.label.set_color("#9a6700")
             right.spines["top"].set_visible(False)
         elif checks:
-            axes.plot(
-                [r["step"] for r in checks],
-                [r["val_loss"] for r in checks],
-                "o-",
-                color=COLOURS["probe"],
-                label="validation",
-            )
+            values = [r["val_loss"] for r in checks]
+            axes.plot([r["step"] for r in checks], values, "o-", color=COLOURS["probe"], label="validation")
         axes.legend(frameon=False, loc="lower left")
+
+
+@functools.lru_cache(maxsize=2)
+def opened_artifacts(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors as float32 arrays, and what is said about them."""
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(file.metadata()["about"])
+    return {name: value.astype("float32") for name, value in arrays.items()}, about
+
+
+@FIGURES.register("latents")
+def latents_figure(material: Material, path: Path) -> bool:
+    """Latents by class: t-SNE (van der Maaten and Hinton 2008) and PCA, by scikit-learn."""
+    if material.artifacts is None:
+        return False
+    arrays, about = opened_artifacts(material.artifacts)
+    weights = arrays["mask"][..., None]
+    points = (
+        (arrays["latents"] * weights).sum(1) / weights.sum(1) if arrays["latents"].shape[1] > 64 else arrays["latents"]
+    )
+    points = points.reshape(len(points), -1)
+    if len(points) < 10:
+        return False
+    decomposition, manifold = (
+        require("sklearn.decomposition", "scikit-learn"),
+        require("sklearn.manifold", "scikit-learn"),
+    )
+    flat = decomposition.PCA(min(50, *points.shape), svd_solver="full", random_state=0).fit(points)
+    low = flat.transform(points)
+    spread = manifold.TSNE(2, perplexity=min(30, (len(points) - 1) / 3), init="pca", random_state=0).fit_transform(low)
+    kinds = [label for label in dict.fromkeys(about["labels"]) if label is not None]
+    with figure(path, height=2.1, panels=(1, 2)) as axes:
+        for one, place, title in ((axes[0], spread, "t-SNE"), (axes[1], low, "PCA")):
+            for kind in sorted(kinds) or [None]:
+                own = [i for i, label in enumerate(about["labels"]) if label == kind]
+                word = about["words"][kind] if kind is not None else None
+                one.scatter(place[own, 0], place[own, 1], s=5, marker=MARKS[(kind or 0) % 8], linewidths=0,
+                            color=SERIES[(kind or 0) % 7], label=word)  # fmt: skip
+            one.set(title=title, xticks=[], yticks=[])
+        share = 100 * flat.explained_variance_ratio_
+        axes[1].set(xlabel=f"first: {share[0]:.0f} % of variance", ylabel=f"second: {share[1]:.0f} %")
+        if kinds:
+            handles, names = axes[0].get_legend_handles_labels()
+            axes[0].figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+    return True
+
+
+@FIGURES.register("attention")
+def attention_figure(material: Material, path: Path) -> bool:
+    """Where each latent looks in one text (mean of the heads of the last block), and how spread each head's looks are."""
+    import numpy as np
+
+    if material.artifacts is None:
+        return False
+    arrays, about = opened_artifacts(material.artifacts)
+    if "attention" not in arrays:
+        return False
+    maps = arrays["attention"]  # (n, blocks, heads, K, T)
+    lengths = [len(tokens) for tokens in about["tokens"]]
+    shown = min(range(len(lengths)), key=lambda i: abs(lengths[i] - 16))
+    one, tokens = maps[shown, -1].mean(0)[:, : lengths[shown]], about["tokens"][shown]
+    share = np.where(maps > 0, maps, 1.0)
+    entropy = -(maps * np.log(share)).sum(-1) / np.log(np.maximum(2, np.array(lengths)))[:, None, None, None]
+    heads = entropy.mean((0, 3))  # (blocks, heads)
+    with figure(path, height=3.2, panels=(2, 1)) as axes:
+        drawn = axes[0].imshow(one, aspect="auto", cmap="cividis", vmin=0)
+        axes[0].set(ylabel="latent", yticks=range(len(one)) if len(one) <= 8 else [])
+        words = [text.replace("\n", " ").replace("$", r"\$").strip() or "·" for text in tokens]
+        axes[0].set_xticks(range(len(words)), words, rotation=90, fontsize=6)
+        axes[0].figure.colorbar(drawn, ax=axes[0], shrink=0.9)
+        for block, values in enumerate(heads):
+            axes[1].plot(
+                range(len(values)), values, MARKS[block % 8] + "-", color=SERIES[block % 7], label=f"block {block}"
+            )
+        axes[1].set(xlabel=f"head; mean over {len(maps)} texts", ylabel="entropy / log T", ylim=(0, 1.05),
+                    xticks=range(heads.shape[1]))  # fmt: skip
+        axes[1].legend(frameon=False, fontsize=7)
+    return True
+
+
+@FIGURES.register("tokens")
+def tokens_figure(material: Material, path: Path) -> bool:
+    """The bridge over the number of latents, a line for each data set."""
+    found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for column in material.bridged():
+        found.setdefault(column.key["dataset"], []).append((column.key["latent_len"], column.told["bridge"]))
+    found = {
+        name: sorted(rows, key=lambda row: row[0]) for name, rows in found.items() if len({k for k, _ in rows}) > 1
+    }
+    if not found:
+        return False
+    with figure(path) as axes:
+        for number, (name, rows) in enumerate(found.items()):
+            values = [100 * told["mean"] for _, told in rows]
+            spans = [[abs(100 * told["ci"][side] - value) for (_, told), value in zip(rows, values, strict=True)]
+                     for side in (0, 1)]  # fmt: skip
+            axes.errorbar([k for k, _ in rows], values, yerr=spans, fmt=MARKS[number % 8] + "-", color=SERIES[number % 7],
+                          capsize=2, label=name)  # fmt: skip
+        axes.set_xscale("log", base=2)
+        counts = sorted({k for rows in found.values() for k, _ in rows})
+        axes.set_xticks(counts, [str(k) for k in counts])
+        axes.minorticks_off()
+        axes.set(xlabel="latents", ylabel=f"{material.bridged()[0].headline} (%)")
+        axes.legend(frameon=False)
+    return True
+
+
+@FIGURES.register("pareto")
+def pareto_figure(material: Material, path: Path) -> bool:
+    """Rate and quality: what stands for the text, in receiver tokens and in bytes, against the metric."""
+    columns = [column for column in material.bridged() if len(column.told) > 2]
+    if not columns:
+        return False
+    column = max(columns, key=lambda c: (len(c.told), -c.key["latent_len"]))
+    results = column.members[0].results["methods"]
+    points = [(n, results[n]["tokens"], results[n]["bytes"], 100 * column.told[n]["mean"]) for n in column.told
+              if n in results and not METHODS[n].control and results[n].get("tokens") and results[n].get("bytes")]  # fmt: skip
+    if len(points) < 2:
+        return False
+    groups = [*dict.fromkeys(name.partition(":")[0] for name, *_ in points)]
+    with figure(path, height=2.7, panels=(1, 2)) as axes:
+        for one, at, label in ((axes[0], 1, "receiver tokens"), (axes[1], 2, "bytes")):
+            for number, group in enumerate(groups):
+                own = sorted((p[at], p[3]) for p in points if p[0].partition(":")[0] == group)
+                one.plot(
+                    *zip(*own, strict=True),
+                    MARKS[number % 8],
+                    color=SERIES[number % 7],
+                    label=PLAIN_NAMES.get(group, group),
+                )
+            best, front = -math.inf, []
+            for rate, value in sorted((p[at], p[3]) for p in points):
+                if value > best:
+                    best = value
+                    front.append((rate, value))
+            one.plot(*zip(*front, strict=True), color="black", linewidth=0.6, drawstyle="steps-post", zorder=0)
+            one.set(xlabel=label, xscale="log")
+        axes[0].set(ylabel=f"{column.headline} (%), {column.title}")
+        handles, names = axes[0].get_legend_handles_labels()
+        axes[0].figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    return True
+
+
+@FIGURES.register("relay")
+def relay_figure(material: Material, path: Path) -> bool:
+    """Text relay over the tokens it may write; dashed, the bridge on the same rows."""
+    columns = [column for column in material.columns if sum(n.startswith("text_relay:") for n in column.told) > 1]
+    columns = [*{column.key["dataset"]: column for column in reversed(columns)}.values()][::-1]
+    if not columns:
+        return False
+    with figure(path) as axes:
+        for number, column in enumerate(columns):
+            own = sorted(
+                (int(n.partition(":")[2]), 100 * v["mean"])
+                for n, v in column.told.items()
+                if n.startswith("text_relay:")
+            )
+            axes.plot(
+                *zip(*own, strict=True), MARKS[number % 8] + "-", color=SERIES[number % 7], label=column.key["dataset"]
+            )
+            if "bridge" in column.told:
+                axes.axhline(
+                    100 * column.told["bridge"]["mean"], color=SERIES[number % 7], linestyle="--", linewidth=0.8
+                )
+            axes.set_xscale("log", base=2)
+            axes.set_xticks([k for k, _ in own], [str(k) for k, _ in own])
+            axes.minorticks_off()
+            axes.set(
+                xlabel="tokens the sender writes (dashed: the bridge)", ylabel=f"{column.headline} (%)", ylim=(0, 100)
+            )
+            axes.legend(frameon=False)
+    return True
+
+
+@FIGURES.register("latency")
+def latency_figure(material: Material, path: Path) -> bool:
+    """Milliseconds from a text to an answer, and the roofline of the device beside each; as measured, never repeatable."""
+    latency: list[Any] = [*reversed(material.benchmark.get("latency", ()))]
+    if not latency:
+        return False
+    with figure(path, height=0.9 + 0.16 * len(latency)) as axes:
+        names = [f"{row['arm']}, {row['answer_tokens'] or 'scored'}" for row in latency]
+        kinds = [row["arm"].partition(":")[0] for row in latency]
+        colours = [COLOURS.get(kind, COLOURS["probe"]) for kind in kinds]
+        floors, medians = ([row[key] for row in latency] for key in ("floor_ms", "median_ms"))
+        axes.hlines(names, floors, medians, colors=colours, linewidth=1)
+        axes.scatter(medians, names, color=colours, zorder=3, s=12, label="median")
+        axes.plot(floors, names, "k|", markersize=6, label="roofline of this device")
+        axes.set(xlabel="ms from text to answer, logarithmic", xscale="log")
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    return True
+
+
+def draw_figures(material: Material, folder: Path, only: Sequence[str] | None = None) -> tuple[list[Path], list[str]]:
+    """Every figure that there is material for → the PNG files, and the names of those without."""
+    names = [FIGURES.name_of(word) for word in only] if only else [*FIGURES]
+    drawn = [name for name in names if FIGURES[name](material, folder / name)]
+    return [folder / f"{name}.png" for name in drawn], [name for name in names if name not in drawn]
 
 
 def told_beside(results: Mapping[str, Any]) -> list[str]:
@@ -9276,22 +9663,24 @@ def family_of(method: str) -> str:
     return method if method in COLOURS else "control"
 
 
-def bar_chart(results: Mapping[str, Any], path: Path) -> None:
+def bar_chart(column: Column, path: Path) -> None:
     """The headline metric of every method with its 95 % interval."""
-    names = list(results["methods"])[::-1]
-    summaries = [results["methods"][name] for name in names]
-    values = [100 * s[results["headline"]] for s in summaries]
-    spans = [[v - 100 * s["ci"][0] for v, s in zip(values, summaries, strict=True)],
-             [100 * s["ci"][1] - v for v, s in zip(values, summaries, strict=True)]]  # fmt: skip
-    with figure(path, height=0.5 + 0.36 * len(names)) as axes:
+    names = [*column.told][::-1]
+    told = [column.told[name] for name in names]
+    values = [100 * own["mean"] for own in told]
+    spans = [[max(0.0, v - 100 * own["ci"][0]) for v, own in zip(values, told, strict=True)],
+             [max(0.0, 100 * own["ci"][1] - v) for v, own in zip(values, told, strict=True)]]  # fmt: skip
+    with figure(path, height=0.6 + 0.17 * len(names)) as axes:
         labels = [PLAIN_NAMES.get(name, name) for name in names]
-        axes.barh(labels, values, xerr=[[max(0.0, x) for x in span] for span in spans],
-                  color=[COLOURS[family_of(name)] for name in names], error_kw={"elinewidth": 1, "capsize": 2})  # fmt: skip
+        axes.barh(labels, values, xerr=spans, color=[COLOURS[family_of(name)] for name in names],
+                  error_kw={"elinewidth": 0.8, "capsize": 1.5})  # fmt: skip
         for row, value in enumerate(values):
-            axes.text(1, row, f"{value:.1f}", va="center", color="white", fontsize=8)
-        if "best_constant" in results:
-            axes.axvline(100 * results["best_constant"], color="black", linewidth=0.8, linestyle=":")
-        axes.set(xlabel=f"{results['headline']} (%), {results['dataset']}, n = {results['n']}", xlim=(0, 100))
+            axes.text(1, row, f"{value:.1f}", va="center", color="white" if value > 12 else "black", fontsize=6.5)
+        constant = column.members[0].results.get("best_constant")
+        if constant is not None:
+            axes.axvline(100 * constant, color="black", linewidth=0.8, linestyle=":")
+        axes.set(xlabel=f"{column.headline} (%), {column.title}, n = {column.key['n']}", xlim=(0, 100))
+        axes.set_ylim(-0.6, len(names) - 0.4)
 
 
 def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
@@ -9308,7 +9697,7 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
             "–" if generated is None or name.partition(":")[0] in ("probe", "ensemble") else f"{100 * generated:.1f}",
             "–" if summary.get("tokens") is None else f"{summary['tokens']:.0f}",
             f"{summary['bytes']:.0f}" if summary["bytes"] else "–",
-            "" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}",
+            written_p(p),
         ])  # fmt: skip
     return rows
 
@@ -9318,91 +9707,572 @@ def table_head(results: Mapping[str, Any]) -> tuple[str, ...]:
     return "method", f"{results['headline']} %", "95 % CI", "said %", "tokens", "bytes", "p"
 
 
-def recorded(path: Path, method: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Results of a run folder or of a file in it, and the method's records behind them by example."""
-    file = next((p for p in (path, path / "results.json", path.parent / "results.json") if p.is_file()), None)
-    try:
-        results = json.loads(file.read_text(encoding="utf-8")) if file else {}
-    except ValueError:
-        results = {}
-    if file is None or "provenance" not in results:
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation as its records tell it: ``file`` is results.json, ``rows`` are records by method and example."""
+
+    file: Path
+    facts: dict[str, Any]
+    rows: dict[str, dict[str, dict[str, Any]]]
+
+    @property
+    def gap(self) -> str:
+        """What is missing or failed, or nothing."""
+        for name, own in self.rows.items():
+            failed = sum("error" in row for row in own.values())
+            if failed or len(own) != self.facts["n"]:
+                return f"{name} has {len(own)} of {self.facts['n']} rows" + (
+                    f", {failed} of them failed" if failed else ""
+                )
+        return "" if self.rows else "no method"
+
+    @functools.cached_property
+    def results(self) -> dict[str, Any]:
+        """results.json, made anew from the records."""
+        found = results_from(
+            self.facts, {n: [*own.values()] for n, own in self.rows.items()}, details_in(self.file.parent)
+        )
+        if "beside" in self.facts:
+            others = [open_evaluation(self.file.with_name(name)) for name in self.facts["beside"][1:]]
+            found["receivers"] = told_of_receivers([found, *(other.results for other in others)])
+        return found
+
+    def scores(self, method: str) -> dict[str, float]:
+        """The deciding metric by example."""
+        own = self.rows[method]
+        return dict(zip(own, headline_values([*own.values()], self.facts["headline"]), strict=True))
+
+    def rebuild(self) -> None:
+        """Write results.json where it does not say what the records say."""
+        told = (json.dumps(self.results, indent=2, default=str, allow_nan=False) + "\n").encode()
+        if not self.file.exists() or self.file.read_bytes() != told:
+            write_atomic(self.file, told)
+
+
+DERIVED = ("methods", "p_bridge_vs", "best_constant", "p_above_constant", "best_control", "p", "communication", "verdict",
+           "gates", "details", "seconds", "failed", "receivers")  # fmt: skip
+"""What results.json has from records; all else are facts of the evaluation."""
+
+
+def open_evaluation(path: Path, known: dict[Path, list[dict[str, Any]]] | None = None) -> Evaluation:
+    """The evaluation of a run folder, of its results file, or of the folder of a file in it.
+
+    ``known`` keeps the records of folders read before. Raises ``LatentWireError`` where there are no records.
+    """
+    candidates = [p for p in (path, path / "results.json", path.parent / "results.json") if p.suffix == ".json"]
+    file = next((p for p in candidates if p.is_file() or facts_file(p).is_file()), None)
+    facts: dict[str, Any] = {}
+    for source in [facts_file(file), file] if file else []:
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            facts = facts or json.loads(source.read_text(encoding="utf-8"))
+    if file is None or "provenance" not in facts:
         raise LatentWireError(f"no results of one run at {path}; give a run folder that 'eval' filled")
-    made = results["provenance"]
-    key = (method, made.get("record_keys", {}).get(method, made["record_key"]))
-    rows = {row["id"]: row for row in read_rows(file.parent / "records.jsonl") if (row["method"], row["key"]) == key}
+    records = file.parent / "records.jsonl"
+    if not records.is_file():
+        raise LatentWireError(f"{records} is missing: every number comes from it; evaluate again into {file.parent}")
+    made, known = facts["provenance"], {} if known is None else known
+    facts = {name: value for name, value in facts.items() if name not in DERIVED}
+    facts = {
+        "words": made.get("task", {}).get("words", []),
+        "longest": math.inf,
+        "seed": 42,
+    } | facts  # older evaluations
+    keys = made.get("record_keys", {})
+    rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in facts.get("order", keys)}
+    if records.parent not in known:
+        known[records.parent] = read_rows(records, own=False)
+    for row in known[records.parent]:
+        if row["key"] == keys.get(row["method"], made["record_key"]) and (row["method"] in rows or not keys):
+            rows.setdefault(row["method"], {})[row["id"]] = row
+    return Evaluation(file, facts, rows)
+
+
+def evaluations_below(base: Path) -> list[Evaluation]:
+    """Every evaluation in the folders below ``base``, or of the files that an ``aggregated_results.json`` names."""
+    if base.is_file():
+        groups = json.loads(base.read_text(encoding="utf-8")).get("groups")
+        if groups is None:
+            raise LatentWireError(f"{base} was not written by 'aggregate'")
+        files = [base.parent / run["file"] for group in groups for run in group["runs"]]
+    else:
+        facts = [
+            path.with_name(path.name.replace("evaluation", "results", 1)) for path in base.rglob("evaluation*.json")
+        ]
+        files = sorted({*base.rglob("results*.json"), *facts})
+    known: dict[Path, list[dict[str, Any]]] = {}
+    found = []
+    for file in files:
+        if facts_file(file).exists() or "provenance" in json.loads(file.read_text(encoding="utf-8")):
+            found.append(open_evaluation(file, known))  # other files are summaries of evaluations that are here as well
+    if not found:
+        raise LatentWireError(f"no results below {base}; run eval --checkpoint RUN first")
+    return found
+
+
+def recorded(path: Path, method: str) -> Evaluation:
+    """The evaluation at ``path``, whole in one method at least."""
+    found = open_evaluation(path)
+    rows = found.rows.get(method, {})
     if not rows or any("error" in row for row in rows.values()):
         state = "failed rows" if rows else "no rows"
-        raise LatentWireError(f"{file.parent} has {state} of method {method}; type: eval --checkpoint {file.parent}")
-    return results, rows
+        raise LatentWireError(
+            f"{found.file.parent} has {state} of method {method}; type: eval --checkpoint {found.file.parent}"
+        )
+    return found
 
 
 def head_to_head(latent: Path, text: Path) -> dict[str, Any]:
     """One run's bridge against the text baseline of another or the same, example by example, as results."""
-    (results, bridge), (others, baseline) = recorded(latent, "bridge"), recorded(text, "text")
-    golds = [{name: row["gold"] for name, row in rows.items()} for rows in (bridge, baseline)]
-    headline = results["headline"]
-    if golds[0] != golds[1] or headline != others["headline"]:
-        rows_of = f"{len(bridge)} and {len(baseline)} rows"
+    bridge, baseline = recorded(latent, "bridge"), recorded(text, "text")
+    sides = [bridge.rows["bridge"], baseline.rows["text"]]
+    golds = [{name: row["gold"] for name, row in rows.items()} for rows in sides]
+    headline = bridge.facts["headline"]
+    if golds[0] != golds[1] or headline != baseline.facts["headline"]:
+        rows_of = f"{len(sides[0])} and {len(sides[1])} rows"
         raise LatentWireError(
             f"{latent} and {text} answer different questions ({rows_of}); evaluate both on the same data"
         )
-    rows = {"bridge": list(bridge.values()), "text": [baseline[name] for name in bridge]}
+    rows = {"bridge": [*sides[0].values()], "text": [sides[1][name] for name in sides[0]]}
     values = [headline_values(own, headline) for own in rows.values()]
-    p = paired_p(values[0], values[1], headline, 42)
+    p = paired_p(values[0], values[1], headline, 42, clusters_of(rows["bridge"]))
     gap = 100 * (sum(values[0]) - sum(values[1])) / len(values[0])
-    verdict = f"latents minus text: {gap:+.1f} points of {headline}, paired p {p:.2g}, n {len(bridge)}"
+    verdict = f"latents minus text: {gap:+.1f} points of {headline}, paired p {p:.2g}, n {len(rows['bridge'])}"
     summaries = {name: summarize(own, headline, 42) for name, own in rows.items()}
-    return {**results, "n": len(bridge), "methods": summaries, "p_bridge_vs": {"text": p}, "verdict": verdict}
+    told = {"n": len(rows["bridge"]), "methods": summaries, "p_bridge_vs": {"text": p}, "verdict": verdict}
+    return {**bridge.facts, **told}
 
 
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title><style>
-body{font:16px/1.5 system-ui,sans-serif;max-width:56rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
-table{border-collapse:collapse;width:100%;margin:1rem 0}th,td{padding:.35rem .7rem;border-bottom:1px solid #ddd;text-align:right}
-th:first-child,td:first-child{text-align:left}tr.control{color:#777}
-tr.bridge{font-weight:600}img{max-width:100%}.verdict{font-size:1.15rem;font-weight:600;padding:.7rem 1rem;
-border-left:5px solid {{ '#0072B2' if results.communication else '#D55E00' }};background:#f6f8fa}code,pre{background:#f6f8fa;
-padding:.1rem .3rem;overflow-wrap:anywhere;white-space:pre-wrap}dt{font-weight:600}dd{margin:0 0 .3rem 0}</style></head><body>
-<h1>{{ title }}</h1><p class="verdict">{{ results.verdict }}</p>
-<p>{{ results.provenance.sender.name }} reads each text; {{ results.provenance.latent_len }} latents travel;
-{{ results.provenance.receiver.name }} answers without seeing the text. Both models are frozen. Grey rows carry nothing about
-the text: a bridge that does not beat them communicates nothing.</p>
-<table><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for kind, row in rows %}<tr class="{{ kind }}">{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table>
+def compared(
+    column: Column, reference: str | None = None, correction: str = "holm", alpha: float = 0.05
+) -> dict[str, Any]:
+    """The reference (the bridge, where there is one) minus every other method of a column, p corrected for their number."""
+    known = [*column.told]
+    if reference is not None and reference not in known:
+        raise LatentWireError(
+            f"{column.title} has no method {reference!r}{suggest(reference, known)} ({', '.join(known)})"
+        )
+    first = reference or next((name for name in ("bridge", "text") if name in known), known[0])
+    found = {name: column.beside(first, name) for name in known if name != first}
+    for row, q in zip(found.values(), corrected([row["p"] for row in found.values()], correction), strict=True):
+        row |= {"p_corrected": q, "significant": q < alpha}
+    seeds, n = max(len(told["seeds"]) for told in column.told.values()), len(column.ids)
+    warnings = [f"n = {n} is small: below 100 rows only large differences can be seen"] if n < 100 else []
+    if seeds < 3:
+        warnings.append(
+            f"{seeds} seed{'s' if seeds > 1 else ''}: another training may give other numbers; take three or more"
+        )
+    return {"title": column.title, **column.key, "reference": first, "correction": correction, "alpha": alpha,
+            "seeds": seeds, "clusters": len(set(column.clusters)) if column.clusters else None, "warnings": warnings,
+            "methods": column.told, "comparisons": found}  # fmt: skip
+
+
+def verdict_of(column: Column, told: Mapping[str, Any]) -> tuple[bool | None, str]:
+    """Whether something came through: the bridge against every control of the column; None where there is no bridge."""
+    means = {name: own["mean"] for name, own in column.told.items()}
+    if told["reference"] != "bridge":
+        best = max(means, key=means.__getitem__)
+        return None, f"best: {best}, {column.headline} {means[best]:.3f}"
+    controls = [name for name in means if METHODS[name].control]
+    if not controls:
+        return False, "no control was evaluated, so nothing can be said"
+    worst = max(told["comparisons"][name]["p_corrected"] for name in controls)
+    best = max(controls, key=means.__getitem__)
+    shown = worst < told["alpha"] and means["bridge"] > means[best]
+    words = "communication shown" if shown else "no communication shown"
+    return shown, (
+        f"{words}: {column.headline} {means['bridge']:.3f} with the bridge, {means[best]:.3f} with the best control ({best}), "
+        f"largest p after {told['correction']} {worst:.2g} over {len(controls)} controls, n {len(column.ids)}, "
+        f"{told['seeds']} seed{'s' if told['seeds'] > 1 else ''}"
+    )
+
+
+def written_p(p: float | None) -> str:
+    """A p-value in short."""
+    return "" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def comparison_rows(told: Mapping[str, Any]) -> list[list[str]]:
+    """Method, difference in points, interval, p, corrected p, effect size, pairs needed for a power of 80 %; as text."""
+    rows = []
+    for name, row in told["comparisons"].items():
+        low, high = row["ci"]
+        rows.append([PLAIN_NAMES.get(name, name), f"{100 * row['difference']:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}",
+                     written_p(row["p"]), written_p(row["p_corrected"]), in_short(row["cohens_d"]),
+                     in_short(row["n_for_power_80"])])  # fmt: skip
+    return rows
+
+
+COMPARISON_HEAD = ("minus", "points", "95 % CI", "p", "corrected", "d", "n for 80 %")
+
+
+def statistical_report(
+    columns: Sequence[Column], output: Path, reference: str | None, correction: str, alpha: float
+) -> str:
+    """Every column's comparisons to ``output`` (JSON) and as text beside it; → the text."""
+    found, lines = [compared(column, reference, correction, alpha) for column in columns], []
+    for column, told in zip(columns, found, strict=True):
+        shown, verdict = verdict_of(column, told)
+        told |= {"communication": shown, "verdict": verdict}
+        lines += [
+            f"{told['title']}: {told['sender']} → {told['receiver']}, {told['metric']}, n {told['n']}",
+            f"  {verdict}",
+        ]
+        lines += [f"  careful: {text}" for text in told["warnings"]]
+        rows = comparison_rows(told)
+        widths = [max(map(len, cells)) for cells in zip(COMPARISON_HEAD, *rows, strict=True)]
+        tests = ", ".join(sorted({row["test"] for row in told["comparisons"].values()}))
+        lines.append(f"  {told['reference']} minus others; p of {tests}; corrected: {correction}")
+        for row in [COMPARISON_HEAD, *rows]:
+            parts = [
+                text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  " + "  ".join(parts).rstrip())
+        lines.append("")
+    text = "\n".join(lines)
+    write_json(output, {"schema": 1, "correction": correction, "alpha": alpha, "columns": found})
+    write_atomic(output.with_suffix(".txt"), text.encode())
+    return text
+
+
+def versus(first: Path, second: Path) -> Column:
+    """Two experiments, each a run or a folder of seeds, as a column whose methods are ``name (1)`` and ``name (2)``."""
+    sides = []
+    for path in (first, second):
+        columns, left = columns_of(evaluations_below(path))
+        if len(columns) != 1:
+            why = f": {left[0]}" if left else ""
+            raise LatentWireError(
+                f"{path} holds {len(columns)} results that cannot be one{why}; name one run or one folder of seeds"
+            )
+        sides.append(columns[0])
+    one, two = sides
+    differing = [name for name in ("dataset", "metric", "n") if one.key[name] != two.key[name]]
+    if not differing and {*one.ids} != {*two.ids}:
+        differing = ["test rows"]
+    if differing:
+        raise LatentWireError(f"{first} and {second} differ in {', '.join(differing)}: evaluate both on the same data")
+    column = Column(f"{first} and {second}", one.key, one.members)
+    column.__dict__["methods"] = {
+        f"{name} ({number})": scores for number, side in enumerate(sides, 1) for name, scores in side.methods.items()
+    }
+    return column
+
+
+def paired_experiments(first: Path, second: Path, correction: str, alpha: float = 0.05) -> dict[str, Any]:
+    """The first experiment's methods minus the second's, each method that both have, on the same rows."""
+    column = versus(first, second)
+    names = [name for name in METHODS if f"{name} (1)" in column.methods and f"{name} (2)" in column.methods]
+    if not names:
+        raise LatentWireError(f"{first} and {second} have no method in common")
+    found = {name: column.beside(f"{name} (1)", f"{name} (2)") for name in names}
+    for row, q in zip(found.values(), corrected([row["p"] for row in found.values()], correction), strict=True):
+        row |= {"p_corrected": q, "significant": q < alpha}
+    means = {name: {"exp1": column.told[f"{name} (1)"], "exp2": column.told[f"{name} (2)"]} for name in names}
+    return {"schema": 1, "exp1": str(first), "exp2": str(second), **column.key, "correction": correction, "alpha": alpha,
+            "means": means, "comparisons": found}  # fmt: skip
+
+
+PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,
+initial-scale=1"><title>{{ title }}</title><style>
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a1a1a}
+.wide{overflow-x:auto}table{border-collapse:collapse;min-width:60%;margin:1rem 0;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}
+th:first-child,td:first-child{text-align:left}tr.control{color:#6a6a6a}tr.bridge{font-weight:600}
+figure{display:inline-block;margin:.5rem 1rem 1rem 0;max-width:100%;vertical-align:top}img{width:34rem;max-width:100%}
+.verdict{font-size:1.1rem;font-weight:600;padding:.6rem 1rem;margin:.5rem 0;border-left:5px solid #999;background:#f6f8fa}
+.yes{border-color:#0072B2}.no{border-color:#D55E00}code,pre{background:#f6f8fa;padding:.1rem .3rem;overflow-wrap:anywhere;
+white-space:pre-wrap;font-size:.85em}dt{font-weight:600}dd{margin:0 0 .3rem 0}summary{cursor:pointer;font-weight:600}
+@media print{body{margin:0;max-width:none;font-size:10pt}details>*{display:block}th,td{padding:.1rem .3rem;white-space:normal}
+figure,tr{break-inside:avoid}img{width:45%}}@media(max-width:40rem){body{margin:1rem auto}td,th{padding:.25rem .4rem}}
+</style></head><body>
+<h1>{{ title }}</h1>{% for kind, text in verdicts %}<p class="verdict {{ kind }}">{{ text }}</p>{% endfor %}
+<p>{{ pair }}: the sender reads each text, {{ latents }} latents travel, the receiver answers without seeing the text. Both models
+are frozen. Grey rows carry nothing about the text: a bridge that does not beat them communicates nothing.</p>
 {% for line in beside %}<p>{{ line }}</p>{% endfor %}
-<p>Accuracy is by the likelihood of the whole class word, "generated" by the receiver's own words; bytes are those of one
-serialised message, or of the text; p is of a paired test on the same examples. The dotted line is the best constant answer.</p>
-{% for name, data in pictures %}<h2>{{ name }}</h2><img alt="{{ name }}" src="data:image/png;base64,{{ data }}">{% endfor %}
-<h2>How this was made</h2><dl>{% for key, value in facts %}<dt>{{ key }}</dt><dd><code>{{ value }}</code></dd>{% endfor %}</dl>
+{% for table in tables %}<h2>{{ table.title }}</h2><div class="wide"><table><tr>{% for cell in table.head %}<th>{{ cell }}</th>
+{% endfor %}</tr>{% for kind, row in table.rows %}<tr class="{{ kind }}">{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</table></div><p>{{ table.note }}</p>{% endfor %}
+{% for name, note, data in pictures %}<figure><figcaption>{{ note }}</figcaption><img alt="{{ name }}"
+src="data:image/png;base64,{{ data }}"></figure>{% endfor %}
+<h2>How this was made</h2>{% for name, facts in runs %}<details{% if loop.first %} open{% endif %}><summary>{{ name }}</summary>
+<dl>{% for key, value in facts %}<dt>{{ key }}</dt><dd><code>{{ value }}</code></dd>{% endfor %}</dl></details>{% endfor %}
 </body></html>
 """
 
 
+def run_facts(member: Evaluation, config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Command, data, program and machine of an evaluation, and the settings that its run changed."""
+    made = member.facts["provenance"]
+    names = ("command", "started", "commit", "source_sha256", "checkpoint", "data", "data_digest", "bridge", "step", "device",
+             "dtype", "layers", "packages", "platform")  # fmt: skip
+    facts = [
+        (key, shlex.join(made[key]) if key == "command" else made[key]) for key in names if made.get(key) is not None
+    ]
+    changed = {
+        k: v
+        for k, v in config.items()
+        if k in TrainSettings.model_fields and v != TrainSettings.model_fields[k].default
+    }
+    return [*facts, *([("settings", ", ".join(f"{k} {v}" for k, v in changed.items()))] if changed else [])]
+
+
+def report_tables(material: Material, told: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The tables of a page: (title, head, rows with their kind, note)."""
+    columns = material.columns
+    note = 'Accuracy is by the likelihood of the whole class word, "said" by the receiver\'s own words; bytes are those of one '
+    note += "serialised message, or of the text; p is of a paired test on the same examples."
+    tables = []
+    if len(columns) == 1 and len(columns[0].members) == 1:
+        results = columns[0].members[0].results
+        rows = [(family_of(name), row) for name, row in zip(results["methods"], table_rows(results), strict=True)]
+        tables.append({"title": "What came through", "head": table_head(results), "rows": rows, "note": note})
+    else:
+        names = [name for name in METHODS if any(name in column.told for column in columns)]
+        rows = [
+            (family_of(name), [PLAIN_NAMES.get(name, name), *(cell(c.told.get(name)) for c in columns)])
+            for name in names
+        ]
+        heads = ["method", *(f"{c.title}, {c.headline} %" for c in columns)]
+        tables.append(
+            {
+                "title": "All of it",
+                "head": heads,
+                "rows": rows,
+                "note": "± over seeds, else the 95 % interval of one run.",
+            }
+        )
+    for column, own in zip(columns, told, strict=True):
+        note = f"{own['reference']} minus each; {own['correction']} over {len(own['comparisons'])} tests. "
+        note += "; ".join(own["warnings"])
+        rows = [("", row) for row in comparison_rows(own)]
+        if rows:
+            tables.append(
+                {"title": f"Differences: {column.title}", "head": COMPARISON_HEAD, "rows": rows, "note": note}
+            )
+    return tables
+
+
 def write_report(folder: Path) -> Path:
-    """``figures/*.png`` and ``report.html`` from a run folder's diagnostics and results; → the page."""
+    """``figures/`` and the self-contained ``report.html`` of a run, or of a folder of runs, from their records; → the page."""
     import base64
 
-    if not (folder / "results.json").is_file():
-        raise LatentWireError(f"{folder} has no results.json; evaluate it first: eval --checkpoint {folder}")
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    if "runs" in results:
-        raise LatentWireError(f"{folder} holds several runs; name one, such as {folder / results['seeds'][0]}")
-    diagnostics = read_rows(folder / "diagnostics.jsonl")
-    bar_chart(results, folder / "figures" / "methods.png")
-    drawn = [("What came through", folder / "figures" / "methods.png")]
-    if diagnostics:
-        learning_curve(diagnostics, folder / "figures" / "learning_curve.png")
-        drawn.append(("Learning curve", folder / "figures" / "learning_curve.png"))
-    pictures = [(name, base64.b64encode(path.read_bytes()).decode()) for name, path in drawn]
-    made = results["provenance"]
-    facts = [(key, made[key]) for key in ("command", "started", "commit", "source_sha256", "checkpoint", "data", "data_digest",
-             "bridge", "step", "device", "dtype", "layers", "packages", "platform")]  # fmt: skip
+    if not any(folder.rglob("records.jsonl")):
+        raise LatentWireError(
+            f"{folder} has no records of an evaluation; evaluate it first: eval --checkpoint {folder}"
+        )
+    material = Material.below(folder)
+    columns = material.columns
+    if not columns:
+        raise LatentWireError(f"{folder} has no whole evaluation: {'; '.join(material.left)}")
+    for column in columns:
+        for member in column.members:
+            member.rebuild()
+    told = [compared(column) for column in columns]
+    single = columns[0].members[0].results if len(columns) == len(columns[0].members) == 1 else None
+    verdicts = []
+    for column, own in zip(columns, told, strict=True):
+        shown, text = (single.get("communication"), single["verdict"]) if single else verdict_of(column, own)
+        kind = "" if shown is None else "yes" if shown else "no"
+        verdicts.append((kind, text if single else f"{column.title}: {text}"))
+    pictures = []
+    for path in draw_figures(material, folder / "figures")[0]:
+        data = base64.b64encode(path.read_bytes()).decode()
+        pictures.append((path.stem, help_of(FIGURES[path.stem]), data))
+    key = columns[0].key
+    runs = [(short(m.file.parent, folder), run_facts(m, material.configs.get(short(m.file.parent, folder), {})))
+            for column in columns for m in column.members]  # fmt: skip
     template = require("jinja2").Environment(autoescape=True).from_string(PAGE)
-    page = template.render(title=f"LatentWire: {results['dataset']}", results=results, beside=told_beside(results),
-                           head=table_head(results),
-                           rows=[(family_of(name), row) for name, row in zip(results["methods"], table_rows(results), strict=True)],
-                           pictures=pictures, facts=facts)  # fmt: skip
+    title = f"LatentWire: {key['dataset']}" if single else f"LatentWire: {folder.name}"
+    beside = [*(told_beside(single) if single else []), *(f"left out: {line}" for line in material.left)]
+    page = template.render(
+        title=title, verdicts=verdicts, beside=beside,
+        pair=f"{key['sender']} → {key['receiver']}", tables=report_tables(material, told), pictures=pictures, runs=runs,
+        latents=", ".join(map(str, sorted({c.key["latent_len"] for c in columns}))),
+    )  # fmt: skip
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
+
+
+TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+       "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$", "→": r"$\rightarrow$",
+       "<": "$<$", ">": "$>$", "≥": r"$\geq$", "×": r"$\times$", "·": r"$\cdot$", "−": "$-$"}  # fmt: skip
+
+
+def tex(text: Any) -> str:
+    """Text as LaTeX prints it."""
+    return "".join(TEX.get(sign, sign) for sign in str(text))
+
+
+def tex_table(heads: Sequence[str], rows: Sequence[Sequence[str]], bold: Iterable[tuple[int, int]] = ()) -> bytes:
+    """A booktabs ``tabular`` by pandas; ``bold`` are (row, column) of cells."""
+    pandas = require("pandas")
+    marked = {*bold}
+    cells = [
+        [rf"\textbf{{{tex(text)}}}" if (i, j) in marked else tex(text) for j, text in enumerate(row)]
+        for i, row in enumerate(rows)
+    ]
+    frame = pandas.DataFrame(cells, columns=[tex(head) for head in heads])
+    layout = "l" + "r" * (len(heads) - 1)
+    return frame.style.hide(axis="index").to_latex(hrules=True, column_format=layout).encode()
+
+
+def significantly_best(column: Column) -> str | None:
+    """The method with the highest mean, where it beats the next one by a test of the two."""
+    ranked = sorted(column.told, key=lambda name: -column.told[name]["mean"])
+    if len(ranked) < 2 or column.told[ranked[0]]["mean"] == column.told[ranked[1]]["mean"]:
+        return None
+    return ranked[0] if column.beside(ranked[0], ranked[1])["p"] < 0.05 else None
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Different values in order, with commas."""
+    return ", ".join(str(value) for value in dict.fromkeys(values))
+
+
+TABLES: Registry[Callable[[Material, list[dict[str, Any]]], bytes | None]] = Registry("tables", "table")
+"""Each makes LaTeX of the material and the columns' comparisons, or None where there is nothing to say."""
+
+
+@TABLES.register("numbers")
+def numbers_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
+    """Every number that the paper's text cites, as a macro."""
+    columns, own = material.columns, [m.facts["provenance"] for c in material.columns for m in c.members]
+    verdicts = [verdict_of(column, one)[0] for column, one in zip(columns, told, strict=True)]
+    ahead = [any(r["significant"] and r["difference"] < 0 for r in one["comparisons"].values())
+             for one, shown in zip(told, verdicts, strict=True) if shown is not None]  # fmt: skip
+    configs = [*material.configs.values()]
+    values = {
+        "sender": listed(c.key["sender"] for c in columns), "receiver": listed(c.key["receiver"] for c in columns),
+        "latents": listed(sorted({c.key["latent_len"] for c in columns})),
+        "seeds": listed(sorted({m["seed_of_training"] for m in own})),
+        "nseeds": len({m["seed_of_training"] for m in own}), "datasets": listed(c.key["dataset"] for c in columns),
+        "ndatasets": len({c.key["dataset"] for c in columns}), "nshown": sum(map(bool, verdicts)), "ncells": len(ahead),
+        "nrivalsahead": sum(ahead), "nmethods": len({name for c in columns for name in c.told}),
+        "nrecords": sum(len(rows) for c in columns for m in c.members for rows in m.rows.values()),
+        "trainrows": listed(m["task"]["train_rows"] for m in own if "train_rows" in m.get("task", {})),
+        "steps": listed(config.get("steps") for config in configs), "testrows": listed(c.key["n"] for c in columns),
+        "device": listed(m["device"] for m in own), "dtype": listed(m["dtype"].removeprefix("torch.") for m in own),
+        "version": listed(m["latentwire"] for m in own), "source": listed(m["source_sha256"][:12] for m in own),
+    }  # fmt: skip
+    return "".join(rf"\lwset{{{name}}}{{{tex(value)}}}" + "\n" for name, value in values.items()).encode()
+
+
+@TABLES.register("results")
+def results_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
+    """A paragraph on each column."""
+    said = []
+    for column, one in zip(material.columns, told, strict=True):
+        ahead = [
+            PLAIN_NAMES.get(n, n) for n, r in one["comparisons"].items() if r["significant"] and r["difference"] < 0
+        ]
+        behind = [PLAIN_NAMES.get(n, n) for n, r in one["comparisons"].items()
+                  if r["significant"] and r["difference"] > 0 and not METHODS[n].control]  # fmt: skip
+        text = [f"{verdict_of(column, one)[1]}."]
+        text += [
+            f"Significantly ahead of the bridge: {listed(ahead)}."
+            if ahead
+            else "No method is significantly ahead of the bridge."
+        ]
+        text += [f"Significantly behind it, controls aside: {listed(behind)}."] if behind else []
+        if one["reference"] == "bridge":
+            said.append(rf"\paragraph{{{tex(column.title)}.}} " + tex(" ".join(text)) + "\n")
+    return "\n".join(said).encode()
+
+
+@TABLES.register("main_results")
+def main_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
+    """Methods by data sets; the best is bold where it is significantly better than the next."""
+    names = [name for name in METHODS if any(name in column.told for column in material.columns)]
+    rows = [
+        [PLAIN_NAMES.get(name, name), *(cell(column.told.get(name)) for column in material.columns)] for name in names
+    ]
+    best = [significantly_best(column) for column in material.columns]
+    bold = [(names.index(name), at) for at, name in enumerate(best, 1) if name]
+    return tex_table(["method", *(column.title for column in material.columns)], rows, bold)
+
+
+@TABLES.register("comparisons")
+def comparisons_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
+    """The bridge minus each chief rival and every control."""
+    kept = [one for one in told if one["reference"] == "bridge"]
+    rows = []
+    for one in kept:
+        shown = {PLAIN_NAMES.get(name, name) for name in one["comparisons"] if name in CHIEF or METHODS[name].control}
+        rows += [[one["title"], *row] for row in comparison_rows(one) if row[0] in shown]
+    return tex_table(["data set", *COMPARISON_HEAD], rows) if rows else None
+
+
+@TABLES.register("tokens")
+def tokens_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
+    """The bridge by number of latents."""
+    columns = material.bridged()
+    sizes = sorted({column.key["latent_len"] for column in columns})
+    if len(sizes) < 2:
+        return None
+    rows = []
+    for name in dict.fromkeys(column.key["dataset"] for column in columns):
+        own = {c.key["latent_len"]: cell(c.told["bridge"]) for c in columns if c.key["dataset"] == name}
+        rows.append([name, *(own.get(size, "–") for size in sizes)])
+    return tex_table(["data set", *(f"{size} latents" for size in sizes)], rows)
+
+
+@TABLES.register("latency")
+def latency_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
+    """Milliseconds from text to answer, as measured on this device."""
+    found = next((row for row in benchmark_tables(material.benchmark) if row[0] == "latency"), None)
+    return tex_table(found[1], found[2]) if found else None
+
+
+@TABLES.register("setup")
+def setup_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
+    """Settings of the runs in which they differ, or that decide most."""
+    names = (
+        "encoder",
+        "pooler",
+        "layers",
+        "latent_len",
+        "d_z",
+        "samples",
+        "steps",
+        "batch_size",
+        "lr",
+        "seed",
+        "protocol",
+    )
+    configs, rows = [*material.configs.values()], []
+    for name in names:
+        rows.append([name.replace("_", " "), listed(json.dumps(c[name]).strip('"') for c in configs if name in c)])
+    return tex_table(["setting", "values"], [row for row in rows if row[1]]) if material.configs else None
+
+
+def write_tables(material: Material, folder: Path) -> list[Path]:
+    """``NAME.tex`` of every table there is something for; an older one without goes."""
+    told = [compared(column) for column in material.columns]
+    written = []
+    for name, make in TABLES.items():
+        text, path = make(material, told), folder / f"{name}.tex"
+        if text is None:
+            path.unlink(missing_ok=True)
+            continue
+        write_atomic(path, text)
+        written.append(path)
+    return written
+
+
+def compile_paper(folder: Path) -> str:
+    """``main.pdf`` in ``folder`` by latexmk, the same bytes from the same files; → what to tell the user."""
+    if not shutil.which("latexmk"):
+        return (f"{folder} is ready; latexmk is not here, so no PDF: apt-get install -y --no-install-recommends latexmk "
+                f"texlive-latex-recommended, then the same command again")  # fmt: skip
+    call = ["latexmk", "-g", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "-file-line-error", "main.tex"]
+    env = {**os.environ, "SOURCE_DATE_EPOCH": "0", "FORCE_SOURCE_DATE": "1"}
+    done = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False, env=env, errors="replace")
+    if done.returncode:
+        errors = [line for line in done.stdout.splitlines() if re.match(r"^\S+:\d+: |^!", line)]
+        raise LatentWireError(
+            f"latexmk failed in {folder}: {errors[0] if errors else done.stderr.strip()[-200:]}; see main.log"
+        )
+    return str(folder / "main.pdf")
 
 
 def benchmark_tables(results: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
@@ -9427,8 +10297,7 @@ def benchmark_table(results: Mapping[str, Any]) -> str:
         "",
     ]
     for name, heads, rows in benchmark_tables(results):
-        lines += [f"**{name}**", "", f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|"]
-        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+        lines += [f"**{name}**", "", markdown(heads, rows)]
     return "\n".join(lines)
 
 
@@ -9439,25 +10308,14 @@ def write_benchmark(results: Mapping[str, Any], folder: Path) -> None:
 
 
 def draw_benchmark(results: Mapping[str, Any], folder: Path) -> None:
-    """Latency as points with the roofline beside each, throughput over batch size, growth on logarithmic axes."""
-    latency: list[Any] = [*reversed(results.get("latency", ()))]
-    if latency:
-        with figure(folder / "latency.png", height=0.9 + 0.2 * len(latency)) as axes:
-            names = [f"{row['arm']}, {row['answer_tokens'] or 'scored'}" for row in latency]
-            kinds = [row["arm"].partition(":")[0] for row in latency]
-            colours = [COLOURS.get(kind, COLOURS["probe"]) for kind in kinds]
-            floors, medians = ([row[key] for row in latency] for key in ("floor_ms", "median_ms"))
-            axes.hlines(names, floors, medians, colors=colours, linewidth=1)
-            axes.scatter(medians, names, color=colours, zorder=3, label="median")
-            axes.plot(floors, names, "k|", markersize=9, label="roofline of this device")
-            axes.set(xlabel="ms from text to answer, logarithmic", xscale="log")
-            axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    """Latency with the roofline, throughput over batch size, growth on logarithmic axes."""
+    latency_figure(Material([], [], {}, dict(results), None, {}), folder / "latency")
     if "batched" in results:
         curves = [(r["arm"], r["batch"], r["texts_per_s"]) for r in results["batched"]]
-        log_curves(curves, folder / "throughput.png", "texts at a time", "texts per second")
+        log_curves(curves, folder / "throughput", "texts at a time", "texts per second")
     if "growth" in results:
         grown = [(f"{r['of']}: time ∝ size^{r['exponent']:.2f}", r["size"], r["median_ms"]) for r in results["growth"]]
-        log_curves(grown, folder / "growth.png", "how many", "ms, median")
+        log_curves(grown, folder / "growth", "how many", "ms, median")
 
 
 def log_curves(points: Sequence[tuple[str, float, float]], path: Path, across: str, up: str) -> None:
@@ -9474,86 +10332,263 @@ def beside_base(folder: Path) -> dict[str, Any]:
 
     ``q`` is p after Benjamini and Hochberg (1995) over all runs.
     """
-    from scipy.stats import false_discovery_control
-
-    home, rows = recorded(folder / "base", "bridge")
-    headline, told = home["headline"], {}
+    home = recorded(folder / "base", "bridge")
+    told: dict[str, dict[str, Any]] = {}
+    headline: str = home.facts["headline"]
+    rows: dict[str, float] = home.scores("bridge")
     for path in sorted(folder.glob("*/results.json")):
-        other, own = recorded(path, "bridge")
-        if path.parent.name == "base" or other["headline"] != headline:
+        other = recorded(path, "bridge")
+        if path.parent.name == "base" or other.facts["headline"] != headline:
             continue
+        own = other.scores("bridge")
         if own.keys() != rows.keys():
             raise LatentWireError(f"{path.parent} was evaluated on other rows than {folder / 'base'}")
-        here, there = (headline_values([found[key] for key in rows], headline) for found in (own, rows))
-        gaps = [a - b for a, b in zip(here, there, strict=True)]
+        here, there = [own[key] for key in rows], [*rows.values()]
+        gaps = [own[key] - rows[key] for key in rows]
         told[path.parent.name] = {
-            headline: other["methods"]["bridge"][headline], "difference": sum(gaps) / len(gaps),
+            headline: sum(here) / len(here), "difference": sum(gaps) / len(gaps),
             "ci": list(bootstrap_interval(gaps)), "p": paired_p(here, there, headline, 0),
         }  # fmt: skip
-    corrected = false_discovery_control([row["p"] for row in told.values()]) if told else []
-    for row, q in zip(told.values(), corrected, strict=True):
-        row["q"] = float(q)
-    made = {name: home["provenance"][name] for name in ("sender", "receiver", "seed_of_training", "source_sha256")}
+    for row, q in zip(told.values(), corrected([row["p"] for row in told.values()], "bh"), strict=True):
+        row["q"] = q
+    made = {
+        name: home.facts["provenance"][name] for name in ("sender", "receiver", "seed_of_training", "source_sha256")
+    }
     return {
-        "schema": 1, "dataset": home["dataset"], "n": home["n"], "headline": headline, "base": home["methods"]["bridge"],
-        "effects": told, "provenance": made,
+        "schema": 1, "dataset": home.facts["dataset"], "n": home.facts["n"], "headline": headline,
+        "base": home.results["methods"]["bridge"], "effects": told, "provenance": made,
     }  # fmt: skip
 
 
-def aggregate(base: Path, output: Path) -> Path:
-    """Every results file below ``base``, grouped by all settings but the seed → aggregated_results.json and .md.
+@dataclass
+class Column:
+    """Evaluations that may stand in one column of a table: same pair, data, prompts and protocol, same bridge settings."""
 
-    ``table.md`` has a row per method and a column per data set, for each pair of models.
+    title: str
+    key: dict[str, Any]
+    members: list[Evaluation]
+
+    @property
+    def headline(self) -> str:
+        """The deciding metric."""
+        return self.key["metric"]
+
+    @functools.cached_property
+    def methods(self) -> dict[str, dict[int, dict[str, float]]]:
+        """Scores by method, seed and example, in the order of the registry."""
+        found: dict[str, dict[int, dict[str, float]]] = {}
+        for name in METHODS:
+            for member in self.members:
+                if name in member.rows:
+                    found.setdefault(name, {})[member.facts["provenance"]["seed_of_training"]] = member.scores(name)
+        return found
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        """The examples."""
+        return [*next(iter(next(iter(self.methods.values())).values()))]
+
+    @functools.cached_property
+    def clusters(self) -> list[str] | None:
+        """Their contexts, where several share one."""
+        rows = next(iter(self.members[0].rows.values()))
+        return clusters_of([rows[name] for name in self.ids])
+
+    def scores(self, method: str) -> Any:
+        """(n, seeds) of a method; seeds that agree in every row are one."""
+        import numpy as np
+
+        rows = np.array([[own[name] for name in self.ids] for own in self.methods[method].values()]).T
+        return rows[:, :1] if (rows == rows[:, :1]).all() else rows
+
+    @functools.cached_property
+    def told(self) -> dict[str, dict[str, Any]]:
+        """Mean, deviation over seeds, 95 % interval and the seeds' values of every method."""
+        found = {}
+        for name, seeds in self.methods.items():
+            rows = self.scores(name)
+            means = [sum(own.values()) / len(own) for own in seeds.values()]
+            low, high = crossed_interval(rows, self.clusters)[:2] if rows.shape[1] > 1 else bootstrap_interval(
+                rows[:, 0].tolist(), clusters=self.clusters)  # fmt: skip
+            found[name] = {"mean": sum(means) / len(means), "sd": deviation(means), "ci": [low, high], "values": means,
+                           "seeds": [*seeds]}  # fmt: skip
+        return found
+
+    def gaps(self, name: str, other: str) -> tuple[Any, Any]:
+        """Scores of two methods (n, seeds) in the seeds that both have, or one of them (n, 1) where it has only one."""
+        a, b = self.scores(name), self.scores(other)
+        if a.shape[1] == 1 or b.shape[1] == 1:
+            return a, b
+        mine, theirs = [*self.methods[name]], [*self.methods[other]]
+        both = [seed for seed in mine if seed in theirs]
+        if len(both) < 2:
+            return a.mean(1, keepdims=True), b.mean(1, keepdims=True)
+        return a[:, [mine.index(seed) for seed in both]], b[:, [theirs.index(seed) for seed in both]]
+
+    def beside(self, name: str, other: str) -> dict[str, Any]:
+        """``name`` minus ``other``: the battery on scores averaged over seeds; with several, p and interval count them too."""
+        a, b = self.gaps(name, other)
+        found = battery(a.mean(1).tolist(), b.mean(1).tolist(), clusters=self.clusters)
+        if a.shape[1] > 1 or b.shape[1] > 1:
+            low, high, p = crossed_interval(a - b, self.clusters)
+            found |= {"ci": [low, high], "p": p, "test": "t, seeds and examples crossed"}
+        return found | {"seeds": max(a.shape[1], b.shape[1])}
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """The sample's standard deviation, where there are two values or more."""
+    return stdev(values) if len(values) > 1 else None
+
+
+SAME = ("protocol", "prompts", "data_digest")  # what one column's evaluations must agree in
+
+
+def version_of(evaluation: Evaluation) -> dict[str, Any]:
+    """Protocol, prompts and data of an evaluation."""
+    facts, made = evaluation.facts, evaluation.facts["provenance"]
+    return {"protocol": facts["protocol"], "prompts": made.get("prompts"), "data_digest": made["data_digest"]}
+
+
+def column_key(evaluation: Evaluation) -> dict[str, Any]:
+    """What the runs of one column share: task, models, sizes, and every setting but the seed."""
+    facts, made = evaluation.facts, evaluation.facts["provenance"]
+    key = {"dataset": facts["dataset"], "split": facts["split"], "metric": facts["headline"], "n": facts["n"]}
+    key |= {role: made[role]["name"] for role in ("sender", "receiver")}
+    key |= {"latent_len": made["latent_len"], "layers": made["layers"]}
+    config = Run(evaluation.file.parent).config_path
+    own = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    fields = TrainSettings.model_fields
+    hidden = {"seed", *(name for name in own if name not in fields or TrainSettings.extras(name)["execution"])}
+    return key | {"settings": digest_of({name: value for name, value in own.items() if name not in hidden})}
+
+
+def refuse_mixture(evaluation: Evaluation, column: Column) -> None:
+    """Runs that differ in nothing but the seed must have been asked the same of the same rows."""
+    here, there = version_of(evaluation), version_of(column.members[0])
+    for name in SAME:
+        if here[name] != there[name]:
+            raise LatentWireError(
+                f"{evaluation.file} and {column.members[0].file} have the same settings and differ in {name} "
+                f"({here[name]} and {there[name]}): not one result; evaluate one again or keep them in folders apart"
+            )
+
+
+def fits(evaluation: Evaluation, key: Mapping[str, Any], column: Column) -> bool:
+    """Whether an evaluation may stand in a column: nothing that both have says different things."""
+    if key == column.key:
+        refuse_mixture(evaluation, column)
+    elif "bridge" in evaluation.rows and any("bridge" in member.rows for member in column.members):
+        return False
+    alike = ("dataset", "split", "metric", "n", "sender", "receiver")
+    first = column.members[0]
+    if version_of(evaluation) != version_of(first) or any(key[name] != column.key[name] for name in alike):
+        return False
+    seed = evaluation.facts["provenance"]["seed_of_training"]
+    twins = [m for m in column.members if m.facts["provenance"]["seed_of_training"] == seed]
+    return all(m.scores(name) == evaluation.scores(name) for m in twins for name in evaluation.rows if name in m.rows)
+
+
+def columns_of(evaluations: Sequence[Evaluation]) -> tuple[list[Column], list[str]]:
+    """Whole evaluations sorted into columns, and what was left out and why; those with a bridge come first."""
+    columns: list[Column] = []
+    left = [f"{e.file}: {e.gap}" for e in evaluations if e.gap]
+    whole = [e for e in evaluations if not e.gap]
+    for evaluation in sorted(whole, key=lambda e: "bridge" not in e.rows):
+        key = column_key(evaluation)
+        column = next((column for column in columns if fits(evaluation, key, column)), None)
+        if column is None:
+            columns.append(Column(key["dataset"], key, [evaluation]))
+        else:
+            column.members.append(evaluation)
+    columns.sort(key=lambda column: (column.key["dataset"], column.key["latent_len"], column.key["n"]))
+    told = ("latent_len", "{} latents"), ("n", "n {}"), ("receiver", "to {}"), ("sender", "from {}"), ("split", "{}")
+    for field_name, words in told:
+        for title in {column.title for column in columns}:
+            same = [column for column in columns if column.title == title]
+            if len({column.key[field_name] for column in same}) > 1:
+                for column in same:
+                    column.title += f", {words.format(column.key[field_name])}"
+    for title in {column.title for column in columns}:
+        same = [column for column in columns if column.title == title]
+        for column in same if len(same) > 1 else ():
+            column.title += f", {short_name(column.members[0].file.parent)}"
+    return columns, left
+
+
+def short_name(folder: Path) -> str:
+    """A run folder's own name, without its seed."""
+    return folder.parent.name or "seeds" if re.fullmatch(r"seed\d+", folder.name) else folder.name
+
+
+def cell(told: Mapping[str, Any] | None) -> str:
+    """A mean in per cent and its deviation over seeds, or the interval of one run."""
+    if told is None:
+        return "–"
+    if told["sd"]:
+        return f"{100 * told['mean']:.1f} ± {100 * told['sd']:.1f} ({len(told['values'])})"
+    return f"{100 * told['mean']:.1f} ({100 * told['ci'][0]:.1f}–{100 * told['ci'][1]:.1f})"
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, its first column text."""
+    return "\n".join([f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|",
+                      *(f"| {' | '.join(row)} |" for row in rows), ""])  # fmt: skip
+
+
+def columns_table(columns: Sequence[Column]) -> str:
+    """Markdown: a row per method, a column per data set; an arrow marks what is above the bridge."""
+    tables = []
+    for pair in dict.fromkeys((c.key["sender"], c.key["receiver"], c.key["split"]) for c in columns):
+        own = [c for c in columns if (c.key["sender"], c.key["receiver"], c.key["split"]) == pair]
+        names = [name for name in METHODS if any(name in c.methods for c in own)]
+        rows = []
+        for name in names:
+            marks = [" ↑" if name in c.told and "bridge" in c.told and c.told[name]["mean"] > c.told["bridge"]["mean"] else ""
+                     for c in own]  # fmt: skip
+            cells = [cell(c.told.get(name)) + mark for c, mark in zip(own, marks, strict=True)]
+            rows.append([PLAIN_NAMES.get(name, name), *cells])
+        heads = [f"{c.title}, {c.headline} %" + (f", n {c.key['n']}" if ", n " not in c.title else "") for c in own]
+        note = f"{pair[0]} → {pair[1]}; ± over seeds, else the 95 % interval of one run"
+        note += "; ↑ above the bridge." if "bridge" in names else "."
+        tables.append(f"{markdown(['method', *heads], rows)}\n{note}\n")
+    return "\n".join(tables)
+
+
+def aggregate(base: Path, output: Path) -> tuple[Path, list[str]]:
+    """Every evaluation below ``base``, put together from its records; → the main file, and what was left out and why.
+
+    ``aggregated_results.json``, ``.csv`` and ``.md`` have a row per method, data set and settings, with every run's file
+    and provenance; ``table.md`` has a column per data set.
     """
-    groups: dict[str, dict[str, Any]] = {}
-    pairs: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for path in sorted(base.rglob("results*.json")):
-        results = json.loads(path.read_text(encoding="utf-8"))
-        made = results.get("provenance")
-        if not made:  # a summary over seeds, made of files that are here as well
-            continue
-        pairs.setdefault((made["sender"]["name"], made["receiver"]["name"], results["split"]), []).append(results)
-        key = {
-            "dataset": results["dataset"],
-            "split": results["split"],
-            "metric": results["headline"],
-            "n": results["n"],
-        }
-        key |= {role: made[role]["name"] for role in ("sender", "receiver")}
-        key |= {"latent_len": made["latent_len"], "layers": made["layers"]}
-        config = Run(path.parent).config_path
-        own = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
-        hidden = {
-            "seed",
-            *(
-                name
-                for name in own
-                if name not in TrainSettings.model_fields or TrainSettings.extras(name)["execution"]
-            ),
-        }
-        key["settings"] = digest_of({name: value for name, value in own.items() if name not in hidden})
-        group = groups.setdefault(digest_of(key), key | {"runs": [], "methods": {}})
-        group["runs"].append({"file": str(path), "seed": made["seed_of_training"], "verdict": results["verdict"]})
-        for name, values in results["methods"].items():
-            group["methods"].setdefault(name, []).append(values[results["headline"]])
-    if not groups:
-        raise LatentWireError(f"no results below {base}; run eval --checkpoint RUN first")
-    rows = []
-    for group in groups.values():
-        heading = f"{group['dataset']} | {group['sender']} → {group['receiver']} | {group['latent_len']} | {group['settings']}"
-        for name, values in group["methods"].items():
-            mean = sum(values) / len(values)
-            spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
-            group["methods"][name] = {"mean": mean, "sd": spread, "values": values}
-            shown = f"{mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
-            rows.append(f"| {heading} | {name} | {group['metric']} | {shown} | {len(values)} |")
-    head = "| dataset | models | latents | settings | method | metric | mean ± sd | runs |\n" + "|---" * 8 + "|\n"
-    write_atomic(output / "aggregated_results.md", (head + "\n".join(rows) + "\n").encode())
-    write_atomic(output / "table.md", "\n".join(map(comparable_table, pairs.values())).encode())
+    pandas = require("pandas")
+    columns, left = columns_of(evaluations_below(base))
+    groups, rows = [], []
+    for column in columns:
+        runs = []
+        for member in column.members:
+            member.rebuild()
+            made = member.facts["provenance"]
+            kept = {
+                name: made.get(name) for name in ("command", "commit", "source_sha256", "data", "packages", "started")
+            }
+            runs.append({"file": os.path.relpath(member.file, output), "seed": made["seed_of_training"],
+                         "verdict": member.results["verdict"], **version_of(member), **kept})  # fmt: skip
+        groups.append({**column.key, "title": column.title, "runs": runs, "methods": column.told})
+        for name, told in column.told.items():
+            rows.append({**column.key, "method": name, "mean": told["mean"], "sd": told["sd"], "ci_low": told["ci"][0],
+                         "ci_high": told["ci"][1], "runs": len(told["values"])})  # fmt: skip
+    frame = pandas.DataFrame(rows)
+    heads = ["dataset", "models", "latents", "settings", "method", "metric", "mean ± sd", "runs"]
+    lines = [[row["dataset"], f"{row['sender']} → {row['receiver']}", str(row["latent_len"]), row["settings"], row["method"],
+              row["metric"], f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["sd"] is not None else ""), str(row["runs"])]
+             for row in rows]  # fmt: skip
+    write_atomic(output / "aggregated_results.md", markdown(heads, lines).encode())
+    write_atomic(output / "aggregated_results.csv", frame.to_csv(index=False).encode())
+    write_atomic(output / "table.md", columns_table(columns).encode())
     if (base / "base" / "results.json").is_file():
         write_json(output / "effects.json", beside_base(base))
-    write_json(output / "aggregated_results.json", {"schema": 1, "groups": [*groups.values()]})
-    return output / "aggregated_results.json"
+    write_json(output / "aggregated_results.json", {"schema": 2, "left_out": left, "groups": groups})
+    return output / "aggregated_results.json", left
 
 
 # §15 SUITES: named experiments as data, and the jobs that run them
@@ -9595,7 +10630,62 @@ def effects_suite() -> dict[str, Any]:
     }  # fmt: skip
 
 
-PLAN = ("base_config", "base_overrides", "runs", "sweeps")  # what an experiment's file may hold beside settings
+@SUITES.register("baseline")
+def baseline_suite() -> dict[str, Any]:
+    """One bridge beside every rival and control, on the same rows."""
+    return {"evaluation": {"methods": ["all"]}}
+
+
+@SUITES.register("compression")
+def compression_suite() -> dict[str, Any]:
+    """What fewer latents cost, beside text cut to as many tokens."""
+    methods = ["bridge", "control", "text", "token_budget", "byte_budget"]
+    return {"dataset": "squad", "sweeps": {"latent_len": [16, 32, 64]}, "evaluation": {"methods": methods}}
+
+
+@SUITES.register("generalization")
+def generalization_suite() -> dict[str, Any]:
+    """The same bridge on questions, sentiment and topics."""
+    return {"sweeps": {"dataset": ["hotpotqa", "sst2", "agnews"]}}
+
+
+@SUITES.register("tokens")
+def tokens_suite() -> dict[str, Any]:
+    """The number of soft tokens, up to 128, of which a document claims that 16 beat them."""
+    return {"dataset": "sst2", "sweeps": {"latent_len": [4, 8, 16, 24, 32, 128]}, "seeds": [42, 123, 456],
+            "evaluation": {"methods": ["bridge", "control", "text", "probe"]}}  # fmt: skip
+
+
+@SUITES.register("significance")
+def significance_suite() -> dict[str, Any]:
+    """Five seeds of one bridge, for intervals that count seeds as well as examples."""
+    return {"dataset": "sst2", "seeds": [42, 123, 456, 789, 1011]}
+
+
+@SUITES.register("paper")
+def paper_suite() -> dict[str, Any]:
+    """Every table and figure: five data sets, 8 and 24 latents, three seeds, all rivals, latency and memory."""
+    return {"sweeps": {"dataset": ["sst2", "agnews", "trec", "boolq", "gsm8k"], "latent_len": [8, 24]},
+            "seeds": [42, 123, 456], "evaluation": {"methods": ["all"]}, "benchmark": ["latency", "memory"]}  # fmt: skip
+
+
+FAST: dict[str, Any] = {
+    "steps": 10,
+    "samples": 32,
+    "val_samples": 8,
+    "batch_size": 8,
+    "eval_every": 10,
+    "max_tokens": 128,
+}
+FAST_EVAL: dict[str, Any] = {"num_samples": 20, "rival_steps": 2, "rival_tries": 1, "relay_tokens": 2, "max_new_tokens": 4,
+                             "probe_layers": ["0.5"]}  # fmt: skip
+PLAN = ("base_config", "base_overrides", "runs", "sweeps", "evaluation", "benchmark")
+"""What an experiment's suite or file may hold beside train settings."""
+
+
+def suite_of(name: str) -> dict[str, Any]:
+    """A suite's values; any other name is an experiment of the user's own."""
+    return SUITES[name]() if name in SUITES else {}
 
 
 def run_name(point: Mapping[str, Any]) -> str:
@@ -9628,8 +10718,8 @@ def unfolded(layers: Layers, fixed: Iterable[str]) -> tuple[Layers, list[tuple[s
 def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSettings]:
     """The runs of an experiment: those of its file, and train flags with several values (``--latent_len 16,32,64``)."""
     own, given = flags_from(TrainSettings, words, many=True)
-    suite = SUITES[settings.name]() if settings.name in SUITES else {}
-    layers: Layers = {"default": {"dataset": DEFAULT_DATASET}, **layers_below(own, suite)}
+    fast = {"--fast_mode": FAST} if settings.fast_mode else {}
+    layers: Layers = {"default": {"dataset": DEFAULT_DATASET}, **layers_below(own, suite_of(settings.name)), **fast}
     fixed = TrainSettings.named(layers["--override"], "--override") | given
     below, variants = unfolded(layers, fixed)
     above = below.pop("--override")
@@ -9643,7 +10733,9 @@ def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSet
     runs = []
     for (title, changes), values in itertools.product(variants, itertools.product(*axes.values())):
         point = dict(zip(axes, values, strict=True))
-        folder = settings.folder / "-".join(filter(None, (title, run_name(point))))
+        seed = f"seed{point['seed']}" if "seed" in point else ""  # runs that differ in nothing else share a folder
+        name = "-".join(filter(None, (title, run_name({k: v for k, v in point.items() if k != "seed"}))))
+        folder = settings.folder / name / seed
         run = TrainSettings.build({**given, **point}, {**below, f"run {title}": changes, "--override": above})
         update = {"output_dir": folder, "auto_resume": True, "seeds": None, "eval_seeds": None}
         runs.append(run.model_copy(update=update))
@@ -9652,12 +10744,88 @@ def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSet
     return runs
 
 
-def evaluation_of(
-    run: TrainSettings, folder: Path | None, samples: int | None, methods: list[str] | None = None
-) -> EvalSettings:
+def evaluation_of(run: TrainSettings, folder: Path | None, **asked: Any) -> EvalSettings:
     """How to evaluate a run on its own data and device."""
     copied = run.model_dump(include={"data_dir", "device", "offline", "plugin"})
-    return EvalSettings(checkpoint=folder, num_samples=samples, methods=methods, **copied)
+    return EvalSettings(
+        checkpoint=folder, **copied, **{name: value for name, value in asked.items() if value is not None}
+    )
+
+
+def asked_of(settings: ExperimentSettings, run: TrainSettings) -> dict[str, Any]:
+    """What an experiment asks of each evaluation: its suite's wishes, smaller on a CPU and in fast mode; flags win."""
+    own = suite_of(settings.name).get("evaluation", {})
+    if {"all", "lora", "prompt_tuning"} & {*own.get("methods", ())} and resolve_device(run.device).type == "cpu":
+        own |= {name: LAPTOP[name] for name in ("rival_tries", "relay_tokens")}
+    own |= FAST_EVAL if settings.fast_mode else {}
+    flags = {"num_samples": settings.num_samples or run.eval_samples, "methods": settings.methods}
+    return own | {name: value for name, value in flags.items() if value is not None}
+
+
+def parameters_in(name: str | None) -> float:
+    """Parameters of a model by its name (``smollm2-135m``, ``Llama-3.1-8B``); a hundred thousand of one without a size."""
+    found = re.findall(r"(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", (name or "").lower())
+    return float(found[-1][0]) * {"m": 1e6, "b": 1e9}[found[-1][1]] if found else 1e5
+
+
+def cost_of(run: TrainSettings, asked: Mapping[str, Any], rate: float) -> tuple[str, float]:
+    """About what a run takes: (text, seconds), at 64 tokens a text, 1,000 test rows where all are asked for."""
+    run = resolve(run)[0]
+    rows, n = (run.steps or DEFAULT_STEPS) * int(run.batch_size), asked.get("num_samples") or 1000
+    methods = len(named_methods(asked.get("methods") or [name for name, m in METHODS.items() if m.usual]))
+    sender = parameters_in(run.sender) if run.encoder == "hidden" else 0.0
+    receiver = sum(parameters_in(name) for name in run.receivers or [run.receiver or ""])
+    flop = 2 * sender * 64 * (min(run.samples or rows, rows) + n) + 4 * receiver * (run.latent_len + 8) * rows
+    flop += 2 * receiver * 64 * n * methods
+    seconds = flop / (0.4 * rate)
+    return f"{rows} train rows, {n} test rows x {methods} methods: about {flop:.1e} FLOP, {duration(seconds)}", seconds
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def described(settings: ExperimentSettings, words: Sequence[str]) -> Iterator[str]:
+    """Every run's commands with an estimate of its cost, then those that put them together."""
+    runs = planned(settings, words)
+    device = resolve_device(runs[0].device)
+    rate, total = device_limits(device, resolve_dtype(runs[0].dtype, device))["flop_per_s"], 0.0
+    for run in runs:
+        asked = asked_of(settings, run)
+        text, seconds = cost_of(run, asked, rate)
+        total += seconds
+        train = command_line("train", run.model_dump(mode="json", exclude_unset=True))
+        yield f"{train} && {command_line('eval', {'checkpoint': str(run.output_dir), **asked})}  # {text}"
+    folder = str(settings.folder)
+    for benchmark in [benchmark_of(settings, runs)] if suite_of(settings.name).get("benchmark") else []:
+        yield command_line("benchmark", benchmark.model_dump(mode="json", exclude_unset=True))
+    yield command_line("aggregate", {"base_dir": folder, "output_dir": folder})
+    yield command_line("stats", {"base_dir": folder, "output_dir": folder})
+    yield f"{command_line('report', {})} {shlex.quote(folder)}"
+    yield f"# {len(runs)} runs, about {duration(total)} at 40 % of {rate / 1e12:.2f} TFLOP/s measured on this {device.type}"
+
+
+def command_line(name: str, values: Mapping[str, Any]) -> str:
+    """A sub-command and the flags that say ``values``, to type into a shell."""
+    kept = {key: value for key, value in values.items() if value not in (None, [])}
+    texts = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in kept.items()}
+    flags = [f"--{key}" if text is True else f"--{key}={text}" for key, text in texts.items()]
+    return shlex.join(["python", Path(sys.argv[0]).name, name, *flags])
+
+
+def benchmark_of(settings: ExperimentSettings, runs: Sequence[TrainSettings]) -> BenchmarkSettings:
+    """The suite's benchmark, of its first run."""
+    first = runs[0]
+    small: dict[str, Any] = (
+        {"num_trials": 5, "warmup": 1, "max_seconds": 1.0, "input_tokens": 16} if settings.fast_mode else {}
+    )
+    return BenchmarkSettings(
+        benchmark=suite_of(settings.name)["benchmark"], checkpoint=first.output_dir, output_dir=settings.folder / "benchmark",
+        **first.model_dump(include={"data_dir", "device", "offline", "plugin"}), **small,
+    )  # fmt: skip
 
 
 def run_experiment(settings: ExperimentSettings, words: Sequence[str], report: Report) -> dict[str, Any]:
@@ -9669,17 +10837,36 @@ def run_experiment(settings: ExperimentSettings, words: Sequence[str], report: R
     chosen = runs if settings.only is None else [runs[settings.only]]
     for number, run in enumerate([] if settings.stage == "aggregate" else chosen, 1):
         report.say(f"run {number} of {len(chosen)}: {run.output_dir}")
-        samples = settings.num_samples or run.eval_samples
         try:
             if settings.stage in ("all", "train"):
                 train_run(run, report)
             if settings.stage in ("all", "eval"):
-                eval_run(evaluation_of(run, run.output_dir, samples, settings.methods), report)
+                eval_run(evaluation_of(run, run.output_dir, **asked_of(settings, run)), report)
         except LatentWireError as error:
             failures[str(run.output_dir)] = str(error)
             report.say(f"failed: {error}")
     if settings.stage in ("all", "aggregate"):
-        report.say(f"together: {aggregate(settings.folder, settings.folder)}")
+        failures |= put_together(settings, runs, report)
+    return failures
+
+
+def put_together(settings: ExperimentSettings, runs: Sequence[TrainSettings], report: Report) -> dict[str, str]:
+    """Benchmark, aggregate, statistics and report of an experiment whose runs are done; → what failed."""
+    failures: dict[str, str] = {}
+    if suite_of(settings.name).get("benchmark"):
+        asked = benchmark_of(settings, runs)
+        try:
+            if not (asked.output_dir / "benchmark.json").exists():
+                write_benchmark(benchmark_run(asked, report), asked.output_dir)
+        except LatentWireError as error:
+            failures[str(asked.output_dir)] = str(error)
+    file, left = aggregate(settings.folder, settings.folder)
+    report.say(f"together: {file}")
+    failures |= {str(Path(line.partition(":")[0]).parent): line for line in left}
+    columns = columns_of(evaluations_below(settings.folder))[0]
+    if columns:
+        statistical_report(columns, settings.folder / "statistical_report.json", None, "holm", 0.05)
+        report.say(f"the whole story: {write_report(settings.folder)}")
     return failures
 
 
@@ -9873,6 +11060,12 @@ SCRIPTS = {
     "telepathy/run_benchmarks.py": "benchmark",
     "scripts/run_embedding_baselines.sh": "eval --config configs/baseline/embedding_baselines.json",
     "scripts/compare_baselines.py": "compare", "scripts/run_tests.sh": "test",
+    "telepathy/aggregate_results.py": "aggregate", "telepathy/statistical_tests.py": "stats",
+    "scripts/statistical_testing.py": "stats", "scripts/generate_paper_tables.py": "tables",
+    "telepathy/generate_tsne_visualization.py": "figures --only latents",
+    "telepathy/attention_analysis.py": "figures --only attention",
+    "telepathy/run_enhanced_paper_evaluation.py": "experiment --name paper",
+    "telepathy/submit_enhanced_paper_eval.slurm": "slurm --job experiment --name paper",
 }  # fmt: skip
 """Older script paths and module names → the words that do their job; typing one as sub-command works too."""
 SCRIPT_LISTS = {"LATENT_LEN_LIST": "--latent_len", "D_Z_LIST": "--d_z"}  # axes of scripts/run_llama_single.sh
@@ -9994,7 +11187,7 @@ def staged(settings: TrainSettings, report: Report) -> dict[str, Any]:
         raise LatentWireError("--stages C evaluates a run; say which with --output_dir")
     summary: dict[str, Any] = {"run": str(folder)} if stages == "c" else train_run(settings, report)
     if "c" in stages and launched()[0] == 0:
-        checked = evaluation_of(settings, Path(summary["run"]), settings.eval_samples)
+        checked = evaluation_of(settings, Path(summary["run"]), num_samples=settings.eval_samples)
         summary["results"] = eval_run(checked, report)
     return summary
 
@@ -10085,14 +11278,6 @@ EXTRA_HELP = {
 }
 
 
-def command_line(name: str, values: Mapping[str, Any]) -> str:
-    """A sub-command and the flags that say ``values``, to type into a shell."""
-    kept = {key: value for key, value in values.items() if value not in (None, [])}
-    texts = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in kept.items()}
-    flags = [f"--{key}" if text is True else f"--{key}={text}" for key, text in texts.items()]
-    return shlex.join(["python", Path(sys.argv[0]).name, name, *flags])
-
-
 def register_command(name: str, kind: type[Settings], body: Callable[..., None], rest: str = "") -> None:
     """A sub-command whose flags are the fields of ``kind``; ``body`` gets the validated settings.
 
@@ -10169,7 +11354,9 @@ def baseline_command(settings: BaselineSettings) -> None:
         found = baseline_run(settings, report)
     for results in found["runs"]:
         report.table(results)
-    report.say(f"the same as Markdown: {found['table']}")
+    table = settings.output_dir / "table.md"
+    write_atomic(table, columns_table(columns_of(evaluations_below(settings.output_dir))[0]).encode())
+    report.say(f"the same as Markdown: {table}")
     check_gates(found["runs"], report)
 
 
@@ -10227,11 +11414,7 @@ register_command("demo", TrainSettings, demo_command)
 def experiment_command(settings: ExperimentSettings, words: list[str], dry_run: bool) -> None:
     """A grid of runs, each trained and evaluated: experiment --name tokens --dataset sst2,trec --latent_len 4,8,16"""
     if dry_run:
-        for run in planned(settings, words):
-            measured = {"checkpoint": str(run.output_dir), "methods": settings.methods,
-                        "num_samples": settings.num_samples or run.eval_samples}  # fmt: skip
-            train = command_line("train", run.model_dump(mode="json", exclude_unset=True))
-            print(train, "&&", command_line("eval", measured))
+        print("\n".join(described(settings, words)))
         return
     with RichReport(quiet=launched()[0] > 0) as report:
         failures = run_experiment(settings, words, report)
@@ -10260,13 +11443,143 @@ def compare_command(
     RichReport().table(head_to_head(latent, text))
 
 
+BaseDir = Annotated[Path, typer.Option("--base_dir", help="Folder with the runs.")]
+ResultsPath = Annotated[
+    Path | None, typer.Option("--results_path", help="What 'aggregate' wrote, instead of --base_dir.")
+]
+Correction = Annotated[
+    str, typer.Option("--correction", help="For several tests: holm, bonferroni, fdr_bh, fdr_by, none.")
+]
+
+
 @app.command("aggregate")
 def aggregate_command(
-    base_dir: Annotated[Path, typer.Option("--base_dir", help="Folder with the runs.")] = Path("runs"),
+    base_dir: BaseDir = Path("runs"),
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the tables go.")] = Path("results"),
 ) -> None:
     """Put the results of all runs together: aggregate --base_dir runs --output_dir results"""
-    print(aggregate(base_dir, output_dir))
+    file, left = aggregate(base_dir, output_dir)
+    print(file)
+    for line in left:
+        print(f"left out: {line}")
+
+
+@app.command("stats")
+def stats_command(
+    base_dir: BaseDir = Path("runs"),
+    results_path: ResultsPath = None,
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where statistical_report goes.")] = Path("results"),
+    output_path: Annotated[Path | None, typer.Option("--output_path", help="Its file instead.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option("--baseline", help="Compare with this method; default the bridge.")
+    ] = None,
+    correction: Correction = "holm",
+    alpha: Annotated[float, typer.Option("--alpha", help="Level of significance.", min=0.0001, max=0.5)] = 0.05,
+) -> None:
+    """Tests, intervals and effect sizes of all runs: stats --base_dir runs --correction holm"""
+    columns, left = columns_of(evaluations_below(results_path or base_dir))
+    output = (output_path or output_dir / "statistical_report.json").with_suffix(".json")
+    name = METHODS.name_of(baseline) if baseline else None
+    print(statistical_report(columns, output, name, correction, alpha))
+    for line in left:
+        print(f"left out: {line}")
+    print(f"the same as JSON and text: {output}")
+
+
+@app.command("statistical_test")
+def statistical_test_command(
+    exp1: Annotated[Path, typer.Option("--exp1", help="A run, or a folder of seeds.", show_default=False)],
+    exp2: Annotated[Path, typer.Option("--exp2", help="Another, on the same rows.", show_default=False)],
+    correction: Correction = "holm",
+    output_path: Annotated[Path | None, typer.Option("--output_path", help="Where it goes as JSON.")] = None,
+) -> None:
+    """Two experiments, example by example: statistical_test --exp1 runs/a --exp2 runs/b"""
+    found = paired_experiments(exp1, exp2, correction)
+    rows = comparison_rows(found)
+    RichReport().rows(
+        f"{exp1} minus {exp2}: {found['dataset']}, {found['metric']}, n = {found['n']}", COMPARISON_HEAD, rows
+    )
+    if output_path:
+        write_json(output_path, found)
+
+
+@app.command("figures")
+def figures_command(
+    base_dir: BaseDir = Path("runs"),
+    results_path: ResultsPath = None,
+    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", "--ckpt", help="Evaluate this run first.")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="On this data set; default its own.")] = None,
+    data_dir: Annotated[Path | None, typer.Option("--data_dir", help="Folder of local data sets.")] = None,
+    num_samples: Annotated[int | None, typer.Option("--num_samples", help="On so many rows.", min=2)] = None,
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where they go.")] = Path("figures"),
+    only: Annotated[str, typer.Option("--only", help="These, with commas; see 'list figures'.")] = "",
+) -> None:
+    """Figures of all runs as PNG and PDF: figures --base_dir runs, figures --checkpoint runs/sst2 --num_samples 500"""
+    base = results_path or base_dir
+    if checkpoint:
+        base = output_dir / "evaluation"
+        asked: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir, "num_samples": num_samples}
+        given = {name: value for name, value in asked.items() if value is not None}
+        with RichReport() as report:
+            eval_run(EvalSettings(checkpoint=checkpoint, output_dir=base, methods=["bridge"], **given), report)
+    drawn, without = draw_figures(Material.below(base), output_dir, only.split(",") if only else None)
+    for path in drawn:
+        print(path)
+    if without:
+        print(f"nothing to draw for {', '.join(without)}")
+    if only and not drawn:
+        raise LatentWireError(f"{base} has nothing to draw for {only}; show {only.split(',')[0]} says what it needs")
+
+
+@app.command("tables")
+def tables_command(
+    base_dir: BaseDir = Path("runs"),
+    results_path: ResultsPath = None,
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where they go.")] = Path("latex/tables"),
+    output_path: Annotated[Path | None, typer.Option("--output_path", help="One file for all of them instead.")] = None,
+) -> None:
+    """LaTeX tables, and every number of the paper as a macro: tables --base_dir runs/paper --output_dir latex/tables"""
+    material = Material.below(results_path or base_dir)
+    if output_path:
+        told = [compared(column) for column in material.columns]
+        made = [
+            text for name in TABLES if name not in ("numbers", "results") and (text := TABLES[name](material, told))
+        ]
+        write_atomic(output_path, b"\n".join(made))
+    for path in [output_path] if output_path else write_tables(material, output_dir):
+        print(path)
+
+
+@app.command("paper")
+def paper_command(
+    base_dir: Annotated[
+        Path | None, typer.Option("--base_dir", help="Runs to make it of; default: as it stands.")
+    ] = None,
+    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder with main.tex.")] = Path("latex"),
+) -> None:
+    """From a folder of runs to the paper's PDF: paper --base_dir runs/paper"""
+    source = Path(__file__).resolve().parent / "latex"
+    for name in ("main.tex", "references.bib"):
+        if not (source / name).is_file():
+            raise LatentWireError(
+                f"{source / name} is missing; 'paper' needs the project's latex/ folder beside {Path(__file__).name}"
+            )
+        if not (output_dir / name).exists():
+            write_atomic(output_dir / name, (source / name).read_bytes())
+    if base_dir:
+        material = Material.below(base_dir)
+        print(aggregate(base_dir, output_dir / "results")[0])
+        output = output_dir / "results" / "statistical_report.json"
+        statistical_report(material.columns, output, None, "holm", 0.05)
+        for name in FIGURES:
+            (output_dir / "figures" / f"{name}.pdf").unlink(missing_ok=True)
+        draw_figures(material, output_dir / "figures")
+        write_tables(material, output_dir / "tables")
+        for line in material.left:
+            print(f"left out: {line}")
+    if not (output_dir / "tables" / "numbers.tex").exists():
+        raise LatentWireError(f"{output_dir} has no tables yet; give the runs: paper --base_dir runs/paper")
+    print(compile_paper(output_dir))
 
 
 @app.command("status")
@@ -10326,8 +11639,10 @@ def answer_command(
 
 
 @app.command("report")
-def report_command(run: Path) -> None:
-    """Draw the figures and write report.html of an evaluated run again: report runs/sst2"""
+def report_command(
+    run: Annotated[Path, typer.Argument(help="A run, or a folder of runs.", show_default=False)],
+) -> None:
+    """Draw the figures and write report.html of a run or of a folder of runs again: report runs/sst2"""
     print(write_report(run))
 
 

@@ -847,34 +847,34 @@ def free_rows(empty: int, long: int, count: int = 100) -> list[dict[str, Any]]:
 
 def test_a_method_below_chance_is_broken(toy):
     part = toy.setup.part
-    found = lw.gates("lora", graded(16), part, 8)  # 0.25 - 2·√(0.25·0.75/100) = 0.163
+    found = lw.gates("lora", graded(16), part.words, 8)  # 0.25 - 2·√(0.25·0.75/100) = 0.163
     assert len(found) == 1 and "0.160 is below chance (0.250)" in found[0]
-    assert lw.gates("lora", graded(17), part, 8) == []
-    assert lw.gates("lora", graded(1, 19), part, 8) == []
-    assert len(lw.gates("lora", graded(0, 20), part, 8)) == 1
+    assert lw.gates("lora", graded(17), part.words, 8) == []
+    assert lw.gates("lora", graded(1, 19), part.words, 8) == []
+    assert len(lw.gates("lora", graded(0, 20), part.words, 8)) == 1
 
 
 def test_a_method_that_says_one_class_only_is_broken(toy):
     rows = [{**row, "prediction": 2, "correct": row["label"] == 2} for row in graded(100)]
-    assert lw.gates("probe", rows, toy.setup.part, 8) == ["it always says 'c'"]
-    assert lw.gates("probe", [row for row in rows if row["correct"]], toy.setup.part, 8) == []
-    assert lw.gates("probe", [{**rows[0], "prediction": 1}, *rows[1:]], toy.setup.part, 8) == []
+    assert lw.gates("probe", rows, toy.setup.part.words, 8) == ["it always says 'c'"]
+    assert lw.gates("probe", [row for row in rows if row["correct"]], toy.setup.part.words, 8) == []
+    assert lw.gates("probe", [{**rows[0], "prediction": 1}, *rows[1:]], toy.setup.part.words, 8) == []
 
 
 def test_free_answers_that_are_empty_or_cut_off_are_broken(free):
     part = free.setup.part
-    assert lw.gates("text", free_rows(5, 5), part, 8) == []
-    assert [text[:4] for text in lw.gates("text", free_rows(6, 0), part, 8)] == ["6.0%"]
-    assert ["longer than the 8 tokens" in text for text in lw.gates("text", free_rows(0, 6), part, 8)] == [True]
-    assert len(lw.gates("text", free_rows(6, 6), part, 8)) == 2
-    assert lw.gates("text", [{**row, "generated": " \n"} for row in free_rows(0, 0)], part, 8)
+    assert lw.gates("text", free_rows(5, 5), part.words, 8) == []
+    assert [text[:4] for text in lw.gates("text", free_rows(6, 0), part.words, 8)] == ["6.0%"]
+    assert ["longer than the 8 tokens" in text for text in lw.gates("text", free_rows(0, 6), part.words, 8)] == [True]
+    assert len(lw.gates("text", free_rows(6, 6), part.words, 8)) == 2
+    assert lw.gates("text", [{**row, "generated": " \n"} for row in free_rows(0, 0)], part.words, 8)
 
 
 def test_controls_and_failed_rows_are_not_judged(toy):
     part = toy.setup.part
     for name, kind in lw.METHODS.items():
-        assert bool(lw.gates(name, graded(0), part, 8)) is not kind.control
-    assert lw.gates("lora", [*graded(0), {"error": "memory"}], part, 8) == []
+        assert bool(lw.gates(name, graded(0), part.words, 8)) is not kind.control
+    assert lw.gates("lora", [*graded(0), {"error": "memory"}], part.words, 8) == []
 
 
 def test_records_know_how_long_the_shortest_accepted_answer_is(free):
@@ -1010,7 +1010,10 @@ def test_results_follow_from_the_records_and_the_table_from_the_results(baseline
     best = max(results["methods"], key=lambda name: results["methods"][name]["accuracy"])
     assert results["verdict"] == f"best: {best}, accuracy {results['methods'][best]['accuracy']:.3f}"
     table = Path("out/table.md").read_text()
-    assert table == lw.baseline_table([results]) and "linear probe on sender" in table and "out/table.md" in out
+    probe = results["methods"]["probe"]
+    low, high = (100 * x for x in probe["ci"])
+    assert f"| linear probe on sender | {100 * probe['accuracy']:.1f} ({low:.1f}–{high:.1f}) |" in table
+    assert "| toy, accuracy %, n 24 |" in table and "out/table.md" in out
     for summary in results["methods"].values():
         low, high = (100 * x for x in summary["ci"])
         assert f"| {100 * summary['accuracy']:.1f} ({low:.1f}–{high:.1f}) |" in table
@@ -1104,7 +1107,8 @@ def test_later_seeds_run_what_a_seed_changes_and_data_sets_have_folders(baseline
     assert texts == {*COLOURS}
     table = Path("out/table.md").read_text()
     line = next(line for line in table.splitlines() if line.startswith("| fewshot:receiver"))
-    for name, cell in zip(("toy", own), line.split(" | ")[1:], strict=True):
+    names = sorted(("toy", own), key=lambda name: found[f"{name}/seed1"]["dataset"])
+    for name, cell in zip(names, line.split(" | ")[1:], strict=True):
         values = torch.tensor(
             [100 * found[f"{name}/seed{s}"]["methods"]["fewshot:receiver"]["accuracy"] for s in (1, 2)]
         )
@@ -1114,15 +1118,21 @@ def test_later_seeds_run_what_a_seed_changes_and_data_sets_have_folders(baseline
     assert computed.count("fewshot:receiver") == 4 and computed.count("text") == 2
 
 
-def test_the_table_has_a_gap_where_a_method_did_not_run():
-    run = {"dataset": "a", "headline": "f1", "n": 5, "methods": {"text": {"f1": 0.5, "ci": [0.25, 0.75]}},
-           "provenance": {"sender": {"name": "s"}, "receiver": {"name": "r"}}}  # fmt: skip
-    other = {**run, "dataset": "b", "methods": {"probe": {"f1": 1.0, "ci": [1.0, 1.0]}}}
-    assert lw.baseline_table([run, other]).splitlines() == [
-        "| method | a, f1 %, n 5 | b, f1 %, n 5 |", "|---|---|---|", "| full text | 50.0 (25.0–75.0) | – |",
-        "| linear probe on sender | – | 100.0 (100.0–100.0) |", "",
-        "s → r; ± over seeds, else the 95 % interval of one run.",
-    ]  # fmt: skip
+def test_the_table_has_a_gap_where_a_method_did_not_run(baseline):
+    assert baseline("text", *SHORT)[0] == 0
+    lines = Path("out/table.md").read_text().splitlines()
+    facts = json.loads(Path("out/evaluation.json").read_text()) | {"dataset": "b"}
+    facts["provenance"]["record_keys"] = {"probe": facts["provenance"]["record_keys"]["text"]}
+    facts["order"] = ["probe"]
+    other = Path("out/other")
+    other.mkdir()
+    (other / "evaluation.json").write_text(json.dumps(facts))
+    (other / "records.jsonl").write_text(Path("out/records.jsonl").read_text().replace('"text"', '"probe"'))
+    columns, left = lw.columns_of(lw.evaluations_below(Path("out")))
+    told = lw.columns_table(columns).splitlines()
+    mean = lines[2].split(" | ")[1].removesuffix(" |")
+    assert not left and told[0] == "| method | b, accuracy %, n 24 | toy, accuracy %, n 24 |"
+    assert told[2:4] == [f"| full text | – | {mean} |", f"| linear probe on sender | {mean} | – |"]
 
 
 def test_a_laptop_takes_less_unless_it_is_told_otherwise():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -93,9 +94,13 @@ def test_dry_run_prints_commands_that_can_be_typed(capsys):
     lines = shown(
         capsys, "experiment", "--name", "c", "--latent_len", "4,8", "--dataset", "toy", "--dry-run"
     ).splitlines()
-    assert len(lines) == 2
-    for line, latents in zip(lines, ("4", "8"), strict=True):
-        train, evaluate = (shlex.split(part)[2:] for part in line.split(" && "))
+    after = [shlex.split(line)[2] for line in lines[2:-1]]
+    assert after == ["aggregate", "stats", "report"] and lines[-1].startswith("# 2 runs, about ")
+    for line, latents in zip(lines[:2], ("4", "8"), strict=True):
+        assert re.search(r"  # \d+ train rows, \d+ test rows x \d+ methods: about \S+ FLOP, [\d.]+ (s|min|h)$", line), (
+            line
+        )
+        train, evaluate = (shlex.split(part, comments=True)[2:] for part in line.split(" && "))
         settings, _ = lw.settings_from(lw.TrainSettings, train[1:])
         assert train[0] == "train" and settings.latent_len == int(latents) and settings.auto_resume
         assert evaluate == ["eval", f"--checkpoint={settings.output_dir}"]
@@ -165,24 +170,6 @@ def test_the_suite_of_effects_changes_one_thing_in_each_run():
     assert len(runs) == 26 and all(len(keys) in (1, 2) for keys in changed.values()), changed
     losses = {f"{name}_weight" for name in lw.LOSSES} - {"answer_ce_weight"}
     assert losses <= set().union(*changed.values()), losses - set().union(*changed.values())
-
-
-def test_aggregate_never_mixes_settings(toy_run, tmp_path, capsys):
-    source = ROOT / "latex" / "results" / "sst2.json"
-    results = json.loads(source.read_text())
-    for name, seed, rate in (("a", 1, 0.1), ("b", 2, 0.1), ("c", 1, 0.2)):
-        folder = tmp_path / "base" / name
-        folder.mkdir(parents=True)
-        results["provenance"]["seed_of_training"] = seed
-        results["methods"]["bridge"]["accuracy"] = rate
-        (folder / "results.json").write_text(json.dumps(results))
-        (folder / "config.json").write_text(json.dumps({"seed": seed, "lr": rate, "output_dir": name}))
-    shown(capsys, "aggregate", "--base_dir", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out"))
-    groups = json.loads((tmp_path / "out" / "aggregated_results.json").read_text())["groups"]
-    assert sorted(len(group["runs"]) for group in groups) == [1, 2]
-    assert "| bridge | accuracy |" in (tmp_path / "out" / "aggregated_results.md").read_text()
-    assert "No one table" in (tmp_path / "out" / "table.md").read_text()
-    assert "no results below" in refused(capsys, "aggregate", "--base_dir", str(tmp_path / "empty"))
 
 
 # ---- slurm ---------------------------------------------------------------------------------------------------------
