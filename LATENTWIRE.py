@@ -1546,11 +1546,24 @@ def paired_t(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def wilcoxon_p(a: Sequence[float], b: Sequence[float]) -> float:
-    """Two-sided p-value of Wilcoxon's signed ranks (1945); pairs without difference are left out, as he did."""
-    from scipy.stats import wilcoxon
+    """Two-sided p-value of Wilcoxon's signed ranks (1945); pairs without difference are left out, as he did.
 
-    differences = [gap for x, y in zip(a, b, strict=True) if (gap := round(float(x) - float(y), 12))]
-    return float(wilcoxon(differences).pvalue) if differences else 1.0
+    Up to 50 pairs exact, ties or not, by counting all flips of the signs; beyond, scipy's normal approximation.
+    """
+    import numpy as np
+    from scipy.stats import rankdata, wilcoxon
+
+    differences = np.array([gap for x, y in zip(a, b, strict=True) if (gap := round(float(x) - float(y), 12))])
+    if not len(differences):
+        return 1.0
+    if len(differences) > 50:
+        return float(wilcoxon(differences, method="asymptotic").pvalue)
+    ranks = (2 * rankdata(np.abs(differences))).astype(int)  # ties have half ranks
+    ways = np.ones(1)
+    for rank in ranks:
+        ways = (np.pad(ways, (0, rank)) + np.pad(ways, (rank, 0))) / 2
+    seen = int(ranks[differences > 0].sum())
+    return min(1.0, 2 * float(min(ways[: seen + 1].sum(), ways[seen:].sum())))
 
 
 def cohens_d(a: Sequence[float], b: Sequence[float]) -> float | None:
@@ -9222,21 +9235,28 @@ def growth_curves(bench: Bench) -> dict[str, dict[int, Callable[[], Any]]]:
 def growth_rows(bench: Bench, asked: BenchmarkSettings) -> list[dict[str, Any]]:
     """Time and memory of more texts, input tokens, soft tokens, receivers.
 
-    ``exponent`` is the slope of log time over log size in the upper half of a curve, where what is constant fades.
+    ``exponent`` is the slope of log time over log size in the upper half of a curve, where what is constant fades,
+    ``memory_exponent`` that of the peak above what was there before; it needs two peaks that could be seen.
     """
-    import numpy as np
-
     rows, device = [], bench.receiver.device
     few = asked.model_copy(update={"num_trials": min(asked.num_trials, 7), "warmup": 1})
     for what, runs in growth_curves(bench).items():
         times = race({str(size): run for size, run in runs.items()}, few)
-        sizes, seconds = [*runs], [*map(median, times.values())]
-        upper = slice(len(sizes) // 2 - 1, None)
-        exponent = float(np.polyfit(np.log(sizes[upper]), np.log(seconds[upper]), 1)[0])
-        for (size, run), middle in zip(runs.items(), seconds, strict=True):
-            row = {"of": what, "size": size, "median_ms": 1e3 * middle, "peak_above_mb": peak_of(run, device)}
-            rows.append(row | {"exponent": exponent})
+        seconds, peaks = [*map(median, times.values())], [peak_of(run, device) for run in runs.values()]
+        slopes = {"exponent": slope([*runs], seconds), "memory_exponent": slope([*runs], peaks)}
+        for size, middle, peak in zip(runs, seconds, peaks, strict=True):
+            rows.append({"of": what, "size": size, "median_ms": 1e3 * middle, "peak_above_mb": peak, **slopes})
     return rows
+
+
+def slope(sizes: Sequence[int], values: Sequence[float | None]) -> float | None:
+    """Of log value over log size, in the upper half; None where fewer than two values are above zero there."""
+    import numpy as np
+
+    upper = [(size, value) for size, value in zip(sizes, values, strict=True) if value and value > 0]
+    upper = upper[max(0, len(upper) // 2 - 1) :]
+    x, y = np.log(np.array(upper, dtype=float)).T if upper else ([], [])
+    return float(np.polyfit(x, y, 1)[0]) if len(upper) > 1 else None
 
 
 def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
@@ -9283,7 +9303,8 @@ def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
 
 # §14 FIGURES AND TABLES: records to pictures, tables and a page
 
-COLOURS = {"bridge": "#0072B2", "text": "#009E73", "probe": "#E69F00", "control": "#999999"}  # Okabe and Ito 2008
+COLOURS = {"bridge": "#0072B2", "text": "#009E73", "probe": "#E69F00", "rival": "#56B4E9", "control": "#999999"}
+"""By Okabe and Ito (2008), told apart by every eye."""
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # the same eight, without yellow
 MARKS = "osD^vP*X"
 
@@ -9327,8 +9348,8 @@ class Material:
     def below(cls, base: Path) -> Material:
         """Everything in the folders below ``base``, or behind an ``aggregated_results.json``."""
         columns, left = columns_of(evaluations_below(base))
-        home = base.parent if base.is_file() else base
         members = [member.file.parent for column in columns for member in column.members]
+        home = Path(os.path.commonpath(members)) if base.is_file() and members else base
         runs = {short(folder, home): folder for folder in dict.fromkeys(members)}
         logs = {name: read_rows(folder / "diagnostics.jsonl", own=False) for name, folder in runs.items()}
         configs = {name: Run(folder).saved() for name, folder in runs.items() if Run(folder).config_path.exists()}
@@ -9357,13 +9378,14 @@ FIGURES: Registry[Callable[[Material, Path], bool]] = Registry("figures", "figur
 
 @FIGURES.register("methods")
 def methods_figure(material: Material, path: Path) -> bool:
-    """Accuracy or F1 of every method, with 95 % intervals; with several data sets the chief ones, a sign for each."""
+    """Accuracy or F1 of every method, with 95 % intervals; of several data sets the chief methods."""
     columns = material.columns
     if not columns:
         return False
     if len(columns) == 1:
         bar_chart(columns[0], path)
         return True
+    columns = [*{c.key["dataset"]: c for c in reversed(columns)}.values()][::-1]  # of each data set the fewest latents
     names = [name for name in CHIEF if any(name in column.told for column in columns)][::-1]
     with figure(path, height=0.9 + 0.24 * len(names)) as axes:
         for number, column in enumerate(columns):
@@ -9403,7 +9425,9 @@ def learning_figure(material: Material, path: Path) -> bool:
                 )
                 axes.plot([r["step"] for r in rows], smoothed([r["loss"] for r in rows]), color=SERIES[kind % 7],
                           linestyle=("-", "--", ":", "-.")[kind // 7 % 4], linewidth=0.9, label=label)  # fmt: skip
-            axes.set(xlabel="optimizer step", ylabel="training loss (nats, weighted sum)", yscale="log")
+            axes.set(xlabel="optimizer step", ylabel="training loss (nats)", yscale="log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
             axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return bool(material.logs)
 
@@ -9485,7 +9509,7 @@ def latents_figure(material: Material, path: Path) -> bool:
 
 @FIGURES.register("attention")
 def attention_figure(material: Material, path: Path) -> bool:
-    """Where each latent looks in one text (mean of the heads of the last block), and how spread each head's looks are."""
+    """Where each latent looks in one text (last block, mean of its heads), and each head's entropy."""
     import numpy as np
 
     if material.artifacts is None:
@@ -9504,7 +9528,10 @@ def attention_figure(material: Material, path: Path) -> bool:
         drawn = axes[0].imshow(one, aspect="auto", cmap="cividis", vmin=0)
         axes[0].set(ylabel="latent", yticks=range(len(one)) if len(one) <= 8 else [])
         words = [text.replace("\n", " ").replace("$", r"\$").strip() or "·" for text in tokens]
-        axes[0].set_xticks(range(len(words)), words, rotation=90, fontsize=6)
+        if len(words) <= 48:
+            axes[0].set_xticks(range(len(words)), words, rotation=90, fontsize=6)
+        else:
+            axes[0].set(xlabel="token of the text")
         axes[0].figure.colorbar(drawn, ax=axes[0], shrink=0.9)
         for block, values in enumerate(heads):
             axes[1].plot(
@@ -9538,8 +9565,8 @@ def tokens_figure(material: Material, path: Path) -> bool:
         counts = sorted({k for rows in found.values() for k, _ in rows})
         axes.set_xticks(counts, [str(k) for k in counts])
         axes.minorticks_off()
-        axes.set(xlabel="latents", ylabel=f"{material.bridged()[0].headline} (%)")
-        axes.legend(frameon=False)
+        axes.set(xlabel="latents", ylabel=f"{material.bridged()[0].headline} (%)", ylim=(0, 100))
+        axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     return True
 
 
@@ -9549,10 +9576,11 @@ def pareto_figure(material: Material, path: Path) -> bool:
     columns = [column for column in material.bridged() if len(column.told) > 2]
     if not columns:
         return False
-    column = max(columns, key=lambda c: (len(c.told), -c.key["latent_len"]))
+    column = max(columns, key=lambda c: c.told["bridge"]["mean"])
     results = column.members[0].results["methods"]
-    points = [(n, results[n]["tokens"], results[n]["bytes"], 100 * column.told[n]["mean"]) for n in column.told
-              if n in results and not METHODS[n].control and results[n].get("tokens") and results[n].get("bytes")]  # fmt: skip
+    rivals = [n for n in column.told if n in results and n != "same_label" and not METHODS[n].control]
+    points = [(n, results[n]["tokens"], results[n]["bytes"], 100 * column.told[n]["mean"]) for n in rivals
+              if results[n].get("tokens") and results[n].get("bytes")]  # fmt: skip
     if len(points) < 2:
         return False
     groups = [*dict.fromkeys(name.partition(":")[0] for name, *_ in points)]
@@ -9573,7 +9601,8 @@ def pareto_figure(material: Material, path: Path) -> bool:
                     front.append((rate, value))
             one.plot(*zip(*front, strict=True), color="black", linewidth=0.6, drawstyle="steps-post", zorder=0)
             one.set(xlabel=label, xscale="log")
-        axes[0].set(ylabel=f"{column.headline} (%), {column.title}")
+        axes[0].set(ylabel=f"{column.headline} (%)")
+        axes[0].figure.suptitle(column.title, fontsize=8)
         handles, names = axes[0].get_legend_handles_labels()
         axes[0].figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return True
@@ -9606,13 +9635,13 @@ def relay_figure(material: Material, path: Path) -> bool:
             axes.set(
                 xlabel="tokens the sender writes (dashed: the bridge)", ylabel=f"{column.headline} (%)", ylim=(0, 100)
             )
-            axes.legend(frameon=False)
+        axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
     return True
 
 
 @FIGURES.register("latency")
 def latency_figure(material: Material, path: Path) -> bool:
-    """Milliseconds from a text to an answer, and the roofline of the device beside each; as measured, never repeatable."""
+    """Milliseconds from a text to an answer, as measured, and the device's roofline beside each."""
     latency: list[Any] = [*reversed(material.benchmark.get("latency", ()))]
     if not latency:
         return False
@@ -9660,7 +9689,7 @@ def told_beside(results: Mapping[str, Any]) -> list[str]:
 
 def family_of(method: str) -> str:
     """Which colour a method takes."""
-    return method if method in COLOURS else "control"
+    return method if method in COLOURS else "control" if METHODS[method].control else "rival"
 
 
 def bar_chart(column: Column, path: Path) -> None:
@@ -9881,7 +9910,7 @@ def verdict_of(column: Column, told: Mapping[str, Any]) -> tuple[bool | None, st
     words = "communication shown" if shown else "no communication shown"
     return shown, (
         f"{words}: {column.headline} {means['bridge']:.3f} with the bridge, {means[best]:.3f} with the best control ({best}), "
-        f"largest p after {told['correction']} {worst:.2g} over {len(controls)} controls, n {len(column.ids)}, "
+        f"largest corrected p {worst:.2g} ({told['correction']}) over {len(controls)} controls, n {len(column.ids)}, "
         f"{told['seeds']} seed{'s' if told['seeds'] > 1 else ''}"
     )
 
@@ -9989,11 +10018,14 @@ figure,tr{break-inside:avoid}img{width:45%}}@media(max-width:40rem){body{margin:
 <p>{{ pair }}: the sender reads each text, {{ latents }} latents travel, the receiver answers without seeing the text. Both models
 are frozen. Grey rows carry nothing about the text: a bridge that does not beat them communicates nothing.</p>
 {% for line in beside %}<p>{{ line }}</p>{% endfor %}
-{% for table in tables %}<h2>{{ table.title }}</h2><div class="wide"><table><tr>{% for cell in table.head %}<th>{{ cell }}</th>
+{% for table in tables %}{% if loop.index == 2 %}{% for name, note, data in pictures %}<figure><figcaption>{{ note }}</figcaption>
+<img alt="{{ name }}" src="data:image/png;base64,{{ data }}"></figure>{% endfor %}<h2>Differences</h2>{% endif %}
+{% if loop.first %}<h2>{{ table.title }}</h2>{% else %}<details{% if tables|length == 2 %} open{% endif %}>
+<summary>{{ table.title }}</summary>{% endif %}<div class="wide"><table><tr>{% for cell in table.head %}<th>{{ cell }}</th>
 {% endfor %}</tr>{% for kind, row in table.rows %}<tr class="{{ kind }}">{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table></div><p>{{ table.note }}</p>{% endfor %}
-{% for name, note, data in pictures %}<figure><figcaption>{{ note }}</figcaption><img alt="{{ name }}"
-src="data:image/png;base64,{{ data }}"></figure>{% endfor %}
+{% endfor %}</table></div><p>{{ table.note }}</p>{% if not loop.first %}</details>{% endif %}{% endfor %}
+{% if tables|length == 1 %}{% for name, note, data in pictures %}<figure><figcaption>{{ note }}</figcaption>
+<img alt="{{ name }}" src="data:image/png;base64,{{ data }}"></figure>{% endfor %}{% endif %}
 <h2>How this was made</h2>{% for name, facts in runs %}<details{% if loop.first %} open{% endif %}><summary>{{ name }}</summary>
 <dl>{% for key, value in facts %}<dt>{{ key }}</dt><dd><code>{{ value }}</code></dd>{% endfor %}</dl></details>{% endfor %}
 </body></html>
@@ -10046,9 +10078,7 @@ def report_tables(material: Material, told: Sequence[Mapping[str, Any]]) -> list
         note += "; ".join(own["warnings"])
         rows = [("", row) for row in comparison_rows(own)]
         if rows:
-            tables.append(
-                {"title": f"Differences: {column.title}", "head": COMPARISON_HEAD, "rows": rows, "note": note}
-            )
+            tables.append({"title": column.title, "head": COMPARISON_HEAD, "rows": rows, "note": note})
     return tables
 
 
@@ -10074,6 +10104,9 @@ def write_report(folder: Path) -> Path:
         shown, text = (single.get("communication"), single["verdict"]) if single else verdict_of(column, own)
         kind = "" if shown is None else "yes" if shown else "no"
         verdicts.append((kind, text if single else f"{column.title}: {text}"))
+    if len(columns) > 1:
+        shown = sum(kind == "yes" for kind, _ in verdicts)
+        verdicts.insert(0, ("", f"Communication shown in {shown} of {sum(bool(kind) for kind, _ in verdicts)} cases"))
     pictures = []
     for path in draw_figures(material, folder / "figures")[0]:
         data = base64.b64encode(path.read_bytes()).decode()
@@ -10193,12 +10226,20 @@ def main_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
 
 @TABLES.register("comparisons")
 def comparisons_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
-    """The bridge minus each chief rival and every control."""
-    kept = [one for one in told if one["reference"] == "bridge"]
-    rows = []
+    """The bridge minus the chief rivals and every control; of many data sets the closest control alone."""
+    rows, kept = [], [one for one in told if one["reference"] == "bridge"]
     for one in kept:
-        shown = {PLAIN_NAMES.get(name, name) for name in one["comparisons"] if name in CHIEF or METHODS[name].control}
-        rows += [[one["title"], *row] for row in comparison_rows(one) if row[0] in shown]
+        controls = [name for name in one["comparisons"] if METHODS[name].control]
+        closest = sorted(controls, key=lambda name: one["comparisons"][name]["difference"])[
+            : 1 if len(kept) > 3 else None
+        ]
+        chief = (
+            CHIEF if len(kept) <= 3 else ("text", "probe", "lora", "prompt_tuning", "fewshot:receiver", "token_budget")
+        )
+        names = [name for name in one["comparisons"] if name in closest or (name in chief and name not in controls)]
+        rows += [
+            [one["title"], *row] for row in comparison_rows({"comparisons": {n: one["comparisons"][n] for n in names}})
+        ]
     return tex_table(["data set", *COMPARISON_HEAD], rows) if rows else None
 
 
@@ -10316,6 +10357,10 @@ def draw_benchmark(results: Mapping[str, Any], folder: Path) -> None:
     if "growth" in results:
         grown = [(f"{r['of']}: time ∝ size^{r['exponent']:.2f}", r["size"], r["median_ms"]) for r in results["growth"]]
         log_curves(grown, folder / "growth", "how many", "ms, median")
+        peaks = [(f"{r['of']}: memory ∝ size^{r['memory_exponent']:.2f}", r["size"], r["peak_above_mb"])
+                 for r in results["growth"] if r.get("memory_exponent") is not None and r["peak_above_mb"]]  # fmt: skip
+        if peaks:
+            log_curves(peaks, folder / "growth_memory", "how many", "MB above what was there")
 
 
 def log_curves(points: Sequence[tuple[str, float, float]], path: Path, across: str, up: str) -> None:
@@ -10410,8 +10455,8 @@ class Column:
             means = [sum(own.values()) / len(own) for own in seeds.values()]
             low, high = crossed_interval(rows, self.clusters)[:2] if rows.shape[1] > 1 else bootstrap_interval(
                 rows[:, 0].tolist(), clusters=self.clusters)  # fmt: skip
-            found[name] = {"mean": sum(means) / len(means), "sd": deviation(means), "ci": [low, high], "values": means,
-                           "seeds": [*seeds]}  # fmt: skip
+            found[name] = {"mean": sum(means) / len(means), "sd": deviation(means), "ci": [max(0.0, low), min(1.0, high)],
+                           "values": means, "seeds": [*seeds]}  # fmt: skip
         return found
 
     def gaps(self, name: str, other: str) -> tuple[Any, Any]:
@@ -10664,7 +10709,7 @@ def significance_suite() -> dict[str, Any]:
 
 @SUITES.register("paper")
 def paper_suite() -> dict[str, Any]:
-    """Every table and figure: five data sets, 8 and 24 latents, three seeds, all rivals, latency and memory."""
+    """Every table and figure: five data sets, two sizes, three seeds, all rivals, latency, memory."""
     return {"sweeps": {"dataset": ["sst2", "agnews", "trec", "boolq", "gsm8k"], "latent_len": [8, 24]},
             "seeds": [42, 123, 456], "evaluation": {"methods": ["all"]}, "benchmark": ["latency", "memory"]}  # fmt: skip
 
@@ -10768,8 +10813,8 @@ def parameters_in(name: str | None) -> float:
     return float(found[-1][0]) * {"m": 1e6, "b": 1e9}[found[-1][1]] if found else 1e5
 
 
-def cost_of(run: TrainSettings, asked: Mapping[str, Any], rate: float) -> tuple[str, float]:
-    """About what a run takes: (text, seconds), at 64 tokens a text, 1,000 test rows where all are asked for."""
+def cost_of(run: TrainSettings, asked: Mapping[str, Any]) -> tuple[str, float]:
+    """About what a run takes: (text, operations), at 64 tokens a text, 1,000 test rows where all are asked for."""
     run = resolve(run)[0]
     rows, n = (run.steps or DEFAULT_STEPS) * int(run.batch_size), asked.get("num_samples") or 1000
     methods = len(named_methods(asked.get("methods") or [name for name, m in METHODS.items() if m.usual]))
@@ -10777,8 +10822,7 @@ def cost_of(run: TrainSettings, asked: Mapping[str, Any], rate: float) -> tuple[
     receiver = sum(parameters_in(name) for name in run.receivers or [run.receiver or ""])
     flop = 2 * sender * 64 * (min(run.samples or rows, rows) + n) + 4 * receiver * (run.latent_len + 8) * rows
     flop += 2 * receiver * 64 * n * methods
-    seconds = flop / (0.4 * rate)
-    return f"{rows} train rows, {n} test rows x {methods} methods: about {flop:.1e} FLOP, {duration(seconds)}", seconds
+    return f"{rows} train rows, {n} test rows x {methods} methods: about {flop:.1e} FLOP", flop
 
 
 def duration(seconds: float) -> str:
@@ -10795,8 +10839,8 @@ def described(settings: ExperimentSettings, words: Sequence[str]) -> Iterator[st
     rate, total = device_limits(device, resolve_dtype(runs[0].dtype, device))["flop_per_s"], 0.0
     for run in runs:
         asked = asked_of(settings, run)
-        text, seconds = cost_of(run, asked, rate)
-        total += seconds
+        text, flop = cost_of(run, asked)
+        total += flop
         train = command_line("train", run.model_dump(mode="json", exclude_unset=True))
         yield f"{train} && {command_line('eval', {'checkpoint': str(run.output_dir), **asked})}  # {text}"
     folder = str(settings.folder)
@@ -10805,7 +10849,8 @@ def described(settings: ExperimentSettings, words: Sequence[str]) -> Iterator[st
     yield command_line("aggregate", {"base_dir": folder, "output_dir": folder})
     yield command_line("stats", {"base_dir": folder, "output_dir": folder})
     yield f"{command_line('report', {})} {shlex.quote(folder)}"
-    yield f"# {len(runs)} runs, about {duration(total)} at 40 % of {rate / 1e12:.2f} TFLOP/s measured on this {device.type}"
+    yield (f"# {len(runs)} runs, about {total:.1e} FLOP: {duration(total / (0.4 * rate))} at 40 % of the {rate / 1e12:.2f} TFLOP/s "
+           f"measured on this {device.type}")  # fmt: skip
 
 
 def command_line(name: str, values: Mapping[str, Any]) -> str:

@@ -418,7 +418,7 @@ def test_what_is_written_is_what_was_measured(measured):
     assert lw.in_short(bridge["median_ms"]) in text
     for name in lw.BENCHMARKS:
         assert f"**{name}**" in text
-    for name in ("latency", "throughput", "growth"):
+    for name in ("latency", "throughput", "growth", "growth_memory"):
         assert (folder / "figures" / f"{name}.png").stat().st_size > 5000
 
 

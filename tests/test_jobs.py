@@ -97,9 +97,7 @@ def test_dry_run_prints_commands_that_can_be_typed(capsys):
     after = [shlex.split(line)[2] for line in lines[2:-1]]
     assert after == ["aggregate", "stats", "report"] and lines[-1].startswith("# 2 runs, about ")
     for line, latents in zip(lines[:2], ("4", "8"), strict=True):
-        assert re.search(r"  # \d+ train rows, \d+ test rows x \d+ methods: about \S+ FLOP, [\d.]+ (s|min|h)$", line), (
-            line
-        )
+        assert re.search(r"  # \d+ train rows, \d+ test rows x \d+ methods: about \S+ FLOP$", line), line
         train, evaluate = (shlex.split(part, comments=True)[2:] for part in line.split(" && "))
         settings, _ = lw.settings_from(lw.TrainSettings, train[1:])
         assert train[0] == "train" and settings.latent_len == int(latents) and settings.auto_resume
