@@ -6894,6 +6894,18 @@ class TextMethod(Method):
         return [replace(a, nbytes=size, tokens=n) for a, size, n in zip(found, sizes, counts, strict=True)]
 
 
+def kind_of(name: str) -> type[Method]:
+    """The method's class; of a plug-in's that is not loaded while its records are read, what all methods share."""
+    known = name in METHODS
+    return METHODS[name] if known else Method
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Method names as the registry has them, then those of plug-ins."""
+    known = [*METHODS]
+    return sorted(dict.fromkeys(names), key=lambda name: known.index(name) if name in known else len(known))
+
+
 def record_of(part: Task, example: Example, answer: Answer, gold_tokens: int = 0) -> dict[str, Any]:
     """One row of records.jsonl; ``gold_tokens`` are those of the shortest accepted answer."""
     row: dict[str, Any] = {
@@ -7014,7 +7026,7 @@ def compare(by_method: Mapping[str, Sequence[Mapping[str, Any]]], headline: str,
     means = {name: sum(v) / len(v) for name, v in values.items()}
     clusters = clusters_of(by_method["bridge"])
     p_values = {n: paired_p(values["bridge"], v, headline, seed, clusters) for n, v in values.items() if n != "bridge"}
-    controls = [name for name in by_method if METHODS[name].control]
+    controls = [name for name in by_method if kind_of(name).control]
     tests: dict[str, Any] = {"p_bridge_vs": p_values}
     if headline == "accuracy":
         gold = [row.get("label") for row in by_method["bridge"]]
@@ -7448,7 +7460,7 @@ def rows_of_other_seeds(where: Path) -> Iterator[dict[str, Any]]:
 
 def gates(name: str, rows: Sequence[Mapping[str, Any]], words: Sequence[str], longest: int) -> list[str]:
     """What shows that a method is broken, not beaten: worse than guessing, one class only, no words, gold cut off."""
-    if METHODS[name].control or len(rows) < 20 or any("error" in row for row in rows):
+    if kind_of(name).control or len(rows) < 20 or any("error" in row for row in rows):
         return []
     found, n = [], len(rows)
     if words:
@@ -7510,7 +7522,7 @@ def results_from(
     return {
         **{name: value for name, value in facts.items() if name not in ("words", "longest", "seed", "order")},
         "methods": methods, **told,
-        "gates": {name: {"broken": words, "fails": METHODS[name].trained} for name, words in broken.items() if words},
+        "gates": {name: {"broken": words, "fails": kind_of(name).trained} for name, words in broken.items() if words},
         "details": {name: details[key] for name, key in keys.items() if key in details},
         "seconds": {name: average(own, "seconds") for name, own in rows.items()},
     }  # fmt: skip
@@ -9318,6 +9330,7 @@ def figure(path: Path, height: float = 2.6, panels: tuple[int, int] = (1, 1), wi
     require("matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     with rc_context(
         {"font.size": 8, "pdf.fonttype": 42, "axes.linewidth": 0.6, "lines.linewidth": 1.1, "lines.markersize": 4}
@@ -9327,6 +9340,10 @@ def figure(path: Path, height: float = 2.6, panels: tuple[int, int] = (1, 1), wi
         for one in [axes] if panels == (1, 1) else axes.flat:
             one.spines[["top", "right"]].set_visible(False)
         yield axes
+        scales = [axis for one in canvas.axes for axis in (one.xaxis, one.yaxis) if axis.get_scale() == "log"]
+        powers = {label for axis in scales for label in axis.get_ticklabels(which="both")}
+        for text in canvas.findobj(Text):
+            text.set_parse_math(text in powers)  # names are no formulas
         with saving(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             canvas.savefig(path.with_suffix(".png"), dpi=200)
@@ -9414,17 +9431,15 @@ def learning_figure(material: Material, path: Path) -> bool:
     if len(material.logs) == 1:
         learning_curve(next(iter(material.logs.values())), path)
     elif material.logs:
-        kinds = [*dict.fromkeys(short_name(Path(name)) for name in material.logs)]
+        kinds: dict[str, list[list[dict[str, Any]]]] = {}
+        for name, rows in material.logs.items():
+            kinds.setdefault(run_home(Path(name)).name or "seeds", []).append(rows)
         with figure(path, height=2.8) as axes:
-            for name, rows in material.logs.items():
-                kind = kinds.index(short_name(Path(name)))
-                label = (
-                    kinds[kind]
-                    if name == next(n for n in material.logs if short_name(Path(n)) == kinds[kind])
-                    else None
-                )
-                axes.plot([r["step"] for r in rows], smoothed([r["loss"] for r in rows]), color=SERIES[kind % 7],
-                          linestyle=("-", "--", ":", "-.")[kind // 7 % 4], linewidth=0.9, label=label)  # fmt: skip
+            for number, (kind, runs) in enumerate(kinds.items()):
+                for rows in runs:
+                    axes.plot([r["step"] for r in rows], smoothed([r["loss"] for r in rows]), color=SERIES[number % 7],
+                              linestyle=("-", "--", ":", "-.")[number // 7 % 4], linewidth=0.9,
+                              label=kind if rows is runs[0] else None)  # fmt: skip
             axes.set(xlabel="optimizer step", ylabel="training loss (nats)", yscale="log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}")
@@ -9527,7 +9542,7 @@ def attention_figure(material: Material, path: Path) -> bool:
     with figure(path, height=3.2, panels=(2, 1)) as axes:
         drawn = axes[0].imshow(one, aspect="auto", cmap="cividis", vmin=0)
         axes[0].set(ylabel="latent", yticks=range(len(one)) if len(one) <= 8 else [])
-        words = [text.replace("\n", " ").replace("$", r"\$").strip() or "·" for text in tokens]
+        words = [text.replace("\n", " ").strip() or "·" for text in tokens]
         if len(words) <= 48:
             axes[0].set_xticks(range(len(words)), words, rotation=90, fontsize=6)
         else:
@@ -9578,7 +9593,7 @@ def pareto_figure(material: Material, path: Path) -> bool:
         return False
     column = max(columns, key=lambda c: c.told["bridge"]["mean"])
     results = column.members[0].results["methods"]
-    rivals = [n for n in column.told if n in results and n != "same_label" and not METHODS[n].control]
+    rivals = [n for n in column.told if n in results and n != "same_label" and not kind_of(n).control]
     points = [(n, results[n]["tokens"], results[n]["bytes"], 100 * column.told[n]["mean"]) for n in rivals
               if results[n].get("tokens") and results[n].get("bytes")]  # fmt: skip
     if len(points) < 2:
@@ -9689,7 +9704,7 @@ def told_beside(results: Mapping[str, Any]) -> list[str]:
 
 def family_of(method: str) -> str:
     """Which colour a method takes."""
-    return method if method in COLOURS else "control" if METHODS[method].control else "rival"
+    return method if method in COLOURS else "control" if kind_of(method).control else "rival"
 
 
 def bar_chart(column: Column, path: Path) -> None:
@@ -9901,7 +9916,7 @@ def verdict_of(column: Column, told: Mapping[str, Any]) -> tuple[bool | None, st
     if told["reference"] != "bridge":
         best = max(means, key=means.__getitem__)
         return None, f"best: {best}, {column.headline} {means[best]:.3f}"
-    controls = [name for name in means if METHODS[name].control]
+    controls = [name for name in means if kind_of(name).control]
     if not controls:
         return False, "no control was evaluated, so nothing can be said"
     worst = max(told["comparisons"][name]["p_corrected"] for name in controls)
@@ -9976,7 +9991,8 @@ def versus(first: Path, second: Path) -> Column:
         sides.append(columns[0])
     one, two = sides
     differing = [name for name in ("dataset", "metric", "n") if one.key[name] != two.key[name]]
-    if not differing and {*one.ids} != {*two.ids}:
+    digests = {version_of(side.members[0])["data_digest"] for side in sides}
+    if not differing and ({*one.ids} != {*two.ids} or len(digests) > 1):
         differing = ["test rows"]
     if differing:
         raise LatentWireError(f"{first} and {second} differ in {', '.join(differing)}: evaluate both on the same data")
@@ -9990,7 +10006,8 @@ def versus(first: Path, second: Path) -> Column:
 def paired_experiments(first: Path, second: Path, correction: str, alpha: float = 0.05) -> dict[str, Any]:
     """The first experiment's methods minus the second's, each method that both have, on the same rows."""
     column = versus(first, second)
-    names = [name for name in METHODS if f"{name} (1)" in column.methods and f"{name} (2)" in column.methods]
+    names = [name for name in in_order(n.rpartition(" (")[0] for n in column.methods) if f"{name} (2)" in column.methods
+             and f"{name} (1)" in column.methods]  # fmt: skip
     if not names:
         raise LatentWireError(f"{first} and {second} have no method in common")
     found = {name: column.beside(f"{name} (1)", f"{name} (2)") for name in names}
@@ -10059,7 +10076,7 @@ def report_tables(material: Material, told: Sequence[Mapping[str, Any]]) -> list
         rows = [(family_of(name), row) for name, row in zip(results["methods"], table_rows(results), strict=True)]
         tables.append({"title": "What came through", "head": table_head(results), "rows": rows, "note": note})
     else:
-        names = [name for name in METHODS if any(name in column.told for column in columns)]
+        names = in_order(name for column in columns for name in column.told)
         rows = [
             (family_of(name), [PLAIN_NAMES.get(name, name), *(cell(c.told.get(name)) for c in columns)])
             for name in names
@@ -10086,10 +10103,6 @@ def write_report(folder: Path) -> Path:
     """``figures/`` and the self-contained ``report.html`` of a run, or of a folder of runs, from their records; → the page."""
     import base64
 
-    if not any(folder.rglob("records.jsonl")):
-        raise LatentWireError(
-            f"{folder} has no records of an evaluation; evaluate it first: eval --checkpoint {folder}"
-        )
     material = Material.below(folder)
     columns = material.columns
     if not columns:
@@ -10126,7 +10139,7 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"$\mathdollar$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$", "→": r"$\rightarrow$",
        "<": "$<$", ">": "$>$", "≥": r"$\geq$", "×": r"$\times$", "·": r"$\cdot$", "−": "$-$"}  # fmt: skip
 
@@ -10199,7 +10212,7 @@ def results_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
             PLAIN_NAMES.get(n, n) for n, r in one["comparisons"].items() if r["significant"] and r["difference"] < 0
         ]
         behind = [PLAIN_NAMES.get(n, n) for n, r in one["comparisons"].items()
-                  if r["significant"] and r["difference"] > 0 and not METHODS[n].control]  # fmt: skip
+                  if r["significant"] and r["difference"] > 0 and not kind_of(n).control]  # fmt: skip
         text = [f"{verdict_of(column, one)[1]}."]
         text += [
             f"Significantly ahead of the bridge: {listed(ahead)}."
@@ -10215,7 +10228,7 @@ def results_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
 @TABLES.register("main_results")
 def main_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
     """Methods by data sets; the best is bold where it is significantly better than the next."""
-    names = [name for name in METHODS if any(name in column.told for column in material.columns)]
+    names = in_order(name for column in material.columns for name in column.told)
     rows = [
         [PLAIN_NAMES.get(name, name), *(cell(column.told.get(name)) for column in material.columns)] for name in names
     ]
@@ -10229,7 +10242,7 @@ def comparisons_tex(material: Material, told: list[dict[str, Any]]) -> bytes | N
     """The bridge minus the chief rivals and every control; of many data sets the closest control alone."""
     rows, kept = [], [one for one in told if one["reference"] == "bridge"]
     for one in kept:
-        controls = [name for name in one["comparisons"] if METHODS[name].control]
+        controls = [name for name in one["comparisons"] if kind_of(name).control]
         closest = sorted(controls, key=lambda name: one["comparisons"][name]["difference"])[
             : 1 if len(kept) > 3 else None
         ]
@@ -10422,7 +10435,7 @@ class Column:
     def methods(self) -> dict[str, dict[int, dict[str, float]]]:
         """Scores by method, seed and example, in the order of the registry."""
         found: dict[str, dict[int, dict[str, float]]] = {}
-        for name in METHODS:
+        for name in in_order(name for member in self.members for name in member.rows):
             for member in self.members:
                 if name in member.rows:
                     found.setdefault(name, {})[member.facts["provenance"]["seed_of_training"]] = member.scores(name)
@@ -10555,14 +10568,15 @@ def columns_of(evaluations: Sequence[Evaluation]) -> tuple[list[Column], list[st
                     column.title += f", {words.format(column.key[field_name])}"
     for title in {column.title for column in columns}:
         same = [column for column in columns if column.title == title]
-        for column in same if len(same) > 1 else ():
-            column.title += f", {short_name(column.members[0].file.parent)}"
+        homes = [run_home(column.members[0].file.parent) for column in same]
+        for column, home in zip(same, homes, strict=True) if len(same) > 1 else ():
+            column.title += f", {os.path.relpath(home, os.path.commonpath(homes))}"
     return columns, left
 
 
-def short_name(folder: Path) -> str:
-    """A run folder's own name, without its seed."""
-    return folder.parent.name or "seeds" if re.fullmatch(r"seed\d+", folder.name) else folder.name
+def run_home(folder: Path) -> Path:
+    """A run's folder, or the one that holds its seeds."""
+    return folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
 
 
 def cell(told: Mapping[str, Any] | None) -> str:
@@ -10576,6 +10590,10 @@ def cell(told: Mapping[str, Any] | None) -> str:
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, its first column text."""
+    heads, rows = (
+        [head.replace("|", r"\|") for head in heads],
+        [[text.replace("|", r"\|") for text in row] for row in rows],
+    )
     return "\n".join([f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|",
                       *(f"| {' | '.join(row)} |" for row in rows), ""])  # fmt: skip
 
@@ -10585,7 +10603,7 @@ def columns_table(columns: Sequence[Column]) -> str:
     tables = []
     for pair in dict.fromkeys((c.key["sender"], c.key["receiver"], c.key["split"]) for c in columns):
         own = [c for c in columns if (c.key["sender"], c.key["receiver"], c.key["split"]) == pair]
-        names = [name for name in METHODS if any(name in c.methods for c in own)]
+        names = in_order(name for c in own for name in c.methods)
         rows = []
         for name in names:
             marks = [" ↑" if name in c.told and "bridge" in c.told and c.told[name]["mean"] > c.told["bridge"]["mean"] else ""
@@ -10842,10 +10860,11 @@ def described(settings: ExperimentSettings, words: Sequence[str]) -> Iterator[st
         text, flop = cost_of(run, asked)
         total += flop
         train = command_line("train", run.model_dump(mode="json", exclude_unset=True))
-        yield f"{train} && {command_line('eval', {'checkpoint': str(run.output_dir), **asked})}  # {text}"
+        evaluation = evaluation_of(run, run.output_dir, **asked).model_dump(mode="json", exclude_defaults=True)
+        yield f"{train} && {command_line('eval', evaluation)}  # {text}"
     folder = str(settings.folder)
     for benchmark in [benchmark_of(settings, runs)] if suite_of(settings.name).get("benchmark") else []:
-        yield command_line("benchmark", benchmark.model_dump(mode="json", exclude_unset=True))
+        yield command_line("benchmark", benchmark.model_dump(mode="json", exclude_defaults=True))
     yield command_line("aggregate", {"base_dir": folder, "output_dir": folder})
     yield command_line("stats", {"base_dir": folder, "output_dir": folder})
     yield f"{command_line('report', {})} {shlex.quote(folder)}"
@@ -11200,7 +11219,7 @@ class RichReport:
         made = results["provenance"]
         pair = f"{made['sender']['name']} → {made['receiver']['name']}"
         title = f"{results['dataset']} ({results['split']}), n = {results['n']}: {pair}"
-        styles = ["bold" if name == "bridge" else "dim" if METHODS[name].control else "" for name in results["methods"]]
+        styles = ["bold" if name == "bridge" else "dim" if kind_of(name).control else "" for name in results["methods"]]
         self.rows(title, table_head(results), table_rows(results), styles)
         for line in (results["verdict"], *told_beside(results)):
             self.say(line)
@@ -11271,9 +11290,8 @@ def eval_settings(settings: EvalSettings, report: Report) -> dict[str, Any]:
     merged: dict[str, Any] = {"schema": 1, "runs": runs, "seeds": [path.parent.name for path in seeds], "methods": {}}
     for name in runs[0]["methods"]:
         values = [run["methods"][name][run["headline"]] for run in runs]
-        mean = sum(values) / len(values)
-        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
-        merged["methods"][name] = {"mean": mean, "sd": deviation, "values": values}
+        told = {"mean": sum(values) / len(values), "sd": deviation(values) or 0.0, "values": values}
+        merged["methods"][name] = told
     write_json((settings.output_dir or folder or Path()) / "results.json", merged)
     return merged
 

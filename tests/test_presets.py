@@ -375,8 +375,8 @@ def test_an_experiment_takes_presets_and_seeds_from_below(words, folders, say):
 
 
 def test_eval_samples_are_the_test_rows_of_an_experiment(say):
-    assert " --num_samples=200  #" in say("experiment", "--hero", "--seed", "1", "--dry_run")
-    assert " --num_samples=9  #" in say("experiment", "--hero", "--seed", "1", "--num_samples", "9", "--dry_run")
+    assert " --num_samples=200 " in say("experiment", "--hero", "--seed", "1", "--dry_run")
+    assert " --num_samples=9 " in say("experiment", "--hero", "--seed", "1", "--num_samples", "9", "--dry_run")
 
 
 @pytest.mark.parametrize(
