@@ -7627,6 +7627,8 @@ def left_aside(contest: Contest, names: Sequence[str], report: Report) -> dict[s
     """The methods that ran, as facts, and why others of a group could not; these are told."""
     for name, why in contest.skipped.items():
         report.say(f"{name} cannot run here: {why}")
+    if len(contest.skipped) == len(names):
+        raise LatentWireError(f"no method ran; {names[0]}: {contest.skipped[names[0]]}")
     return {"order": [name for name in names if name not in contest.skipped], "skipped": contest.skipped}
 
 
@@ -9757,13 +9759,16 @@ def table_head(results: Mapping[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One evaluation as its records tell it: ``file`` is results.json, ``rows`` are records by method and example."""
+    """One evaluation as its records tell it: ``file`` is results.json, ``rows`` are records by method and example.
+
+    ``condense`` lets the records go once what follows from them is known: suites have millions.
+    """
 
     file: Path
     facts: dict[str, Any]
     rows: dict[str, dict[str, dict[str, Any]]]
 
-    @property
+    @functools.cached_property
     def gap(self) -> str:
         """What is missing or failed, or nothing."""
         for name, own in self.rows.items():
@@ -9785,10 +9790,27 @@ class Evaluation:
             found["receivers"] = told_of_receivers([found, *(other.results for other in others)])
         return found
 
-    def scores(self, method: str) -> dict[str, float]:
-        """The deciding metric by example."""
-        own = self.rows[method]
-        return dict(zip(own, headline_values([*own.values()], self.facts["headline"]), strict=True))
+    @functools.cached_property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """The deciding metric by method and example; of failed rows 0."""
+        found, headline = {}, self.facts["headline"]
+        for name, own in self.rows.items():
+            found[name] = dict(zip(map(sys.intern, own), headline_values([*own.values()], headline), strict=True))
+        return found
+
+    @functools.cached_property
+    def clusters(self) -> dict[str, str] | None:
+        """The context of each example, where several share one."""
+        own: dict[str, dict[str, Any]] = next(iter(self.rows.values()), {})
+        names = clusters_of([*own.values()])
+        return None if names is None else dict(zip(own, names, strict=True))
+
+    def condense(self) -> Evaluation:
+        """Itself, without its records."""
+        known = self.gap or (self.scores, self.clusters, self.results)
+        for own in self.rows.values() if known else ():
+            own.clear()
+        return self
 
     def rebuild(self) -> None:
         """Write results.json where it does not say what the records say."""
@@ -9850,8 +9872,11 @@ def evaluations_below(base: Path) -> list[Evaluation]:
     known: dict[Path, list[dict[str, Any]]] = {}
     found = []
     for file in files:
+        known = {folder: rows for folder, rows in known.items() if folder == file.parent}
         if facts_file(file).exists() or "provenance" in json.loads(file.read_text(encoding="utf-8")):
-            found.append(open_evaluation(file, known))  # other files are summaries of evaluations that are here as well
+            found.append(
+                open_evaluation(file, known).condense()
+            )  # other files are summaries of evaluations that are here as well
     if not found:
         raise LatentWireError(f"no results below {base}; run eval --checkpoint RUN first")
     return found
@@ -10198,7 +10223,7 @@ def numbers_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
         "nseeds": len({m["seed_of_training"] for m in own}), "datasets": listed(c.key["dataset"] for c in columns),
         "ndatasets": len({c.key["dataset"] for c in columns}), "nshown": sum(map(bool, verdicts)), "ncells": len(ahead),
         "nrivalsahead": sum(ahead), "nmethods": len({name for c in columns for name in c.told}),
-        "nrecords": sum(len(rows) for c in columns for m in c.members for rows in m.rows.values()),
+        "nrecords": sum(len(rows) for c in columns for m in c.members for rows in m.scores.values()),
         "trainrows": listed(m["task"]["train_rows"] for m in own if "train_rows" in m.get("task", {})),
         "steps": listed(config.get("steps") for config in configs), "testrows": listed(c.key["n"] for c in columns),
         "device": listed(m["device"] for m in own), "dtype": listed(m["dtype"].removeprefix("torch.") for m in own),
@@ -10397,12 +10422,12 @@ def beside_base(folder: Path) -> dict[str, Any]:
     home = recorded(folder / "base", "bridge")
     told: dict[str, dict[str, Any]] = {}
     headline: str = home.facts["headline"]
-    rows: dict[str, float] = home.scores("bridge")
+    rows: dict[str, float] = home.scores["bridge"]
     for path in sorted(folder.glob("*/results.json")):
         other = recorded(path, "bridge")
         if path.parent.name == "base" or other.facts["headline"] != headline:
             continue
-        own = other.scores("bridge")
+        own = other.scores["bridge"]
         if own.keys() != rows.keys():
             raise LatentWireError(f"{path.parent} was evaluated on other rows than {folder / 'base'}")
         here, there = [own[key] for key in rows], [*rows.values()]
@@ -10442,7 +10467,7 @@ class Column:
         for name in in_order(name for member in self.members for name in member.rows):
             for member in self.members:
                 if name in member.rows:
-                    found.setdefault(name, {})[member.facts["provenance"]["seed_of_training"]] = member.scores(name)
+                    found.setdefault(name, {})[member.facts["provenance"]["seed_of_training"]] = member.scores[name]
         return found
 
     @functools.cached_property
@@ -10453,8 +10478,8 @@ class Column:
     @functools.cached_property
     def clusters(self) -> list[str] | None:
         """Their contexts, where several share one."""
-        rows = next(iter(self.members[0].rows.values()))
-        return clusters_of([rows[name] for name in self.ids])
+        names = self.members[0].clusters
+        return None if names is None else [names[name] for name in self.ids]
 
     def scores(self, method: str) -> Any:
         """(n, seeds) of a method; seeds that agree in every row are one."""
@@ -10547,7 +10572,7 @@ def fits(evaluation: Evaluation, key: Mapping[str, Any], column: Column) -> bool
         return False
     seed = evaluation.facts["provenance"]["seed_of_training"]
     twins = [m for m in column.members if m.facts["provenance"]["seed_of_training"] == seed]
-    return all(m.scores(name) == evaluation.scores(name) for m in twins for name in evaluation.rows if name in m.rows)
+    return all(m.scores[name] == evaluation.scores[name] for m in twins for name in evaluation.rows if name in m.rows)
 
 
 def columns_of(evaluations: Sequence[Evaluation]) -> tuple[list[Column], list[str]]:
