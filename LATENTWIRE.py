@@ -1624,6 +1624,7 @@ def battery(
     seed: int = 0,
     resamples: int = 10_000,
     clusters: Sequence[Hashable] | None = None,
+    alpha: float = 0.05,
 ) -> dict[str, Any]:
     """Everything about the paired difference a − b of scores: intervals, tests, effect sizes, power.
 
@@ -1634,11 +1635,11 @@ def battery(
     exact = mcnemar_exact([bool(x) for x in a], [bool(y) for y in b]) if binary else None
     flipped = paired_permutation(a, b, seed, resamples - 1, clusters)
     d = cohens_d(a, b)
-    reached, needed = power_of(d, len(gaps))
+    reached, needed = power_of(d, len(gaps), alpha)
     ci = bootstrap_interval(gaps, seed, resamples, clusters=clusters)
-    if binary and not any(gaps):  # no pair differs: rows not seen may, on either side, as Wilson bounds it
-        most = wilson_interval(0, len(gaps))[1]
-        ci = (-most, most)
+    if len(set(gaps)) == 1:  # all alike: rows not seen may differ, as Wilson bounds them
+        most = wilson_interval(0, len(set(clusters)) if clusters is not None else len(gaps))[1]
+        ci = (max(-1.0, gaps[0] - most), min(1.0, gaps[0] + most))
     return {
         "difference": sum(gaps) / len(gaps), "ci": list(ci),
         "p": flipped if exact is None else exact, "test": "permutation" if exact is None else "McNemar, exact",
@@ -1685,7 +1686,7 @@ def comprehensive_comparison_report(
     means = {name: {"mean": sum(own) / n, "ci": list(bootstrap_interval(own, random_state, n_bootstrap, "bca"))}
              for name, own in scores.items()}  # fmt: skip
     base = scores[baseline_name]
-    found = {name: battery(scores[name], base, random_state, n_bootstrap) for name in method_scores}
+    found = {name: battery(scores[name], base, random_state, n_bootstrap, alpha=alpha) for name in method_scores}
     for row, q in zip(found.values(), corrected([row["p"] for row in found.values()], correction), strict=True):
         row |= {"p_corrected": q, "significant": q < alpha}
     warnings = [f"n = {n} is small: intervals and tests are rough below 20 examples"] if n < 20 else []
@@ -6974,7 +6975,7 @@ def headline_values(rows: Sequence[Mapping[str, Any]], headline: str) -> list[fl
 def clusters_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
     """The context of each row, where several rows share one."""
     names = [row.get("cluster", row["id"]) for row in rows]
-    return names if len(set(names)) < len(names) else None
+    return names if 1 < len(set(names)) < len(names) else None
 
 
 def macro_f1(rows: Sequence[Mapping[str, Any]]) -> float | None:
@@ -7515,6 +7516,7 @@ def results_from(
 ) -> dict[str, Any]:
     """What results.json says: all of it from the facts, the records, and what methods told about themselves."""
     headline, seed, made = facts["headline"], facts["seed"], facts["provenance"]
+    rows = {name: sorted(own, key=lambda row: str(row["id"])) for name, own in rows.items()}  # pairs are of one example
     methods = {name: summarize(found, headline, seed) for name, found in rows.items()}
     keys = {name: made.get("record_keys", {}).get(name, made["record_key"]) for name in rows}
     if "bridge" in made:
@@ -7548,7 +7550,7 @@ def evaluate_receiver(
         where.mkdir(parents=True, exist_ok=True)
 
     attend(channel, where, around)
-    decoding = [listener.max_new_tokens, settings.seed, str(channel.setup.receiver.dtype), made_with["source_sha256"]]
+    decoding = [listener.max_new_tokens, str(channel.setup.receiver.dtype), made_with["source_sha256"]]
     decoding += [
         listener.how.model_dump(),
         channel.bridge.shape.codec,
@@ -7558,7 +7560,7 @@ def evaluate_receiver(
     prompts = asked_alike(part, listener.prompting)
     train, evaluated = data_digest(channel.setup.splits["train"]), data_digest(examples)
     weights = channel.bridge.fingerprint()
-    key = digest_of([weights, evaluated, decoding, prompts, train, str(settings.prompt)])
+    key = digest_of([weights, evaluated, decoding, prompts, train, str(settings.prompt), settings.seed])
     tuned = weights if channel.settings.use_lora else ""
     run_of = {name: value for name, value in channel.settings.determining().items() if name != "seed"}
     models = [channel.setup.sender.identity(), channel.setup.receiver.identity()]
@@ -7572,17 +7574,18 @@ def evaluate_receiver(
     names = chosen_methods(settings, channel.setup)
     bases = {True: key, False: alone}
     made_with = {**made_with, "checkpoint": str(folder), "record_key": key}
-    made_with |= {"record_keys": record_keys(channel, names, bases)}
+    made_with |= {"record_keys": record_keys(channel, names, bases), "asked": asked_digest(run_of, settings)}
     with threads_for(channel.setup.sender, channel.setup.receiver):
         report.say(f"{channel.store.truncated:.1%} of the texts were cut; {len(channel.messages)} messages to send")
         facts = facts_of(channel, names, settings.split, made_with | bridge_facts(channel, state))
         facts["compression"] = compression(channel)
-        write_json(facts_file(output), facts)
+        if not output.exists():  # an earlier evaluation stays whole until this one is
+            write_json(facts_file(output), facts)
         ordered, _ = run_methods(channel, names, bases, where)
     facts |= {"reconstruction": written_back(channel)} if settings.bleu else {}
     facts |= left_aside(channel, names, report)
     write_json(facts_file(output), facts)
-    if settings.artifacts and "bridge" in names and not listener.ear:
+    if settings.artifacts and "bridge" in names and output.name == "results.json":
         save_artifacts(channel, where / "artifacts.safetensors", settings.artifacts)
     results = results_from(facts, ordered, details_in(where))
     write_json(output, results)
@@ -7621,6 +7624,13 @@ def save_artifacts(channel: Channel, path: Path, count: int, looked_at: int = 20
         about["tokens"] = [[text[a:b] for a, b in own] for text, own in zip(texts, spans, strict=True)]
         tensors["attention"] = torch.stack(seen, 1).half().cpu()
     write_atomic(path, save(tensors, {"about": json.dumps(about)}))
+
+
+def asked_digest(run_of: Mapping[str, Any], asked: AskedSettings) -> str:
+    """Every setting behind an evaluation's numbers but seeds, rows and methods: what seeds of one result have in common."""
+    other = {"seed", "seeds", "methods", "checkpoint", "receivers", "num_samples", "bleu", "sequential_eval", "datasets",
+             "dataset", "prompt", "wrong_task"}  # fmt: skip
+    return digest_of([run_of, {name: value for name, value in asked.determining().items() if name not in other}])
 
 
 def left_aside(contest: Contest, names: Sequence[str], report: Report) -> dict[str, Any]:
@@ -8619,12 +8629,14 @@ def hold(
     bases = {True: key, False: key}
     own = {
         "record_key": key, "record_keys": record_keys(contest, names, bases), "sender": setup.sender.identity(),
+        "asked": asked_digest({k: v for k, v in contest.settings.determining().items() if k != "seed"}, asked),
         "task": setup.describe(responder.prompting.anchor), "latent_len": contest.slots, "layers": None,
         "settings": asked.model_dump(mode="json"),
     }  # fmt: skip
     facts = facts_of(contest, names, "test", {**made_with, **own})
     facts["provenance"]["seed_of_training"] = contest.seed
-    write_json(facts_file(where / "results.json"), facts)
+    if not (where / "results.json").exists():
+        write_json(facts_file(where / "results.json"), facts)
     with threads_for(setup.sender, setup.receiver):
         found, _ = run_methods(contest, names, bases, where)
     facts |= left_aside(contest, names, report)
@@ -9569,7 +9581,12 @@ def tokens_figure(material: Material, path: Path) -> bool:
     """The bridge over the number of latents, a line for each data set."""
     found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for column in material.bridged():
-        found.setdefault(column.key["dataset"], []).append((column.key["latent_len"], column.told["bridge"]))
+        key, several = (
+            column.key,
+            len({(c.key["sender"], c.key["receiver"], c.key["split"]) for c in material.columns}) > 1,
+        )
+        name = f"{key['dataset']}, {key['sender']} → {key['receiver']}, {key['split']}" if several else key["dataset"]
+        found.setdefault(name, []).append((key["latent_len"], column.told["bridge"]))
     found = {
         name: sorted(rows, key=lambda row: row[0]) for name, rows in found.items() if len({k for k, _ in rows}) > 1
     }
@@ -9786,8 +9803,12 @@ class Evaluation:
             self.facts, {n: [*own.values()] for n, own in self.rows.items()}, details_in(self.file.parent)
         )
         if "beside" in self.facts:
-            others = [open_evaluation(self.file.with_name(name)) for name in self.facts["beside"][1:]]
-            found["receivers"] = told_of_receivers([found, *(other.results for other in others)])
+            files = [self.file.with_name(name) for name in self.facts["beside"][1:]]
+            others = [open_evaluation(file) for file in files if facts_file(file).is_file()]
+            whole = [other for other in others if not other.gap and other.facts["n"] == self.facts["n"]]
+            found["receivers"] = told_of_receivers([found, *(other.results for other in whole)])
+            if len(whole) < len(files):  # one was evaluated otherwise since
+                found.pop("joint", None)
         return found
 
     @functools.cached_property
@@ -9857,13 +9878,25 @@ def open_evaluation(path: Path, known: dict[Path, list[dict[str, Any]]] | None =
     return Evaluation(file, facts, rows)
 
 
+def json_in(path: Path) -> Any:
+    """A JSON file's value, or one line on what is wrong with it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LatentWireError(f"{path} cannot be read as JSON ({error}); mend or remove it") from None
+
+
 def evaluations_below(base: Path) -> list[Evaluation]:
     """Every evaluation in the folders below ``base``, or of the files that an ``aggregated_results.json`` names."""
     if base.is_file():
-        groups = json.loads(base.read_text(encoding="utf-8")).get("groups")
-        if groups is None:
-            raise LatentWireError(f"{base} was not written by 'aggregate'")
-        files = [base.parent / run["file"] for group in groups for run in group["runs"]]
+        told = json_in(base)
+        if isinstance(told, dict) and "provenance" in told:
+            return [open_evaluation(base).condense()]
+        if not isinstance(told, dict) or told.get("schema") != 2 or "groups" not in told:
+            raise LatentWireError(
+                f"{base} was not written by this version's 'aggregate'; type: aggregate --base_dir RUNS"
+            )
+        files = [base.parent / run["file"] for group in told["groups"] for run in group["runs"]]
     else:
         facts = [
             path.with_name(path.name.replace("evaluation", "results", 1)) for path in base.rglob("evaluation*.json")
@@ -9873,7 +9906,8 @@ def evaluations_below(base: Path) -> list[Evaluation]:
     found = []
     for file in files:
         known = {folder: rows for folder, rows in known.items() if folder == file.parent}
-        if facts_file(file).exists() or "provenance" in json.loads(file.read_text(encoding="utf-8")):
+        told = json_in(facts_file(file) if facts_file(file).exists() else file)
+        if isinstance(told, dict) and "provenance" in told:
             found.append(
                 open_evaluation(file, known).condense()
             )  # other files are summaries of evaluations that are here as well
@@ -9925,10 +9959,10 @@ def compared(
             f"{column.title} has no method {reference!r}{suggest(reference, known)} ({', '.join(known)})"
         )
     first = reference or next((name for name in ("bridge", "text") if name in known), known[0])
-    found = {name: column.beside(first, name) for name in known if name != first}
+    found = {name: column.beside(first, name, alpha) for name in known if name != first}
     for row, q in zip(found.values(), corrected([row["p"] for row in found.values()], correction), strict=True):
         row |= {"p_corrected": q, "significant": q < alpha}
-    seeds, n = max(len(told["seeds"]) for told in column.told.values()), len(column.ids)
+    seeds, n = max(len(told["values"]) for told in column.told.values()), len(column.ids)
     warnings = [f"n = {n} is small: below 100 rows only large differences can be seen"] if n < 100 else []
     if seeds < 3:
         warnings.append(
@@ -9948,13 +9982,15 @@ def verdict_of(column: Column, told: Mapping[str, Any]) -> tuple[bool | None, st
     controls = [name for name in means if kind_of(name).control]
     if not controls:
         return False, "no control was evaluated, so nothing can be said"
-    worst = max(told["comparisons"][name]["p_corrected"] for name in controls)
+    worst = max(
+        told["comparisons"][name]["p"] for name in controls
+    )  # all must be beaten, so nothing is to be corrected
     best = max(controls, key=means.__getitem__)
     shown = worst < told["alpha"] and means["bridge"] > means[best]
     words = "communication shown" if shown else "no communication shown"
     return shown, (
         f"{words}: {column.headline} {means['bridge']:.3f} with the bridge, {means[best]:.3f} with the best control ({best}), "
-        f"largest corrected p {worst:.2g} ({told['correction']}) over {len(controls)} controls, n {len(column.ids)}, "
+        f"largest p {worst:.2g} over {len(controls)} controls, n {len(column.ids)}, "
         f"{told['seeds']} seed{'s' if told['seeds'] > 1 else ''}"
     )
 
@@ -9982,6 +10018,7 @@ def statistical_report(
     columns: Sequence[Column], output: Path, reference: str | None, correction: str, alpha: float
 ) -> str:
     """Every column's comparisons to ``output`` (JSON) and as text beside it; → the text."""
+    columns = [column for column in columns if reference in column.told] or columns if reference else columns
     found, lines = [compared(column, reference, correction, alpha) for column in columns], []
     for column, told in zip(columns, found, strict=True):
         shown, verdict = verdict_of(column, told)
@@ -10083,9 +10120,8 @@ def run_facts(member: Evaluation, config: Mapping[str, Any]) -> list[tuple[str, 
     made = member.facts["provenance"]
     names = ("command", "started", "commit", "source_sha256", "checkpoint", "data", "data_digest", "bridge", "step", "device",
              "dtype", "layers", "packages", "platform")  # fmt: skip
-    facts = [
-        (key, shlex.join(made[key]) if key == "command" else made[key]) for key in names if made.get(key) is not None
-    ]
+    known = [key for key in names if made.get(key) is not None]
+    facts = [(key, shlex.join(made[key]) if key == "command" else made[key]) for key in known]
     changed = {
         k: v
         for k, v in config.items()
@@ -10223,7 +10259,7 @@ def numbers_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
         "nseeds": len({m["seed_of_training"] for m in own}), "datasets": listed(c.key["dataset"] for c in columns),
         "ndatasets": len({c.key["dataset"] for c in columns}), "nshown": sum(map(bool, verdicts)), "ncells": len(ahead),
         "nrivalsahead": sum(ahead), "nmethods": len({name for c in columns for name in c.told}),
-        "nrecords": sum(len(rows) for c in columns for m in c.members for rows in m.scores.values()),
+        "nrecords": sum(len(own) for c in columns for seeds in c.methods.values() for own in seeds.values()),
         "trainrows": listed(m["task"]["train_rows"] for m in own if "train_rows" in m.get("task", {})),
         "steps": listed(config.get("steps") for config in configs), "testrows": listed(c.key["n"] for c in columns),
         "device": listed(m["device"] for m in own), "dtype": listed(m["dtype"].removeprefix("torch.") for m in own),
@@ -10237,17 +10273,11 @@ def results_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
     """A paragraph on each column."""
     said = []
     for column, one in zip(material.columns, told, strict=True):
-        ahead = [
-            PLAIN_NAMES.get(n, n) for n, r in one["comparisons"].items() if r["significant"] and r["difference"] < 0
-        ]
-        behind = [PLAIN_NAMES.get(n, n) for n, r in one["comparisons"].items()
-                  if r["significant"] and r["difference"] > 0 and not kind_of(n).control]  # fmt: skip
+        clear = {n: r["difference"] for n, r in one["comparisons"].items() if r["significant"]}
+        ahead = [PLAIN_NAMES.get(n, n) for n, gap in clear.items() if gap < 0]
+        behind = [PLAIN_NAMES.get(n, n) for n, gap in clear.items() if gap > 0 and not kind_of(n).control]
         text = [f"{verdict_of(column, one)[1]}."]
-        text += [
-            f"Significantly ahead of the bridge: {listed(ahead)}."
-            if ahead
-            else "No method is significantly ahead of the bridge."
-        ]
+        text += [f"Significantly ahead of the bridge: {listed(ahead) or 'no method'}."]
         text += [f"Significantly behind it, controls aside: {listed(behind)}."] if behind else []
         if one["reference"] == "bridge":
             said.append(rf"\paragraph{{{tex(column.title)}.}} " + tex(" ".join(text)) + "\n")
@@ -10258,9 +10288,7 @@ def results_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
 def main_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
     """Methods by data sets; the best is bold where it is significantly better than the next."""
     names = in_order(name for column in material.columns for name in column.told)
-    rows = [
-        [PLAIN_NAMES.get(name, name), *(cell(column.told.get(name)) for column in material.columns)] for name in names
-    ]
+    rows = [[PLAIN_NAMES.get(n, n), *(cell(column.told.get(n)) for column in material.columns)] for n in names]
     best = [significantly_best(column) for column in material.columns]
     bold = [(names.index(name), at) for at, name in enumerate(best, 1) if name]
     return tex_table(["method", *(column.title for column in material.columns)], rows, bold)
@@ -10272,16 +10300,15 @@ def comparisons_tex(material: Material, told: list[dict[str, Any]]) -> bytes | N
     rows, kept = [], [one for one in told if one["reference"] == "bridge"]
     for one in kept:
         controls = [name for name in one["comparisons"] if kind_of(name).control]
-        closest = sorted(controls, key=lambda name: one["comparisons"][name]["difference"])[
-            : 1 if len(kept) > 3 else None
+        chief: tuple[str, ...] = CHIEF
+        if len(kept) > 3:
+            controls = [min(controls, key=lambda name: one["comparisons"][name]["difference"])] if controls else []
+            chief = ("text", "probe", "lora", "prompt_tuning", "fewshot:receiver", "token_budget")
+        names = [
+            name for name in one["comparisons"] if name in controls or (name in chief and not kind_of(name).control)
         ]
-        chief = (
-            CHIEF if len(kept) <= 3 else ("text", "probe", "lora", "prompt_tuning", "fewshot:receiver", "token_budget")
-        )
-        names = [name for name in one["comparisons"] if name in closest or (name in chief and name not in controls)]
-        rows += [
-            [one["title"], *row] for row in comparison_rows({"comparisons": {n: one["comparisons"][n] for n in names}})
-        ]
+        shown = comparison_rows({"comparisons": {name: one["comparisons"][name] for name in names}})
+        rows += [[one["title"], *row] for row in shown]
     return tex_table(["data set", *COMPARISON_HEAD], rows) if rows else None
 
 
@@ -10294,8 +10321,11 @@ def tokens_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
         return None
     rows = []
     for name in dict.fromkeys(column.key["dataset"] for column in columns):
-        own = {c.key["latent_len"]: cell(c.told["bridge"]) for c in columns if c.key["dataset"] == name}
-        rows.append([name, *(own.get(size, "–") for size in sizes)])
+        own: dict[int, list[str]] = {}
+        for column in columns:
+            if column.key["dataset"] == name:
+                own.setdefault(column.key["latent_len"], []).append(cell(column.told["bridge"]))
+        rows.append([name, *(" / ".join(own.get(size, ["–"])) for size in sizes)])
     return tex_table(["data set", *(f"{size} latents" for size in sizes)], rows)
 
 
@@ -10461,13 +10491,13 @@ class Column:
         return self.key["metric"]
 
     @functools.cached_property
-    def methods(self) -> dict[str, dict[int, dict[str, float]]]:
-        """Scores by method, seed and example, in the order of the registry."""
-        found: dict[str, dict[int, dict[str, float]]] = {}
+    def methods(self) -> dict[str, dict[int | None, dict[str, float]]]:
+        """Scores by method, seed and example, in the order of the registry; what no seed changes once."""
+        found: dict[str, dict[int | None, dict[str, float]]] = {}
         for name in in_order(name for member in self.members for name in member.rows):
             for member in self.members:
                 if name in member.rows:
-                    found.setdefault(name, {})[member.facts["provenance"]["seed_of_training"]] = member.scores[name]
+                    found.setdefault(name, {}).setdefault(seed_of(member, name), member.scores[name])
         return found
 
     @functools.cached_property
@@ -10498,7 +10528,7 @@ class Column:
             low, high = crossed_interval(rows, self.clusters)[:2] if rows.shape[1] > 1 else bootstrap_interval(
                 rows[:, 0].tolist(), clusters=self.clusters)  # fmt: skip
             found[name] = {"mean": sum(means) / len(means), "sd": deviation(means), "ci": [max(0.0, low), min(1.0, high)],
-                           "values": means, "seeds": [*seeds]}  # fmt: skip
+                           "values": means, "seeds": [seed for seed in seeds if seed is not None]}  # fmt: skip
         return found
 
     def gaps(self, name: str, other: str) -> tuple[Any, Any]:
@@ -10512,10 +10542,10 @@ class Column:
             return a.mean(1, keepdims=True), b.mean(1, keepdims=True)
         return a[:, [mine.index(seed) for seed in both]], b[:, [theirs.index(seed) for seed in both]]
 
-    def beside(self, name: str, other: str) -> dict[str, Any]:
+    def beside(self, name: str, other: str, alpha: float = 0.05) -> dict[str, Any]:
         """``name`` minus ``other``: the battery on scores averaged over seeds; with several, p and interval count them too."""
         a, b = self.gaps(name, other)
-        found = battery(a.mean(1).tolist(), b.mean(1).tolist(), clusters=self.clusters)
+        found = battery(a.mean(1).tolist(), b.mean(1).tolist(), clusters=self.clusters, alpha=alpha)
         if a.shape[1] > 1 or b.shape[1] > 1:
             low, high, p = crossed_interval(a - b, self.clusters)
             found |= {"ci": [low, high], "p": p, "test": "t, seeds and examples crossed"}
@@ -10527,13 +10557,22 @@ def deviation(values: Sequence[float]) -> float | None:
     return stdev(values) if len(values) > 1 else None
 
 
-SAME = ("protocol", "prompts", "data_digest")  # what one column's evaluations must agree in
+SAME = (
+    "protocol",
+    "prompts",
+    "data_digest",
+    "sender",
+    "receiver",
+    "dtype",
+)  # what one column's evaluations must agree in
 
 
 def version_of(evaluation: Evaluation) -> dict[str, Any]:
-    """Protocol, prompts and data of an evaluation."""
+    """Protocol, prompts, data and models of an evaluation, the models by digest."""
     facts, made = evaluation.facts, evaluation.facts["provenance"]
-    return {"protocol": facts["protocol"], "prompts": made.get("prompts"), "data_digest": made["data_digest"]}
+    models = {role: digest_of(made[role]) for role in ("sender", "receiver")}
+    return {"protocol": facts["protocol"], "prompts": made.get("prompts"), "data_digest": made["data_digest"], **models,
+            "dtype": made.get("dtype")}  # fmt: skip
 
 
 def column_key(evaluation: Evaluation) -> dict[str, Any]:
@@ -10543,14 +10582,22 @@ def column_key(evaluation: Evaluation) -> dict[str, Any]:
     key |= {role: made[role]["name"] for role in ("sender", "receiver")}
     key |= {"latent_len": made["latent_len"], "layers": made["layers"]}
     config = Run(evaluation.file.parent).config_path
-    own = json.loads(config.read_text(encoding="utf-8")) if config.exists() else {}
+    own = json_in(config) if config.exists() and "asked" not in made else {}  # evaluations of before
     fields = TrainSettings.model_fields
     hidden = {"seed", *(name for name in own if name not in fields or TrainSettings.extras(name)["execution"])}
-    return key | {"settings": digest_of({name: value for name, value in own.items() if name not in hidden})}
+    return key | {"settings": made.get("asked") or digest_of({k: v for k, v in own.items() if k not in hidden})}
+
+
+def seed_of(evaluation: Evaluation, method: str) -> int | None:
+    """Whose repetition a method's rows are: the bridge's training, the rival's own, or none where nothing is drawn."""
+    kind = kind_of(method)
+    if kind.bridged:
+        return evaluation.facts["provenance"]["seed_of_training"]
+    return evaluation.facts["seed"] if kind.seeded else None
 
 
 def refuse_mixture(evaluation: Evaluation, column: Column) -> None:
-    """Runs that differ in nothing but the seed must have been asked the same of the same rows."""
+    """Runs that differ in nothing but the seed must have been asked the same of the same rows and models."""
     here, there = version_of(evaluation), version_of(column.members[0])
     for name in SAME:
         if here[name] != there[name]:
@@ -10561,18 +10608,21 @@ def refuse_mixture(evaluation: Evaluation, column: Column) -> None:
 
 
 def fits(evaluation: Evaluation, key: Mapping[str, Any], column: Column) -> bool:
-    """Whether an evaluation may stand in a column: nothing that both have says different things."""
+    """Whether an evaluation may stand in a column: nothing that both have says different things, seeds aside."""
     if key == column.key:
         refuse_mixture(evaluation, column)
     elif "bridge" in evaluation.rows and any("bridge" in member.rows for member in column.members):
         return False
-    alike = ("dataset", "split", "metric", "n", "sender", "receiver")
-    first = column.members[0]
-    if version_of(evaluation) != version_of(first) or any(key[name] != column.key[name] for name in alike):
+    alike = ("dataset", "split", "metric", "n", "sender", "receiver", "latent_len")
+    if version_of(evaluation) != version_of(column.members[0]) or any(key[name] != column.key[name] for name in alike):
         return False
-    seed = evaluation.facts["provenance"]["seed_of_training"]
-    twins = [m for m in column.members if m.facts["provenance"]["seed_of_training"] == seed]
-    return all(m.scores[name] == evaluation.scores[name] for m in twins for name in evaluation.rows if name in m.rows)
+    for member in column.members:
+        shared = [name for name in evaluation.scores if name in member.scores]
+        if column_key(member) == key:  # another seed, but where it is the same one
+            shared = [n for n in shared if (own := seed_of(member, n)) is not None and own == seed_of(evaluation, n)]
+        if any(member.scores[name] != evaluation.scores[name] for name in shared):
+            return False
+    return True
 
 
 def columns_of(evaluations: Sequence[Evaluation]) -> tuple[list[Column], list[str]]:
@@ -10849,7 +10899,7 @@ def asked_of(settings: ExperimentSettings, run: TrainSettings) -> dict[str, Any]
     own = suite_of(settings.name).get("evaluation", {})
     if {"all", "lora", "prompt_tuning"} & {*own.get("methods", ())} and resolve_device(run.device).type == "cpu":
         own |= {name: LAPTOP[name] for name in ("rival_tries", "relay_tokens")}
-    own |= FAST_EVAL if settings.fast_mode else {}
+    own |= {"seed": run.seed} | (FAST_EVAL if settings.fast_mode else {})
     flags = {"num_samples": settings.num_samples or run.eval_samples, "methods": settings.methods}
     return own | {name: value for name, value in flags.items() if value is not None}
 
