@@ -1602,7 +1602,7 @@ def corrected(p_values: Sequence[float], how: str = "holm") -> list[float]:
 
 def power_of(effect: float | None, n: int, alpha: float = 0.05) -> tuple[float | None, int | None]:
     """Power of a paired t-test at standardised effect d_z and n pairs, and the pairs needed for a power of 80 %."""
-    if not effect or abs(effect) < 1e-4 or n < 2:
+    if not effect or abs(effect) < 1e-4 or n < 2 or not 0 < alpha < 1:
         return None, None
     power = require("statsmodels.stats.power").TTestPower()
 
@@ -2532,7 +2532,7 @@ def tiny_model(config_class: str, seed: int, tokenizer: Any, **sizes: Any) -> tu
     import transformers
 
     config = getattr(transformers, config_class)(
-        num_hidden_layers=2, vocab_size=len(tokenizer), initializer_range=0.15, max_position_embeddings=8192,
+        num_hidden_layers=2, vocab_size=len(tokenizer), initializer_range=0.15, max_position_embeddings=1024,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         **sizes,
     )  # fmt: skip

@@ -42,6 +42,7 @@ MAX_PARAMETERS = 8
 MAX_MEDIAN_LINES = 14
 MAX_HELP_LINE = 100
 MAX_HELP_SECONDS = 0.5
+MAX_HELP_RATIO = 4.0
 HEAVY_MODULES = frozenset({"torch", "transformers", "datasets", "scipy", "matplotlib", "sklearn"})
 FORBIDDEN = (r"TODO", r"FIXME", r"XXX", r"(?i:mock\s+mode)")
 ALONE_COMMANDS = (("--help",), ("list",))  # run on a copy of the file alone in an empty folder
@@ -959,15 +960,19 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.usefixtures("source")
 def test_help_is_quick() -> None:
-    best = float("inf")
+    best = alone = float("inf")
     for _ in range(5):
         start = time.perf_counter()
         process = python(FILE.name, "--help")
         best = min(best, time.perf_counter() - start)
         report(check_answers(process))
-        if best < MAX_HELP_SECONDS:
+        start = time.perf_counter()
+        python("-c", "import typer.rich_utils, pydantic, rich.table")
+        alone = min(alone, time.perf_counter() - start)
+        limit = max(MAX_HELP_SECONDS, MAX_HELP_RATIO * alone)  # a slower machine is slower with the libraries alone
+        if best < limit:
             return
-    pytest.fail(f"--help took {best:.2f} s at best of 5, must be under {MAX_HELP_SECONDS} s", pytrace=False)
+    pytest.fail(f"--help took {best:.2f} s at best of 5, must be under {limit:.2f} s", pytrace=False)
 
 
 @pytest.mark.usefixtures("source")

@@ -67,7 +67,7 @@ RIVALS = {
     "llmlingua2_model": None, "budget_ratio": None, "byte_budget": None, "wrong_task": None,
 }  # fmt: skip
 EVAL = SHARED | RIVALS | {
-    "bleu": False, "checkpoint": None, "num_samples": None, "split": "test", "methods": None, "batch_size": 32,
+    "bleu": False, "artifacts": 500, "checkpoint": None, "num_samples": None, "split": "test", "methods": None, "batch_size": 32,
     "max_new_tokens": None, "soft_tokens": None, "source_layer": None, "seed": 42, "output_dir": None,
     "state_cache": "disk", "fresh_eval": False, "receivers": None, "codec": None, "prompt": None, "token_budget_k": None,
     "sequential_eval": False, "calibration": None, "anchor_text": None,

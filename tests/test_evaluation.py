@@ -36,7 +36,7 @@ def test_toy_bridge_beats_every_control(run):
     controls = [name for name in results["methods"] if lw.METHODS[name].control]
     assert len(controls) == 5 and all(results["methods"][name]["accuracy"] < 0.6 for name in controls)
     assert results["latent"]["f1"] == bridge["f1"] and results["text"] == results["methods"]["text"]
-    assert json.loads((run / "results.json").read_text())["schema"] == 1
+    assert json.loads((run / "results.json").read_text())["schema"] == 2
 
 
 def test_results_follow_from_the_records(run):
@@ -156,7 +156,7 @@ def test_checkpoint_killed_between_renames_is_recovered(run):
 def test_report_and_figures_are_drawn_from_the_records(run):
     evaluate(run)
     page = lw.write_report(run).read_text()
-    assert page.count("data:image/png;base64,") == 2 and "communication shown" in page and "<script" not in page
+    assert page.count("data:image/png;base64,") == 5 and "communication shown" in page and "<script" not in page
     for name in ("methods.png", "learning_curve.png"):
         assert (run / "figures" / name).read_bytes().startswith(b"\x89PNG")
 

@@ -44,7 +44,7 @@ def test_tiny_train_and_eval_end_well_in_a_minute(alone, tmp_path):
     assert "communication shown" in done.stdout and "another text's latents" in done.stdout
     assert {p.name for p in (tmp_path / "r").iterdir()} == {
         "config.json", "env.json", "source.py", "diagnostics.jsonl", "checkpoint", "preempt_checkpoint", "DONE",
-        "records.jsonl", "results.json", "details.json",
+        "records.jsonl", "evaluation.json", "results.json", "details.json", "artifacts.safetensors",
         }  # fmt: skip
 
 

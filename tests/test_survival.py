@@ -920,4 +920,5 @@ def test_an_evaluation_stopped_by_a_signal_goes_on_with_what_is_missing(toy_run,
         for method in results["methods"].values():
             method.pop("seconds", None)
             method.pop("seconds_per_example", None)
+            method["nll_per_token"] = round(method["nll_per_token"], 5)  # rows of other batches, on some processors
     assert alike(found[0]) == alike(found[1])
