@@ -126,6 +126,18 @@ def compressors_table() -> str:
     return "\n".join(lines)
 
 
+def rivals_table() -> str:
+    """README's table of all rivals over seeds, from the file."""
+    groups = load("aggregated_results")["groups"]
+    names = lw.in_order(name for group in groups for name in group["methods"])
+    rows = []
+    for name in names:
+        told = [(group["methods"][name], group["methods"]["bridge"]["mean"]) for group in groups]
+        cells = [lw.cell(own) + (" ↑" if own["mean"] > bridge else "") for own, bridge in told]
+        rows.append([lw.PLAIN_NAMES.get(name, name), *cells])
+    return lw.markdown(["method", *(f"{group['title']}, n {group['n']}" for group in groups)], rows)
+
+
 def receivers_sentence() -> str:
     """README's sentence on several receivers, from the file."""
     runs = {name: percent(run["accuracy"]) for name, run in load("receivers")["runs"].items()}
@@ -192,6 +204,7 @@ def test_readme_shows_the_numbers_of_the_files():
     assert receivers_sentence() in unwrapped(README)
     assert compressors_table() in README
     assert squad_sentence() in unwrapped(README)
+    assert rivals_table() in README
     assert (ROOT / ".github" / "assets" / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
