@@ -96,6 +96,7 @@ def coverage(draw: Draw, draws: int, method: str = "percentile", clustered: bool
     return hits / draws
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("draw", "method"),
     [(accuracy_scores, "percentile"), (f1_scores, "percentile"), (scores_of_shared_contexts, "percentile"),
@@ -656,6 +657,7 @@ def crossed_scores(rng: np.random.Generator, seeds: int, share: float, n: int = 
     return rng.normal(0, spread, (n, 1)) + rng.normal(0, math.sqrt(seeds * share), (1, seeds)) + own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("seeds", "share", "at_least"),
     [(3, 0.0, 0.94), (3, 0.5, 0.93), (3, 0.85, 0.91), (5, 0.0, 0.94), (5, 0.5, 0.94), (5, 0.85, 0.925)],
@@ -723,6 +725,7 @@ def test_crossed_interval_with_clusters_is_statsmodels_robust_one() -> None:
     assert (low, high) == pytest.approx(tuple(fit.conf_int()[0])) and p == pytest.approx(fit.pvalues[0])
 
 
+@pytest.mark.slow
 def test_crossed_interval_of_clusters_covers_the_mean() -> None:
     """1,000 data sets of 40 × 3 rows and 3 seeds; without the clusters nearly one interval in five misses."""
     rng, hits, alone = np.random.default_rng(43), 0, 0
