@@ -933,7 +933,7 @@ class ExperimentSettings(Settings):
     )
     only: int | None = setting(None, "Only the run of this number, from 0.", execution=True, ge=0)
     fast_mode: bool = setting(
-        False, "10 steps, 32 train and 20 test rows for each run: a rehearsal of the whole way, not a result."
+        False, "10 steps, 24 train and 12 test rows for each run: a rehearsal of the whole way, not a result."
     )
 
     @property
@@ -10813,13 +10813,13 @@ def paper_suite() -> dict[str, Any]:
 
 FAST: dict[str, Any] = {
     "steps": 10,
-    "samples": 32,
+    "samples": 24,
     "val_samples": 8,
     "batch_size": 8,
     "eval_every": 10,
-    "max_tokens": 128,
+    "max_tokens": 96,
 }
-FAST_EVAL: dict[str, Any] = {"num_samples": 20, "rival_steps": 2, "rival_tries": 1, "relay_tokens": 2, "max_new_tokens": 4,
+FAST_EVAL: dict[str, Any] = {"num_samples": 12, "rival_steps": 1, "rival_tries": 1, "relay_tokens": 2, "max_new_tokens": 2,
                              "probe_layers": ["0.5"]}  # fmt: skip
 PLAN = ("base_config", "base_overrides", "runs", "sweeps", "evaluation", "benchmark")
 """What an experiment's suite or file may hold beside train settings."""
