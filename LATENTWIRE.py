@@ -1600,6 +1600,12 @@ def corrected(p_values: Sequence[float], how: str = "holm") -> list[float]:
     return [float(p) for p in multitest.multipletests(p_values, method=CORRECTIONS[how])[1]]
 
 
+def mark_corrected(found: Mapping[str, dict[str, Any]], correction: str, alpha: float) -> None:
+    """Write into each of several tests its p corrected for their number, and whether that is significant."""
+    for row, q in zip(found.values(), corrected([row["p"] for row in found.values()], correction), strict=True):
+        row |= {"p_corrected": q, "significant": q < alpha}
+
+
 def power_of(effect: float | None, n: int, alpha: float = 0.05) -> tuple[float | None, int | None]:
     """Power of a paired t-test at standardised effect d_z and n pairs, and the pairs needed for a power of 80 %."""
     if not effect or abs(effect) < 1e-4 or n < 2 or not 0 < alpha < 1:
@@ -1687,8 +1693,7 @@ def comprehensive_comparison_report(
              for name, own in scores.items()}  # fmt: skip
     base = scores[baseline_name]
     found = {name: battery(scores[name], base, random_state, n_bootstrap, alpha=alpha) for name in method_scores}
-    for row, q in zip(found.values(), corrected([row["p"] for row in found.values()], correction), strict=True):
-        row |= {"p_corrected": q, "significant": q < alpha}
+    mark_corrected(found, correction, alpha)
     warnings = [f"n = {n} is small: intervals and tests are rough below 20 examples"] if n < 20 else []
     results = {"baseline": baseline_name, "n": n, "correction": correction, "alpha": alpha, "warnings": warnings,
                "means": means, "comparisons": found}  # fmt: skip
@@ -9960,8 +9965,7 @@ def compared(
         )
     first = reference or next((name for name in ("bridge", "text") if name in known), known[0])
     found = {name: column.beside(first, name, alpha) for name in known if name != first}
-    for row, q in zip(found.values(), corrected([row["p"] for row in found.values()], correction), strict=True):
-        row |= {"p_corrected": q, "significant": q < alpha}
+    mark_corrected(found, correction, alpha)
     seeds, n = max(len(told["values"]) for told in column.told.values()), len(column.ids)
     warnings = [f"n = {n} is small: below 100 rows only large differences can be seen"] if n < 100 else []
     if seeds < 3:
@@ -10077,8 +10081,7 @@ def paired_experiments(first: Path, second: Path, correction: str, alpha: float 
     if not names:
         raise LatentWireError(f"{first} and {second} have no method in common")
     found = {name: column.beside(f"{name} (1)", f"{name} (2)") for name in names}
-    for row, q in zip(found.values(), corrected([row["p"] for row in found.values()], correction), strict=True):
-        row |= {"p_corrected": q, "significant": q < alpha}
+    mark_corrected(found, correction, alpha)
     means = {name: {"exp1": column.told[f"{name} (1)"], "exp2": column.told[f"{name} (2)"]} for name in names}
     return {"schema": 1, "exp1": str(first), "exp2": str(second), **column.key, "correction": correction, "alpha": alpha,
             "means": means, "comparisons": found}  # fmt: skip
