@@ -5333,13 +5333,20 @@ def profiling(wanted: bool, folder: Path) -> Iterator[Callable[[], None]]:
         yield running.step
 
 
+def resident(word: str) -> int | None:
+    """Bytes of this process, VmRSS now or VmHWM at most (proc(5)); None where the system does not tell."""
+    told = Path("/proc/self/status")
+    return int(told.read_text().split(f"{word}:")[1].split()[0]) * 1024 if told.exists() else None
+
+
 def peak_memory(device: torch.device) -> int:
     """Most bytes held so far: by tensors on CUDA, by the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux also what the starting process held
+    return resident("VmHWM") or usage * (1 if sys.platform == "darwin" else 1024)
 
 
 @contextlib.contextmanager
@@ -9177,20 +9184,15 @@ def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
         before = torch.cuda.memory_allocated(device)
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    reset, told = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not told.exists():
-        return None
-
-    def held(word: str) -> int:
-        return int(re.search(rf"{word}:\s+(\d+) kB", told.read_text())[1]) * 1024  # type: ignore[index]
-
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system
-    reset.write_text("5")  # the peak from here on; see proc(5)
-    before = held("VmRSS")
+    start = resident("VmRSS")
+    if start is None:
+        return None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on; see proc(5)
     work()
-    return (held("VmHWM") - before) / 1e6
+    return (peak_memory(device) - start) / 1e6
 
 
 def memory_rows(bench: Bench, arms: Mapping[str, Arm], asked: BenchmarkSettings) -> list[dict[str, Any]]:

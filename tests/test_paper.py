@@ -1143,14 +1143,14 @@ def test_the_documents_paper_evaluation(say, rated):
 # ---- size ----------------------------------------------------------------------------------------------------------
 
 LARGE = """
-import json, resource, sys, time
+import json, sys, time
 import LATENTWIRE as lw
 import matplotlib.figure, pandas, scipy.stats, sklearn.manifold, statsmodels.stats.multitest, statsmodels.stats.power
 start, told = time.process_time(), []
 for command in ("aggregate", "stats", "figures"):
     assert lw.main([command, "--base_dir", "runs", "--output_dir", "out"]) == 0
     told.append(time.process_time() - start - sum(told))
-print(json.dumps({"seconds": told, "gigabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+print(json.dumps({"seconds": told, "gigabytes": lw.peak_memory(lw.torch.device("cpu")) / 2**30}))
 """
 
 
