@@ -10344,21 +10344,10 @@ def latency_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
 @TABLES.register("setup")
 def setup_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
     """Settings of the runs in which they differ, or that decide most."""
-    names = (
-        "encoder",
-        "pooler",
-        "layers",
-        "latent_len",
-        "d_z",
-        "samples",
-        "steps",
-        "batch_size",
-        "lr",
-        "seed",
-        "protocol",
-    )
+    keys = ("encoder", "pooler", "layers", "latent_len", "d_z", "samples", "steps", "batch_size", "lr", "seed",
+            "protocol")  # fmt: skip
     configs, rows = [*material.configs.values()], []
-    for name in names:
+    for name in keys:
         rows.append([name.replace("_", " "), listed(json.dumps(c[name]).strip('"') for c in configs if name in c)])
     return tex_table(["setting", "values"], [row for row in rows if row[1]]) if material.configs else None
 
@@ -10674,10 +10663,8 @@ def cell(told: Mapping[str, Any] | None) -> str:
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table, its first column text."""
-    heads, rows = (
-        [head.replace("|", r"\|") for head in heads],
-        [[text.replace("|", r"\|") for text in row] for row in rows],
-    )
+    heads = [head.replace("|", r"\|") for head in heads]
+    rows = [[text.replace("|", r"\|") for text in row] for row in rows]
     return "\n".join([f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|",
                       *(f"| {' | '.join(row)} |" for row in rows), ""])  # fmt: skip
 
