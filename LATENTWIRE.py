@@ -769,8 +769,8 @@ class RivalSettings(Settings):
 
     shots: int = setting(5, "fewshot: examples in the prompt, rounded up to equally many of each class.", ge=1)
     rank: int = setting(8, "lora: its rank; alpha is twice that.", "lora_r", ge=1)
-    rival_steps: int | None = setting(None, "lora, prompt_tuning and trained bridges: optimizer steps.", ge=1)
-    rival_epochs: float = setting(3.0, "The same in passes over the train rows, where no steps are given.", gt=0)
+    rival_steps: int | None = setting(None, "Steps of what is trained; trained bridges: default the run's.", ge=1)
+    rival_epochs: float = setting(3.0, "lora, prompt_tuning: passes over the train rows, without steps.", gt=0)
     rival_lrs: list[Annotated[float, Field(gt=0)]] | None = setting(
         None, "lora, prompt_tuning: learning rates to choose from on validation rows, instead of their own."
     )
@@ -8281,6 +8281,8 @@ class TunedMethod(ReadingMethod):
     seeded = trained = True
     own: ClassVar[tuple[str, ...]] = ("rival_steps", "rival_epochs", "rival_lrs", "rival_tries", "rival_batch")
     rates: ClassVar[tuple[float, ...]] = ()
+    relative: ClassVar[bool] = False
+    """Whether ``rates`` count in RMS of an embedding: AdamW moves a number by about its rate, whatever the number's size."""
     reads: ClassVar[bool] = True
     """Whether the text is read at all."""
 
@@ -8353,10 +8355,10 @@ class TunedMethod(ReadingMethod):
     @functools.cached_property
     def tuned(self) -> dict[str, nn.Parameter]:
         """The parameters of the best learning rate, in place."""
-        tried = {
-            rate: self.fit(rate)
-            for rate in self.contest.asked.rival_lrs or self.rates[: self.contest.asked.rival_tries]
-        }
+        asked = self.contest.asked
+        unit = self.responder.receiver.embed_rms if self.relative else 1.0
+        own = [rate * unit for rate in self.rates[: asked.rival_tries]]
+        tried = {rate: self.fit(rate) for rate in asked.rival_lrs or own}
         best = min(tried, key=lambda rate: tried[rate][0])
         if not math.isfinite(tried[best][0]):
             raise RuntimeError("training diverged at every learning rate; give smaller ones with --rival_lrs")
@@ -8413,7 +8415,7 @@ class LoraRival(TunedMethod):
 class PromptTuning(TunedMethod):
     """K trained soft tokens (Lester et al. 2021) before the full text: the answer's form is learned."""
 
-    rates = (3e-3, 1e-2, 1e-3)
+    rates, relative = (1e-1, 3e-1, 3e-2), True
     own = (*TunedMethod.own, "soft_tokens")
     prompt: Any = None
 
@@ -8462,7 +8464,8 @@ class Told(Silent):
 
 
 class TrainedBridge(Method):
-    """A bridge of another kind, trained in a folder of its own on the same rows and steps; override ``changes``."""
+    """A bridge of another kind, trained in a folder of its own on the same rows, in ``eval`` with the steps of the bridge
+    beside it (where ``rival_steps`` are not given); override ``changes``."""
 
     usual = bridged = False
     seeded = trained = True
@@ -8483,11 +8486,13 @@ class TrainedBridge(Method):
         contest = self.contest
         asked, rows = contest.asked, contest.setup.splits["train"]
         size = min(32, len(rows))
-        steps = asked.rival_steps or max(1, round(asked.rival_epochs * len(rows) / size))
-        own = [self.changes(), steps, contest.seed, contest.settings.determining()]
+        length: dict[str, Any] = {}  # beside a bridge as long as that one
+        if asked.rival_steps or not isinstance(asked, EvalSettings):
+            steps = asked.rival_steps or max(1, round(asked.rival_epochs * len(rows) / size))
+            length = {"steps": steps, "eval_every": math.ceil(steps / 3), "epochs": None, "batch_size": size}
+        own = [self.changes(), length, contest.seed, contest.settings.determining()]
         folder = contest.home / f"{self.name}-{digest_of(own)}"
-        base = contest.settings.model_dump(exclude_unset=True) | {
-            "steps": steps, "eval_every": math.ceil(steps / 3), "epochs": None, "batch_size": size,
+        base = contest.settings.model_dump(exclude_unset=True) | length | {
             "latent_len": contest.slots, "output_dir": folder, "auto_resume": True, "resume": None, "seeds": None,
             "samples": len(rows), "seed": contest.seed,
         }  # fmt: skip

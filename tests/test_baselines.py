@@ -293,7 +293,8 @@ def test_own_rates_are_tried_as_many_as_asked(toy):
     for tries in (1, 2):
         method = lw.METHODS["prompt_tuning"](asking(toy, rival_tries=tries, rival_steps=1))
         assert method.tuned
-        assert [*method.details["validation_loss"]] == ["0.003", "0.01"][:tries]
+        size = toy.setup.receiver.embed_rms  # rates of prompt tuning count in it
+        assert [*method.details["validation_loss"]] == [f"{rate * size:g}" for rate in method.rates[:tries]]
         lowest = min(method.details["validation_loss"].values())
         assert method.details["validation_loss"][f"{method.details['learning_rate']:g}"] == lowest
 
@@ -776,6 +777,18 @@ def test_a_bridge_trained_longer_or_with_another_seed_is_another_bridge(toy, tmp
         found.append((channel.bridge.fingerprint(), channel.settings.steps, channel.settings.seed))
     assert found[0] == found[2] and len({name for name, _, _ in found}) == 3
     assert [one[1:] for one in found] == [(2, 1), (4, 1), (2, 1), (2, 2)]
+
+
+def test_beside_a_bridge_another_kind_is_trained_as_long(toy, toy_run, tmp_path):
+    found = {}
+    for steps in (None, 3):
+        settings = lw.EvalSettings(checkpoint=toy_run, num_samples=8, state_cache="memory", rival_steps=steps)
+        channel, _ = lw.open_channel(settings, lw.resolve_checkpoint(toy_run))
+        channel.home = tmp_path
+        inner = lw.METHODS["linear_bridge"](channel).inner.channel.settings
+        found[steps] = (inner.steps, inner.batch_size)
+    trained = json.loads((toy_run / "config.json").read_text())
+    assert found == {None: (trained["steps"], trained["batch_size"]), 3: (3, 32)}
 
 
 def test_the_same_model_bridge_goes_from_the_receiver_to_itself(here, tmp_path):
