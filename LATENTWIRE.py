@@ -7223,7 +7223,7 @@ def results_file(folder: Path, settings: EvalSettings, channel: Channel) -> Path
     heard = re.sub(r"[^\w.-]+", "_", f"-{channel.setup.receiver.name}") if channel.listener.ear else ""
     path = folder / f"results{other}{heard}.json"
     if path.exists():
-        bridge = json.loads(path.read_text(encoding="utf-8")).get("provenance", {}).get("bridge")
+        bridge = json_in(path).get("provenance", {}).get("bridge")
         if bridge != channel.bridge.fingerprint():
             raise LatentWireError(f"{path} holds results of another bridge; choose another --output_dir")
     return path
@@ -7261,7 +7261,7 @@ def evaluate(settings: EvalSettings, report: Report, signals: Sequence[int]) -> 
         beside: dict[str, Any] = {"beside": [path.name for _, _, path in done]}
         if len(channels) > 1 and all("bridge" in rows for _, rows, _ in done):
             beside["joint"] = joint([rows["bridge"] for _, rows, _ in done], channels, settings.seed)
-        kept = json.loads(facts_file(output).read_text(encoding="utf-8"))
+        kept = json_in(facts_file(output))
         write_json(facts_file(output), kept | beside)
         first |= beside | {"receivers": told_of_receivers([results for results, _, _ in done])}
         write_json(output, first)
@@ -9401,7 +9401,7 @@ class Material:
         logs = {name: read_rows(folder / "diagnostics.jsonl", own=False) for name, folder in runs.items()}
         configs = {name: Run(folder).saved() for name, folder in runs.items() if Run(folder).config_path.exists()}
         measured = sorted(home.rglob("benchmark.json"))
-        benchmark = json.loads(measured[0].read_text(encoding="utf-8")) if measured else {}
+        benchmark = json_in(measured[0]) if measured else {}
         kept = [
             folder / "artifacts.safetensors" for folder in runs.values() if (folder / "artifacts.safetensors").exists()
         ]

@@ -277,6 +277,16 @@ def test_a_folder_without_runs_says_what_to_do(command, refused, tmp_path):
     assert "empty" in error and "eval" in error
 
 
+@trains
+@pytest.mark.parametrize("command", ["figures", "tables", "report"])
+def test_a_damaged_benchmark_is_named(command, own, refused, tmp_path):
+    damaged = own / "benchmark" / "benchmark.json"
+    damaged.parent.mkdir(exist_ok=True)
+    damaged.write_text('{"rows": [')
+    error = refused(*words_of(command, own, tmp_path / "out"))
+    assert str(damaged) in error and "JSON" in error
+
+
 def differing(a: Any, b: Any, where: str = "") -> set[str]:
     """Paths of the values that are not the same."""
     if isinstance(a, dict) and isinstance(b, dict):
