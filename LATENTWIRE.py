@@ -10174,11 +10174,11 @@ def report_tables(material: Material, told: Sequence[Mapping[str, Any]]) -> list
     return tables
 
 
-def write_report(folder: Path) -> Path:
+def write_report(folder: Path, material: Material | None = None) -> Path:
     """``figures/`` and the self-contained ``report.html`` of a run, or of a folder of runs, from their records; → the page."""
     import base64
 
-    material = Material.below(folder)
+    material = material or Material.below(folder)
     columns = material.columns
     if not columns:
         raise LatentWireError(f"{folder} has no whole evaluation: {'; '.join(material.left)}")
@@ -10483,6 +10483,8 @@ class Column:
     title: str
     key: dict[str, Any]
     members: list[Evaluation]
+    compared: dict[tuple[str, str, float], dict[str, Any]] = field(default_factory=dict, init=False)
+    """What ``beside`` has found so far."""
 
     @property
     def headline(self) -> str:
@@ -10543,12 +10545,15 @@ class Column:
 
     def beside(self, name: str, other: str, alpha: float = 0.05) -> dict[str, Any]:
         """``name`` minus ``other``: the battery on scores averaged over seeds; with several, p and interval count them too."""
-        a, b = self.gaps(name, other)
-        found = battery(a.mean(1).tolist(), b.mean(1).tolist(), clusters=self.clusters, alpha=alpha)
-        if a.shape[1] > 1 or b.shape[1] > 1:
-            low, high, p = crossed_interval(a - b, self.clusters)
-            found |= {"ci": [low, high], "p": p, "test": "t, seeds and examples crossed"}
-        return found | {"seeds": max(a.shape[1], b.shape[1])}
+        asked = name, other, alpha
+        if asked not in self.compared:
+            a, b = self.gaps(name, other)
+            found = battery(a.mean(1).tolist(), b.mean(1).tolist(), clusters=self.clusters, alpha=alpha)
+            if a.shape[1] > 1 or b.shape[1] > 1:
+                low, high, p = crossed_interval(a - b, self.clusters)
+                found |= {"ci": [low, high], "p": p, "test": "t, seeds and examples crossed"}
+            self.compared[asked] = found | {"seeds": max(a.shape[1], b.shape[1])}
+        return {**self.compared[asked]}
 
 
 def deviation(values: Sequence[float]) -> float | None:
@@ -10693,15 +10698,14 @@ def columns_table(columns: Sequence[Column]) -> str:
     return "\n".join(tables)
 
 
-def aggregate(base: Path, output: Path) -> tuple[Path, list[str]]:
-    """Every evaluation below ``base``, put together from its records; → the main file, and what was left out and why.
+def aggregate(material: Material, base: Path, output: Path) -> Path:
+    """Every evaluation below ``base``, put together from its records; → the main file.
 
     ``aggregated_results.json``, ``.csv`` and ``.md`` have a row per method, data set and settings, with every run's file
     and provenance; ``table.md`` has a column per data set.
     """
     pandas = require("pandas")
-    columns, left = columns_of(evaluations_below(base))
-    groups, rows = [], []
+    columns, groups, rows = material.columns, [], []
     for column in columns:
         runs = []
         for member in column.members:
@@ -10726,8 +10730,8 @@ def aggregate(base: Path, output: Path) -> tuple[Path, list[str]]:
     write_atomic(output / "table.md", columns_table(columns).encode())
     if (base / "base" / "results.json").is_file():
         write_json(output / "effects.json", beside_base(base))
-    write_json(output / "aggregated_results.json", {"schema": 2, "left_out": left, "groups": groups})
-    return output / "aggregated_results.json", left
+    write_json(output / "aggregated_results.json", {"schema": 2, "left_out": material.left, "groups": groups})
+    return output / "aggregated_results.json"
 
 
 # §15 SUITES: named experiments as data, and the jobs that run them
@@ -11000,13 +11004,12 @@ def put_together(settings: ExperimentSettings, runs: Sequence[TrainSettings], re
                 write_benchmark(benchmark_run(asked, report), asked.output_dir)
         except LatentWireError as error:
             failures[str(asked.output_dir)] = str(error)
-    file, left = aggregate(settings.folder, settings.folder)
-    report.say(f"together: {file}")
-    failures |= {str(Path(line.partition(":")[0]).parent): line for line in left}
-    columns = columns_of(evaluations_below(settings.folder))[0]
-    if columns:
-        statistical_report(columns, settings.folder / "statistical_report.json", None, "holm", 0.05)
-        report.say(f"the whole story: {write_report(settings.folder)}")
+    material = Material.below(settings.folder)
+    report.say(f"together: {aggregate(material, settings.folder, settings.folder)}")
+    failures |= {str(Path(line.partition(":")[0]).parent): line for line in material.left}
+    if material.columns:
+        statistical_report(material.columns, settings.folder / "statistical_report.json", None, "holm", 0.05)
+        report.say(f"the whole story: {write_report(settings.folder, material)}")
     return failures
 
 
@@ -11597,9 +11600,9 @@ def aggregate_command(
     output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the tables go.")] = Path("results"),
 ) -> None:
     """Put the results of all runs together: aggregate --base_dir runs --output_dir results"""
-    file, left = aggregate(base_dir, output_dir)
-    print(file)
-    for line in left:
+    material = Material.below(base_dir)
+    print(aggregate(material, base_dir, output_dir))
+    for line in material.left:
         print(f"left out: {line}")
 
 
@@ -11707,7 +11710,7 @@ def paper_command(
             write_atomic(output_dir / name, (source / name).read_bytes())
     if base_dir:
         material = Material.below(base_dir)
-        print(aggregate(base_dir, output_dir / "results")[0])
+        print(aggregate(material, base_dir, output_dir / "results"))
         output = output_dir / "results" / "statistical_report.json"
         statistical_report(material.columns, output, None, "holm", 0.05)
         for name in FIGURES:

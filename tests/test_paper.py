@@ -278,6 +278,22 @@ def test_a_folder_without_runs_says_what_to_do(command, refused, tmp_path):
 
 
 @trains
+def test_two_methods_are_compared_once_however_many_tables_show_it(small, monkeypatch, tmp_path):
+    battery, calls = lw.battery, []
+    monkeypatch.setattr(lw, "battery", lambda *scores, **options: calls.append(1) or battery(*scores, **options))
+    material = lw.Material.below(small)
+    told = [lw.compared(column, correction="none") for column in material.columns]
+    assert len(calls) == sum(len(own["comparisons"]) for own in told) > 0
+    again = [lw.compared(column) for column in material.columns]
+    assert len(calls) == sum(len(own["comparisons"]) for own in told)
+    lw.write_tables(material, tmp_path)  # the best method is also compared with the second
+    assert len(calls) == sum(len(column.compared) for column in material.columns)
+    for a, b in zip(told, again, strict=True):  # a correction of one table is not seen in another
+        assert all(row["p_corrected"] == row["p"] for row in a["comparisons"].values())
+        assert any(row["p_corrected"] > row["p"] for row in b["comparisons"].values())
+
+
+@trains
 @pytest.mark.parametrize("command", ["figures", "tables", "report"])
 def test_a_damaged_benchmark_is_named(command, own, refused, tmp_path):
     damaged = own / "benchmark" / "benchmark.json"
