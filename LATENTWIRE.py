@@ -9871,7 +9871,7 @@ def open_evaluation(path: Path, known: dict[Path, list[dict[str, Any]]] | None =
     if file is None or "provenance" not in facts:
         raise LatentWireError(f"no results of one run at {path}; give a run folder that 'eval' filled")
     records = file.parent / "records.jsonl"
-    if not records.is_file():
+    if file.is_file() and not records.is_file():  # without results it has only begun
         raise LatentWireError(f"{records} is missing: every number comes from it; evaluate again into {file.parent}")
     made, known = facts["provenance"], {} if known is None else known
     facts = {name: value for name, value in facts.items() if name not in DERIVED}

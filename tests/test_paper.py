@@ -270,6 +270,17 @@ def test_without_records_there_are_no_numbers(command, own, refused, tmp_path):
 
 
 @trains
+def test_an_evaluation_that_has_just_begun_is_left_out(own, say, refused, tmp_path):
+    begun = own / "toy-latent_len8" / "seed1"
+    for name in ("records.jsonl", "results.json"):
+        (begun / name).unlink()
+    assert f"left out: {begun / 'results.json'}: " in say(
+        "aggregate", "--base_dir", own, "--output_dir", tmp_path / "out"
+    )
+    assert "no whole evaluation" in refused("report", begun)
+
+
+@trains
 @pytest.mark.parametrize("command", READERS)
 def test_a_folder_without_runs_says_what_to_do(command, refused, tmp_path):
     (tmp_path / "empty").mkdir()
