@@ -9472,7 +9472,6 @@ def learning_figure(material: Material, path: Path) -> bool:
                               label=kind if rows is runs[0] else None)  # fmt: skip
             axes.set(xlabel="optimizer step", ylabel="training loss (nats)", yscale="log")
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
             axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
     return bool(material.logs)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import gc
 import html
+import itertools
 import json
 import random
 import re
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TOY, contents
+from matplotlib.figure import Figure
 
 import LATENTWIRE as lw
 
@@ -1175,6 +1177,26 @@ def test_the_documents_paper_evaluation(say, rated):
     assert lines[-1].startswith("# 30 runs, about ")
     assert lw.without_script(["telepathy/submit_enhanced_paper_eval.slurm"]) == shlex.split(
         "slurm --job experiment --name paper")  # fmt: skip
+
+
+def test_the_ticks_of_a_loss_over_four_decades_do_not_overlap(tmp_path, monkeypatch):
+    boxes = []
+
+    def look(canvas: Figure, path: Path, **options: Any) -> None:
+        canvas.draw_without_rendering()
+        low, high = (f(canvas.axes[0].get_ylim()) for f in (min, max))
+        labels = [
+            x
+            for x in canvas.axes[0].get_yticklabels(which="both")
+            if x.get_text() and low <= x.get_position()[1] <= high
+        ]
+        boxes.append(sorted((label.get_window_extent() for label in labels), key=lambda box: box.y0))
+
+    monkeypatch.setattr(Figure, "savefig", look)
+    logs = {f"runs/{n}": [{"step": i, "loss": 10 ** (1 - n * i / 30)} for i in range(100)] for n in (1, 2)}
+    lw.FIGURES["learning_curve"](lw.Material([], [], logs, {}, None, {}), tmp_path / "curve")
+    assert len(boxes) == 2 and all(len(own) >= 4 for own in boxes)
+    assert all(below.y1 <= above.y0 for own in boxes for below, above in itertools.pairwise(own))
 
 
 # ---- size ----------------------------------------------------------------------------------------------------------
