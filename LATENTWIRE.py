@@ -1140,6 +1140,14 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def json_in(path: Path) -> Any:
+    """A JSON file's value, or one line on what is wrong with it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LatentWireError(f"{path} cannot be read as JSON ({error}); mend or remove it") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """``value`` as indented JSON, atomically; NaN is refused, since JSON has none."""
     write_atomic(path, (json.dumps(value, indent=2, default=str, allow_nan=False) + "\n").encode())
@@ -9887,14 +9895,6 @@ def open_evaluation(path: Path, known: dict[Path, list[dict[str, Any]]] | None =
         if row["key"] == keys.get(row["method"], made["record_key"]) and (row["method"] in rows or not keys):
             rows.setdefault(row["method"], {})[row["id"]] = row
     return Evaluation(file, facts, rows)
-
-
-def json_in(path: Path) -> Any:
-    """A JSON file's value, or one line on what is wrong with it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LatentWireError(f"{path} cannot be read as JSON ({error}); mend or remove it") from None
 
 
 def evaluations_below(base: Path) -> list[Evaluation]:
