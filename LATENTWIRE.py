@@ -5344,7 +5344,8 @@ def profiling(wanted: bool, folder: Path) -> Iterator[Callable[[], None]]:
 def resident(word: str) -> int | None:
     """Bytes of this process, VmRSS now or VmHWM at most (proc(5)); None where the system does not tell."""
     told = Path("/proc/self/status")
-    return int(told.read_text().split(f"{word}:")[1].split()[0]) * 1024 if told.exists() else None
+    found = re.search(rf"{word}:\s+(\d+) kB", told.read_text()) if told.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def peak_memory(device: torch.device) -> int:
