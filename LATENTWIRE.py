@@ -9202,7 +9202,7 @@ def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system
     start = resident("VmRSS")
-    if start is None:
+    if start is None or resident("VmHWM") is None:
         return None
     Path("/proc/self/clear_refs").write_text("5")  # the peak from here on; see proc(5)
     work()
