@@ -6554,6 +6554,11 @@ class Contest:
         """K where nobody sends latents."""
         return self.asked.soft_tokens if isinstance(self.asked, BaselineSettings) else self.settings.latent_len
 
+    def rival_steps(self, size: int) -> int:
+        """Optimizer steps of a rival that learns from ``size`` train rows at a time."""
+        asked, rows = self.asked, self.setup.splits["train"]
+        return asked.rival_steps or max(1, round(asked.rival_epochs * len(rows) / size))
+
     def kept(self, example: Example) -> int:
         """How many receiver tokens stand for the text in methods with a budget."""
         if self.asked.budget_ratio:
@@ -8341,7 +8346,7 @@ class TunedMethod(ReadingMethod):
         parameters = self.begin()
         optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
         size = min(asked.rival_batch, len(rows))
-        steps = asked.rival_steps or max(1, round(asked.rival_epochs * len(rows) / size))
+        steps = contest.rival_steps(size)
         plan = OptimSettings(lr=rate)
         best, kept = math.inf, dict[str, Tensor]()
         for step, picked in enumerate(self.course(steps, size), 1):
@@ -8497,7 +8502,7 @@ class TrainedBridge(Method):
         size = min(32, len(rows))
         length: dict[str, Any] = {}  # beside a bridge as long as that one
         if asked.rival_steps or not isinstance(asked, EvalSettings):
-            steps = asked.rival_steps or max(1, round(asked.rival_epochs * len(rows) / size))
+            steps = contest.rival_steps(size)
             length = {"steps": steps, "eval_every": math.ceil(steps / 3), "epochs": None, "batch_size": size}
         own = [self.changes(), length, contest.seed, contest.settings.determining()]
         folder = contest.home / f"{self.name}-{digest_of(own)}"
@@ -10349,10 +10354,10 @@ def latency_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
 @TABLES.register("setup")
 def setup_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
     """Settings of the runs in which they differ, or that decide most."""
-    keys = ("encoder", "pooler", "layers", "latent_len", "d_z", "samples", "steps", "batch_size", "lr", "seed",
-            "protocol")  # fmt: skip
+    names = ("encoder", "pooler", "layers", "latent_len", "d_z", "samples", "steps", "batch_size", "lr", "seed",
+             "protocol")  # fmt: skip
     configs, rows = [*material.configs.values()], []
-    for name in keys:
+    for name in names:
         rows.append([name.replace("_", " "), listed(json.dumps(c[name]).strip('"') for c in configs if name in c)])
     return tex_table(["setting", "values"], [row for row in rows if row[1]]) if material.configs else None
 
@@ -10483,7 +10488,7 @@ class Column:
     title: str
     key: dict[str, Any]
     members: list[Evaluation]
-    compared: dict[tuple[str, str, float], dict[str, Any]] = field(default_factory=dict, init=False)
+    differences: dict[tuple[str, str, float], dict[str, Any]] = field(default_factory=dict, init=False)
     """What ``beside`` has found so far."""
 
     @property
@@ -10546,14 +10551,14 @@ class Column:
     def beside(self, name: str, other: str, alpha: float = 0.05) -> dict[str, Any]:
         """``name`` minus ``other``: the battery on scores averaged over seeds; with several, p and interval count them too."""
         asked = name, other, alpha
-        if asked not in self.compared:
+        if asked not in self.differences:
             a, b = self.gaps(name, other)
             found = battery(a.mean(1).tolist(), b.mean(1).tolist(), clusters=self.clusters, alpha=alpha)
             if a.shape[1] > 1 or b.shape[1] > 1:
                 low, high, p = crossed_interval(a - b, self.clusters)
                 found |= {"ci": [low, high], "p": p, "test": "t, seeds and examples crossed"}
-            self.compared[asked] = found | {"seeds": max(a.shape[1], b.shape[1])}
-        return {**self.compared[asked]}
+            self.differences[asked] = found | {"seeds": max(a.shape[1], b.shape[1])}
+        return {**self.differences[asked]}
 
 
 def deviation(values: Sequence[float]) -> float | None:

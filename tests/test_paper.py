@@ -300,7 +300,7 @@ def test_two_methods_are_compared_once_however_many_tables_show_it(small, monkey
     again = [lw.compared(column) for column in material.columns]
     assert len(calls) == sum(len(own["comparisons"]) for own in told)
     lw.write_tables(material, tmp_path)  # the best method is also compared with the second
-    assert len(calls) == sum(len(column.compared) for column in material.columns)
+    assert len(calls) == sum(len(column.differences) for column in material.columns)
     for a, b in zip(told, again, strict=True):  # a correction of one table is not seen in another
         assert all(row["p_corrected"] == row["p"] for row in a["comparisons"].values())
         assert any(row["p_corrected"] > row["p"] for row in b["comparisons"].values())
