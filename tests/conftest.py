@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,16 +33,41 @@ function slurm_job_modify(job, record, partitions, user) return slurm.SUCCESS en
 return slurm.SUCCESS
 """
 
+KEPT = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentwire" / "tests"
+"""What takes long to make, from one session to the next."""
 TOY = ("--sender", "tiny-llama", "--receiver", "tiny-qwen", "--dataset", "toy", "--device", "cpu", "--dtype", "float32")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_world(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Converted models and cached states go to a session folder; the two shared cores stay usable."""
-    os.environ["LATENTWIRE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Cached states go to a session folder, dense copies of GGUF files are made once; the two shared cores stay usable."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    os.environ["LATENTWIRE_CACHE"] = cache
     import torch
 
+    import LATENTWIRE as lw
+
     torch.set_num_threads(1)
+    plain = lw.gguf_to_dense
+
+    def kept(pieces: Any, name: str, sha256: str | None = None) -> Path:
+        if not sha256 or os.environ["LATENTWIRE_CACHE"] != cache:  # another file, or a test of the cache itself
+            return plain(pieces, name, sha256)
+        os.environ["LATENTWIRE_CACHE"] = str(KEPT)
+        try:
+            return plain(pieces, name, sha256)
+        finally:
+            os.environ["LATENTWIRE_CACHE"] = cache
+
+    lw.gguf_to_dense = kept
+
+
+LONG = ("test_slurm_training", "test_models", "test_survival", "test_devices", "test_paper")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, so that no worker begins one when the others are done."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -95,10 +121,25 @@ def say(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
+@pytest.fixture
+def refuse(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command line that must be refused with exit code 2; → its one line on stderr."""
+    import LATENTWIRE as lw
+
+    def run(*words: Any) -> str:
+        code = lw.main([str(word) for word in words])
+        line = capsys.readouterr().err
+        assert code == 2, words
+        assert re.fullmatch(r"error: \S.*\n", line), line
+        assert "Traceback" not in line
+        return line
+
+    return run
+
+
 def package_folder(name: str, pins: tuple[str, ...]) -> Path:
     """A folder with other versions of packages, made once; whatever else they need is this environment's."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentwire" / name
-    folder = cache / f"{sys.implementation.cache_tag}-{hashlib.sha256(repr(pins).encode()).hexdigest()[:12]}"
+    folder = KEPT / name / f"{sys.implementation.cache_tag}-{hashlib.sha256(repr(pins).encode()).hexdigest()[:12]}"
     done = folder / "complete"
     if not done.is_file():
         command = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--retries", "1", "--timeout", "20"]

@@ -1,17 +1,18 @@
-"""§13 BENCHMARKS and the engines of §6: same answers whatever the engine, honest floors, every arm asked for the same."""
+"""§13 BENCHMARKS and how §6 reads prompts: shared beginnings, honest floors, every arm asked for the same."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import LATENTWIRE as lw
 
@@ -28,13 +29,6 @@ def load(name: str) -> lw.LM:
     return lw.load_lm(name, CPU)
 
 
-def static(name: str) -> lw.LM:
-    """The same model with the other engine."""
-    lm = lw.load_lm(name, CPU)
-    lm.engine = lw.StaticEngine()
-    return lm
-
-
 def packed(lm: lw.LM, texts: tuple[str, ...] = PROMPTS, soft: lw.SoftPrompt | None = None) -> lw.Packed:
     return lw.lay_out(lm, soft, [lm.ids(text) for text in texts], before=lm.bos, left=True)
 
@@ -48,141 +42,22 @@ def asked(*words: str) -> lw.BenchmarkSettings:
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """Everything, measured once on tiny models."""
     folder = tmp_path_factory.mktemp("bench")
-    results = lw.benchmark_run(asked("--benchmark", "all", *PAIR, *QUICK, "--output_dir", str(folder)), lw.Silent())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lw, "LEAST_TRIALS", 2)
+        results = lw.benchmark_run(asked("--benchmark", "all", *PAIR, *QUICK, "--output_dir", str(folder)), lw.Silent())
     lw.write_benchmark(results, folder)
     return results, folder
 
 
-# ---- engines ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_the_static_engine_gives_the_answers_of_the_eager_one(name):
-    eager, other = load(name), static(name)
-    soft = lw.SoftPrompt(torch.randn(3, 5, eager.width, generator=torch.Generator().manual_seed(1)))
-    for prompt in (None, soft):
-        ours, theirs = (lm.prefill(packed(lm, soft=prompt)) for lm in (other, eager))
-        assert ours.mask.shape[1] % lw.StaticEngine.GRAIN == 0
-        assert not ours.mask.all(), "the mask must always take the same way through the model"
-        torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-4)
-        candidates = [[eager.ids(" yes"), eager.ids(" perhaps")]] * 3
-        for mine, its in zip(other.score(ours, candidates), eager.score(theirs, candidates), strict=True):
-            assert mine == pytest.approx(its, abs=1e-3)
-        how = lw.DecodeSettings(eos_ban_steps=40)
-        said = [lm.generate(lm.prefill(packed(lm, soft=prompt)), 40, how, line=False) for lm in (other, eager)]
-        assert said[0] == said[1]
-        steps = [lm.engine.steps(lm, lm.prefill(packed(lm, soft=prompt)), 40) for lm in (other, eager)]
-        written = torch.randint(3, 200, (40, 3, 1), generator=torch.Generator().manual_seed(2))
-        for tokens in written:  # beyond the sliding window
-            found, wanted = (step(tokens, torch.ones(3, 1, dtype=torch.bool)) for step in steps)
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_decoding_steps_can_be_used_again_for_another_prompt(name):
-    lm, eager = static(name), load(name)
-    for texts in (PROMPTS, PROMPTS[::-1], ("once more", "and once", "more")):
-        how = lw.DecodeSettings(eos_ban_steps=8)
-        said = [one.generate(one.prefill(packed(one, texts)), 8, how, line=False) for one in (lm, eager)]
-        assert said[0] == said[1]
-    assert isinstance(lm.engine, lw.StaticEngine)
-    assert len(lm.engine.decoders) <= 2  # by shape, not by prompt
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_the_static_engine_gives_the_states_of_the_eager_one(name):
-    eager, other = load(name), static(name)
-    rows = [eager.ids(text) for text in PROMPTS]
-    ours, theirs = (lm.states(rows, [1, 2]) for lm in (other, eager))
-    width = theirs.mask.shape[1]
-    assert torch.equal(ours.mask[:, :width], theirs.mask)
-    assert not ours.mask[:, width:].any()
-    keep = theirs.mask[:, None, :, None]
-    torch.testing.assert_close(ours.hidden[:, :, :width] * keep, theirs.hidden * keep, rtol=1e-4, atol=1e-4)
+# ---- prompts that are read once ----------------------------------------------------------------------------------------
 
 
 def test_scoring_leaves_a_prompt_that_can_still_be_continued():
-    lm, eager = static("tiny-gemma"), load("tiny-gemma")
+    lm = load("tiny-gemma")
     prompt = lm.prefill(packed(lm))
     first = lm.score(prompt, [[lm.ids(" one two")]] * 3)
     assert first == lm.score(prompt, [[lm.ids(" one two")]] * 3)
-    assert lm.generate(prompt, 5, line=False) == eager.generate(eager.prefill(packed(eager)), 5, line=False)
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses what a CUDA graph cannot record: values that Python looks at, and numbers that Python brings."""
-
-    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "lift_fresh", "item", "equal.default")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = str(func)
-        refused = any(word in name for word in self.REFUSED) and args[0].numel() > 0
-        assert not refused, f"{name} cannot be captured"
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_nothing_that_would_be_captured_waits_for_the_device(name, monkeypatch):
-    lm = static(name)
-    bridge = lw.bench_of(asked(*PAIR)).bridge
-    torch.ones(1) + torch.ones(1)
-    ran = []
-
-    def recorded(self: lw.StaticEngine, key: Any, work: Any, *inputs: torch.Tensor) -> Any:
-        work(*inputs)  # as capturing does, once before
-        ran.append(key)
-        with NoWaiting():
-            return work(*inputs)
-
-    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda tensor=None: True)  # as while capturing
-    monkeypatch.setattr(lw.StaticEngine, "run", recorded)
-    states = lm.states([lm.ids(text) for text in PROMPTS], [1])
-    prompt = lm.prefill(packed(lm))
-    lm.engine.steps(lm, prompt, 4)(torch.ones(3, 1, dtype=torch.long), torch.ones(3, 1, dtype=torch.bool))
-    if name == "tiny-llama":
-        with torch.no_grad():
-            lm.engine.run("write", lambda h, m: bridge.encode(lw.States(h, m)).latents, states.hidden, states.mask)
-    assert len(ran) == 3 + (name == "tiny-llama")
-
-
-@pytest.mark.parametrize("layer", ["0", "1", "2"])
-def test_every_graph_has_a_name_of_its_own(layer, monkeypatch):
-    """A replay is a call of the function that was recorded first under this name and these shapes."""
-    recorded: dict[Any, Any] = {}
-
-    def run(self: lw.StaticEngine, name: Any, work: Any, *inputs: torch.Tensor) -> Any:
-        key = (id(self), name, *((*tensor.shape, tensor.dtype) for tensor in inputs))
-        return recorded.setdefault(key, work)(*inputs)
-
-    bench = lw.bench_of(asked(*PAIR, "--layers", layer))
-    arms = [lw.ARMS[name](bench) for name in ("bridge", "relay:8", "text", "bridge:cached")]
-    texts, heard = bench.texts(2), list[Any]()
-    score = lw.LM.score
-    monkeypatch.setattr(lw.LM, "score", lambda *words: heard.append(score(*words)) or heard[-1])
-    for arm in (*arms, *reversed(arms)):
-        arm.run(texts, 0)
-    eager, heard[:] = [*heard], []
-    monkeypatch.setattr(lw.StaticEngine, "run", run)
-    for lm in (bench.sender, bench.receiver):
-        lm.engine = lw.StaticEngine()
-    for arm in (*arms, *reversed(arms)):
-        arm.run(texts, 0)
-    assert len(recorded) >= 4 and len(eager) == 8
-    for ours, theirs in zip(heard, eager, strict=True):
-        for mine, its in zip(ours, theirs, strict=True):
-            assert mine == pytest.approx(its, abs=1e-3)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
-@pytest.mark.parametrize("name", TINY)
-def test_cuda_graphs_give_the_eager_answers(name):
-    there = lw.ModelSettings(device="cuda", dtype="float32")
-    eager, other = lw.load_lm(name, there), lw.load_lm(name, there)
-    other.engine = lw.StaticEngine()
-    how = lw.DecodeSettings(eos_ban_steps=20)
-    for _ in range(3):
-        said = [lm.generate(lm.prefill(packed(lm)), 20, how, line=False) for lm in (other, eager)]
-        assert said[0] == said[1]
+    assert lm.generate(prompt, 5, line=False) == lm.generate(lm.prefill(packed(lm)), 5, line=False)
 
 
 # ---- a beginning that is shared ----------------------------------------------------------------------------------------
@@ -254,17 +129,18 @@ def test_a_pass_costs_its_weights_once_and_two_operations_per_weight_and_token()
     assert lw.Pass(lm, 3, 7, 1, heads=0).floor({**limits, "flop_per_s": 1.0}) == pytest.approx(42.0 * block)
 
 
-def test_all_take_turns_and_a_slow_one_stops_after_five(monkeypatch):
+def test_all_take_turns_and_a_slow_one_stops_after_ten(monkeypatch):
     calls: list[str] = []
     seconds = {"slow": 3.0, "fast": 0.1}
     monkeypatch.setattr(lw, "once", lambda run: run())
     runs = {name: lambda name=name: calls.append(name) or seconds[name] for name in seconds}
-    found = lw.race(runs, asked("--num_trials", "8", "--warmup", "2", "--max_seconds", "10"))
+    found = lw.race(runs, asked("--num_trials", "12", "--warmup", "2", "--max_seconds", "10"))
     assert calls[:4] == ["slow", "slow", "fast", "fast"]
     assert calls[4:14] == ["slow", "fast"] * 5
-    assert {name: len(own) for name, own in found.items()} == {"slow": 5, "fast": 8}
+    assert {name: len(own) for name, own in found.items()} == {"slow": 10, "fast": 12}
 
 
+@pytest.mark.slow
 def test_peak_memory_is_what_a_call_takes():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("no /proc here")
@@ -274,6 +150,7 @@ def test_peak_memory_is_what_a_call_takes():
             assert peak == pytest.approx(megabytes, abs=5)
 
 
+@pytest.mark.slow
 def test_limits_are_of_a_real_device():
     limits = lw.device_limits(torch.device("cpu"), torch.float32)
     table, one = torch.ones(8192, 4096), torch.ones(4096, 1)
@@ -286,10 +163,11 @@ def test_limits_are_of_a_real_device():
 # ---- what is measured ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_arm_gives_every_length_of_answer(measured):
     results, _ = measured
     rows = results["latency"]
-    arms = {"bridge", "bridge:cached", "text", "relay:1", "relay:8", "relay:50"}
+    arms = {"bridge", "bridge:cached", "text", "text_relay:1", "text_relay:8", "text_relay:50"}
     assert {(row["arm"], row["answer_tokens"]) for row in rows} >= {(arm, n) for arm in arms for n in (0, 5)}
     for row in rows:
         assert 0 < row["median_ms"] <= row["p95_ms"]
@@ -300,62 +178,63 @@ def test_every_arm_gives_every_length_of_answer(measured):
         assert [*row["parts_ms"]] == [*own, "receiver"]
     floor = {(row["arm"], row["answer_tokens"]): row["floor_ms"] for row in rows}
     assert floor["bridge:cached", 0] < floor["bridge", 0]
-    assert floor["text", 0] < floor["relay:1", 0] < floor["relay:8", 0] < floor["relay:50", 0]
+    assert floor["text", 0] < floor["text_relay:1", 0] < floor["text_relay:8", 0] < floor["text_relay:50", 0]
     assert floor["text", 0] < floor["text", 5]
     time = {(row["arm"], row["answer_tokens"]): row["median_ms"] for row in rows}
-    assert time["relay:50", 0] > 2 * time["relay:8", 0] > time["relay:1", 0]
+    assert time["text_relay:50", 0] > 2 * time["text_relay:8", 0] > time["text_relay:1", 0]
     assert time["text", 5] > time["text", 0]
 
 
 def test_all_arms_generate_the_same_number_of_tokens(monkeypatch):
     bench = lw.bench_of(asked(*PAIR))
     steps: list[tuple[str, int]] = []
-    generate = lw.LM.generate
+    generate, extend = lw.LM.generate, lw.LM.extend
 
-    def watched(self: lw.LM, prefill: lw.Prefill, most: int, how: lw.DecodeSettings, **options: Any) -> list[str]:
-        engine = lw.Engine.steps(self.engine, self, prefill, most)
+    def watched(self: lw.LM, prefill: lw.Prefill, most: int, **options: Any) -> list[str]:
         count = [0]
 
-        def step(*tensors: torch.Tensor) -> torch.Tensor:
+        def step(*words: Any) -> lw.Prefill:
             count[0] += 1
-            return engine(*tensors)
+            return extend(self, *words)
 
-        monkeypatch.setattr(self.engine, "steps", lambda *_: step)
-        said = generate(self, prefill, most, how, **options)
+        monkeypatch.setattr(self, "extend", step)
+        said = generate(self, prefill, most, **options)
         steps.append((self.name, count[0] + 1))
         return said
 
     monkeypatch.setattr(lw.LM, "generate", watched)
-    for name in ("bridge", "text", "relay:8"):
-        lw.ARMS[name](bench).run(bench.texts(2), 5)
+    for name in ("bridge", "text", "text_relay:8"):
+        bench.run(name, bench.texts(2), 5)
     assert steps == [("tiny-gemma", 5), ("tiny-gemma", 5), ("tiny-llama", 8), ("tiny-gemma", 5)]
 
 
 def test_the_bridge_arm_sends_bytes_and_its_words_arrive(monkeypatch):
     bench = lw.bench_of(asked(*PAIR))
     sent: list[bytes] = []
-    opened = bench.listener.open
-    monkeypatch.setattr(bench.listener, "open", lambda data: sent.extend(data) or opened(data))
-    packs = []
+    opened, prefill = bench.timed.open, bench.receiver.prefill
+    monkeypatch.setattr(bench.timed, "open", lambda data: sent.extend(data) or opened(data))
+    packs: list[lw.Packed] = []
+    monkeypatch.setattr(bench.receiver, "prefill", lambda packed: packs.append(packed) or prefill(packed))
     for texts in (["good film", "dull film"], ["dull film", "good film"]):
-        packs.append(lw.BridgeArm(bench).prompt(texts, lw.untimed))
+        bench.run("bridge", texts, 0)
     assert [lw.Message.from_bytes(data).latents.shape[1] for data in sent] == [8] * 4
     assert sent[0] == sent[3] != sent[1] == sent[2]
     torch.testing.assert_close(packs[0].embeds[0], packs[1].embeds[1])
 
 
+@pytest.mark.slow
 def test_throughput_goes_through_all_texts(measured):
     rows = measured[0]["batched"]
-    assert {row["trials"] for row in rows if row["batch"] == 1} == {8}
-    assert {row["trials"] for row in rows if row["batch"] == 4} == {2}
+    assert {(row["batch"], row["trials"]) for row in rows} == {(1, 8), (4, 2)}  # where two are enough
     assert all(row["texts_per_s"] > 0 for row in rows)
 
 
 def test_a_cached_arm_never_reads_in_a_trial(monkeypatch):
-    bench = lw.bench_of(asked(*PAIR))
+    words = ("--batch_sizes", "2", "--num_samples", "24", "--warmup", "1", "--arms", "bridge:cached")
+    bench = lw.bench_of(asked(*PAIR, *words))
     read: list[int] = []
-    hidden = lw.Engine.hidden
-    monkeypatch.setattr(lw.Engine, "hidden", lambda *words: read.append(len(words)) or hidden(*words))
+    hidden = lw.LM.hidden_states
+    monkeypatch.setattr(lw.LM, "hidden_states", lambda *words: read.append(len(words)) or hidden(*words))
     during: list[int] = []
 
     def once(run: Any) -> float:
@@ -365,34 +244,47 @@ def test_a_cached_arm_never_reads_in_a_trial(monkeypatch):
         return 1.0
 
     monkeypatch.setattr(lw, "once", once)
-    settings = asked("--batch_sizes", "2", "--num_samples", "24", "--warmup", "1")
-    arms = {"bridge:cached": lw.CachedArm(bench)}
-    lw.batched_rows(arms, settings, {"bytes_per_s": 1e9, "flop_per_s": 1e9})
+    bench.limits = {"bytes_per_s": 1e9, "flop_per_s": 1e9}
+    assert [row["arm"] for row in lw.batched_rows(bench)] == ["bridge:cached"]
     assert len(during) == 12 and not any(during)
 
 
-@pytest.mark.parametrize("name", ["relay:1", "relay:8"])
-def test_the_receiver_reads_as_many_tokens_of_a_note_as_were_written(name, monkeypatch):
-    bench = lw.bench_of(asked(*PAIR))
-    monkeypatch.setattr(
-        lw.LM, "generate", lambda self, *words, **options: ["", "a note that is longer than it should be"]
-    )
-    packed = lw.ARMS[name](bench).prompt(bench.texts(2), lw.untimed)
-    count = int(name.partition(":")[2])
-    ending = len(bench.listener.prompting.ending())
-    assert packed.mask.sum(1).tolist() == [len(bench.receiver.bos) + count + ending] * 2
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_relay_that_is_timed_is_the_one_that_evaluation_runs(count, monkeypatch):
+    """The same instruction to the sender, and of its note as much to the receiver, in the same words around it."""
+    bench, read, told = lw.bench_of(asked(*PAIR)), list[Any](), list[Any]()
+    texts, joined, generate = bench.texts(2), lw.LM.prefill_ids, lw.LM.generate
+    monkeypatch.setattr(lw.LM, "prefill_ids", lambda self, rows, most: read.append(rows) or joined(self, rows, most))
+
+    def watched(self: lw.LM, prefill: lw.Prefill, most: int, *rest: Any, **options: Any) -> list[str]:
+        told.append((self.name, most, prefill.mask.sum(1).tolist(), prefill.logits.tolist()))
+        return generate(self, prefill, most, *rest, **options)
+
+    monkeypatch.setattr(lw.LM, "generate", watched)
+    assert lw.arm_names(asked("--arms", f"relay:{count}")) == [f"text_relay:{count}"]
+    bench.run(f"text_relay:{count}", texts, 0)
+    setup = dataclasses.replace(bench.context.setup, splits={"train": [], "evaluated": bench.examples(texts)})
+    settings, own = lw.EvalSettings(relay_tokens=count), bench.context
+    channel = lw.EvalContext(setup, own.settings, settings, own.receiver, None)
+    lw.METHODS[f"text_relay:{count}"](channel).answers(channel.examples)
+    assert len(read) == 2 and read[0] == read[1]
+    notes = [row for row in told if row[0] == "tiny-llama"]
+    assert len(notes) == 2 and notes[0] == notes[1] and notes[0][1] == count
+    assert min(notes[0][2]) > 24 + len("Which of these is it")  # bytes are tokens here
 
 
+@pytest.mark.slow
 def test_memory_counts_the_weights_each_arm_needs(measured):
     rows = {(row["arm"], row["batch"]): row for row in measured[0]["memory"]}
     sender, receiver = load("tiny-llama"), load("tiny-gemma")
     both = sum(p.numel() * 4 for lm in (sender, receiver) for p in {*lm.model.parameters()}) / 1e6
     alone = sum(p.numel() * 4 for p in {*receiver.model.parameters()}) / 1e6
     assert rows["text", 1]["weights_mb"] == pytest.approx(alone)
-    assert rows["relay:50", 1]["weights_mb"] == pytest.approx(both)
+    assert rows["text_relay:50", 1]["weights_mb"] == pytest.approx(both)
     assert rows["bridge:cached", 4]["weights_mb"] < rows["bridge", 4]["weights_mb"]
 
 
+@pytest.mark.slow
 def test_training_and_decoding_and_growth_have_their_rows(measured):
     results, _ = measured
     assert [row["batch"] for row in results["training"]] == [1, 4]
@@ -408,6 +300,7 @@ def test_training_and_decoding_and_growth_have_their_rows(measured):
     assert all(sizes == sorted(sizes) for sizes in grown.values())
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_was_measured(measured):
     results, folder = measured
     kept = json.loads((folder / "benchmark.json").read_text())
@@ -456,8 +349,10 @@ def test_commands_of_the_documents(words, toy_run, tmp_path, monkeypatch, capsys
     [
         (["--benchmark", "latencies"], "unknown; did you mean 'latency'?"),
         (["--arms", "bridg"], "did you mean 'bridge'?"),
+        (["--arms", "probe"], "--arms probe: this benchmark cannot time it"),
         (["--random_weights", "llama-3.1-80b"], "did you mean 'llama-3.1-8b'?"),
         (["--batch_sizes", "0"], "--batch_sizes"),
+        (["--engine", "static"], "--engine: it should be 'auto' or 'eager' (given: 'static')"),
         (["--checkpoint", "nowhere"], "nowhere"),
         (["--checkpoint", "nowhere", "--sender", "tiny-llama"], "the checkpoint knows its models"),
     ],
@@ -501,6 +396,7 @@ def test_known_shapes_have_the_number_of_weights_in_their_names(name):
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_nothing_grows_faster_than_its_input(tmp_path):
     words = ["--benchmark", "growth", *PAIR, "--num_trials", "7", "--warmup", "1", "--output_dir", str(tmp_path)]
     results = lw.benchmark_run(asked(*words), lw.Silent())
@@ -518,6 +414,7 @@ def anonymous() -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc here")
 def test_states_of_many_texts_are_kept_with_little_memory(tmp_path, monkeypatch):
     monkeypatch.setenv("LATENTWIRE_CACHE", str(tmp_path))
@@ -534,3 +431,29 @@ def test_states_of_many_texts_are_kept_with_little_memory(tmp_path, monkeypatch)
     stored = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) / 1e6
     print(f"{grown} MB of memory, {stored:.0f} MB on disk")
     assert grown[40_000] < 0.5 * stored
+
+
+def test_no_row_rests_on_fewer_than_ten_trials():
+    """V10: a batch of sixteen rested on two; texts/s are those of the median, like the milliseconds."""
+    seconds = iter([*[1.0] * 9, 11.0] * 50)
+    runs = {"slow": lambda: None}
+    asked = lw.BenchmarkSettings(num_trials=50, warmup=0, max_seconds=0.001)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lw, "once", lambda run: next(seconds))
+        found = lw.race(runs, asked)["slow"]
+    assert len(found) == 10
+    row = lw.timing("slow", 4, 0, found, 0.5)
+    assert row["median_ms"] == 1000 and row["texts_per_s"] == 4.0 and row["trials"] == 10
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 120])
+def test_a_table_is_cut_nowhere_however_narrow_the_terminal(columns, monkeypatch, capsys):
+    """rich shrinks columns below their least width, and what then does not fit is lost at the right edge."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    found = json.loads((Path(__file__).parent.parent / "latex" / "results" / "benchmark.json").read_text())
+    table = next(lw.benchmark_tables(found))
+    lw.RichReport().rows(table)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= columns
+    wanted = Counter(word for row in [table.heads, *table.rows] for word in " ".join(row).split())
+    assert not wanted - Counter(printed.split())

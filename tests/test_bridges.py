@@ -74,8 +74,8 @@ def encoded(made: lw.Trainer, examples: Sequence[lw.Example], ear: int = 0) -> l
     return made.hear(examples, ear).message
 
 
-def listener(made: lw.Trainer, ear: int = 0) -> lw.Listener:
-    return lw.Listener(made.bridge, made.promptings[ear], 6)
+def listener(made: lw.Trainer, ear: int = 0) -> lw.Receiver:
+    return lw.Receiver(made.promptings[ear], made.bridge, 6)
 
 
 def packets(made: lw.Trainer, examples: Sequence[lw.Example], ear: int = 0) -> list[bytes]:
@@ -211,7 +211,7 @@ def test_a_second_receiver_starts_by_a_ridge_map_onto_its_own_embeddings() -> No
         heard = made.hear(examples, ear=1)
         tokens = made.setup.receivers[1].heard([example.context for example in examples])
         windows = made.bridge.windows(heard.states)
-        wanted = lw.weighted(lw.share_in(windows.spans, tokens.spans, tokens.mask), tokens.embeds)[windows.mask]
+        wanted = lw.weighted_mean(lw.share_in(windows.spans, tokens.spans, tokens.mask), tokens.embeds)[windows.mask]
         drawn = plain.bridge.decode(heard.message, 1).embeds[windows.mask]
     both = [torch.corrcoef(torch.stack([x.flatten(), wanted.flatten()]))[0, 1]
             for x in (heard.soft.embeds[windows.mask], drawn)]  # fmt: skip
@@ -423,8 +423,8 @@ def test_what_is_cut_off_never_travels(keep: str, on: str) -> None:
     for hidden in ("secretsecretsecr", "QQQQQQQQQQQQQQQQ"):
         text = {"head": f"abcdefgh{hidden}", "tail": f"{hidden}abcdefgh", "both": f"abcd{hidden}efgh"}[keep]
         made = trainer(rows([text, "abcdefgh"]), *flags)
-        made.store = lw.collect_states(made.sender, [text, "abcdefgh"], [0], 2, "memory", lambda done, total: None)
-        assert made.store.truncated == 0.5
+        made.writer.collect([text, "abcdefgh"], "memory", lambda done, total: None)
+        assert made.writer.store.truncated == 0.5
         made.bridge.eval()
         sent.append(encoded(made, made.train_rows[:1]).latents)
         whole = encoded(made, made.train_rows[1:]).latents
@@ -547,10 +547,10 @@ def test_training_through_a_codec_has_its_values_and_the_gradient_of_the_identit
 def test_quantised_latents_in_training_are_those_on_the_wire() -> None:
     flags = ["--encoder", "byte", "--pooler", "resampler", "--receiver", "tiny-qwen", "--latent_len", "3"]
     made = ready(rows(TEXTS), *flags, "--codec", "int4")
-    plain = encoded(made, made.train_rows)
+    plain, sent = encoded(made, made.train_rows), packets(made, made.train_rows)
     made.bridge.quantize = True
     coarse = encoded(made, made.train_rows)
-    arrived = torch.cat([lw.Message.from_bytes(row.to_bytes()).latents for row in plain.rows()])
+    arrived = torch.cat([lw.Message.from_bytes(data).latents for data in sent])
     assert torch.allclose(coarse.latents, arrived, atol=1e-6)
     assert (coarse.latents - plain.latents).abs().max() > 0.05
 
@@ -659,6 +659,17 @@ def pair_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_receiver_that_is_not_there_is_told_before_any_is_evaluated(pair_run: Path, tmp_path: Path) -> None:
+    """Evaluating the first takes minutes."""
+    known = lw.Checkpoint.open(pair_run).bridge().shape.ears[0].name
+    asked = lw.EvalSettings(
+        checkpoint=pair_run, receivers=[known, "nobody"], output_dir=tmp_path / "out", num_samples=4
+    )
+    with pytest.raises(lw.LatentWireError, match="no receiver 'nobody' here"):
+        lw.eval_run(asked, lw.Silent())
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.trains
 def test_receivers_learn_in_turn_and_all_improve(pair_run: Path) -> None:
     log = lw.read_rows(pair_run / "diagnostics.jsonl")
@@ -723,12 +734,12 @@ def test_a_third_receiver_learns_the_language_and_changes_nothing_else(pair_run:
     untrained = extend(pair_run, tmp_path / "start", "--steps", "0")
     assert not same(untrained.state_dict(), new.state_dict())
     asked = lw.EvalSettings(checkpoint=pair_run, device="cpu", state_cache="memory", num_samples=4)
-    channel = lw.open_channel(asked, lw.resolve_checkpoint(pair_run), 1)[0]
-    own = lw.Listener(new, channel.listener.prompting).answers(channel.examples, channel.messages)
-    assert own == channel.listener.answers(channel.examples, channel.messages)
+    channel = lw.open_context(asked, lw.Checkpoint.open(pair_run), 1)
+    own = lw.Receiver(channel.receiver.prompting, new).answers(channel.examples, channel.messages)
+    assert own == channel.receiver.answers(channel.examples, channel.messages)
     assert all({row["receiver"]} == {"tiny-gemma"} for row in lw.read_rows(tmp_path / "more" / "diagnostics.jsonl"))
-    prompting = lw.Prompting(load("tiny-gemma"), channel.setup.part, channel.listener.prompting.anchor)
-    assert lw.Listener(new, prompting).answers(channel.examples, channel.messages)
+    prompting = lw.Prompting(load("tiny-gemma"), channel.setup.part, channel.receiver.prompting.anchor)
+    assert lw.Receiver(prompting, new).answers(channel.examples, channel.messages)
 
 
 @pytest.mark.trains
@@ -766,8 +777,7 @@ def test_weighted_copies_are_means_of_embeddings_whatever_letters_share_their_by
     sender, lm = (lw.load_lm(name, lw.ModelSettings(device="cpu")) for name in ("tiny-qwen", "tiny-llama"))
     settings = lw.BridgeSettings(pooler="window", init="copy", latent_len=3, d_z=48, width=32)
     bridge = lw.Bridge(lw.BridgeShape.of(settings, sender, lm)).eval()
-    states = sender.states([lw.sender_ids(sender, text, 64)], bridge.shape.layers)
-    states = lw.with_spans(states, [text], sender, 64, lm)
+    states = lw.Sender(sender, bridge, 64, lm).states([text])
     assert states.heard is not None
     windows = bridge.windows(states)
     for weight in (1e-3, 0.3, 0.6, 3.0):

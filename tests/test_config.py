@@ -13,9 +13,10 @@ import LATENTWIRE as lw
 # The product's promise: a setting that is renamed, dropped or given another default must be changed here on purpose.
 SHARED = {
     "dataset": None, "data_dir": None, "text_column": None, "question_column": None, "label_column": None, "context": "full",
-    "labels": None, "plugin": [], "offline": False,
+    "labels": None, "plugin": [], "offline": False, "delimiter": "auto", "encoding": "auto",
     "device": "auto", "sender_device": None, "receiver_device": None, "device_map": None, "load_in_8bit": False,
     "load_in_4bit": False, "dtype": "auto", "bf16": False, "fp16": False, "deterministic": False,
+    "trust_remote_code": False,
     "append_bos_after_prefix": "auto", "first_token_top_p": 1.0, "first_token_temperature": 0.0, "eos_ban_steps": 0,
 }  # fmt: skip
 THIRDS = ["0.25", "0.5", "0.75"]
@@ -87,7 +88,9 @@ RESOLVED = ("dtype", "sender", "receiver")
 def resolved(capsys: pytest.CaptureFixture[str], *words: Any, command: str = "train") -> dict[str, Any]:
     """What ``--dry_run`` prints, before models and dtype are chosen for the machine; the Python door reads the same."""
     texts = [str(word) for word in words]
-    assert lw.main([command, *texts, "--dry_run"]) == 0, capsys.readouterr().err
+    assert (
+        lw.main([command, *texts, "--dry_run", "full"] if command == "train" else [command, *texts, "--dry_run"]) == 0
+    ), capsys.readouterr().err
     shown = json.loads(capsys.readouterr().out)
     assert {"train": lw.train_main, "eval": lw.eval_main}[command]([*texts, "--dry_run"]) == shown
     asked, _ = lw.settings_from(KINDS[command], texts)
@@ -345,7 +348,8 @@ def test_unknown_keys_are_refused_in_python_too():
 OTHER: dict[str, Any] = {"dataset": "toy", "labels": ["a"], "plugin": ["a.py"], "layers": ["0.25"], "seeds": [1]} | {
     "codec": "fp32", "dtype": "float32", "normalize": "none", "calibration": "none", "encoder": "x", "pooler": "x",
     "context": "supporting",
-    "adapter": "x", "anchor_text": "x", "anchor_mode": "chat", "text_column": "x", "question_column": "x", "label_column": "x",
+    "adapter": "x", "anchor_text": "x", "anchor_mode": "chat", "text_column": "x", "question_column": "x",
+    "label_column": "x", "delimiter": "tab", "encoding": "cp1252",
     "sender": "x", "receiver": "x", "state_cache": "memory", "device": "cpu", "data_dir": "x", "output_dir": "x",
     "sender_device": "cpu", "receiver_device": "cpu", "device_map": "auto", "resume": "yes", "world_size": 2,
     "epochs": 2.0, "steps": 7, "samples": 7, "warmup_steps": 7, "eval_every": 7, "num_dataloader_workers": 7,
@@ -364,7 +368,8 @@ BESIDE = {
     "latent_private_len": {"pooler": "shared_private"},
 }  # fmt: skip
 EXECUTION = {
-    "data_dir", "offline", "device", "bf16", "fp16", "seeds", "output_dir", "resume", "log_every", "state_cache",
+    "data_dir", "offline", "plugin", "trust_remote_code",  # plug-ins count by what they hold, not by where they lie
+    "device", "bf16", "fp16", "seeds", "output_dir", "resume", "log_every", "state_cache",
     "num_dataloader_workers", "dataloader_pin_memory", "use_optimized_dataloader", "sender_device", "receiver_device",
     "device_map", "auto_resume", "checkpoint_interval", "keep_checkpoints", "world_size", "gradient_checkpointing",
     "optimizer_offload", "tag", "eval_samples", "eval_seeds", "track", "debug", "log_shapes", "profile", "profile_memory",

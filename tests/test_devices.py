@@ -126,7 +126,7 @@ class Team:
     def run(self, folder: Path, size: int, *flags: str, **env: str) -> tuple[int, str]:
         process = self.start(folder, size, *flags, **env)
         try:
-            text, _ = process.communicate(timeout=60)
+            text, _ = process.communicate(timeout=180)
         except subprocess.TimeoutExpired:
             process.terminate()
             raise AssertionError(f"hung: {process.communicate()[0]}") from None
@@ -184,7 +184,7 @@ def test_a_process_that_dies_ends_the_run_and_auto_resume_goes_on(together, team
     folder = team.home / "died"
     started = time.monotonic()
     code, text = team.run(folder, 2, DIES="1:6")
-    assert code != 0 and time.monotonic() - started < 60
+    assert code != 0 and time.monotonic() - started < 150
     assert "error: process 0 of 2 lost the others" in text and "go on with --auto_resume" in text, text
     assert not (folder / "DONE").exists()
     newest = lw.Checkpoints(folder / "checkpoint").steps()[0]
@@ -198,15 +198,15 @@ def test_a_process_that_dies_ends_the_run_and_auto_resume_goes_on(together, team
 def test_a_signal_to_all_saves_once_and_one_process_goes_on_for_two(together, team):
     folder = team.home / "signalled"
     process = team.start(folder, 2, PAUSE="0.5")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not team.noted(folder, "waits1") and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=180)
     assert process.returncode != 0
     assert "stopped at step" in text and "lost the others" not in text, text
     stopped = log(folder)[-1]["step"]
-    assert 5 < stopped < 12 and not (folder / "DONE").exists()
+    assert 5 <= stopped < 12 and not (folder / "DONE").exists()
     assert team.noted(folder, "saves0") == sorted({4, stopped, *([8] if stopped > 8 else [])})
     code, text = team.run(folder, 1)
     assert code == 0 and "1 process(es) go on where 2 worked: equal up to rounding" in text, text
@@ -255,15 +255,15 @@ def test_a_sender_short_of_memory_takes_fewer_texts_at_a_time(tmp_path, monkeypa
 def test_an_evaluation_short_of_memory_takes_fewer_rows_at_a_time(plain_run, tmp_path, monkeypatch):
     flags = ["--checkpoint", str(plain_run), "--methods", "bridge", "--num_samples", "30", "--output_dir"]
     whole = lw.eval_main([*flags, str(tmp_path / "whole")])
-    plain, sizes = lw.Listener.listen, []
+    plain, sizes = lw.Receiver.listen, []
 
-    def limited(self: lw.Listener, examples: Any, data: Any, text: bool) -> Any:
+    def limited(self: lw.Receiver, examples: Any, data: Any, text: bool) -> Any:
         sizes.append(len(examples))
         if len(examples) > 8:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(self, examples, data, text)
 
-    monkeypatch.setattr(lw.Listener, "listen", limited)
+    monkeypatch.setattr(lw.Receiver, "listen", limited)
     small = lw.eval_main([*flags, str(tmp_path / "small")])
     assert sizes[0] > 8 and sum(size for size in sizes if size <= 8) >= 30
     assert small["methods"]["bridge"]["accuracy"] == whole["methods"]["bridge"]["accuracy"]
@@ -354,7 +354,7 @@ def test_one_row_that_does_not_fit_is_one_line(size, tmp_path, monkeypatch):
 def test_out_of_memory_in_validation_halves_its_own_rows(tmp_path, plain_run, monkeypatch):
     plain = lw.Trainer.hear
 
-    def limited(self: lw.Trainer, examples: Any, *rest: Any) -> lw.Heard:
+    def limited(self: lw.Trainer, examples: Any, *rest: Any) -> lw.ForwardContext:
         soft = plain(self, examples, *rest)
         if not self.bridge.training and len(examples) > 11:
             raise SHORTAGES["cpu"]()
@@ -382,7 +382,7 @@ def test_batch_size_auto_finds_the_most_rows_that_fit(uneven, tmp_path, monkeypa
     texts: list[list[str]] = []
     prompt = lw.Trainer.hear
 
-    def noting(self: lw.Trainer, examples: Any, ear: int = 0, places: Any = (), *rest: Any) -> lw.Heard:
+    def noting(self: lw.Trainer, examples: Any, ear: int = 0, places: Any = (), *rest: Any) -> lw.ForwardContext:
         if places:
             texts.append([example.context for example in examples])
         return prompt(self, examples, ear, places, *rest)
@@ -554,8 +554,8 @@ def test_the_stand_in_for_a_second_device_refuses_what_cuda_refuses(elsewhere):
 @pytest.mark.parametrize(
     ("pair", "methods"),
     [
-        (("cuda:0", "cuda:1"), ",".join(lw.METHODS)),
-        pytest.param(("cuda:0", "cpu"), "bridge,text", marks=pytest.mark.slow),
+        pytest.param(("cuda:0", "cuda:1"), ",".join(lw.METHODS), marks=pytest.mark.slow),
+        (("cuda:0", "cpu"), "bridge,text"),
         pytest.param(("cpu", "cuda:0"), "bridge,text", marks=pytest.mark.slow),
     ],
 )
@@ -625,9 +625,9 @@ def test_device_map_gives_the_same_curve(spread, folders, tmp_path, plain_run, m
     given: list[dict[str, Any]] = []
     load = lw.load_weights
 
-    def loading(name: str, dtype: torch.dtype, offline: bool, **placed: Any) -> Any:
+    def loading(name: str, dtype: torch.dtype, offline: bool, trust: bool, **placed: Any) -> Any:
         given.append(placed)
-        return load(name, dtype, offline, **placed)
+        return load(name, dtype, offline, trust, **placed)
 
     monkeypatch.setattr(lw, "load_weights", loading)
     monkeypatch.setattr(lw.LM, "__init__", created)
@@ -663,7 +663,9 @@ def test_fewer_bits_reach_from_pretrained(bits, monkeypatch):
     if bits == 4:
         assert (config.bnb_4bit_quant_type, config.bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
     given: dict[str, Any] = {}
-    monkeypatch.setattr(lw, "load_weights", lambda name, dtype, offline, **placed: (given.update(placed), None, ""))
+    monkeypatch.setattr(
+        lw, "load_weights", lambda name, dtype, offline, trust, **placed: (given.update(placed), None, "")
+    )
     monkeypatch.setattr(lw, "LM", lambda *parts: SimpleNamespace())
     lw.load_lm("some/model", settings, own_device="cpu:0")
     assert given["device_map"] == {"": torch.device("cpu:0")} and given["quantization_config"].to_dict()

@@ -110,20 +110,20 @@ def evaluate(run: Path, out: Path | str, *flags: str) -> dict[str, Any]:
 
 
 def records(folder: Path | str, receiver: str = "tiny-qwen") -> dict[str, dict[str, dict[str, Any]]]:
-    """An evaluation's records by method and example, without times and keys."""
+    """An evaluation's records by method and example, without times, keys, and the sums over all that."""
     name = "results.json" if receiver == PAIR[0] else f"results-{receiver}.json"
     keys = json.loads(Path(folder, name).read_text())["provenance"]["record_keys"]
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for row in lw.read_rows(Path(folder, "records.jsonl")):
         if row["key"] == keys.get(row["method"]):
-            mine = {name: value for name, value in row.items() if name not in ("seconds", "key")}
+            mine = {name: value for name, value in row.items() if name not in ("seconds", "key", "sum")}
             found.setdefault(row["method"], {})[row["id"]] = mine
     return found
 
 
-def channel_of(run: Path, receiver: str = "tiny-qwen", **asked: Any) -> lw.Channel:
+def channel_of(run: Path, receiver: str = "tiny-qwen", **asked: Any) -> lw.EvalContext:
     settings = lw.EvalSettings(checkpoint=run, num_samples=asked.pop("num_samples", 8), state_cache="memory", **asked)
-    return lw.open_channel(settings, lw.resolve_checkpoint(run), PAIR.index(receiver))[0]
+    return lw.open_context(settings, lw.Checkpoint.open(run), PAIR.index(receiver))
 
 
 # ---- the documents' commands, run --------------------------------------------------------------------------------------
@@ -260,10 +260,11 @@ def wired(run: Path, example: lw.Example, question: str) -> None:
     Path("said.txt").write_text(example.context, encoding="utf-8")
     asked = ["--question", question] if question else []
     assert lw.main(["encode", "said.txt", "--checkpoint", str(run), "-o", "a.wire", *asked]) == 0
-    assert lw.main(["encode", example.context, "--checkpoint", str(run), "-o", "b.wire", *asked]) == 0
+    assert lw.main(["encode", "--text", example.context, "--checkpoint", str(run), "-o", "b.wire", *asked]) == 0
     assert Path("a.wire").read_bytes() == Path("b.wire").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_message_from_a_file_is_answered_as_in_the_evaluation(duo, agnostic):
     calls, wanted = [], []
     for run, aware in ((duo, True), (agnostic, False)):
@@ -282,11 +283,11 @@ def test_a_message_from_a_file_is_answered_as_in_the_evaluation(duo, agnostic):
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import LATENTWIRE as lw\n"
     program += f"sys.exit(max(lw.main(words) for words in {calls!r}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout == "".join(f"{text}\n" for text in wanted) and len(set(wanted)) > 1
+    assert done.stdout == "".join(f"{lw.plain(text)}\n" for text in wanted) and len(set(wanted)) > 1
 
 
 def test_the_receiver_of_a_question_agnostic_message_must_be_asked(agnostic, refuse, say):
-    say("encode", "Anna has a red hat.", "--checkpoint", agnostic, "-o", "a.wire")
+    say("encode", "--text", "Anna has a red hat.", "--checkpoint", agnostic, "-o", "a.wire")
     assert "--question" in refuse("answer", "a.wire", "--checkpoint", agnostic)
     answers = {
         say("answer", "a.wire", "--checkpoint", agnostic, "--question", q) for q in ("Who?", "What has Anna?", "When?")
@@ -297,10 +298,10 @@ def test_the_receiver_of_a_question_agnostic_message_must_be_asked(agnostic, ref
 def test_a_text_without_a_question_needs_none(toy_run, say):
     classes = {"a", "b", "c", "d"}
     for letter in "abcd":
-        say("encode", f"{letter * 6}wxyz", "--checkpoint", toy_run, "-o", "a.wire")
+        say("encode", "--text", f"{letter * 6}wxyz", "--checkpoint", toy_run, "-o", "a.wire")
         assert say("answer", "a.wire", "--checkpoint", toy_run) == f"{letter}\n"
     run = trained("toy", Path("run"), "--steps", "1", "--protocol", "question-agnostic")
-    say("encode", "aaaaaawxyz", "--checkpoint", run, "-o", "a.wire")
+    say("encode", "--text", "aaaaaawxyz", "--checkpoint", run, "-o", "a.wire")
     assert say("answer", "a.wire", "--checkpoint", run).strip() in classes
 
 
@@ -312,33 +313,36 @@ def test_private_latents_are_written_for_their_receiver(owners, say):
     for receiver in PAIR:
         channel = channel_of(run, receiver)
         example = channel.examples[0]
-        words = [example.context, "--checkpoint", run, "--question", example.question, "--receiver", receiver]
+        words = ["--text", example.context, "--checkpoint", run, "--question", example.question, "--receiver", receiver]
         say("encode", *words, "-o", "a.wire")
         assert Path("a.wire").read_bytes() == channel.messages[0]
         sent.append(lw.Message.from_bytes(channel.messages[0]).latents[0])
         answer = say("answer", "a.wire", "--checkpoint", run, "--receiver", receiver)
-        assert answer.strip() == records("out", receiver)["bridge"][example.id]["generated"]
+        assert answer.strip() == lw.plain(records("out", receiver)["bridge"][example.id]["generated"])
     assert torch.equal(sent[0][:4], sent[1][:4]) and not torch.equal(sent[0][4:], sent[1][4:])
 
 
-@pytest.mark.parametrize("text", ["word " * 100, "word " * 2000, "x" * 300, "Is it a file?\nNo.", ""])
-def test_any_text_is_encoded(text, duo, say):
-    assert f"for {len(text.encode())} bytes of text" in say("encode", text, "--checkpoint", duo, "-o", "a.wire")
+@pytest.mark.parametrize("text", ["word " * 100, "word " * 2000, "x" * 300, "Is it a file?\nNo."])
+def test_any_text_is_encoded(text, duo, capsys):
+    assert lw.main(["encode", "--text", text, "--checkpoint", str(duo), "-o", "a.wire"]) == 0
+    out, err = capsys.readouterr()
+    assert f"for {len(text.encode())} bytes of text" in out
+    assert (re.fullmatch(r"cut: [\d,]+ of [\d,]+ tokens were read.*\n", err) is not None) == (len(text) > 5000), err
     latents = lw.Message.from_bytes(Path("a.wire").read_bytes()).latents
     assert latents.shape[0] == 1 and 1 <= latents.shape[1] <= 6 and latents.shape[2] == 32
 
 
 def test_what_cannot_be_encoded_or_answered_is_one_line(duo, agnostic, say, refuse):
-    say("encode", "Anna has a red hat.", "--checkpoint", duo, "-o", "a.wire")
+    say("encode", "--text", "Anna has a red hat.", "--checkpoint", duo, "-o", "a.wire")
     line = refuse("answer", "a.wire", "--checkpoint", agnostic, "--question", "What?")
     assert "message was written by bridge" in line
     for receiver in ("tiny-gemma", "tiny-lama", "no/such/model"):
-        for words in (("answer", "a.wire"), ("encode", "x", "-o", "b.wire")):
+        for words in (("answer", "a.wire"), ("encode", "--text", "x", "-o", "b.wire")):
             line = refuse(*words, "--checkpoint", duo, "--receiver", receiver)
             assert f"no receiver '{receiver}' here" in line and "tiny-qwen, tiny-llama" in line
     assert "nothing.wire not found" in refuse("answer", "nothing.wire", "--checkpoint", duo)
     assert "no checkpoint at nowhere" in refuse("answer", "a.wire", "--checkpoint", "nowhere")
-    assert "no checkpoint at nowhere" in refuse("encode", "x", "--checkpoint", "nowhere")
+    assert "no checkpoint at nowhere" in refuse("encode", "--text", "x", "--checkpoint", "nowhere")
     Path("picture.png").write_bytes(b"\x89PNG\xff\xfe")
     assert "picture.png" in refuse("encode", "picture.png", "--checkpoint", duo)
     assert "not a LatentWire message" in refuse("answer", "picture.png", "--checkpoint", duo)
@@ -348,7 +352,7 @@ def test_what_cannot_be_encoded_or_answered_is_one_line(duo, agnostic, say, refu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_encode_and_answer_work_on_the_device_of_the_run(owners, say):
     run = trained(owners, Path("run"), "--steps", "1", "--device", "cuda")
-    say("encode", "Anna has a red hat.", "--checkpoint", run, "-o", "a.wire")
+    say("encode", "--text", "Anna has a red hat.", "--checkpoint", run, "-o", "a.wire")
     assert say("answer", "a.wire", "--checkpoint", run)
 
 
@@ -376,6 +380,7 @@ def modes(run: Path) -> list[str | None]:
     return [row.get("mode") for row in lw.read_rows(run / "diagnostics.jsonl")]
 
 
+@pytest.mark.slow
 def test_stages_one_by_one_and_in_one_command(owners, duo):
     both = trained(
         owners,
@@ -541,9 +546,9 @@ def test_a_trained_prompt_is_a_control_that_reads_nothing(owners, duo, refuse):
 
 
 @torch.no_grad()
-def likelihood(channel: lw.Channel, row: int, text: str) -> float:
+def likelihood(channel: lw.EvalContext, row: int, text: str) -> float:
     """log p(text, end | message) by one plain forward pass of the receiver over everything."""
-    listener, lm = channel.listener, channel.setup.receiver
+    listener, lm = channel.receiver, channel.setup.receiver
     soft = listener.open([channel.messages[row]]).embeds
     ids = [*lm.bos, *lm.ids("Answer:"), *lm.ids(f" {text}"), lm.tokenizer.eos_token_id]
     count = len(lm.ids(f" {text}")) + 1
@@ -608,7 +613,7 @@ def test_compression_is_counted_by_hand(duo):
     assert found["sequence"] == found["receiver_kv"] == pytest.approx(tokens / latents)
     assert found["bytes_vs_utf8"] == pytest.approx(tokens / sent) and found["bytes_vs_utf8"] < 1
     assert found["bytes_vs_zlib"] == pytest.approx(sum(len(zlib.compress(t, 9)) for t in texts) / sent)
-    assert "an expansion" in lw.told_beside(results)[0]
+    assert "an expansion" in lw.side_remarks(results)[0]
     assert results["latent"]["bytes"] == sent / 8
 
 
@@ -617,8 +622,8 @@ def test_compression_is_counted_by_hand(duo):
 
 def test_no_end_token_while_it_is_banned(duo):
     channel = channel_of(duo)
-    lm, prompting = channel.setup.receiver, channel.listener.prompting
-    packed = prompting.pack(channel.listener.open(channel.messages), channel.examples)
+    lm, prompting = channel.setup.receiver, channel.receiver.prompting
+    packed = prompting.pack(channel.receiver.open(channel.messages), channel.examples)
     lm.ends = set(range(0, 262)) - {*lm.ids("bcdefg")}  # nearly everything would end an answer
     logits = lm.prefill(packed).logits
     assert {int(token) for token in logits.argmax(-1)} & lm.ends
@@ -629,7 +634,7 @@ def test_no_end_token_while_it_is_banned(duo):
         said = lm.generate(lm.prefill(packed), 8, how)
         assert all(len(text) >= banned and not set(text[:banned]) - set("bcdefg") for text in said)
     for ban, texts in ((0, free), (3, lm.generate(lm.prefill(packed), 8, lw.DecodeSettings(eos_ban_steps=3)))):
-        listener = lw.Listener(channel.bridge, prompting, 8, lw.DecodeSettings(eos_ban_steps=ban))
+        listener = lw.Receiver(prompting, channel.bridge, 8, lw.DecodeSettings(eos_ban_steps=ban))
         assert [answer.text for answer in listener.answers(channel.examples, channel.messages)] == texts
 
 
@@ -746,7 +751,7 @@ def test_parts_of_a_step_add_up(monkeypatch):
     now = iter(range(100))
     monkeypatch.setattr(lw.time, "perf_counter", lambda: float(next(now)))
     costs = lw.Costs(True)
-    clock = costs.start(torch.device("cpu"), True)
+    clock = costs.start()
     border = torch.ones(1, requires_grad=True)
     for part, own in (
         ("sender", ()),
@@ -760,7 +765,7 @@ def test_parts_of_a_step_add_up(monkeypatch):
         [name, "1.000", "s", "25.0%"] for name in ("sender", "encoder", "adapter", "receiver")
     ]
     idle = lw.Costs(False)
-    idle.start(torch.device("cpu"), True)("sender")
+    idle.start()("sender")
     assert not any(idle.seconds.values())
 
 
@@ -775,7 +780,7 @@ def test_a_short_run_can_be_profiled(owners, say):
 
 
 def test_debug_stops_where_the_first_number_is_none(owners, monkeypatch):
-    monkeypatch.setitem(lw.LOSSES.parts, "answer_ce", lambda found, settings: found.logits.sum() * float("nan"))
+    monkeypatch.setattr(lw.AnswerCE, "term", lambda self, found: found.logits.sum() * float("nan"))
     with (
         pytest.warns(UserWarning, match="Error detected"),
         pytest.raises(lw.LatentWireError, match=r"MulBackward0.* nan.*step 1; lower"),
@@ -854,7 +859,7 @@ def test_texts_are_written_back_from_their_messages(duo, refuse, monkeypatch):
     assert texts == [f"{e.question}\n{e.context}" for e in channel.examples] and len(said) == 8
     assert len(set(said)) > 1 and max(map(len, said)) > 16  # as long as the text, not as an answer
     assert results["reconstruction"]["bleu"] == 0.125
-    assert "BLEU of texts written back: 0.1250" in lw.told_beside(results)
+    assert "BLEU of texts written back: 0.1250" in lw.side_remarks(results)
 
 
 @pytest.mark.trains

@@ -51,7 +51,8 @@ def calls(text: str) -> list[tuple[dict[str, str], list[str]]]:
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in lw.site_settings(ROOT):
+    monkeypatch.setenv("LATENTWIRE_SITE", "marlowe")  # the documents' cluster
+    for name in lw.site_settings(ROOT, "marlowe"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -63,16 +64,16 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("--name a --dataset sst2", ["runs/a"]),
         ("--name baseline_experiment", ["runs/baseline_experiment"]),
-        ("--name c --latent_len 16,32,64", [f"runs/c/latent_len{n}" for n in (16, 32, 64)]),
-        ("--name c --latent_len 16 32 64", [f"runs/c/latent_len{n}" for n in (16, 32, 64)]),
+        ("--name c --dataset toy --latent_len 16,32,64", [f"runs/c/latent_len{n}" for n in (16, 32, 64)]),
+        ("--name c --dataset toy --latent_len 16 32 64", [f"runs/c/latent_len{n}" for n in (16, 32, 64)]),
         ("--name g --dataset hotpot,sst2,agnews", ["runs/g/hotpot", "runs/g/sst2", "runs/g/agnews"]),
         ("--name s --seeds 1,2 --dataset toy --layers 0,1", ["runs/s/seed1", "runs/s/seed2"]),
-        ("--name o --output_dir out --lr 0.1,0.2 --seed 7", ["out/lr0.1", "out/lr0.2"]),
+        ("--name o --dataset toy --output_dir out --lr 0.1,0.2 --seed 7", ["out/lr0.1", "out/lr0.2"]),
     ],
 )
 def test_flags_with_several_values_span_a_grid(words, folders):
     mine, others = lw.divided(lw.ExperimentSettings, shlex.split(words))
-    settings = lw.ExperimentSettings.build(dict(lw.normalize_flags(lw.ExperimentSettings, mine, {})))
+    settings = lw.ExperimentSettings.build(lw.parse_flags(mine, lw.ExperimentSettings)[0])
     runs = lw.planned(settings, others)
     assert [str(run.output_dir) for run in runs] == folders
     assert all(run.auto_resume for run in runs)
@@ -97,7 +98,9 @@ def test_dry_run_prints_commands_that_can_be_typed(capsys):
     after = [shlex.split(line)[2] for line in lines[2:-1]]
     assert after == ["aggregate", "stats", "report"] and lines[-1].startswith("# 2 runs, about ")
     for line, latents in zip(lines[:2], ("4", "8"), strict=True):
-        assert re.search(r"  # \d+ train rows, \d+ test rows x \d+ methods: about \S+ FLOP$", line), line
+        assert re.search(
+            r"  # 1,000 steps of 32 rows, all test rows \(counted as 1,000\) x \d+ methods: about \S+ FLOP$", line
+        ), line
         train, evaluate = (shlex.split(part, comments=True)[2:] for part in line.split(" && "))
         settings, _ = lw.settings_from(lw.TrainSettings, train[1:])
         assert train[0] == "train" and settings.latent_len == int(latents) and settings.auto_resume
@@ -105,6 +108,7 @@ def test_dry_run_prints_commands_that_can_be_typed(capsys):
 
 
 @pytest.mark.trains
+@pytest.mark.slow
 def test_experiment_runs_everything_once_and_goes_on_after_a_failure(capsys, monkeypatch):
     words = ["experiment", "--name", "e", *TOY, "--steps", "12", "--latent_len", "2,4", "--num_samples", "20"]
     train, broken = lw.train_run, [True]
@@ -130,6 +134,7 @@ def test_experiment_runs_everything_once_and_goes_on_after_a_failure(capsys, mon
 
 
 @pytest.mark.trains
+@pytest.mark.slow
 def test_stages_one_at_a_time_are_the_whole(capsys):
     words = ["experiment", "--name", "p", *TOY, "--steps", "6", "--seeds", "1,2", "--num_samples", "10"]
     for stage in ("train", "eval"):
@@ -144,9 +149,18 @@ def test_stages_one_at_a_time_are_the_whole(capsys):
 def test_effects_are_paired_differences_beside_the_run_named_base(tmp_path):
     right = {"base": [1, 0, 0, 0, 1, 0, 1, 0, 0, 0], "better": [1] * 10, "same": [1, 0, 0, 0, 1, 0, 1, 0, 0, 0]}
     for name, values in right.items():
-        rows = [{"key": "k", "method": "bridge", "id": str(i), "correct": v} for i, v in enumerate(values)]
-        made = {"record_key": "k", "sender": {}, "receiver": {}, "seed_of_training": 1, "source_sha256": "x"}
-        found = {"dataset": "toy", "n": 10, "headline": "accuracy", "provenance": made,
+        asked = {"key": "k", "method": "bridge", "gold": ["a"], "label": 0}
+        rows = [
+            lw.sealed({**asked, "id": str(i), "prediction": 1 - v, "correct": bool(v)}) for i, v in enumerate(values)
+        ]
+        made = {
+            "record_key": "k",
+            "sender": {"name": "a"},
+            "receiver": {"name": "b"},
+            "seed_of_training": 1,
+            "source_sha256": "x",
+        }
+        found = {"dataset": "toy", "split": "test", "n": 10, "headline": "accuracy", "provenance": made,
                  "methods": {"bridge": {"accuracy": sum(values) / 10}}}  # fmt: skip
         (tmp_path / name).mkdir()
         (tmp_path / name / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
@@ -186,7 +200,7 @@ def test_the_documents_commands(words, capsys):
 
 def test_the_documents_preemptible_trainer(capsys):
     words = "finalization/training/preemptible_trainer.py --auto_resume --checkpoint_interval 180 --save_dir runs/experiment_7"
-    settings = json.loads(shown(capsys, *words.split(), "--dataset", "toy", "--dry_run"))
+    settings = json.loads(shown(capsys, *words.split(), "--dataset", "toy", "--dry_run", "full"))
     assert (settings["auto_resume"], settings["checkpoint_interval"]) == (True, 180)
     assert settings["output_dir"] == "runs/experiment_7"
 
@@ -315,8 +329,66 @@ def test_status_shows_runs_and_jobs(toy_run, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{stub.parent}:/usr/bin:/bin")
     monkeypatch.setenv("COLUMNS", "120")
     lines = {
-        line.split()[0]: line.split()[1:] for line in shown(capsys, "status").splitlines() if line.startswith("  runs/")
+        line.split()[0]: line.split()[1:]
+        for line in shown(capsys, "status").splitlines()
+        if line.strip().startswith("runs/")
     }
     assert lines["runs/done"][:2] == ["finished", "60/60"]
     assert lines["runs/going"][:2] == ["running", "60/60"] and lines["runs/going"][-1] == "7"
     assert lines["runs/experiment_8"] == ["pending", "Priority", "8"]
+
+
+@pytest.mark.parametrize("dry", [["--dry_run"], ["--dry_run", "full"], ["--dry_run=full"], ["--dry_run_full"]])
+@pytest.mark.parametrize("command", ["experiment --name e", "slurm --job training"])
+def test_no_spelling_of_a_dry_run_does_anything(command, dry, say, monkeypatch):
+    """U3: --dry_run full was taken for no dry run at all by experiment and slurm."""
+    ran = []
+    monkeypatch.setattr(lw.subprocess, "run", lambda *args, **named: ran.append(args))
+    monkeypatch.setattr(lw, "run_experiment", lambda *args: ran.append(args))
+    assert "train" in say(*command.split(), *TOY, *dry)
+    assert not ran and not Path("runs").exists()
+
+
+def test_a_promise_of_processes_is_made_to_the_training_alone(capsys):
+    """J1: the stages after it have one process, and died of the word."""
+    words = "slurm --job experiment --dry_run --gpus 4 --name n --dataset sst2 --world_size 4 --steps=9"
+    train, evaluate, together = (command for _, command in calls(shown(capsys, *words.split())))
+    assert "--world_size" in train and "--world_size" not in {*evaluate, *together}
+    assert lw.without_flag(["a", "--world-size=4", "--b", "--world_size", "4", "c"], "world_size") == ["a", "--b", "c"]
+
+
+def test_a_delimiter_is_no_grid(tmp_path):
+    """J9: --delimiter , made two runs of one name."""
+    (tmp_path / "f.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 20)
+    settings = lw.ExperimentSettings(name="own")
+    assert len(lw.planned(settings, [*TOY[:4], "--dataset", str(tmp_path / "f.csv"), "--delimiter", ","])) == 1
+
+
+def test_the_cost_of_epochs_is_theirs():
+    """U4: 24 passes over 87,599 rows cost as much as a thousand steps."""
+    run = lw.TrainSettings(sender="smollm2-135m", receiver="gemma-3-270m", dataset="sst2", epochs=24, samples=87599)
+    few = run.model_copy(update={"epochs": 1})
+    assert 10 < lw.cost_of(run, {"num_samples": 1000})[1] / lw.cost_of(few, {"num_samples": 1000})[1] < 24
+
+
+def test_a_benchmark_that_was_stopped_is_finished_by_its_experiment(tmp_path, monkeypatch):
+    """J11: its file was there, so the rest was never measured."""
+    settings = lw.ExperimentSettings(name="paper", output_dir=tmp_path)
+    runs = [lw.TrainSettings(sender="tiny-llama", receiver="tiny-qwen", dataset="toy", output_dir=tmp_path / "run")]
+    done, asked = settings.folder / "benchmark" / "benchmark.json", []
+    done.parent.mkdir(parents=True)
+    monkeypatch.setattr(lw, "benchmark_run", lambda *_: asked.append(1))
+    monkeypatch.setattr(lw, "write_benchmark", lambda *_: None)
+    monkeypatch.setattr(lw.ReportInputs, "below", lambda *_: 1 / 0)
+    for text, times in (('{"latency": [], "unfinished": ["memory"]}', 1), ('{"latency": []}', 1)):
+        done.write_text(text)
+        with pytest.raises(ZeroDivisionError):
+            lw.put_together(settings, runs, lw.Silent())
+        assert len(asked) == times
+
+
+def test_models_that_were_trusted_for_training_are_trusted_for_what_follows():
+    """S2: an experiment trained with --trust_remote_code, and refused its own model afterwards."""
+    run = lw.TrainSettings(sender="tiny-llama", receiver="tiny-qwen", dataset="toy", trust_remote_code=True)
+    assert lw.evaluation_of(run, Path("x")).trust_remote_code
+    assert lw.benchmark_of(lw.ExperimentSettings(name="paper"), [run]).trust_remote_code

@@ -82,7 +82,7 @@ def save_model(folder: Path, **changes: object) -> Path:
     merges = [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "the"), ("e", "r"), ("Ġ", "w"), ("o", "f")]
     tokenizer = lw.byte_tokenizer(("<pad>", "<bos>", "<eos>"), merges, add_bos=True)
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model, _ = lw.tiny_model("LlamaConfig", 5, tokenizer, **sizes)
+    model, _ = lw.random_model("LlamaConfig", 5, tokenizer, **sizes)
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 10000.0} | changes))
@@ -180,7 +180,7 @@ def test_a_text_read_before_compresses_the_same(folders, compressors):
 def test_selective_writes_a_shared_character_once(folders):
     lm = lw.load_lm(str(folders["wide"]), lw.ModelSettings(device="cpu", dtype="float32"), True)
     contest = SimpleNamespace(
-        speaker=lm, asked=SimpleNamespace(compressor=None), responder_of=lambda role: SimpleNamespace(receiver=lm)
+        speaker=lm, asked=SimpleNamespace(compressor=None), receiver_of=lambda role: SimpleNamespace(lm=lm)
     )
     text = "北京市 and 🎻 of Königsberg"
     found = lw.Selective(contest).compress(lw.Example("1", text, "", ("",)), len(lm.ids(text)) - 3)

@@ -22,7 +22,7 @@ from conftest import package_folder
 
 import LATENTWIRE as lw
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("two_threads")]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.usefixtures("two_threads")]
 
 PINS = ("lm_eval==0.4.13",)
 PUBLISHED = Path(lw.__file__).resolve().parent.parent / "shared" / "data"
@@ -100,7 +100,7 @@ def own_file(tmp_path_factory) -> Path:
 class Ours:
     """What we read and said, row by row."""
 
-    contest: lw.Contest
+    contest: lw.EvalContext
     examples: list[lw.Example]
     records: list[dict[str, Any]]
     read: list[lw.TokenIds]
@@ -109,7 +109,7 @@ class Ours:
     @property
     def labels(self) -> list[lw.TokenIds]:
         """The ids of each label."""
-        return self.contest.responder.prompting.label_ids
+        return self.contest.receiver.prompting.label_ids
 
     @property
     def likelihoods(self) -> list[list[float]]:
@@ -120,7 +120,7 @@ class Ours:
 
     def told(self, example: lw.Example) -> dict[str, Any]:
         """An example for the harness, which puts examples, spaces and answers together by itself."""
-        part, anchor = self.contest.setup.part, self.contest.responder.prompting.anchor
+        part, anchor = self.contest.setup.part, self.contest.receiver.prompting.anchor
         return {"text": part.receiver_text(example) + anchor, "choices": list(part.words), "label": example.label}
 
     def examples_shown(self) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ def answer(lm: lw.LM, dataset: str, shots: int, rows: int) -> Ours:
         patch.setattr(lw, "load_lm", lambda *_: lm)
         patch.setattr(lw, "lay_out", watched)
         patch.setattr(lw.LM, "prefill_ids", watched_ids)
-        contest = lw.contest_of(settings, dataset, 42)
+        contest = lw.context_of(settings, dataset, 42)
         method = lw.METHODS["fewshot:receiver" if shots else "zeroshot:receiver"](contest)
         lw.compute_rows(method, contest.examples, 8, records.extend)
     by_id = {example.id: example for example in contest.examples}
@@ -215,7 +215,7 @@ def test_the_harness_predicts_the_same(model, dataset, shots, rows, packages, re
         for mine, row in zip(ours.likelihoods, theirs, strict=True)
         for a, b in zip(mine, row["scores"], strict=True)
     )
-    same = sum(mine["prediction"] == lw.pick(lw.by_length_of(ours.labels, row["scores"])) for mine, row in pairs)
+    same = sum(mine["prediction"] == lw.argmax(lw.by_length_of(ours.labels, row["scores"])) for mine, row in pairs)
     as_acc = sum(mine["correct"] == row["acc"] for mine, row in pairs)
     right = sum(mine["correct"] for mine, _ in pairs) / rows
     acc, acc_norm = (sum(row[name] for row in theirs) / rows for name in ("acc", "acc_norm"))

@@ -32,15 +32,23 @@ def made(*flags: str, own: Sequence[lw.Example] = ()) -> lw.Trainer:
 
 
 @torch.no_grad()
-def found(one: lw.Trainer, own: Sequence[lw.Example] = (), soft: lw.SoftPrompt | None = None) -> lw.Supervised:
-    heard = one.hear(own or one.train_rows)
+def found(
+    one: lw.Trainer,
+    own: Sequence[lw.Example] = (),
+    soft: lw.SoftPrompt | None = None,
+    others: Sequence[lw.Example] = (),
+    places: Sequence[int] = (),
+) -> lw.Supervised:
+    """What the losses see of the ``own`` rows; ``others`` are their partners, ``places`` those in a training stream."""
+    heard = one.hear(own or one.train_rows, places=places)
     heard = replace(heard, soft=soft) if soft else heard
+    heard = replace(heard, partners=one.hear(others, places=places)) if others else heard
     return lw.supervise(heard.receiver, heard.answered(heard.soft), heard)
 
 
 @torch.no_grad()
 def loss(name: str, seen: lw.Supervised, **settings: Any) -> float:
-    return float(lw.LOSSES[name](seen, lw.LossSettings(**settings)))
+    return float(lw.LOSSES[name](lw.LossSettings(**settings)).term(seen))
 
 
 @torch.no_grad()
@@ -156,8 +164,9 @@ def test_distance_of_states_is_in_units_of_the_text_readers_own() -> None:
 @pytest.mark.parametrize("metric", ["cosine", "mse", "both"])
 def test_alignment_is_nothing_at_the_answers_own_embeddings(metric: str) -> None:
     one = made()
-    gold = [one.prompting.answer_ids(answer)[:-1] for answer in ANSWERS]
-    ids, mask = lw.pad_right(gold, one.receiver.pad, one.receiver.device)
+    gold = [one.receiver.continuation(one.prompting.anchor, f" {answer}") for answer in ANSWERS]
+    assert len({*map(len, gold)}) == 3  # a mean over all tokens would be another
+    ids, mask = lw.pad_rows(gold, one.receiver.pad, one.receiver.device)
     seen = found(one, soft=lw.SoftPrompt(one.receiver.embed(ids), mask))
     for name in ("latent_align", "latent_prefix_align"):
         assert abs(loss(name, seen, latent_align_metric=metric)) < 1e-5
@@ -170,25 +179,25 @@ def test_alignment_is_nothing_at_the_answers_own_embeddings(metric: str) -> None
     rows_of = [
         (s[: len(g)], one.receiver.embed(torch.tensor(g))[: len(s)]) for s, g in zip(prompts(plain), gold, strict=True)
     ]
-    s, g = (torch.cat(part) for part in zip(*rows_of, strict=True))
-    cosine = float(1 - torch.nn.functional.cosine_similarity(s, g).mean())
-    square = float((s - g).square().mean()) / one.receiver.embed_rms**2
+    cosine = sum(float(1 - torch.nn.functional.cosine_similarity(s, g).mean()) for s, g in rows_of) / 3
+    square = sum(float((s - g).square().mean()) for s, g in rows_of) / 3 / one.receiver.embed_rms**2
     by_name = {"cosine": cosine, "mse": square, "both": cosine + square}
     assert loss("latent_prefix_align", plain, latent_align_metric=metric) == pytest.approx(by_name[metric], rel=1e-4)
 
 
 def test_alignment_and_gist_with_nothing_to_compare_cost_nothing() -> None:
     one = made("--use_gist_head", "--gist_mask_prob", "0.999999")
-    seen = found(one)
+    seen = found(one, places=range(3))
     blind = replace(seen.batch.soft, mask=torch.zeros_like(seen.batch.soft.mask))
     seen = replace(seen, heard=replace(seen.batch, soft=blind))
     assert loss("latent_prefix_align", seen) == loss("gist", seen) == 0
+    assert loss("gist", found(one)) > 0.1  # rows outside a training stream have no keys, and nothing is masked
 
 
 def test_a_perfect_gist_head_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     one = made("--use_gist_head", "--gist_mask_prob", "0", "--gist_target_len", "5", "--gist_weight", "1")
     lm, head = one.receiver, one.bridge.ears[0].gist
-    ids, mask = lw.pad_right([lm.ids(text)[:5] for text in TEXTS], lm.pad, lm.device)
+    ids, mask = lw.pad_rows([lm.ids(text)[:5] for text in TEXTS], lm.pad, lm.device)
     wanted, seen = lm.embed(ids) / lm.embed_rms, found(one)
     with torch.no_grad():
         drawn = head(seen.batch.message.latents, seen.batch.message.mask)
@@ -217,9 +226,11 @@ def test_table_statistics_scale_and_size_are_nothing_at_their_targets() -> None:
     table = replace(seen, heard=replace(heard, soft=lw.SoftPrompt(lm.embed(ids)[None])))
     assert loss("manifold", table) < 1e-10
     mean, deviation = lm.embed(ids).mean(0), lm.embed(ids).std(0, correction=0)
-    own = torch.cat(prompts(seen))
-    parts = (own.mean(0) - mean).square().mean() + (own.std(0, correction=0) - deviation).square().mean()
-    assert loss("manifold", seen) == pytest.approx(float(parts) / lm.embed_rms**2, rel=1e-4)
+    parts = [
+        (own.mean(0) - mean).square().mean() + (own.std(0, correction=0) - deviation).square().mean()
+        for own in prompts(seen)
+    ]
+    assert loss("manifold", seen) == pytest.approx(float(sum(parts)) / 3 / lm.embed_rms**2, rel=1e-4)
     lone = replace(seen, heard=replace(heard, soft=lw.SoftPrompt(lm.embed(ids[:1])[None])))
     assert math.isfinite(loss("manifold", lone))
     adapter = one.bridge.ears[0].adapter
@@ -238,12 +249,17 @@ def test_table_statistics_scale_and_size_are_nothing_at_their_targets() -> None:
 
 def test_diversity_compares_prompts_with_other_answers_only() -> None:
     one = made(own=examples((*TEXTS, "a fourth"), ("yes", "no", "yes", "yes")))
-    seen = found(one)
+    pairs = ((0, 1), (1, 2), (2, 1), (3, 1))
+    seen = found(one, others=[one.train_rows[j] for _, j in pairs])
+    assert seen.batch.partners and seen.batch.partners.soft.embeds.shape[1] < seen.batch.soft.embeds.shape[1]
     flat = torch.nn.utils.rnn.pad_sequence(prompts(seen), batch_first=True).flatten(1)
-    cosines = [torch.nn.functional.cosine_similarity(flat[1], flat[i], dim=0) for i in (0, 2, 3)]
-    assert loss("diversity", seen) == pytest.approx(float(sum(cosines)) / 3, abs=1e-5)
+    cosines = [torch.nn.functional.cosine_similarity(flat[i], flat[j], dim=0) for i, j in pairs]
+    assert loss("diversity", seen) == pytest.approx(float(sum(cosines)) / 4, abs=1e-5)
+    met = {(one.train_rows[lw.row_at(one.settings.seed, place, 4)].id, one.partner_of(place).id) for place in range(60)}
+    assert met == {("0", "1"), ("2", "1"), ("3", "1"), ("1", "0"), ("1", "2"), ("1", "3")}
     alike = [replace(example, answers=("yes",)) for example in one.train_rows]
-    assert loss("diversity", found(one, alike)) == 0
+    with pytest.raises(lw.LatentWireError, match="--diversity_weight compares rows of different answers"):
+        assert made("--diversity_weight", "1", own=alike).compares
 
 
 # ---- the text itself ---------------------------------------------------------------------------------------------
@@ -268,9 +284,9 @@ def test_continuation_hears_the_first_half_and_says_the_second(
     sent: list[lw.Message] = []
     decode = lw.Bridge.decode
 
-    def noting(self: lw.Bridge, message: lw.Message, ear: int = 0) -> lw.SoftPrompt:
+    def noting(self: lw.Bridge, message: lw.Message, ear: int = 0, keys: Sequence[int] = ()) -> lw.SoftPrompt:
         sent.append(message)
-        return decode(self, message, ear)
+        return decode(self, message, ear, keys)
 
     monkeypatch.setattr(lw.Bridge, "decode", noting)
     value = loss("continuation", found(one), language_tokens=5)
@@ -304,7 +320,8 @@ def test_continuation_needs_windows_and_bears_texts_without_a_first_half() -> No
 
 def test_contrast_wants_other_texts_latents_to_be_worse_by_a_margin() -> None:
     one = made()
-    seen, prompting, gains = found(one), one.prompting, []
+    last = [one.train_rows[i - 1] for i in range(3)]
+    seen, prompting, gains = found(one, others=last), one.prompting, []
     softs = prompts(seen)
     for row, example in enumerate(one.train_rows):
         ids, before = prompting.answer_ids(example.answers[0]), prompting.after(example, text=False)
@@ -315,7 +332,8 @@ def test_contrast_wants_other_texts_latents_to_be_worse_by_a_margin() -> None:
         assert loss("contrast", seen, contrast_margin=margin) == pytest.approx(wanted, rel=1e-3, abs=1e-5)
     better = replace(seen, logits=torch.nn.functional.one_hot(seen.targets, seen.logits.shape[1]) * 99.0)
     assert loss("contrast", better, contrast_margin=0.5) == 0
-    assert loss("contrast", found(one, one.train_rows[:1])) == 0
+    lone = found(one, one.train_rows[:1], others=last[:1])  # one row is compared as well as many
+    assert loss("contrast", lone, contrast_margin=3.0) == pytest.approx(max(0.0, 3.0 - gains[0]), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", [n for n in lw.LOSSES if n not in ("manifold", "contrast", "diversity", "gist", "state_kd",
@@ -331,14 +349,20 @@ def test_empty_slots_change_no_loss() -> None:
     """Two rows cost the same beside a third one of zero length's weight: longer, so that it leaves them empty slots."""
     one = made("--use_gist_head", "--gist_mask_prob", "0")
     long = replace(one.train_rows[1], id="9")
-    pair = found(one, [one.train_rows[1], long])
-    soft, message = pair.batch.soft, pair.batch.message
-    wide = torch.nn.functional.pad(soft.embeds, (0, 0, 0, 4), value=7.0)
-    mask = torch.nn.functional.pad(soft.mask, (0, 4))
-    latents = torch.nn.functional.pad(message.latents, (0, 0, 0, 4), value=7.0)
-    softer = replace(soft, embeds=wide, mask=mask, memory=latents)
-    padded = found(one, [one.train_rows[1], long], softer)
-    padded = replace(padded, heard=replace(padded.batch, message=replace(message, latents=latents, mask=mask)))
+    pair = found(one, [one.train_rows[1], long], others=one.train_rows[::2])
+
+    def wider(heard: lw.ForwardContext) -> lw.ForwardContext:
+        soft, message = heard.soft, heard.message
+        wide = torch.nn.functional.pad(soft.embeds, (0, 0, 0, 4), value=7.0)
+        mask = torch.nn.functional.pad(soft.mask, (0, 4))
+        latents = torch.nn.functional.pad(message.latents, (0, 0, 0, 4), value=7.0)
+        softer = replace(soft, embeds=wide, mask=mask, memory=latents)
+        return replace(heard, soft=softer, message=replace(message, latents=latents, mask=mask))
+
+    assert pair.batch.partners
+    heard = wider(replace(pair.batch, partners=wider(pair.batch.partners)))
+    with torch.no_grad():
+        padded = lw.supervise(heard.receiver, heard.answered(heard.soft), heard)
     for name in lw.LOSSES:
         assert loss(name, padded) == pytest.approx(loss(name, pair), rel=1e-4, abs=1e-6), name
 
@@ -365,9 +389,9 @@ def test_every_loss_trains_alone_and_is_logged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KINDS)
 def test_a_loss_reaches_the_bridge(name: str) -> None:
     one = made("--use_gist_head")
-    heard = one.hear(one.train_rows)
+    heard = replace(one.hear(one.train_rows), partners=one.hear(one.train_rows[::-1]))
     seen = lw.supervise(heard.receiver, heard.answered(heard.soft), heard)
-    value = lw.LOSSES[name](seen, lw.LossSettings(contrast_margin=9.0))
+    value = lw.LOSSES[name](lw.LossSettings(contrast_margin=9.0)).term(seen)
     value.backward()
     grads = [p.grad for p in one.bridge.parameters() if p.grad is not None]
     assert grads and sum(float(grad.abs().sum()) for grad in grads) > 0
@@ -406,17 +430,18 @@ def test_the_first_tokens_weight_over_a_run() -> None:
 
 
 @pytest.mark.parametrize(("lag", "factor"), [(0.25, 1.0), (1.0, 1.0), (3.0, 3.0), (20.0, 8.0)])
-def test_autoscale_raises_the_first_token_while_it_lags(
-    lag: float, factor: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    terms = {"answer_ce": 2.0, "k_token_ce": 1.0, "first_token_ce": 2.0 * lag}
-    one = made()
-    seen = found(one)
-    for name, value in terms.items():
-        monkeypatch.setitem(lw.LOSSES.parts, name, lambda seen, settings, value=value: torch.tensor(value))
+def test_autoscale_raises_the_first_token_while_it_lags(lag: float, factor: float) -> None:
+    """By each row's own lag: that of the first row is ``lag``, of the second 1; both answers cost 2 nats a token."""
+    costs = torch.full((2, 40), 2.0, dtype=torch.float64)
+    costs[0, 0], costs[0, 1:] = 2 * lag, (80 - 2 * lag) / 39
+    logits = torch.stack([torch.zeros(80), costs.flatten().expm1().log().float()], 1)  # -log softmax of 0 is the cost
+    row, order = torch.arange(2).repeat_interleave(40), torch.arange(40).repeat(2)
+    seen = lw.Supervised(logits, torch.zeros(80, dtype=torch.long), row, order)
     for auto in (False, True):
-        total, _ = lw.total_loss(seen, lw.LossSettings(first_token_autoscale=auto))
-        assert float(total) == pytest.approx(2.0 + 0.5 + 0.5 * 2.0 * lag * (factor if auto else 1.0))
+        total, values = lw.total_loss(seen, lw.LossSettings(first_token_autoscale=auto, k_token_ce_weight=0))
+        first = ((factor if auto else 1.0) * 2 * lag + 2) / 2
+        assert float(total) == pytest.approx(2.0 + 0.5 * first, rel=1e-5)
+        assert values == pytest.approx({"loss_answer_ce": 2.0, "loss_first_token_ce": lag + 1}, rel=1e-5)
 
 
 def test_k_moves_in_a_line() -> None:
@@ -537,13 +562,13 @@ def test_a_text_step_pulls_each_prompt_to_its_texts_own_embeddings() -> None:
     for text, count, soft in zip(TEXTS, heard.message.mask.sum(1).tolist(), heard.soft.embeds, strict=True):
         ids = lm.ids(text)
         places = [i * count // len(ids) for i in range(len(ids))]
-        for slot in range(count):
-            own = [token for token, place in zip(ids, places, strict=True) if place == slot]
-            gaps.append((soft[slot] - lm.embed(torch.tensor(own)).mean(0)) / lm.embed_rms)
-    assert float(value) == pytest.approx(float(torch.stack(gaps).square().mean()), rel=1e-4)
-    wanted = [nats(by_hand(one, None, one.prompting.after(e), ids), ids)
-              for e in one.train_rows for ids in [one.prompting.answer_ids(e.answers[0])]]  # fmt: skip
-    assert torch.allclose(seen.nats, torch.cat(wanted), atol=1e-3)
+        own = [[token for token, place in zip(ids, places, strict=True) if place == slot] for slot in range(count)]
+        wanted = torch.stack([lm.embed(torch.tensor(tokens)).mean(0) for tokens in own])
+        gaps.append(float((soft[:count] - wanted).square().mean()) / lm.embed_rms**2)
+    assert float(value) == pytest.approx(sum(gaps) / 3, rel=1e-4)
+    told = [nats(by_hand(one, None, one.prompting.after(e), ids), ids)
+            for e in one.train_rows for ids in [one.prompting.answer_ids(e.answers[0])]]  # fmt: skip
+    assert torch.allclose(seen.nats, torch.cat(told), atol=1e-3)
 
 
 @pytest.mark.trains

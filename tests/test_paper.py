@@ -56,6 +56,8 @@ def write_run(
     size: int = 8,
     seed: int = 1,
     config: Mapping[str, Any] | None = None,
+    golds: str = "abcd",
+    prefix: str = "",
     **facts: Any,
 ) -> Path:
     """A run folder as 'eval' leaves it, with facts from ``template`` and rows that say who was ``right``."""
@@ -67,7 +69,8 @@ def write_run(
     made |= {"seed_of_training": seed, "data_digest": lw.digest_of([data, n])}
     made |= {"command": ["LATENTWIRE.py", "eval", f"--checkpoint={folder.name}"]}
     made["asked"] = lw.digest_of([data, size, {name: v for name, v in (config or {}).items() if name != "seed"}])
-    own |= {"dataset": data, "n": n, "order": [*right], "seed": seed, **facts}
+    own |= {"dataset": data, "n": n, "order": [*right], "seed": seed}
+    own |= {"kind": {name: lw.Kind.of(name).kind for name in right}, "drawn": {n: lw.Kind.of(n).drawn for n in right}}
     rows = []
     for name, values in right.items():
         tokens = {"bridge": size, "text": 40}.get(name, int(name.partition(":")[2]) if "relay" in name else 3)
@@ -75,10 +78,14 @@ def write_run(
             label = i % 4
             said = label if value else (label + 1 + i // 4 % 3) % 4
             scores = [-1.0 - (k != said) for k in range(4)]
-            row = {"key": keys[name], "method": name, "id": str(i), "gold": ["abcd"[label]], "generated": "abcd"[said]}
+            row = {"key": keys[name], "method": name, "id": f"{prefix}{i}", "gold": [golds[label]]}
+            row["generated"] = golds[said]
             row |= {"bytes": 9 * tokens, "tokens": tokens, "gold_tokens": 2, "em": float(value), "f1": float(value)}
             row |= {"gen_correct": float(value), "nll_per_token": 0.5, "first_correct": bool(value), "label": label}
-            rows.append(row | {"prediction": said, "scores": scores, "correct": bool(value), "seconds": 0.001})
+            row |= {"prediction": said, "scores": scores, "correct": bool(value), "seconds": 0.001}
+            rows.append(lw.sealed(row))
+    asked = {row["id"]: (row["id"], row["gold"], row["label"]) for row in rows}
+    own |= {"answers": lw.answers_digest(asked.values()), **facts}
     folder.mkdir(parents=True)
     (folder / "records.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lw.write_json(folder / "evaluation.json", own)
@@ -153,7 +160,7 @@ def own(small: Path, tmp_path: Path) -> Path:
 def gallery(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """Every figure of the suite, and what was said."""
     folder = tmp_path_factory.mktemp("gallery")
-    drawn, without = lw.draw_figures(lw.Material.below(suite), folder)
+    drawn, without = lw.draw_figures(lw.ReportInputs.below(suite), folder)
     assert not without
     return folder, [path.name for path in drawn]
 
@@ -183,17 +190,19 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return run
 
 
-def column_of(base: Path, data: str = "toy", size: int = 8) -> lw.Column:
-    columns, left = lw.columns_of(lw.evaluations_below(base))
+def column_of(base: Path, data: str = "toy", size: int = 8) -> lw.ResultGroup:
+    columns, left = lw.result_groups(lw.evaluations_below(base))
     assert not left
     return next(c for c in columns if (c.key["dataset"], c.key["latent_len"]) == (data, size))
 
 
-def change_rows(run: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
-    """Every record through ``change``; None leaves it out."""
+def change_rows(run: Path, change: Callable[[dict[str, Any]], dict[str, Any] | None], *, seal: bool = True) -> None:
+    """Every record through ``change``; None leaves it out. ``seal`` gives what changed its sum, as whoever forges would."""
     path = run / "records.jsonl"
-    rows = [change(json.loads(line)) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row is not None))
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [(row, change(dict(row))) for row in before]
+    kept = [new if new == old or not seal else lw.sealed(new) for old, new in rows if new is not None]
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
 def change_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -202,12 +211,18 @@ def change_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     lw.write_json(path, value)
 
 
+def other_outcome(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A record whose answer is right where it was wrong and wrong where it was right, all of it in agreement."""
+    said = (row["label"] + 1) % len(row["scores"]) if row["correct"] else row["label"]
+    scores = [-1.0 - (k != said) for k in range(len(row["scores"]))]
+    return {**row, "prediction": said, "scores": scores, "correct": not row["correct"]}
+
+
 def flip(method: str, name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """The other outcome of one row of one method."""
 
     def change(row: dict[str, Any]) -> dict[str, Any]:
-        hit = (row["method"], row["id"]) == (method, name)
-        return row | {"correct": not row["correct"]} if hit else row
+        return other_outcome(row) if (row["method"], row["id"]) == (method, name) else row
 
     return change
 
@@ -294,13 +309,15 @@ def test_a_folder_without_runs_says_what_to_do(command, refused, tmp_path):
 def test_two_methods_are_compared_once_however_many_tables_show_it(small, monkeypatch, tmp_path):
     battery, calls = lw.battery, []
     monkeypatch.setattr(lw, "battery", lambda *scores, **options: calls.append(1) or battery(*scores, **options))
-    material = lw.Material.below(small)
-    told = [lw.compared(column, correction="none") for column in material.columns]
-    assert len(calls) == sum(len(own["comparisons"]) for own in told) > 0
-    again = [lw.compared(column) for column in material.columns]
-    assert len(calls) == sum(len(own["comparisons"]) for own in told)
+    material = lw.ReportInputs.below(small)
+    told = [lw.compared(column, correction="none") for column in material.groups]
+    trained = [name for name in SKILL if lw.METHODS[name].trained]  # each is also beside the best constant answer
+    once = sum(len(own["comparisons"]) + len(trained) for own in told)
+    assert trained and len(calls) == once > 0
+    again = [lw.compared(column) for column in material.groups]
+    assert len(calls) == once
     lw.write_tables(material, tmp_path)  # the best method is also compared with the second
-    assert len(calls) == sum(len(column.differences) for column in material.columns)
+    assert len(calls) == sum(len(column.differences) for column in material.groups)
     for a, b in zip(told, again, strict=True):  # a correction of one table is not seen in another
         assert all(row["p_corrected"] == row["p"] for row in a["comparisons"].values())
         assert any(row["p_corrected"] > row["p"] for row in b["comparisons"].values())
@@ -340,7 +357,45 @@ def everything(base: Path, out: Path, say: Callable[..., str]) -> dict[str, Any]
 
 
 @trains
-@pytest.mark.parametrize("method", ["text", "bridge"])
+@pytest.mark.parametrize("command", READERS)
+@pytest.mark.parametrize("harm", ["outcome", "half", "field", "unsealed", "gold", "gone"])
+def test_an_edited_record_is_refused_in_one_line(command, harm, own, refused, tmp_path):
+    """No number is made of a record that somebody changed: not of the outcome alone, nor where all of it agrees."""
+    run = own / "odd_set-latent_len24" / "seed1"  # the first of all
+    change: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+        "outcome": other_outcome, "half": lambda row: row | {"correct": not row["correct"]},
+        "field": lambda row: row | {"f1": 1 - row["f1"]},
+        "unsealed": lambda row: {k: v for k, v in other_outcome(row).items() if k != "sum"},
+        "gold": lambda row: row | {"gold": ["z"]}, "gone": lambda row: {k: v for k, v in row.items() if k != "gold"},
+    }  # fmt: skip
+    before = (run / "results.json").read_bytes()
+    change_rows(run, lambda row: change[harm](row) if (row["method"], row["id"]) == ("text", "7") else row, seal=False)
+    words = words_of(command, own, tmp_path / "out")
+    if command == "statistical_test":
+        words = [command, "--exp1", run, "--exp2", own / "odd_set-latent_len24" / "seed2"]
+    number = next(
+        n for n, line in enumerate((run / "records.jsonl").read_text().splitlines(), 1)
+        if (json.loads(line)["method"], json.loads(line)["id"]) == ("text", "7")
+    )  # fmt: skip
+    assert f"{run / 'records.jsonl'} line {number} " in refused(*words)
+    assert not (tmp_path / "out").exists() and (run / "results.json").read_bytes() == before
+
+
+@trains
+@pytest.mark.parametrize("command", READERS)
+def test_gold_answers_changed_and_sealed_again_are_refused(command, own, refused, tmp_path):
+    """Sums can be made again; the evaluation still knows what was asked, whether one method has it otherwise or all."""
+    for names in (("text",), tuple(SKILL)):
+        run = own / "odd_set-latent_len24" / "seed1"
+        change_rows(run, lambda row, n=names: row | {"gold": ["z"]} if row["id"] == "7" and row["method"] in n else row)
+        words = words_of(command, own, tmp_path / "out")
+        if command == "statistical_test":
+            words = [command, "--exp1", run, "--exp2", own / "odd_set-latent_len24" / "seed2"]
+        assert f"{run / 'records.jsonl'}: " in refused(*words) and not (tmp_path / "out").exists()
+
+
+@trains
+@pytest.mark.parametrize("method", [pytest.param("text", marks=pytest.mark.slow), "bridge"])
 def test_one_record_changes_what_stems_from_it_and_nothing_else(method, own, say, tmp_path):
     before = everything(own, tmp_path / "out", say)
     run = own / "toy-latent_len8" / "seed1"
@@ -359,7 +414,9 @@ def test_one_record_changes_what_stems_from_it_and_nothing_else(method, own, say
         assert f"{compared}{method}/difference" in places
         mine += [f"{compared}{method}/"]
         spread = {p for p in places if p.startswith(compared) and p.rsplit("/", 1)[1] in ("p_corrected", "significant")}
-        places -= spread  # Holm's correction is over the column
+        places -= spread  # Holm's correction is over the family
+        rivals = before["statistical_report.json"]["columns"][at]["families"]["rivals"]
+        assert method in rivals and {p.removeprefix(compared).split("/")[0] for p in spread} <= {*rivals}
     else:
         mine += [f"/statistical_report.json/columns/{at}/comparisons/"]
     told = ("/results/toy-latent_len8/seed1/", f"/aggregated_results.json/groups/{at}/runs/{member}/verdict",
@@ -402,14 +459,12 @@ def test_the_papers_counts_follow_the_records(own, small, say):
         numbers[state] = dict(re.findall(r"\\lwset\{(\w+)\}\{(.*)\}", Path(state, "numbers.tex").read_text()))
         for seed in SEEDS if state == "before" else ():
             change_rows(own / "toy-latent_len8" / f"seed{seed}",
-                        lambda r: r | {"correct": False} if r["method"] == "bridge" else r)  # fmt: skip
+                        lambda r: other_outcome(r) if r["method"] == "bridge" and r["correct"] else r)  # fmt: skip
     assert (
         numbers["before"]["nrecords"] == str(2 * N * (3 * len({*SKILL} - ALIKE) + len(ALIKE)))
         and numbers["after"]["ncells"] == "2"
     )
-    told = [
-        lw.verdict_of(column, lw.compared(column))[0] for column in (column_of(small), column_of(small, "odd_set", 24))
-    ]
+    told = [lw.compared(column)["communication"] for column in (column_of(small), column_of(small, "odd_set", 24))]
     assert told[0] and int(numbers["before"]["nshown"]) == sum(told) == int(numbers["after"]["nshown"]) + 1
     changed = {key for key in numbers["before"] if numbers["before"][key] != numbers["after"][key]}
     assert "nshown" in changed <= {"nshown", "nrivalsahead"}
@@ -423,7 +478,9 @@ def test_the_papers_counts_follow_the_records(own, small, say):
 @trains
 def test_every_table_says_what_the_records_say(suite, say):
     out, own = Path("results"), suite
-    assert say("aggregate", "--base_dir", own, "--output_dir", out) == f"{out / 'aggregated_results.json'}\n"
+    said = say("aggregate", "--base_dir", own, "--output_dir", out)
+    shown_table = (out / "table.md").read_text().rstrip()
+    assert said == f"{lw.plain(shown_table)}\n{out / 'aggregated_results.json'}\n"
     told = json.loads((out / "aggregated_results.json").read_text())
     groups = {(g["dataset"], g["latent_len"]): g for g in told["groups"]}
     with (out / "aggregated_results.csv").open() as stream:
@@ -470,6 +527,24 @@ def test_every_table_says_what_the_records_say(suite, say):
 
 
 @trains
+def test_what_is_made_of_runs_goes_beside_them(own, say):
+    """Without --output_dir nothing lands in the working folder."""
+    before = {*contents(own)}
+    say("aggregate", "--base_dir", own)
+    made = {"aggregated_results.json", "aggregated_results.csv", "aggregated_results.md", "table.md"}
+    assert {*contents(own)} - before == made
+    say("stats", "--base_dir", own)
+    reports = {"statistical_report.json", "statistical_report.txt"}
+    assert {*contents(own)} - before == made | reports
+    first = {name: (own / name).read_bytes() for name in reports}
+    for name in reports:
+        (own / name).unlink()
+    say("stats", "--results_path", own / "aggregated_results.json")
+    assert {name: (own / name).read_bytes() for name in reports} == first
+    assert [path.resolve() for path in Path().iterdir()] == [own]
+
+
+@trains
 @pytest.mark.parametrize("field", ["protocol", "prompts", "data_digest"])
 def test_runs_of_one_setting_that_were_asked_otherwise_are_refused(field, own, refused, tmp_path):
     odd, first = (own / "toy-latent_len8" / f"seed{seed}" for seed in (2, 1))
@@ -495,7 +570,7 @@ def test_other_settings_or_data_stand_apart(other, real, tmp_path):
     for seed in (1, 2):
         write_run(tmp_path / "runs" / f"seed{seed}", real, drawn("toy", 8, seed), seed=seed)
         write_run(tmp_path / "runs" / "b" / f"seed{seed}", real, drawn("toy", 8, seed + 5, n=n), seed=seed, **kept)
-    columns, left = lw.columns_of(lw.evaluations_below(tmp_path / "runs"))
+    columns, left = lw.result_groups(lw.evaluations_below(tmp_path / "runs"))
     assert not left and sorted(len(column.members) for column in columns) == [2, 2]
     assert len({column.title for column in columns}) == 2
     for column in columns:
@@ -507,7 +582,7 @@ def test_another_version_of_the_data_stands_apart_where_settings_differ(real, tm
     for name, rate in (("a", 0.1), ("b", 0.2)):
         run = write_run(tmp_path / "runs" / name, real, drawn("toy", 8, 1), config={"lr": rate})
         change_json(run / "evaluation.json", lambda f, name=name: f["provenance"].update(data_digest=name))
-    columns, _ = lw.columns_of(lw.evaluations_below(tmp_path / "runs"))
+    columns, _ = lw.result_groups(lw.evaluations_below(tmp_path / "runs"))
     assert [len(column.members) for column in columns] == [1, 1]
     assert {column.title for column in columns} == {"toy, a", "toy, b"}
 
@@ -517,7 +592,7 @@ def test_columns_of_runs_with_one_name_can_be_told_apart(real, tmp_path, say):
     for home, rate in (("x", 0.1), ("y", 0.2)):
         write_run(tmp_path / "runs" / home / "a", real, drawn("toy", 8, 1), config={"lr": rate})
     say("tables", "--base_dir", "runs", "--output_dir", "out")
-    columns, _ = lw.columns_of(lw.evaluations_below(tmp_path / "runs"))
+    columns, _ = lw.result_groups(lw.evaluations_below(tmp_path / "runs"))
     assert len(columns) == 2 and len({column.title for column in columns}) == 2
 
 
@@ -529,13 +604,13 @@ def test_a_rival_without_a_bridge_joins_the_bridges_column(real, tmp_path, say):
     for folder, rows in (("same", N), ("fewer", 30)):
         lw.main(["baseline", "sender_label", "--dataset", "toy", "--num_samples", str(rows), *common, "--output_dir",
                  str(base / folder)])  # fmt: skip
-    columns, left = lw.columns_of(lw.evaluations_below(base))
+    columns, left = lw.result_groups(lw.evaluations_below(base))
     assert not left and len(columns) == 2
-    [joined] = [column for column in columns if "bridge" in column.told]
+    [joined] = [column for column in columns if "bridge" in column.summaries]
     assert {member.file.parent.name for member in joined.members} == {"bridge", "same"}
-    assert "sender_label" in joined.told and joined.key["n"] == N
+    assert "sender_label" in joined.summaries and joined.key["n"] == N
     [alone] = [column for column in columns if column is not joined]
-    assert {*alone.told} == {"sender_label"} and alone.key["n"] == 30
+    assert {*alone.summaries} == {"sender_label"} and alone.key["n"] == 30
 
 
 @trains
@@ -561,6 +636,25 @@ def test_unfinished_evaluations_are_left_out_and_told(own, say, no_figures):
 # ---- statistics ----------------------------------------------------------------------------------------------------
 
 
+CONSTANT = [float(i % 4 == 0) for i in range(N)]  # the classes take turns, so one answer is right in every fourth row
+
+
+def of_families(found: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Names by family, by hand: what carries nothing about the example, and all else."""
+    bars = [name for name in found if name == lw.CONSTANT or name.startswith("control:")]
+    return {"controls": bars, "rivals": [name for name in found if name not in bars]}
+
+
+def correct_by_hand(
+    found: Mapping[str, Mapping[str, Any]], correction: Callable[[Sequence[float]], Sequence[float]]
+) -> dict[str, float]:
+    """Corrected p by name, within the two families."""
+    told: dict[str, float] = {}
+    for names in of_families(found).values():
+        told |= zip(names, correction([found[name]["p"] for name in names]), strict=True)
+    return told
+
+
 def holm_by_hand(p_values: Sequence[float]) -> list[float]:
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     found, least = [0.0] * len(p_values), 0.0
@@ -583,25 +677,34 @@ def test_comparisons_are_those_of_the_functions(small, say):
     for column in told["columns"]:
         rights = [drawn(column["dataset"], column["latent_len"], seed) for seed in SEEDS]
         scores = {name: np.array([own[name] for own in rights], dtype=float).T for name in SKILL}
-        assert column["reference"] == "bridge" and {*column["comparisons"]} == {*SKILL} - {"bridge"}
+        scores[lw.CONSTANT] = np.array([CONSTANT]).T
+        assert column["reference"] == "bridge" and {*column["comparisons"]} == {*scores} - {"bridge"}
         for name, row in column["comparisons"].items():
             gaps = scores["bridge"] - scores[name]
             low, high, p = lw.crossed_interval(gaps)
             assert (row["p"], row["ci"], row["seeds"]) == (pytest.approx(p), pytest.approx([low, high]), 3)
             direct = lw.battery(scores["bridge"].mean(1).tolist(), scores[name].mean(1).tolist())
             assert row["difference"] == pytest.approx(gaps.mean())
-            for field in ("p_t", "p_wilcoxon", "p_permutation", "cohens_d", "hedges_g", "power", "n_for_power_80", "n"):
+            for field in ("p_t", "p_wilcoxon", "p_permutation", "cohens_d", "hedges_g", "n"):
                 assert row[field] == pytest.approx(direct[field]), field
-        found = [row["p"] for row in column["comparisons"].values()]
-        assert [row["p_corrected"] for row in column["comparisons"].values()] == pytest.approx(holm_by_hand(found))
-    assert Path("told.txt").read_text().count("corrected: holm") == 2
+        told_of = column["comparisons"]
+        assert {n: row["p_corrected"] for n, row in told_of.items()} == pytest.approx(
+            correct_by_hand(told_of, holm_by_hand)
+        )
+        assert {family: {*names} for family, names in column["families"].items()} == {
+            family: {*names} for family, names in of_families(told_of).items()
+        }
+        assert all(row["family"] == next(f for f, own in column["families"].items() if n in own)
+                   for n, row in told_of.items())  # fmt: skip
+    assert Path("told.txt").read_text().count("corrected: holm over 3 of controls, 5 of rivals") == 2
 
 
 @trains
 def test_one_seed_is_compared_row_by_row(suite, say):
     say("stats", "--base_dir", suite / "toy-latent_len8" / "seed2", "--output_dir", "out")
     [column] = json.loads(Path("out/statistical_report.json").read_text())["columns"]
-    right = {name: [float(x) for x in own] for name, own in drawn("toy", 8, 2).items()}
+    right = {name: [float(x) for x in own] for name, own in drawn("toy", 8, 2).items()} | {lw.CONSTANT: CONSTANT}
+    assert {*column["comparisons"]} == {*right} - {"bridge"}
     for name, row in column["comparisons"].items():
         direct = lw.battery(right["bridge"], right[name])
         assert {key: row[key] for key in direct} == direct and row["test"] == "McNemar, exact"
@@ -610,17 +713,63 @@ def test_one_seed_is_compared_row_by_row(suite, say):
 
 @trains
 @pytest.mark.parametrize("how", ["holm", "bh", "fdr_bh", "by", "bonferroni", "none"])
-def test_corrections_are_over_the_column(how, suite, say):
+def test_corrections_are_within_the_families_of_a_column(how, suite, say):
     run = suite / "toy-latent_len8" / "seed2"
     out = say("stats", "--base_dir", run, "--output_path", "told.json", "--correction", how, "--alpha", "0.01")
     [column] = json.loads(Path("told.json").read_text())["columns"]
-    p = [row["p"] for row in column["comparisons"].values()]
-    m, harmonic = len(p), sum(1 / k for k in range(1, len(p) + 1))
-    wanted = {"holm": holm_by_hand(p), "bonferroni": [min(1.0, m * x) for x in p], "none": p,
-              "bh": bh_by_hand(p), "fdr_bh": bh_by_hand(p), "by": bh_by_hand(p, harmonic)}[how]  # fmt: skip
-    assert [row["p_corrected"] for row in column["comparisons"].values()] == pytest.approx(wanted)
-    assert [row["significant"] for row in column["comparisons"].values()] == [q < 0.01 for q in wanted]
-    assert f"corrected: {how}" in out
+    by_hand: dict[str, Callable[[Sequence[float]], Sequence[float]]] = {
+        "holm": holm_by_hand, "bonferroni": lambda p: [min(1.0, len(p) * x) for x in p], "none": list,
+        "bh": bh_by_hand, "fdr_bh": bh_by_hand, "by": lambda p: bh_by_hand(p, sum(1 / k for k in range(1, len(p) + 1))),
+    }  # fmt: skip
+    wanted = correct_by_hand(column["comparisons"], by_hand[how])
+    assert len(wanted) == len(SKILL)
+    assert {name: row["p_corrected"] for name, row in column["comparisons"].items()} == pytest.approx(
+        wanted, rel=1e-9, abs=0
+    )
+    assert {n: row["significant"] for n, row in column["comparisons"].items()} == {
+        n: q < 0.01 for n, q in wanted.items()
+    }
+    assert f"corrected: {how} over 3 of controls, 5 of rivals" in out
+
+
+@trains
+def test_equal_columns_are_corrected_once(real, tmp_path):
+    """Two names of equal scores are one test: a family with a twin is corrected as without it."""
+    right, twin, found = drawn("toy", 8, 1), "text_relay:16", {}
+    for name, rights in (("with", right | {twin: right["text_relay:8"]}), ("without", {**right})):
+        if name == "without":
+            del rights[twin]
+        write_run(tmp_path / name, real, rights)
+        found[name] = lw.compared(column_of(tmp_path / name))["comparisons"]
+    assert found["with"][twin]["same_as"] == "text_relay:8" and "same_as" not in found["with"]["text_relay:8"]
+    assert found["with"][twin]["p_corrected"] == found["with"]["text_relay:8"]["p_corrected"]
+    assert {n: r["p_corrected"] for n, r in found["with"].items() if n != twin} == {
+        n: r["p_corrected"] for n, r in found["without"].items()
+    }
+
+
+@trains
+def test_a_broken_rival_is_marked_everywhere_and_compared_nowhere(real, tmp_path, say, no_figures):
+    """A trained method that is no better than the best constant answer says nothing about what bridges are worth."""
+    for seed in SEEDS:
+        right = drawn("toy", 8, seed) | {"probe": [i % 4 == seed % 4 for i in range(N)]}
+        write_run(tmp_path / "runs" / f"seed{seed}", real, right, seed=seed)
+    out = say("aggregate", "--base_dir", "runs", "--output_dir", "out")
+    say("tables", "--base_dir", "runs", "--output_dir", "out")
+    said = say("stats", "--base_dir", "runs", "--output_dir", "out")
+    [column] = json.loads(Path("out/statistical_report.json").read_text())["columns"]
+    assert {*column["broken"]} == {"probe"} and "best constant answer" in column["broken"]["probe"]
+    assert {*column["comparisons"]} == {*SKILL, lw.CONSTANT} - {"bridge", "probe"}
+    assert "probe is broken and not compared" in said
+    for text in (out, Path("out/table.md").read_text(), Path("out/main_results.tex").read_text()):
+        marked = [line for line in text.splitlines() if line.endswith(("|", r"\\")) and "broken" in line]
+        assert len(marked) == 1 and lw.PLAIN_NAMES.get("probe", "probe") in marked[0]
+    with Path("out/aggregated_results.csv").open() as stream:
+        assert [row["method"] for row in csv.DictReader(stream) if row["broken"]] == ["probe"]
+    page = lw.write_report(Path("runs")).read_text()
+    assert "probe is broken and not compared" in page and "Broken is not beaten" in page
+    results = json.loads(Path("runs/seed1/results.json").read_text())
+    assert "probe" in results["gates"] and "probe" not in results["p_bridge_vs"] and "text" in results["p_bridge_vs"]
 
 
 @trains
@@ -638,7 +787,7 @@ def test_an_unknown_word_of_statistics_is_refused_with_advice(suite, refused):
 @trains
 def test_another_reference(small, say):
     base = small / "toy-latent_len8"
-    [theirs] = [lw.compared(column) for column in lw.columns_of(lw.evaluations_below(base))[0]]
+    [theirs] = [lw.compared(column) for column in lw.result_groups(lw.evaluations_below(base))[0]]
     for word in ("text", "direct"):
         say("stats", "--base_dir", base, "--output_path", "text.json", "--baseline", word)
         [mine] = json.loads(Path("text.json").read_text())["columns"]
@@ -647,6 +796,7 @@ def test_another_reference(small, say):
         assert a["difference"] == pytest.approx(-b["difference"]) and a["p"] == pytest.approx(b["p"])
 
 
+@pytest.mark.slow
 @trains
 def test_an_aggregate_stands_for_its_runs(own, say):
     say("aggregate", "--base_dir", own, "--output_dir", "results")
@@ -691,8 +841,9 @@ def test_two_experiments_side_by_side(suite, say):
         assert {key: row[key] for key in direct} == direct
         assert (told["means"][name]["exp1"]["mean"], told["means"][name]["exp2"]["mean"]) == (
             pytest.approx(mean(one)), pytest.approx(mean(two)))  # fmt: skip
-    p = [row["p"] for row in told["comparisons"].values()]
-    assert [row["p_corrected"] for row in told["comparisons"].values()] == pytest.approx(holm_by_hand(p))
+    for control in (True, False):
+        family = [row for name, row in told["comparisons"].items() if lw.Kind.of(name).control == control]
+        assert [row["p_corrected"] for row in family] == pytest.approx(holm_by_hand([row["p"] for row in family]))
     say("statistical_test", "--exp1", a.parent, "--exp2", suite / "toy-latent_len24", "--output_path", "seeds.json")
     told = json.loads(Path("seeds.json").read_text())
     eight, more = (np.array([drawn("toy", size, s)["bridge"] for s in SEEDS], dtype=float).T for size in (8, 24))
@@ -709,8 +860,7 @@ def test_experiments_on_other_rows_are_refused(suite, real, refused, tmp_path):
     assert str(a) in error and str(b) in error and "dataset" in error
     few = write_run(tmp_path / "few", real, drawn("toy", 8, 1, n=50))
     assert "differ in n" in refused("statistical_test", "--exp1", a / "seed1", "--exp2", few)
-    moved = write_run(tmp_path / "moved", real, drawn("toy", 8, 1))
-    change_rows(moved, lambda row: row | {"id": f"x{row['id']}"})
+    moved = write_run(tmp_path / "moved", real, drawn("toy", 8, 1), prefix="x")
     assert "test rows" in refused("statistical_test", "--exp1", a / "seed1", "--exp2", moved)
     assert "holds 4 results" in refused("statistical_test", "--exp1", suite, "--exp2", a)
 
@@ -720,8 +870,14 @@ def test_experiments_with_the_same_names_of_other_questions_are_refused(suite, r
     """Rows are called 0 to n − 1 in every data set; what was asked may still be something else."""
     other = write_run(tmp_path / "other", real, drawn("toy", 8, 1))
     change_json(other / "evaluation.json", lambda facts: facts["provenance"].update(data_digest="elsewhere"))
-    change_rows(other, lambda row: row | {"gold": ["z"], "label": 0})
-    assert "data" in refused("statistical_test", "--exp1", suite / "toy-latent_len8" / "seed1", "--exp2", other)
+    words = ("statistical_test", "--exp1", suite / "toy-latent_len8" / "seed1", "--exp2", other)
+    assert "data" in refused(*words)
+    shutil.rmtree(other)
+    write_run(other, real, drawn("toy", 8, 1), golds="wxyz")
+    change_json(other / "evaluation.json", lambda facts: facts["provenance"].update(data_digest="elsewhere"))
+    assert "data" in refused(*words)
+    change_rows(other, lambda row: row | {"gold": ["abcd"[row["label"]]]})
+    assert "the gold answers are not those of the evaluation" in refused(*words)
 
 
 # ---- figures -------------------------------------------------------------------------------------------------------
@@ -740,6 +896,7 @@ def test_every_figure_is_drawn_in_type_that_prints(gallery):
 
 
 @trains
+@pytest.mark.slow
 def test_figures_drawn_again_are_the_same(gallery, suite, say):
     lw.opened_artifacts.cache_clear()
     some = ("methods", "latents", "attention", "pareto", "learning_curve")
@@ -779,7 +936,7 @@ def test_a_checkpoint_is_evaluated_and_drawn(real, tmp_path, capsys):
 def test_artefacts_are_the_messages_and_where_they_looked(real):
     arrays, about = lw.opened_artifacts(real / "artifacts.safetensors")
     settings = lw.EvalSettings(checkpoint=real, num_samples=N, state_cache="memory")
-    channel = lw.open_channel(settings, lw.resolve_checkpoint(real))[0]
+    channel = lw.open_context(settings, lw.Checkpoint.open(real))
     assert about["ids"] == [example.id for example in channel.examples]
     assert about["labels"] == [example.label for example in channel.examples]
     for i, latents in enumerate(channel.latents):
@@ -944,6 +1101,7 @@ def copied_figures(gallery: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPa
 
 @trains
 @latex
+@pytest.mark.slow
 def test_the_papers_pdf_has_the_records_numbers(suite, say, copied_figures):
     assert say("paper", "--base_dir", suite, "--output_dir", "latex").splitlines()[-1] == "latex/main.pdf"
     assert "LaTeX Warning: There were undefined" not in Path("latex/main.log").read_text(errors="replace")
@@ -951,7 +1109,7 @@ def test_the_papers_pdf_has_the_records_numbers(suite, say, copied_figures):
         command = ["pdftotext", "-layout", "latex/main.pdf", "-"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         for data, size in (("toy", 8), ("odd_set", 24)):
-            assert lw.cell(column_of(suite, data, size).told["bridge"]) in text
+            assert lw.cell(column_of(suite, data, size).summaries["bridge"]) in text
 
 
 @pytest.mark.slow
@@ -980,7 +1138,7 @@ def test_a_paper_about_a_name_with_special_signs(real, tmp_path, say, no_figures
 
 
 @trains
-@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("single", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_page_says_all_of_it_and_needs_nothing(single, own, say, monkeypatch):
     folder = own / "toy-latent_len8" / "seed2" if single else own / "toy-latent_len8"
     assert say("report", folder) == f"{folder / 'report.html'}\n"
@@ -994,7 +1152,7 @@ def test_a_page_says_all_of_it_and_needs_nothing(single, own, say, monkeypatch):
     for seed in (2,) if single else SEEDS:
         assert f"LATENTWIRE.py eval --checkpoint=seed{seed}" in page
     assert "torch" in page and "Linux" in page and page.count("data:image/png;base64,") >= 3
-    told = column_of(folder).told["bridge"]
+    told = column_of(folder).summaries["bridge"]
     assert f"{100 * told['mean']:.1f}" in page
     before = contents(folder)
     made = [folder / "figures" / f"{name}.png" for name in lw.FIGURES if f"figures/{name}.png" in before]
@@ -1008,7 +1166,7 @@ def test_a_page_says_all_of_it_and_needs_nothing(single, own, say, monkeypatch):
 
 def planned(*words: str) -> list[lw.TrainSettings]:
     mine, others = lw.divided(lw.ExperimentSettings, words)
-    settings = lw.ExperimentSettings.build(dict(lw.normalize_flags(lw.ExperimentSettings, mine, {})))
+    settings = lw.ExperimentSettings.build(lw.parse_flags(mine, lw.ExperimentSettings)[0])
     return lw.planned(settings, others)
 
 
@@ -1041,16 +1199,17 @@ def test_the_runs_of_a_suite(name, folders):
 @pytest.mark.parametrize("name", [*lw.SUITES, "my_own"])
 def test_fast_mode_is_a_rehearsal(name):
     settings = lw.ExperimentSettings(name=name, fast_mode=True)
-    runs = lw.planned(settings, [])
+    words = ["--dataset", "sst2"] if name == "my_own" else []
+    runs = lw.planned(settings, words)
     assert [str(run.output_dir) for run in runs] == [
-        str(run.output_dir) for run in lw.planned(lw.ExperimentSettings(name=name), [])
+        str(run.output_dir) for run in lw.planned(lw.ExperimentSettings(name=name), words)
     ]
     for run in runs:
         assert run.steps <= 20 and run.samples <= 32
         assert lw.asked_of(settings, run)["num_samples"] <= 32
 
 
-OWN = ("--name", "x", "--seeds", "1,2", "--num_samples", "9", "--methods", "bridge,text")
+OWN = ("--name", "x", "--dataset", "sst2", "--seeds", "1,2", "--num_samples", "9", "--methods", "bridge,text")
 
 
 @pytest.fixture
@@ -1064,11 +1223,17 @@ def test_a_dry_run_says_what_would_be_typed_and_what_it_costs(words, say, rated)
     lines = say("experiment", *words, "--dry_run").splitlines()
     runs = planned(*words)
     mine, _ = lw.divided(lw.ExperimentSettings, words)
-    asked = lw.ExperimentSettings.build(dict(lw.normalize_flags(lw.ExperimentSettings, mine, {})))
+    asked = lw.ExperimentSettings.build(lw.parse_flags(mine, lw.ExperimentSettings)[0])
     assert not Path("runs").exists()
     for run, line in zip(runs, lines[: len(runs)], strict=True):
         command, _, cost = line.partition("  # ")
-        assert re.fullmatch(r"\d+ train rows, \d+ test rows x \d+ methods: about \S+ FLOP", cost)
+        rows = (
+            f"{asked.num_samples} test rows"
+            if asked.num_samples
+            else r"(all test rows \(counted as 1,000\)|12 test rows)"
+        )
+        length = rf"{run.steps or lw.DEFAULT_STEPS:,} steps of {run.rows_per_step} rows"
+        assert re.fullmatch(rf"{length}, {rows} x \d+ methods: about \S+ FLOP", cost)
         train, evaluate = (shlex.split(part)[2:] for part in command.split(" && "))
         again, _ = lw.settings_from(lw.TrainSettings, train[1:])
         assert (train[0], evaluate[0]) == ("train", "eval")
@@ -1147,6 +1312,7 @@ def test_failures_are_told_last_and_the_rest_is_put_together(real, capsys, monke
 
 
 @trains
+@pytest.mark.slow
 def test_the_documents_commands_on_finished_runs(own, say):
     assert "results/aggregated_results.json" in say(
         "telepathy/aggregate_results.py", "--base_dir", "runs/", "--output_dir", "results/")  # fmt: skip
@@ -1194,7 +1360,7 @@ def test_the_ticks_of_a_loss_over_four_decades_do_not_overlap(tmp_path, monkeypa
 
     monkeypatch.setattr(Figure, "savefig", look)
     logs = {f"runs/{n}": [{"step": i, "loss": 10 ** (1 - n * i / 30)} for i in range(100)] for n in (1, 2)}
-    lw.FIGURES["learning_curve"](lw.Material([], [], logs, {}, None, {}), tmp_path / "curve")
+    lw.FIGURES["learning_curve"](lw.ReportInputs([], [], logs, {}, None, {}), tmp_path / "curve")
     assert len(boxes) == 2 and all(len(own) >= 4 for own in boxes)
     assert all(below.y1 <= above.y0 for own in boxes for below, above in itertools.pairwise(own))
 
@@ -1204,12 +1370,15 @@ def test_the_ticks_of_a_loss_over_four_decades_do_not_overlap(tmp_path, monkeypa
 LARGE = """
 import json, sys, time
 import LATENTWIRE as lw
-import matplotlib.figure, pandas, scipy.stats, sklearn.manifold, statsmodels.stats.multitest, statsmodels.stats.power
+import matplotlib.figure, pandas, scipy.stats, sklearn.manifold, statsmodels.stats.multitest
 start, told = time.process_time(), []
+rows = [json.loads(line) for line in open("runs/large/records.jsonl")]
+unit, rows = time.process_time() - start, None
+start = time.process_time()
 for command in ("aggregate", "stats", "figures"):
     assert lw.main([command, "--base_dir", "runs", "--output_dir", "out"]) == 0
     told.append(time.process_time() - start - sum(told))
-print(json.dumps({"seconds": told, "gigabytes": lw.peak_memory(lw.torch.device("cpu")) / 2**30}))
+print(json.dumps({"unit": unit, "seconds": told, "gigabytes": lw.peak_memory(lw.torch.device("cpu")) / 2**30}))
 """
 
 
@@ -1227,7 +1396,9 @@ def test_a_hundred_thousand_records_are_no_burden(real, tmp_path):
         capture_output=True,
         text=True,
         check=True,
-        env={**lw.os.environ, "PYTHONPATH": str(ROOT)},
-    )
+        env={**lw.os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )  # a thread that waits for another counts as work
     told = json.loads(done.stdout.splitlines()[-1])
-    assert sum(told["seconds"]) <= 20 and told["gigabytes"] < 1, told
+    print(told)
+    assert sum(told["seconds"]) <= 20 * told["unit"], told  # parsing the file once; 10 alone, 16 beside other tests
+    assert told["gigabytes"] < 1, told

@@ -107,7 +107,7 @@ def runs(say: Say, *words: Any) -> dict[str, lw.TrainSettings]:
 @pytest.mark.parametrize(("name", "values"), PRESETS.items())
 def test_a_preset_is_the_documents_configuration(name, values, say):
     assert given("--preset", name) == changed(values)
-    shown = json.loads(say("train", "--preset", name, "--dry_run"))
+    shown = json.loads(say("train", "--preset", name, "--dry_run", "full"))
     assert {key: shown[key] for key in values} == values
     assert f"preset {name}\n" in say("show", name)
     assert "  dataset: squad\n" in say("show", name)
@@ -142,12 +142,12 @@ def test_text_about_presets_needs_no_torch():
 )
 def test_defaults_preset_file_override_flag(words, value, say):
     write("c.json", {"lr": 2e-4})
-    assert json.loads(say("train", *words.split(), "--dry_run"))["lr"] == value
+    assert json.loads(say("train", *words.split(), "--dry_run", "full"))["lr"] == value
     assert lw.train_main([*words.split(), "--dry_run"])["lr"] == value
 
 
 def test_a_preset_beats_the_suite_of_the_command(say):
-    shown = json.loads(say("demo", "--preset", "minimal", "--dry_run"))
+    shown = json.loads(say("demo", "--preset", "minimal", "--dry_run", "full"))
     assert (shown["dataset"], shown["epochs"], shown["steps"], shown["lr"]) == ("squad", 1.0, None, 1e-3)
 
 
@@ -175,14 +175,14 @@ def test_a_higher_layer_replaces_the_rival_of_a_lower_one(words):
 )
 def test_override_and_hero(words, values, say):
     assert given(*words.split()) == values
-    shown = json.loads(say("train", *words.split(), "--dry_run"))
+    shown = json.loads(say("train", *words.split(), "--dry_run", "full"))
     assert {name: shown[name] for name in values} == values
 
 
 def test_an_override_keeps_its_spaces_commas_and_equals_signs(say):
     words = ("--override", "anchor_text=a = b, c ", "tag=x")
     assert given(*words) == {"anchor_text": "a = b, c ", "tag": "x"}
-    assert json.loads(say("train", *words, "--dry_run"))["anchor_text"] == "a = b, c "
+    assert json.loads(say("train", *words, "--dry_run", "full"))["anchor_text"] == "a = b, c "
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_the_documents_paths_name_presets_until_a_file_is_there(say):
         if name.startswith("smoke-"):
             assert given("--config", f"configs/smoke/{name[6:]}.json") == given("--preset", name)
     words = shlex.split("--config configs/smoke/lora.json --use_lora --lora_r 16 --lora_alpha 32")
-    shown = json.loads(say("latentwire/train.py", *words, "--dry_run"))
+    shown = json.loads(say("latentwire/train.py", *words, "--dry_run", "full"))
     assert (shown["lora_r"], shown["lora_alpha"], shown["dataset"]) == (16, 32.0, "squad")
     write("configs/smoke/lora.json", {"dataset": "sst2"})
     assert given("--config", "configs/smoke/lora.json") == {"dataset": "sst2"}
@@ -360,7 +360,7 @@ def test_what_is_typed_beats_the_file_of_an_experiment(say):
         ("--hero --seed 5", ["experiment"]),
         ("--hero --seeds 1,2", ["experiment/seed1", "experiment/seed2"]),
         ("--hero --config swept.json", ["experiment/seed7", "experiment/seed8"]),
-        ("--config seeds.json --name n", ["n/seed3", "n/seed4"]),
+        ("--config seeds.json --name n --dataset toy", ["n/seed3", "n/seed4"]),
         ("--config seeds.json --preset hero", ["experiment/seed3", "experiment/seed4"]),
     ],
 )
@@ -407,6 +407,7 @@ def runs_only(dry: str) -> str:
     return "\n".join(line for line in dry.splitlines() if " && " in line)
 
 
+@pytest.mark.slow
 def test_the_single_model_script_reads_its_lists(say, monkeypatch):
     script = "scripts/run_llama_single.sh"
     same = say("experiment", "--name", "llama_single", "--preset", "smoke-base", "--dry_run")
@@ -434,13 +435,15 @@ def test_a_submitted_preset_keeps_its_data_set(say):
 
 def evaluated(folder: str, right: dict[str, list[int]], headline: str = "accuracy", gold: str = "a") -> Path:
     """A run folder with records of these scores per method, and one older record that does not count."""
-    records = [{"key": "old", "method": "bridge", "id": "0", "gold": ["z"], "correct": True}]
+    old = {"key": "old", "method": "bridge", "id": "0", "gold": ["z"]}
+    records = [old | {"label": 1, "prediction": 1, "correct": True}]
     for method, scores in right.items():
         records += [
-            {"key": "k", "method": method, "id": str(i), "gold": [gold], "label": 0, "correct": bool(x), "f1": float(x)}
+            {"key": "k", "method": method, "id": str(i), "gold": [gold], "label": 0, "prediction": 1 - x, "correct": bool(x),
+             "f1": float(x)}
             for i, x in enumerate(scores)
-        ]
-    write(f"{folder}/records.jsonl", "".join(json.dumps(row) + "\n" for row in records))
+        ]  # fmt: skip
+    write(f"{folder}/records.jsonl", "".join(json.dumps(lw.sealed(row)) + "\n" for row in records))
     made = {"record_key": "k", "sender": {"name": "tiny-llama"}, "receiver": {"name": "tiny-qwen"}}
     results = {"dataset": "toy", "split": "test", "n": 9, "headline": headline, "methods": {}, "provenance": made}
     return write(f"{folder}/results.json", results).parent
@@ -473,6 +476,7 @@ def test_latents_against_text_of_two_runs_or_one(say):
         ("othergold", "text", ("different questions",)),
         ("otherheadline", "text", ("different questions",)),
         ("failed", "text", ("failed rows of method bridge",)),
+        ("edited", "text", ("edited/records.jsonl line 5", "changed after it was written")),
     ],
 )
 def test_what_cannot_be_compared_is_one_line(latent, text, phrases, refuse):
@@ -482,8 +486,11 @@ def test_what_cannot_be_compared_is_one_line(latent, text, phrases, refuse):
     evaluated("otherheadline", {"bridge": [1, 1, 1]}, headline="f1")
     write("seeds/results.json", {"runs": [], "methods": {}})
     write("broken/results.json", "{")
+    error = {"key": "k", "method": "bridge", "id": "1", "gold": ["a"], "error": "no memory"}
     with (evaluated("failed", {"bridge": [1, 1, 1]}) / "records.jsonl").open("a") as stream:
-        stream.write('{"key": "k", "method": "bridge", "id": "1", "gold": ["a"], "error": "no memory"}\n')
+        stream.write(json.dumps(lw.sealed(error)) + "\n")
+    with (evaluated("edited", {"bridge": [1, 1, 1]}) / "records.jsonl").open("a") as stream:
+        stream.write(json.dumps(lw.sealed(error) | {"id": "2"}) + "\n")
     line = refuse("compare", "--latent", latent, "--text", text)
     for phrase in phrases:
         assert phrase in line

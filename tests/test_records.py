@@ -60,7 +60,7 @@ def test_a_file_where_a_folder_should_be_is_one_line(tmp_path):
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_write_json_refuses_what_json_cannot_say(number, tmp_path):
     lw.write_json(tmp_path / "a.json", {"x": 1})
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(lw.LatentWireError, match="not finite"):
         lw.write_json(tmp_path / "a.json", {"x": number})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
 
@@ -191,7 +191,7 @@ def test_a_bad_line_in_the_middle_is_named_by_number(bad, tmp_path):
 def test_append_refuses_nan_and_keeps_the_file_readable(tmp_path):
     path = tmp_path / "records.jsonl"
     lw.append_rows(path, ROWS)
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(lw.LatentWireError, match="not finite"):
         lw.append_rows(path, [{"x": float("nan")}])
     assert lw.read_rows(path) == ROWS
 

@@ -7,19 +7,22 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from slurmbox import SlurmBox
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT, SITE = ROOT / "slurm" / "job.slurm", ROOT / "slurm" / "site.env"
+SCRIPT, SITE, MARLOWE = (ROOT / "slurm" / name for name in ("job.slurm", "site.env", "marlowe.env"))
 
 # Counts steps until the file `enough` appears; told to stop, it takes half a second to save, as the real one does.
+# With --unsaved it ends as if saving had failed, with that status.
 STAND_IN = """
 import os, signal, sys, time
 from pathlib import Path
@@ -44,7 +47,12 @@ while not told and not (folder / "enough").exists():
     step += 1
 if told:
     time.sleep(0.5)
+    if value("--unsaved"):
+        sys.exit(int(value("--unsaved")))
     saved.write_text(str(step))
+    kept = folder / "checkpoint" / f"step-{step:08d}"
+    kept.mkdir(parents=True, exist_ok=True)
+    (kept / "state.json").write_text("{}")
     print(f"rank {rank} saved {step}", flush=True)
     sys.exit(128 + told[0])
 print(f"rank {rank} ends", flush=True)
@@ -53,9 +61,9 @@ if rank == "0":
 """
 
 
-def site_defaults() -> dict[str, str]:
-    """slurm/site.env, read as LATENTWIRE.py reads it."""
-    lines = SITE.read_text().splitlines()
+def site_defaults(path: Path = MARLOWE) -> dict[str, str]:
+    """A site's file, read as LATENTWIRE.py reads it."""
+    lines = path.read_text().splitlines()
     return dict(word.split("=", 1) for line in lines for word in shlex.split(line, comments=True))
 
 
@@ -113,23 +121,27 @@ def test_shellcheck() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_site_env_reads_the_same_in_bash_and_python() -> None:
-    assert site_defaults() == {
+def test_site_files_read_the_same_in_bash_and_python() -> None:
+    """U9: what everyone gets names no cluster's account; the documents' account is a profile beside it."""
+    assert site_defaults(SITE) == {"SBATCH_GPUS": "1"}
+    assert site_defaults(MARLOWE) == {
         "SBATCH_ACCOUNT": "marlowe-m000066",
         "SBATCH_PARTITION": "preempt",
         "SBATCH_GPUS": "1",
         "SBATCH_TIMELIMIT": "12:00:00",
         "SBATCH_MEM_PER_NODE": "256G",
     }
-    command = ["env", "-i", "bash", "-c", f'set -a; . "{SITE}"; env']
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert {line for line in done.stdout.splitlines() if line.startswith("SBATCH_")} == {
-        f"{name}={value}" for name, value in site_defaults().items()
-    }
+    for path in (SITE, MARLOWE):
+        command = ["env", "-i", "bash", "-c", f'set -a; . "{path}"; env']
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert {line for line in done.stdout.splitlines() if line.startswith("SBATCH_")} == {
+            f"{name}={value}" for name, value in site_defaults(path).items()
+        }
+    assert "marlowe-m000066" not in SITE.read_text()
 
 
 def test_script_names_no_cluster() -> None:
-    """What is particular to a cluster stands in site.env alone."""
+    """What is particular to a cluster stands in site.env and profiles alone."""
     options = [line for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
     assert options == [
         "#SBATCH --nodes=1",
@@ -177,6 +189,7 @@ def test_placeholders(home: Path) -> None:
         (("train",), {"LATENTWIRE_PROCESSES": "2", "LATENTWIRE_LAUNCHER": "direct"}, "starts one process, not 2"),
         (("train",), {"LATENTWIRE_LAUNCHER": "mpirun"}, "direct, srun or torchrun, not 'mpirun'"),
         (("train",), {"LATENTWIRE_LAUNCHER": "torchrun", "SLURM_JOB_NUM_NODES": "2"}, "for one node; take srun"),
+        (("train",), {"LATENTWIRE_RESTARTS": "many"}, "a whole number, not 'many'"),
     ],
 )
 def test_mistakes_are_one_line(home: Path, words: tuple[str, ...], variables: dict[str, str], says: str) -> None:
@@ -217,18 +230,162 @@ def test_failure_is_not_requeued(home: Path, status: int, why: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "variables"),
+    [
+        (("train",), {"SLURM_NTASKS": "4"}),
+        (("experiment", "--name", "x", "--stage", "train"), {"SLURM_NTASKS": "4"}),
+        (("train", "--world_size", "4"), {}),
+        (("train", "--world-size=4"), {"LATENTWIRE_PROCESSES": "2", "SLURM_NTASKS": "2"}),
+        (("train",), {"LATENTWIRE_PROCESSES": "4", "SLURM_NTASKS": "2"}),
+    ],
+)
+def test_fewer_processes_than_promised_are_refused(
+    home: Path, words: tuple[str, ...], variables: dict[str, str]
+) -> None:
+    """J1: a job whose variables stayed behind says so, and does not train with one process on four GPUs."""
+    done = run_script(home, *words, **variables)
+    assert (done.returncode, done.stderr) == (2, "")
+    *_, line, last = done.stdout.splitlines()
+    assert line.startswith("job.slurm: ") and ("--export=ALL" in line or "--ntasks" in line)
+    assert last.startswith("status=2 ") and "words" not in done.stdout
+
+
+def test_what_was_promised_is_told_once(home: Path, tmp_path: Path) -> None:
+    """J1: a promise that is kept starts the processes; evaluations in a job with several tasks need no promise."""
+    stub(tmp_path, "srun", ECHO)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run_script(home, "train", "--world_size", "4", LATENTWIRE_PROCESSES="4", SLURM_NTASKS="4", PATH=path)
+    assert done.returncode == 0 and done.stdout.splitlines().count("--world_size") == 1, done.stdout
+    assert words_of(run_script(home, "eval", SLURM_NTASKS="4").stdout) == ["eval"]
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path) -> Callable[..., Callable[[], list[str]]]:
+    """scontrol(state, more) puts a stub on the PATH; what it returns says which calls changed something."""
+
+    def install(state: str, more: str = "") -> Callable[[], list[str]]:
+        calls = tmp_path / "calls"
+        answer = f"echo JobId=9 JobState={state} {more} Reason=None" if state else "echo no controller >&2; exit 1"
+        stub(tmp_path, "scontrol", f'#!/bin/bash\necho "$*" >>{shlex.quote(str(calls))}\n{answer}\n')
+        return lambda: [line for line in calls.read_text().splitlines() if not line.startswith("show job -o 7")]
+
+    return install
+
+
+@pytest.mark.parametrize(
     ("state", "says", "requeues"),
     [("RUNNING", "requeueing 7_1", ["requeue 7_1"]), ("COMPLETING", "ending this job", []), ("", "does not say", [])],
 )
-def test_state_decides_on_the_requeue(home: Path, tmp_path: Path, state: str, says: str, requeues: list[str]) -> None:
-    answer = f"echo JobId=9 JobState={state} Reason=None" if state else "echo no controller >&2; exit 1"
-    calls = tmp_path / "calls"
-    stub(tmp_path, "scontrol", f'#!/bin/bash\necho "$*" >>{shlex.quote(str(calls))}\n{answer}\n')
+def test_state_decides_on_the_requeue(
+    home: Path,
+    tmp_path: Path,
+    scontrol: Callable[..., Callable[[], list[str]]],
+    state: str,
+    says: str,
+    requeues: list[str],
+) -> None:
+    calls = scontrol(state)
     variables = {"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
     done = run_script(home, "train", "--fail", "143", PATH=f"{tmp_path}:{os.environ['PATH']}", **variables)
     assert done.returncode == 143
     assert says in done.stdout
-    assert calls.read_text().splitlines() == ["show job -o 7_1", *requeues]
+    assert calls() == requeues
+
+
+# A turn of a job: what it leaves in the run folder, and the status it ends with.
+TURN = """
+import sys
+from pathlib import Path
+
+kept, status = sys.argv[sys.argv.index("--turn") + 1].split(",")
+place = Path("run", kept or "diagnostics.jsonl")
+place.parent.mkdir(parents=True, exist_ok=True)
+with place.open("a") as stream:
+    print("{}", file=stream)
+sys.exit(int(status))
+"""
+
+
+@pytest.mark.parametrize(
+    ("kept", "status", "restarts", "more", "requeued"),
+    [
+        ("checkpoint/step-00000020/state.json", 138, "7", "", True),
+        ("seed1/checkpoint/step-00000020/state.json", 138, "7", "", True),
+        ("records.jsonl", 138, "7", "", True),
+        ("checkpoint/step-00000020/state.json", 138, "9999", "", False),  # bounded, whatever it does
+        ("", 138, "0", "", True),  # a first turn may go by with downloads
+        ("", 138, "2", "", False),  # not three of them
+        ("", 138, "9999", "", False),
+        ("", 138, "2", "PreemptTime=None", False),
+        ("", 143, "9", "PreemptTime=2026-11-29T21:00:00", True),  # preempted before anything could be saved
+    ],
+)
+def test_a_requeue_needs_progress(
+    home: Path,
+    tmp_path: Path,
+    scontrol: Callable[..., Callable[[], list[str]]],
+    kept: str,
+    status: int,
+    restarts: str,
+    more: str,
+    requeued: bool,
+) -> None:
+    """J2: a turn that saved nothing is not followed by another for ever."""
+    calls = scontrol("RUNNING", more)
+    (home / "LATENTWIRE.py").write_text(TURN)
+    (home / "run" / "checkpoint" / "step-00000010").mkdir(parents=True)
+    (home / "run" / "checkpoint" / "step-00000010" / "state.json").touch()
+    words = ("train", "--output_dir", "run", "--turn", f"{kept},{status}")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run_script(home, *words, SLURM_RESTART_COUNT=restarts, PATH=path)
+    assert done.returncode == status
+    assert calls() == (["requeue 7"] if requeued else []), done.stdout
+    assert requeued or "job.slurm: not requeued: " in done.stdout.splitlines()[-2]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("baseline", "all", "--dataset", "sst2"),  # no folder is named: where to look is not known
+        ("eval", "--checkpoint", "run/checkpoint/best"),  # records go beside the checkpoints
+    ],
+)
+def test_progress_is_looked_for_where_it_is_saved(words, home, tmp_path, scontrol):
+    """J2: such jobs got no third turn, however much they had done."""
+    calls = scontrol("RUNNING", "")
+    (home / "LATENTWIRE.py").write_text(TURN)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run_script(home, *words, "--turn", "records.jsonl,138", SLURM_RESTART_COUNT="2", PATH=path)
+    assert done.returncode == 138 and calls() == ["requeue 7"], done.stdout
+
+
+def test_a_crash_while_saving_is_not_requeued(home: Path, tmp_path: Path, scontrol: Callable[..., Any]) -> None:
+    """J2: told to stop, the first turn dies of a full disk: another would die of it as well."""
+    calls = scontrol("RUNNING")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "LATENTWIRE_"))}
+    job = subprocess.Popen(
+        ["bash", str(SCRIPT), "train", "--output_dir", "run", "--unsaved", "1"],
+        cwd=home,
+        env={
+            **inherited,
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_SUBMIT_DIR": str(home),
+            "LATENTWIRE_PYTHON": sys.executable,
+        },
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    said = ""
+    while " starts at 0" not in said:
+        said += job.stdout.readline()
+    job.send_signal(signal.SIGUSR1)
+    said += job.communicate(timeout=30)[0]
+    assert job.returncode == 1
+    assert "not requeued: nothing was saved" in said.splitlines()[-2], said
+    assert not (tmp_path / "calls").exists() or calls() == []
 
 
 ECHO = '#!/bin/bash\nprintf "%s\\n" "$@"\nenv | grep -E "^(MASTER_|OMP_|SRUN_)"\n'
@@ -244,9 +401,9 @@ def test_srun_gets_as_many_processes_as_asked_for(home: Path, tmp_path: Path) ->
         "OMP_NUM_THREADS": "",
     }
     done = run_script(home, "train", "--lr", "1", **variables).stdout.splitlines()
-    options = ["--ntasks=4", "--kill-on-bad-exit=0", "--wait=60"]
-    assert done[5:13] == [*options, sys.executable, f"{home}/LATENTWIRE.py", "train", "--lr", "1"]
-    assert done[13:15] == ["--world_size", "4"]
+    options = ["--export=ALL", "--ntasks=4", "--kill-on-bad-exit=0", "--wait=60"]
+    assert done[5:14] == [*options, sys.executable, f"{home}/LATENTWIRE.py", "train", "--lr", "1"]
+    assert done[14:16] == ["--world_size", "4"]
     assert {"MASTER_ADDR=127.0.0.1", "MASTER_PORT=10007", "OMP_NUM_THREADS=3", "SRUN_CPUS_PER_TASK=3"} <= set(done)
     variables |= {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "OMP_NUM_THREADS": "5"}
     done = run_script(home, "eval", **variables).stdout.splitlines()
@@ -371,6 +528,7 @@ def submit(box: SlurmBox, home: Path) -> Submit:
             [
                 "sbatch",
                 "--parsable",
+                "--export=ALL",
                 f"--output={home}/%j.log",
                 *shlex.split(options),
                 str(script),
@@ -574,8 +732,9 @@ def test_wrong_account_is_refused(box: SlurmBox, home: Path) -> None:
 
 @pytest.mark.slow
 def test_options_come_before_environment_before_site(box: SlurmBox, home: Path) -> None:
-    """With the very line that slurm/README.md gives."""
+    """With the very line that slurm/README.md gives, for a profile."""
     (line,) = [line for line in (ROOT / "slurm" / "README.md").read_text().splitlines() if "site.env;" in line]
+    line = line.replace("site.env;", "marlowe.env;")
 
     def submitted(options: str = "", **variables: str) -> list[str]:
         command = f"{line.strip()}\nsbatch --parsable --hold {options} {shlex.quote(str(SCRIPT))} train"

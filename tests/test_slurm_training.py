@@ -35,7 +35,8 @@ def latentwire(box: SlurmBox, here: Path) -> Call:
     """bash RUN.sh WORDS, in the cluster's environment."""
 
     def call(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        env = {**box.env, "LATENTWIRE_PYTHON": sys.executable, "LATENTWIRE_CACHE": str(here / "cache"), **variables}
+        own = {"LATENTWIRE_SITE": "marlowe", "LATENTWIRE_PYTHON": sys.executable}
+        env = {**box.env, **own, "LATENTWIRE_CACHE": str(here / "cache"), **variables}
         command = ["bash", str(ROOT / "RUN.sh"), *words]
         return subprocess.run(command, cwd=here, env=env, capture_output=True, text=True, timeout=300)
 
@@ -185,6 +186,54 @@ def test_seeds_as_an_array(box, latentwire, here):
     assert result(here / "runs" / "sweep" / "seed42")[0] != result(here / "runs" / "sweep" / "seed123")[0]
 
 
+def test_a_site_that_exports_nothing_changes_nothing(box, latentwire, here):
+    """J1: SBATCH_EXPORT=NONE; two GPUs train with two processes, and an array finds its seeds."""
+    flags = [*TRAIN, "--steps", "20", "--dataset", "toy"]
+    bare = {"SBATCH_EXPORT": "NONE", "SLURM_EXPORT_ENV": "NONE"}
+    [pair] = submitted(latentwire("slurm", "--job", "training", "--gpus", "2", *flags, **bare))
+    [array] = submitted(
+        latentwire(
+            "slurm", "--job", "training", "--array-seeds", "42,123", *flags, "--output_dir", "runs/sweep", **bare
+        )
+    )
+    box.wait_state(pair, "COMPLETED", timeout=120)
+    assert "2 processes share 8 rows per step" in log_of(here, f"preempt_training_{pair}.log")
+    for element in range(2):
+        box.wait_state(f"{array}_{element}", "COMPLETED", timeout=120)
+    assert {path.name for path in (here / "runs" / "sweep").iterdir()} == {"seed42", "seed123"}
+
+
+def test_a_time_limit_below_the_warning_ends(box, latentwire, here):
+    """J2: each turn is told to stop as soon as it begins; the third is the last."""
+    asked = [
+        "slurm",
+        "--job",
+        "training",
+        "--time",
+        "1",
+        *TRAIN,
+        "--steps",
+        "5000",
+        "--eval_every",
+        "5000",
+        "--dataset",
+        "toy",
+    ]
+    plugin = here / "slow.py"
+    plugin.write_text(  # SIGUSR1 to the script, as SLURM sends it, before the first step
+        "import os, signal, time, LATENTWIRE as lw\nprepare = lw.Trainer.prepare\n"
+        "def told(self):\n    os.kill(os.getppid(), signal.SIGUSR1)\n    time.sleep(1)\n    prepare(self)\n"
+        "lw.Trainer.prepare = told\n"
+    )
+    [job] = submitted(latentwire(*asked, "--plugin", str(plugin)))
+    for turn in ("1", "2"):  # not only PENDING: that it is before its first turn, too
+        box.wait_until(lambda turn=turn: box.show(job).get("Restarts") == turn, f"job {job} was requeued", 90)
+        box.rush(job)
+    box.wait_state(job, "FAILED", timeout=120)
+    assert box.show(job)["Restarts"] == "2"
+    assert "not requeued: nothing was saved" in log_of(here, f"preempt_training_{job}.log")
+
+
 def test_an_experiment_is_a_pipeline_that_stops_at_a_failure(box, latentwire, here):
     flags = [*TOY, "--steps", "20", "--num_samples", "20", "--latent_len", "2,4"]
     good = submitted(latentwire("slurm", "--job", "experiment", "--name", "good", *flags))
@@ -197,7 +246,7 @@ def test_an_experiment_is_a_pipeline_that_stops_at_a_failure(box, latentwire, he
     box.wait_state(good[2], "COMPLETED", timeout=180)
     groups = json.loads((here / "runs" / "good" / "aggregated_results.json").read_text())["groups"]
     assert [group["latent_len"] for group in groups] == [2, 4]
-    assert "runs/good/latent_len2   evaluated" in latentwire("status", COLUMNS="120").stdout
+    assert re.search(r"runs/good/latent_len2 +evaluated", latentwire("status", COLUMNS="120").stdout)
     assert "failed: runs/bad/latent_len2: no luck" in log_of(here, f"preempt_train_{bad[0]}_0.log")
     box.wait_state(bad[1], "CANCELLED", timeout=180)
     box.wait_state(bad[2], "CANCELLED", timeout=60)

@@ -192,7 +192,7 @@ def test_the_frame_used_above_is_the_real_one() -> None:
 
 
 @functools.cache
-def listener(seed: int = 0) -> lw.Listener:
+def listener(seed: int = 0) -> lw.Receiver:
     """An untrained bridge between two tiny models: enough to send and to read."""
     sender, receiver = lw.load_lm("tiny-llama", CPU), lw.load_lm("tiny-qwen", CPU)
     with torch.random.fork_rng(devices=[]):
@@ -200,11 +200,11 @@ def listener(seed: int = 0) -> lw.Listener:
         shape = lw.BridgeShape.of(lw.BridgeSettings(width=32, d_z=16, latent_len=4), sender, receiver)
         bridge = lw.Bridge(shape).eval()
     part = lw.Toy(lw.DataSettings(dataset="toy"))
-    return lw.Listener(bridge, lw.Prompting(receiver, part, part.anchor), 4)
+    return lw.Receiver(lw.Prompting(receiver, part, part.anchor), bridge, 4)
 
 
 @torch.no_grad()
-def sent(text: str, ear: lw.Listener) -> bytes:
+def sent(text: str, ear: lw.Receiver) -> bytes:
     sender = lw.load_lm("tiny-llama", CPU)
     states = sender.states([lw.sender_ids(sender, text, 64)], ear.bridge.shape.layers)
     return ear.bridge.encode(states, ear.name).to_bytes()
@@ -287,7 +287,7 @@ lw.load_weights = lambda name, *rest: (loaded.append(name), real(name, *rest))[1
 bridge, settings, state = lw.open_bridge(Path(sys.argv[1]))
 receiver = lw.load_lm(settings.receiver, settings)
 part = lw.make_task(settings)
-listener = lw.Listener(bridge, lw.Prompting(receiver, part, state["task"]["anchor"]))
+listener = lw.Receiver(lw.Prompting(receiver, part, state["task"]["anchor"]), bridge)
 folder = Path(sys.argv[2])
 data = [path.read_bytes() for path in sorted(folder.glob("*.message"))]
 gold = json.loads((folder / "gold.json").read_text())
@@ -301,11 +301,12 @@ print(json.dumps([asdict(answer) for answer in answers]))
 @pytest.fixture(scope="module")
 def channel(toy_run: Path) -> Any:
     settings = lw.EvalSettings(checkpoint=toy_run, device="cpu", state_cache="memory", num_samples=24)
-    return lw.open_channel(settings, lw.resolve_checkpoint(toy_run))[0]
+    return lw.open_context(settings, lw.Checkpoint.open(toy_run))
 
 
 @pytest.mark.trains
-def test_another_process_answers_from_the_bytes_alone(channel: lw.Channel, tmp_path: Path, toy_run: Path) -> None:
+@pytest.mark.slow
+def test_another_process_answers_from_the_bytes_alone(channel: lw.EvalContext, tmp_path: Path, toy_run: Path) -> None:
     here = lw.METHODS["bridge"](channel).answers(channel.examples)
     for number, data in enumerate(channel.messages):
         (tmp_path / f"{number:03}.message").write_bytes(data)
@@ -324,9 +325,9 @@ def test_another_process_answers_from_the_bytes_alone(channel: lw.Channel, tmp_p
 
 
 @pytest.mark.trains
-def test_evaluated_messages_hold_no_text_and_are_counted(channel: lw.Channel) -> None:
+def test_evaluated_messages_hold_no_text_and_are_counted(channel: lw.EvalContext) -> None:
     for example, data in zip(channel.examples, channel.messages, strict=True):
         assert example.context.encode() not in data
-        assert lw.Message.from_bytes(data).bridge == channel.listener.name
+        assert lw.Message.from_bytes(data).bridge == channel.receiver.name
     sizes = [answer.nbytes for answer in lw.METHODS["bridge"](channel).answers(channel.examples[:3])]
     assert sizes == [len(data) for data in channel.messages[:3]]
