@@ -25,8 +25,8 @@ A mask is True where a token is real. Read downward: a section uses only what st
 
 Sections
 §0 PRELUDE: imports, errors, small helpers
-§1 CONFIG: every setting once: name, default, range, help
-§2 REGISTRY: named parts, looked up with advice
+§1 REGISTRY: named parts, looked up with advice; plug-ins
+§2 CONFIG: every setting once: name, default, range, help; presets
 §3 RECORDS: run folders, atomic writes, JSON lines, provenance
 §4 STATISTICS: pure functions of arrays
 §5 DATA: examples, tasks, where rows come from
@@ -195,7 +195,125 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LATENTWIRE_CACHE") or Path.home() / ".cache" / "latentwire")
 
 
-# §1 CONFIG: every setting once: name, default, range, help
+# §1 REGISTRY: named parts, looked up with advice; plug-ins
+
+REGISTRIES: dict[str, Registry[Any]] = {}
+
+
+class Registry(Mapping[str, Part]):
+    """Parts of one kind by name; a part registers where it is defined, and its docstring's first line is its help."""
+
+    def __init__(self, kind: str, noun: str, base: type = object) -> None:
+        self.kind, self.noun, self.base = kind, noun, base
+        self.parts: dict[str, Part] = {}
+        self.aliases: dict[str, str] = {}
+        REGISTRIES[kind] = self
+
+    def register(self, name: str, *aliases: str) -> Callable[[Part], Part]:
+        """Decorator that adds a part; a name taken twice is refused with both origins."""
+
+        def add(part: Part) -> Part:
+            if self.base is not object and not (isinstance(part, type) and issubclass(part, self.base)):
+                raise LatentWireError(f"{self.noun} {name!r} is no class of the kind LATENTWIRE.{self.base.__name__}")
+            for spelling in (name, *aliases):
+                if spelling in self:
+                    raise LatentWireError(f"{self.noun} {spelling!r} is registered twice: {self[spelling]} and {part}")
+            self.parts[name] = part
+            self.aliases |= dict.fromkeys(aliases, name)
+            return part
+
+        return add
+
+    def name_of(self, name: str) -> str:
+        """The registered name behind any accepted spelling."""
+        key = self.aliases.get(name, name)
+        if key not in self.parts:
+            known = [*self.parts, *self.aliases]
+            raise LatentWireError(
+                f"unknown {self.noun} {name!r}{suggest(name, known)} (known: {', '.join(self.parts)}; see 'list {self.kind}')"
+            )
+        return key
+
+    def __getitem__(self, name: str) -> Part:
+        return self.parts[self.name_of(name)]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.parts or name in self.aliases
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+def help_of(part: Any) -> str:
+    """The first line of a part's docstring."""
+    return (part.__doc__ or "").strip().splitlines()[0]
+
+
+PLUGIN_ERRORS = (*UNFIT, AssertionError, AttributeError, ImportError, NameError, OSError, SyntaxError)
+PLUGINS: dict[str, str] = {}
+"""Plug-ins that this process was given, file name by SHA-256."""
+
+
+def load_plugins(paths: Iterable[str]) -> None:
+    """Run the user's Python files so that what they register exists; the very bytes that were hashed are run."""
+    for path in paths:
+        if not Path(path).is_file():
+            raise LatentWireError(f"plug-in {path} not found; --plugin takes Python files")
+        data = Path(path).read_bytes()
+        key = hashlib.sha256(data).hexdigest()
+        if key in PLUGINS:
+            continue
+        module = types.ModuleType(f"latentwire_plugin_{key[:12]}")
+        module.__file__ = str(path)
+        sys.modules[module.__name__] = module
+        sys.modules.setdefault("LATENTWIRE", sys.modules[__name__])
+        try:
+            exec(compile(data, str(path), "exec"), module.__dict__)
+        except PLUGIN_ERRORS as error:
+            del sys.modules[module.__name__]
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = ["?", *(frame.lineno for frame in frames if frame.filename == str(path))]
+            line = getattr(error, "lineno", None) or lines[-1]
+            raise LatentWireError(f"plug-in {path} line {line}: {type(error).__name__}: {error}") from error
+        PLUGINS[key] = Path(path).name
+
+
+def plugins_of(settings: DataSettings) -> list[dict[str, str]]:
+    """What a run remembers of its plug-ins: name and SHA-256."""
+    return [{"name": Path(path).name, "sha256": sha256_of(Path(path))} for path in settings.plugin]
+
+
+def plugin_of(*parts: Any) -> list[str]:
+    """Digests of the plug-ins that define these parts, or what they inherit."""
+    origins = [own.__module__ for part in parts for own in getattr(part, "__mro__", (part,))]
+    return sorted({name[-12:] for name in origins if name.startswith("latentwire_plugin_")})
+
+
+def ask_for_plugins(state: Mapping[str, Any], where: Path) -> None:
+    """Refuse what was made with a plug-in that this command line does not give: nothing of a checkpoint is run unasked."""
+    named = [(one["name"], one["sha256"]) for one in state.get("plugins", ())]
+    if "plugins" not in state:  # an older release kept paths alone
+        named = [(Path(path).name, "") for path in state["settings"].get("plugin") or ()]
+    by_name = {name: key for key, name in PLUGINS.items()}
+    for name, key in named:
+        if key in PLUGINS or (not key and name in by_name):
+            continue
+        asked = f"--plugin {shlex.quote(name)}"
+        if name in by_name:
+            raise LatentWireError(
+                f"{where} was made with plug-in {name} of SHA-256 {key[:12]}, the one given here is {by_name[name][:12]}; "
+                f"give the file it was made with: {asked}"
+            )
+        raise LatentWireError(
+            f"{where} was made with plug-in {name} (SHA-256 {key[:12] or 'unknown'}), and code is only run when it is asked "
+            f"for; read that file, then add: {asked}"
+        )
+
+
+# §2 CONFIG: every setting once: name, default, range, help; presets
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator  # noqa: E402
 
@@ -1139,63 +1257,6 @@ class SlurmSettings(Settings):
         None,
         "Your cluster's defaults: a profile in slurm/, such as marlowe, or a file; else LATENTWIRE_SITE, else slurm/site.env.",
     )
-
-
-# §2 REGISTRY: named parts, looked up with advice
-
-REGISTRIES: dict[str, Registry[Any]] = {}
-
-
-class Registry(Mapping[str, Part]):
-    """Parts of one kind by name; a part registers where it is defined, and its docstring's first line is its help."""
-
-    def __init__(self, kind: str, noun: str, base: type = object) -> None:
-        self.kind, self.noun, self.base = kind, noun, base
-        self.parts: dict[str, Part] = {}
-        self.aliases: dict[str, str] = {}
-        REGISTRIES[kind] = self
-
-    def register(self, name: str, *aliases: str) -> Callable[[Part], Part]:
-        """Decorator that adds a part; a name taken twice is refused with both origins."""
-
-        def add(part: Part) -> Part:
-            if self.base is not object and not (isinstance(part, type) and issubclass(part, self.base)):
-                raise LatentWireError(f"{self.noun} {name!r} is no class of the kind LATENTWIRE.{self.base.__name__}")
-            for spelling in (name, *aliases):
-                if spelling in self:
-                    raise LatentWireError(f"{self.noun} {spelling!r} is registered twice: {self[spelling]} and {part}")
-            self.parts[name] = part
-            self.aliases |= dict.fromkeys(aliases, name)
-            return part
-
-        return add
-
-    def name_of(self, name: str) -> str:
-        """The registered name behind any accepted spelling."""
-        key = self.aliases.get(name, name)
-        if key not in self.parts:
-            known = [*self.parts, *self.aliases]
-            raise LatentWireError(
-                f"unknown {self.noun} {name!r}{suggest(name, known)} (known: {', '.join(self.parts)}; see 'list {self.kind}')"
-            )
-        return key
-
-    def __getitem__(self, name: str) -> Part:
-        return self.parts[self.name_of(name)]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.parts or name in self.aliases
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-
-def help_of(part: Any) -> str:
-    """The first line of a part's docstring."""
-    return (part.__doc__ or "").strip().splitlines()[0]
 
 
 PRESETS: Registry[Callable[[], dict[str, Any]]] = Registry("presets", "preset")
@@ -3422,67 +3483,6 @@ def distinct_ids(examples: list[Example]) -> list[Example]:
             raise LatentWireError(f"two rows have the id {example.id!r}; give every Example its own")
         seen.add(example.id)
     return examples
-
-
-PLUGIN_ERRORS = (*UNFIT, AssertionError, AttributeError, ImportError, NameError, OSError, SyntaxError)
-PLUGINS: dict[str, str] = {}
-"""Plug-ins that this process was given, file name by SHA-256."""
-
-
-def load_plugins(paths: Iterable[str]) -> None:
-    """Run the user's Python files so that what they register exists; the very bytes that were hashed are run."""
-    for path in paths:
-        if not Path(path).is_file():
-            raise LatentWireError(f"plug-in {path} not found; --plugin takes Python files")
-        data = Path(path).read_bytes()
-        key = hashlib.sha256(data).hexdigest()
-        if key in PLUGINS:
-            continue
-        module = types.ModuleType(f"latentwire_plugin_{key[:12]}")
-        module.__file__ = str(path)
-        sys.modules[module.__name__] = module
-        sys.modules.setdefault("LATENTWIRE", sys.modules[__name__])
-        try:
-            exec(compile(data, str(path), "exec"), module.__dict__)
-        except PLUGIN_ERRORS as error:
-            del sys.modules[module.__name__]
-            frames = traceback.extract_tb(error.__traceback__)
-            lines = ["?", *(frame.lineno for frame in frames if frame.filename == str(path))]
-            line = getattr(error, "lineno", None) or lines[-1]
-            raise LatentWireError(f"plug-in {path} line {line}: {type(error).__name__}: {error}") from error
-        PLUGINS[key] = Path(path).name
-
-
-def plugins_of(settings: DataSettings) -> list[dict[str, str]]:
-    """What a run remembers of its plug-ins: name and SHA-256."""
-    return [{"name": Path(path).name, "sha256": sha256_of(Path(path))} for path in settings.plugin]
-
-
-def plugin_of(*parts: Any) -> list[str]:
-    """Digests of the plug-ins that define these parts, or what they inherit."""
-    origins = [own.__module__ for part in parts for own in getattr(part, "__mro__", (part,))]
-    return sorted({name[-12:] for name in origins if name.startswith("latentwire_plugin_")})
-
-
-def ask_for_plugins(state: Mapping[str, Any], where: Path) -> None:
-    """Refuse what was made with a plug-in that this command line does not give: nothing of a checkpoint is run unasked."""
-    named = [(one["name"], one["sha256"]) for one in state.get("plugins", ())]
-    if "plugins" not in state:  # an older release kept paths alone
-        named = [(Path(path).name, "") for path in state["settings"].get("plugin") or ()]
-    by_name = {name: key for key, name in PLUGINS.items()}
-    for name, key in named:
-        if key in PLUGINS or (not key and name in by_name):
-            continue
-        asked = f"--plugin {shlex.quote(name)}"
-        if name in by_name:
-            raise LatentWireError(
-                f"{where} was made with plug-in {name} of SHA-256 {key[:12]}, the one given here is {by_name[name][:12]}; "
-                f"give the file it was made with: {asked}"
-            )
-        raise LatentWireError(
-            f"{where} was made with plug-in {name} (SHA-256 {key[:12] or 'unknown'}), and code is only run when it is asked "
-            f"for; read that file, then add: {asked}"
-        )
 
 
 # §6 MODELS: frozen language models behind one sequence contract
