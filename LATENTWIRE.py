@@ -93,7 +93,7 @@ from collections.abc import Callable, Container, Hashable, Iterable, Iterator, M
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median, stdev
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TextIO, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TextIO, TypeVar, get_args
 from urllib.parse import urlparse
 
 __version__ = "0.1.0"
@@ -113,7 +113,8 @@ def prints_text_only() -> bool:
     """Whether this process only handles text (help, list, slurm, status, ...) and so can do without torch's 0.6 s."""
     words = sys.argv[1:]
     flags = {"--help", "-h", "--version"} & set(words)
-    return __name__ == "__main__" and (not words or bool(flags) or words[0] in TEXT_ONLY_COMMANDS)
+    own_code = any(word.startswith("--plugin") for word in words)
+    return __name__ == "__main__" and not own_code and (not words or bool(flags) or words[0] in TEXT_ONLY_COMMANDS)
 
 
 class NoTorch:
@@ -201,10 +202,16 @@ REGISTRIES: dict[str, Registry[Any]] = {}
 
 
 class Registry(Mapping[str, Part]):
-    """Parts of one kind by name; a part registers where it is defined, and its docstring's first line is its help."""
+    """Parts of one kind by name; a part registers where it is defined, and its docstring's first line is its help.
 
-    def __init__(self, kind: str, noun: str, base: type = object) -> None:
-        self.kind, self.noun, self.base = kind, noun, base
+    What a part's ``Config`` declares becomes settings of every command whose settings derive from ``home``.
+    """
+
+    def __init__(
+        self, kind: str, noun: str, base: type = object, home: type[Any] | None = None,
+        config: Callable[[str, Any], type[Any]] = lambda _, part: part.Config,
+    ) -> None:  # fmt: skip
+        self.kind, self.noun, self.base, self.home, self.config = kind, noun, base, home, config
         self.parts: dict[str, Part] = {}
         self.aliases: dict[str, str] = {}
         REGISTRIES[kind] = self
@@ -223,6 +230,11 @@ class Registry(Mapping[str, Part]):
             return part
 
         return add
+
+    def configs(self) -> list[type[Any]]:
+        """The settings that parts bring, each class once."""
+        found = dict.fromkeys(itertools.starmap(self.config, self.items()))
+        return [config for config in found if config.model_fields]
 
     def name_of(self, name: str) -> str:
         """The registered name behind any accepted spelling."""
@@ -281,9 +293,9 @@ def load_plugins(paths: Iterable[str]) -> None:
         PLUGINS[key] = Path(path).name
 
 
-def plugins_of(settings: DataSettings) -> list[dict[str, str]]:
+def plugins_of(paths: Iterable[str]) -> list[dict[str, str]]:
     """What a run remembers of its plug-ins: name and SHA-256."""
-    return [{"name": Path(path).name, "sha256": sha256_of(Path(path))} for path in settings.plugin]
+    return [{"name": Path(path).name, "sha256": sha256_of(Path(path))} for path in paths]
 
 
 def plugin_of(*parts: Any) -> list[str]:
@@ -315,7 +327,8 @@ def ask_for_plugins(state: Mapping[str, Any], where: Path) -> None:
 
 # §2 CONFIG: every setting once: name, default, range, help; presets
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator  # noqa: E402
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator  # noqa: E402
+from pydantic.fields import FieldInfo  # noqa: E402
 
 Words = list[str]
 Layers = dict[str, Mapping[str, Any]]  # settings by where they come from, lowest first
@@ -341,13 +354,24 @@ RECEIVERS = ("receiver_model", "receiver_id", "target_model")
 CHECKED = "Checked against the checkpoint, which knows its own."
 
 
-def setting(default: Any, text: str, *aliases: str, execution: bool = False, alone: str = "", **limits: Any) -> Any:
-    """One setting: its default, help text, the documents' other spellings, and whether it only says *how* to run.
+def setting(
+    default: Any, text: str, *aliases: str,
+    execution: bool = False, alone: str = "", positional: bool = False, **limits: Any,
+) -> Any:  # fmt: skip
+    """One setting: its default (... where it must be given), help text and the documents' other spellings.
 
-    ``alone`` is the value of a flag that stands without one.
+    ``execution`` says that it only tells *how* to run, ``alone`` is the value of a flag that stands without one, and
+    a ``positional`` setting may also stand in front of all flags, without its name.
     """
-    extra: dict[str, Any] = {"aliases": list(aliases), "execution": execution, "alone": alone}
+    extra: dict[str, Any] = {"aliases": list(aliases), "execution": execution, "alone": alone, "positional": positional}
     return Field(default, description=text, json_schema_extra=extra, **limits)
+
+
+def extra_of(info: FieldInfo) -> dict[str, Any]:
+    """What ``setting`` stored beside a field."""
+    extra = info.json_schema_extra
+    assert isinstance(extra, dict)
+    return extra
 
 
 class Settings(BaseModel):
@@ -366,23 +390,46 @@ class Settings(BaseModel):
                 raise ValueError(f"--{name} {value:,} is too much; at most {most:,}")
         return self
 
+    whole: ClassVar[bool] = False
+    """Whether the class has what parts bring to it already."""
+
+    def __new__(cls, **values: Any) -> Self:
+        return super().__new__(cls.complete())  # __init__ is then that of the class with every field
+
+    @classmethod
+    def complete(cls) -> type[Self]:
+        """This class, or one derived from it with the settings that registered parts bring."""
+        if cls.whole:
+            return cls
+        homes = [one for one in REGISTRIES.values() if one.home and issubclass(cls, one.home)]
+        return completed(cls, tuple(config for one in homes for config in one.configs()))
+
+    @classmethod
+    def fields(cls) -> dict[str, FieldInfo]:
+        """Every field by name, those of parts included."""
+        return cls.complete().model_fields
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """The fields of this class out of ``settings`` that have them."""
+        return cls(**{name: getattr(settings, name) for name in cls.fields()})
+
     @classmethod
     def extras(cls, name: str) -> dict[str, Any]:
         """What ``setting`` stored beside the field ``name``."""
-        extra = cls.model_fields[name].json_schema_extra
-        return extra if isinstance(extra, dict) else {}
+        return extra_of(cls.fields()[name])
 
     @classmethod
     def spellings(cls) -> dict[str, str]:
         """Every accepted spelling (lower case, underscores) → field name."""
-        names = {name: name for name in cls.model_fields}
-        return names | {alias: name for name in cls.model_fields for alias in cls.extras(name)["aliases"]}
+        names = {name: name for name in cls.fields()}
+        return names | {alias: name for name in names for alias in cls.extras(name)["aliases"]}
 
     @classmethod
     def panel(cls, name: str) -> str:
         """The heading under which help shows a field: the docstring of the class that declares it."""
-        owner = next(c for c in cls.__mro__ if name in inspect.get_annotations(c))
-        return (owner.__doc__ or "").splitlines()[0]
+        owner = next(c for c in cls.complete().__mro__ if name in inspect.get_annotations(c))
+        return (owner.__doc__ or owner.__qualname__.removesuffix(".Config")).splitlines()[0]
 
     @classmethod
     def field_for(cls, key: str, where: str) -> str:
@@ -411,7 +458,7 @@ class Settings(BaseModel):
     @classmethod
     def natural(cls, name: str, value: Any) -> Any:
         """A value as people write it: one item or a comma list for a list, numbers for words, yes and no."""
-        annotation = cls.model_fields[name].annotation
+        annotation = cls.fields()[name].annotation
         if takes_list(annotation) and value is not None:
             text = str(value).strip(", ")
             items = (
@@ -445,7 +492,12 @@ class Settings(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise LatentWireError(explain(error)) from None
+            first = error.errors()[0]
+            if first["type"] != "missing":
+                raise LatentWireError(explain(error)) from None
+            name = str(first["loc"][0])
+            shown = name.upper() if cls.extras(name)["positional"] else f"--{name}"
+            raise LatentWireError(f"{shown} is missing: {cls.fields()[name].description}") from None
 
     def determining(self) -> dict[str, Any]:
         """The settings that determine the result; those that only say how to run it are left out."""
@@ -455,6 +507,24 @@ class Settings(BaseModel):
         """Names the run and is its resume key; of plug-ins what they hold counts, not where they lie."""
         files = [path for path in getattr(self, "plugin", ()) if os.path.isfile(path)]
         return digest_of([self.determining(), *map(sha256_of, map(Path, files))] if files else self.determining())
+
+
+@functools.cache
+def completed(kind: type[Settings], configs: tuple[type[Settings], ...]) -> Any:
+    """``kind`` with the fields of ``configs``, which parts bring; two settings of one spelling are refused."""
+    if not configs:
+        return kind
+    owner: dict[str, type[Settings]] = {}
+    for part in (kind, *configs):
+        for word in [word for name, info in part.model_fields.items() for word in (name, *extra_of(info)["aliases"])]:
+            if not issubclass(part, before := owner.setdefault(word, part)):
+                raise LatentWireError(
+                    f"--{word} of {part.__qualname__} is a setting of {before.__qualname__}; rename it"
+                )
+    last = [part for part in configs if not any(other is not part and issubclass(other, part) for other in configs)]
+    space = {"__doc__": kind.__doc__, "__module__": kind.__module__, "whole": True}
+    metaclass: Any = type(kind)
+    return metaclass(kind.__name__, (*last, kind), space)
 
 
 def refuse_trust(layer: Mapping[str, Any], where: str, flags: Mapping[str, Any]) -> None:
@@ -568,6 +638,18 @@ def switch_words(annotation: Any) -> list[str]:
     return [*YES, *NO, *further] if bool in (annotation, *get_args(annotation)) else []
 
 
+def with_names(words: Sequence[str], kind: type[Settings]) -> list[str]:
+    """Words in which the positional settings in front have their names as well."""
+    front = list(itertools.takewhile(lambda word: word == "-" or not word.startswith("-"), words))
+    places = [name for name in kind.fields() if kind.extras(name)["positional"]]
+    named = [part for name, word in zip(places, front, strict=False) for part in (f"--{name}", word)]
+    several = bool(places) and takes_list(kind.fields()[places[-1]].annotation)
+    rest = front[len(places) :]
+    if rest and not several:
+        raise LatentWireError(f"{rest[0]!r} is not a flag; flags look like --dataset sst2")
+    return [*named, *rest, *words[len(front) :]]
+
+
 def parse_flags(words: Sequence[str], *kinds: type[Settings], many: bool = False) -> list[dict[str, str]]:
     """Words as {field: value} for each of ``kinds``; the first one that knows a flag takes it.
 
@@ -576,24 +658,24 @@ def parse_flags(words: Sequence[str], *kinds: type[Settings], many: bool = False
     """
     known = {spelling: (kind, name) for kind in reversed(kinds) for spelling, name in kind.spellings().items()}
     parsed: dict[type[Settings], dict[str, str]] = {kind: {} for kind in kinds}
-    queue = collections.deque(words)
+    queue = collections.deque(with_names(words, kinds[0]))
     while queue:
         word = queue.popleft()
-        if not word.startswith("--"):
+        if not re.match("--|-[a-z]$", word):
             raise LatentWireError(f"{word!r} is not a flag; flags look like --dataset sst2")
-        key, _, inline = word[2:].partition("=")
+        key, _, inline = word.lstrip("-").partition("=")
         key = key.replace("-", "_")
         if negated := key not in known and key.removeprefix("no_") in known:
             key = key.removeprefix("no_")
         if key.lower() not in known:
             raise LatentWireError(f"unknown flag --{key}{suggest(key, known)} (all of them: --help)")
         kind, name = known[key.lower()]
-        annotation, values = kind.model_fields[name].annotation, [inline] if inline else []
+        annotation, values = kind.fields()[name].annotation, [inline] if inline else []
         switch = switch_words(annotation)
         several = not switch and (many or name in REPEATED or takes_list(annotation))
         alone = "yes" if switch else kind.extras(name)["alone"]
         while (several or not values) and queue:
-            if queue[0].lower() not in switch if switch else re.match(r"--?[A-Za-z]", queue[0]):
+            if queue[0].lower() not in switch if switch else re.match("--?[A-Za-z]", queue[0]):
                 break
             values.append(queue.popleft())
         values = values or (["no" if negated else alone] if alone else [])
@@ -643,6 +725,26 @@ def divided(kind: type[Settings], words: Sequence[str]) -> tuple[list[str], list
     return parts[True], parts[False]
 
 
+PLUGIN = setting(
+    [], "Python files that register tasks or other parts, run before anything else.", "plugins", execution=True
+)
+TRUSTED = setting(
+    False, "Run the Python code that a model brings along; read it first. Never taken from a file.", execution=True
+)
+
+
+class PluginSettings(Settings):
+    """Plug-ins"""
+
+    plugin: Words = PLUGIN
+
+
+def load_named_plugins(words: Sequence[str]) -> None:
+    """Run the plug-ins that a command line names, before its other words are read: they may bring flags."""
+    named, _ = parse_flags(divided(PluginSettings, words)[0], PluginSettings, SharedFlags)
+    load_plugins(PluginSettings.build(named).plugin)
+
+
 class DataSettings(Settings):
     """Data"""
 
@@ -665,9 +767,7 @@ class DataSettings(Settings):
     context: Literal["full", "supporting"] = setting(
         "full", "hotpotqa: all ten paragraphs, or only the gold facts and their neighbours, which is an easier task."
     )
-    plugin: Words = setting(
-        [], "Python files that register tasks or other parts, run before anything else.", "plugins", execution=True
-    )
+    plugin: Words = PLUGIN
     offline: bool = setting(False, "Never look at the Hugging Face hub.", execution=True)
 
 
@@ -688,9 +788,7 @@ class ModelSettings(Settings):
     bf16: bool = setting(False, "Short for --dtype bfloat16.", execution=True)
     fp16: bool = setting(False, "Short for --dtype float16.", "use_fp16", execution=True)
     deterministic: bool = setting(False, "Ask CUDA for repeatable kernels (slower); a CPU run is repeatable anyway.")
-    trust_remote_code: bool = setting(
-        False, "Run the Python code that a model brings along; read it first. Never taken from a file.", execution=True
-    )
+    trust_remote_code: bool = TRUSTED
 
     @model_validator(mode="before")
     @classmethod
@@ -861,7 +959,7 @@ class LossSettings(Settings):
     @model_validator(mode="after")
     def some_loss(self) -> LossSettings:
         """Something is learned."""
-        if not any(getattr(self, name) for name in LossSettings.model_fields if name.endswith("_weight")):
+        if not any(getattr(self, name) for name in LossSettings.fields() if name.endswith("_weight")):
             raise ValueError("every loss weight is 0; give --answer_ce_weight 1")
         return self
 
@@ -1133,8 +1231,9 @@ class BaselineSettings(AskedSettings):
     """Models and rows"""
 
     methods: Words | None = setting(
-        None, "Rivals to run, or all; see 'list methods'. Plain words in front say the same.", "baseline", "baselines"
-    )
+        None, "Rivals to run, or all; see 'list methods'. Plain words in front say the same.", "baseline", "baselines",
+        positional=True,
+    )  # fmt: skip
     sender: str | None = setting(None, "Frozen model that reads.", *SENDERS, "model_id")
     receiver: str | None = setting(None, "Frozen model that answers.", *RECEIVERS)
     datasets: Words | None = setting(None, "Several data sets: one folder each in OUTPUT_DIR.")
@@ -1330,10 +1429,18 @@ def layers_below(shared: SharedFlags, suite: Mapping[str, Any] | None = None) ->
     return layers | {"--override": overridden(list(filter(None, (shared.override or "").split("\n"))))}
 
 
+def plain_settings(kind: type[Settings], words: Sequence[str]) -> Any:
+    """Command-line words as validated settings of a command that has no others."""
+    if "plugin" in kind.model_fields:
+        load_named_plugins(words)
+    return kind.build(parse_flags(words, kind)[0])
+
+
 def settings_from(
     kind: type[Settings], words: Sequence[str], suite: Mapping[str, Any] | None = None
 ) -> tuple[Any, SharedFlags]:
     """Command-line words as (validated settings, over the values of ``suite``; the flags that every command shares)."""
+    load_named_plugins(words)
     flags, given = parse_flags(words, kind, SharedFlags)
     shared = SharedFlags.build(given)
     return kind.build(flags, layers_below(shared, suite)), shared
@@ -5052,7 +5159,7 @@ class BridgeShape:
     @staticmethod
     def parts_of(settings: BridgeSettings) -> PartSettings:
         """The settings that a shape keeps, which are all but the layers."""
-        own = PartSettings(**settings.model_dump(include=set(PartSettings.model_fields) - {"layers"}))
+        own = PartSettings(**settings.model_dump(include=set(PartSettings.fields()) - {"layers"}))
         if own.latent_shared_len:
             own = own.model_copy(update={"latent_len": own.latent_shared_len + own.latent_private_len})
         return own
@@ -5082,6 +5189,9 @@ def zeroed(layer: nn.Linear) -> nn.Linear:
 class Encoder(nn.Module):
     """Makes features of a text's tokens, built with the bridge's shape: subclass, register, and give ``forward``."""
 
+    Config: ClassVar[type[Settings]] = Settings
+    """Settings that it brings: a class of its own in its place, whose fields become flags."""
+
     reads: ClassVar[Literal["sender", "bytes", "sentence"]] = "sender"
     """What it is given: hidden states of the sender, the text's bytes, or a frozen sentence encoder's states."""
     contextual: ClassVar[bool] = False
@@ -5099,7 +5209,7 @@ class Encoder(nn.Module):
         """Take mean and deviation (L, D_s) of the training texts' states, where they matter."""
 
 
-ENCODERS: Registry[type[Encoder]] = Registry("encoders", "encoder", Encoder)
+ENCODERS: Registry[type[Encoder]] = Registry("encoders", "encoder", Encoder, BridgeSettings)
 
 
 @ENCODERS.register("hidden")
@@ -5309,6 +5419,9 @@ Pooled = tuple["Tensor", "Tensor | None"]
 class Pooler(nn.Module):
     """Makes K latents of token features: subclass, register, and give ``forward``."""
 
+    Config: ClassVar[type[Settings]] = Settings
+    """Settings that it brings: a class of its own in its place, whose fields become flags."""
+
     per_window: ClassVar[bool] = False
     """Whether it makes one latent of each window, for which states need character spans."""
 
@@ -5327,7 +5440,7 @@ class Pooler(nn.Module):
         raise NotImplementedError
 
 
-POOLERS: Registry[type[Pooler]] = Registry("poolers", "pooler", Pooler)
+POOLERS: Registry[type[Pooler]] = Registry("poolers", "pooler", Pooler, BridgeSettings)
 
 
 @POOLERS.register("resampler")
@@ -5457,6 +5570,9 @@ class Adapter(nn.Module):
     (B, K, D_w) → (B, K, D_r). Per example: x · rms_table / RMS(x) · scale, so every family gets tokens of its own size.
     """
 
+    Config: ClassVar[type[Settings]] = Settings
+    """Settings that it brings: a class of its own in its place, whose fields become flags."""
+
     seen_rms: Tensor
 
     def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
@@ -5518,7 +5634,7 @@ class Adapter(nn.Module):
             self.seen_rms.lerp_(self.seen_rms.new_tensor(total / count), 0.02 if self.seen_rms else 1.0)
 
 
-ADAPTERS: Registry[type[Adapter]] = Registry("adapters", "adapter", Adapter)
+ADAPTERS: Registry[type[Adapter]] = Registry("adapters", "adapter", Adapter, BridgeSettings)
 ADAPTERS.register("linear")(Adapter)
 
 
@@ -5543,6 +5659,9 @@ class Feature(nn.Module):
     It is built with the bridge's shape and, but for a ``message``, with one receiver's.
     """
 
+    Config: ClassVar[type[Settings]] = Settings
+    """Settings that it brings: a class of its own in its place, whose fields become flags."""
+
     switches: ClassVar[tuple[str, ...]] = ()
     """Settings of which one asks for it; a plug-in's may do without and is always there."""
     place: ClassVar[Literal["message", "keys", "blocks", "loss"]] = "message"
@@ -5557,7 +5676,7 @@ class Feature(nn.Module):
         raise NotImplementedError
 
 
-FEATURES: Registry[type[Feature]] = Registry("features", "feature", Feature)
+FEATURES: Registry[type[Feature]] = Registry("features", "feature", Feature, FeatureSettings)
 
 
 def take(home: nn.Module, place: str, shape: BridgeShape, *ear: ReceiverSpec) -> list[str]:
@@ -6334,7 +6453,10 @@ def supervise(lm: LM, packed: Packed, heard: ForwardContext | None = None, tuned
 
 
 class Loss:
-    """A term of what is minimised: subclass, register as NAME, and give ``term``; --NAME_weight weighs it, or 1."""
+    """A term of what is minimised: subclass, register as NAME, and give ``term``; --NAME_weight weighs it."""
+
+    Config: ClassVar[type[Settings]] = Settings
+    """Settings that it brings: a class of its own in its place, whose fields become flags."""
 
     partners: ClassVar[bool] = False
     """Whether it compares each row with one of another answer, in ``found.batch.partners``."""
@@ -6347,7 +6469,17 @@ class Loss:
         raise NotImplementedError
 
 
-LOSSES: Registry[type[Loss]] = Registry("losses", "loss", Loss)
+@functools.cache
+def weighed(name: str, part: type[Loss]) -> type[Settings]:
+    """The settings that a term brings: its own, and its weight where the losses have none of that name."""
+    if f"{name}_weight" in LossSettings.model_fields:
+        return part.Config
+    weight: Any = (float, setting(1.0, f"Weight of: {help_of(part)}", ge=0))
+    own = part.Config.__doc__ if part.Config is not Settings else f"Loss {name}"
+    return create_model(f"{part.__name__}.Config", __base__=part.Config, __doc__=own, **{f"{name}_weight": weight})
+
+
+LOSSES: Registry[type[Loss]] = Registry("losses", "loss", Loss, LossSettings, weighed)
 
 
 @LOSSES.register("answer_ce")
@@ -6580,8 +6712,8 @@ def first_token_weight(settings: LossSettings, step: int, steps: int) -> float:
 
 
 def weights_of(settings: LossSettings, heard: ForwardContext | None = None) -> dict[str, float]:
-    """The terms' weights that are not 0, at the step of ``heard``; a plug-in's term counts as it is."""
-    weights = {name: getattr(settings, f"{name}_weight", 1.0) for name in LOSSES}
+    """The terms' weights that are not 0, at the step of ``heard``."""
+    weights = {name: getattr(settings, f"{name}_weight") for name in LOSSES}
     if heard:
         weights["first_token_ce"] = first_token_weight(settings, heard.step, heard.steps)
     return {name: weight for name, weight in weights.items() if weight}
@@ -7345,7 +7477,7 @@ class Trainer:
             | {"frames": {one.receiver.name: one.frame for one in self.promptings if one.chat}},
             "bridge": self.bridge.fingerprint(), "source_sha256": sha256_of(Path(__file__)),
             "world_size": self.world.size, "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID"),
-            "plugins": plugins_of(self.settings),
+            "plugins": plugins_of(self.settings.plugin),
         }  # fmt: skip
 
     def restore(self) -> None:
@@ -7907,7 +8039,7 @@ class Checkpoint:
             shape = shape_in(self.state, self.tensors["bridge"])
             trained = TrainSettings(**{**self.state["settings"], **TRUST})
             own = BridgeShape.parts_of(trained)
-            differing = [name for name in PartSettings.model_fields if getattr(own, name) != getattr(shape.own, name)]
+            differing = [name for name in PartSettings.fields() if getattr(own, name) != getattr(shape.own, name)]
             if differing:
                 raise ValueError(f"its shape and its settings differ in {', '.join(differing)}")
         except (AttributeError, LatentWireError, *UNFIT) as error:
@@ -8065,7 +8197,7 @@ def run_folder(settings: TrainSettings) -> Path:
 def notes_on(settings: TrainSettings) -> Iterator[str]:
     """Why an accepted flag has nothing to do."""
     loader = ("dataloader_pin_memory", "num_dataloader_workers", "use_optimized_dataloader")
-    given = [name for name in loader if getattr(settings, name) != TrainSettings.model_fields[name].default]
+    given = [name for name in loader if getattr(settings, name) != TrainSettings.fields()[name].default]
     if given:
         yield f"--{', --'.join(given)}: not needed, sender states are computed once and cached, no loader waits for data"
     if settings.eval_seeds:
@@ -8506,6 +8638,9 @@ class Method:
     ``control`` marks ways that carry nothing about the example: the bridge must beat every one of them.
     """
 
+    Config: ClassVar[type[Settings]] = Settings
+    """Settings that it brings: a class of its own in its place, whose fields become flags."""
+
     control: ClassVar[bool] = False
     usual: ClassVar[bool] = True
     """Whether it runs when no methods are named."""
@@ -8552,7 +8687,7 @@ PLAIN_NAMES = {
     "embed:raw": "text embeddings", "embed:anchor": "text embeddings, anchor", "embed:adapter": "text through adapter",
 }  # fmt: skip
 
-METHODS: Registry[type[Method]] = Registry("methods", "method")
+METHODS: Registry[type[Method]] = Registry("methods", "method", Method, AskedSettings)
 
 
 @METHODS.register("bridge", "latent")
@@ -9254,7 +9389,7 @@ def open_context(settings: EvalSettings, checkpoint: Checkpoint, ear: int = 0) -
     checkpoint.lend_lora(sender, receiver, ear)
     anchor = task["anchor"] if part.name == task["name"] or not part.name else part.anchor
     check_asked(settings, trained, bridge, sender, anchor)
-    how = {n: getattr(settings if n in settings.model_fields_set else trained, n) for n in DecodeSettings.model_fields}
+    how = {n: getattr(settings if n in settings.model_fields_set else trained, n) for n in DecodeSettings.fields()}
     prompting = prompting_of(trained, part, receiver, anchor, task.get("frames"))
     end = Receiver(prompting, bridge.to(receiver.device), settings.max_new_tokens, DecodeSettings(**how))
     setup = Setup(sender, receiver, part, splits, source, overlap)
@@ -9453,7 +9588,7 @@ def answer_message(
     opened.check(None, lm)
     opened.lend_lora(None, lm, ear)
     part = task_of(task, trained)
-    how = DecodeSettings(**trained.model_dump(include=set(DecodeSettings.model_fields)))
+    how = DecodeSettings(**trained.model_dump(include=set(DecodeSettings.fields())))
     end = Receiver(prompting_of(trained, part, lm, task["anchor"], task.get("frames")), bridge.to(lm.device), None, how)
     soft, example = end.open([data]), Example("0", "", question, (part.words or ("",))[:1])
     if not question and "\0" in part.question_text(replace(example, question="\0")):
@@ -9498,7 +9633,8 @@ def record_keys(context: EvalContext, names: Sequence[str], bases: Mapping[bool,
     keys = {}
     for name in names:
         kind = METHODS[name]
-        own: dict[str, Any] = {field: content_of(getattr(context.asked, field, None)) for field in kind.own}
+        read = (*kind.own, *kind.Config.model_fields)
+        own: dict[str, Any] = {field: content_of(getattr(context.asked, field, None)) for field in read}
         own |= {"plugins": made} if (made := plugin_of(kind)) else {}
         own |= {"seed": str(context.seed)} if kind.seeded else {}
         base = bases[kind.bridged]
@@ -10833,7 +10969,7 @@ class TrainedBridge(Method):
             }
             self.details = {"learning_rate": best, "validation": validation}
         folder = tried[best]
-        check = EvalSettings(**asked.model_dump(include=set(AskedSettings.model_fields), exclude={"methods"}, exclude_unset=True),
+        check = EvalSettings(**asked.model_dump(include=set(AskedSettings.fields()), exclude={"methods"}, exclude_unset=True),
                              checkpoint=folder)  # fmt: skip
         context = open_context(check, Checkpoint.open(folder))
         context.home = folder
@@ -10879,7 +11015,7 @@ class SameModelBridge(TrainedBridge):
 class LinearBridge(TrainedBridge):
     """Means of sender states through linear maps and their norms alone: what attention adds to a bridge."""
 
-    dropped = frozenset({*BridgeSettings.model_fields, *FeatureSettings.model_fields, "gist_weight"}) - {
+    dropped = frozenset({*BridgeSettings.fields(), *FeatureSettings.fields(), "gist_weight"}) - {
         "layers", "normalize", "codec", "anchor_text", "anchor_mode"
     }  # fmt: skip
 
@@ -10965,7 +11101,7 @@ def sized(settings: BaselineSettings, report: Report) -> BaselineSettings:
 
 def context_of(settings: BaselineSettings, dataset: str, seed: int) -> EvalContext:
     """Models and rows of one data set."""
-    shared = {*DataSettings.model_fields, *ModelSettings.model_fields, *DecodeSettings.model_fields}
+    shared = {*DataSettings.fields(), *ModelSettings.fields(), *DecodeSettings.fields()}
     shared |= {"sender", "receiver", "samples", "val_samples", "data_seed", "max_tokens", "protocol", "state_cache"}
     given = {name: getattr(settings, name) for name in shared & settings.model_fields_set}
     run = TrainSettings(**given | {"dataset": dataset, "seed": seed, "encoder": "hidden", "init": "none", "pooler": "resampler",
@@ -10978,7 +11114,7 @@ def context_of(settings: BaselineSettings, dataset: str, seed: int) -> EvalConte
     sender = load_lm(run.sender or "", run, run.offline, run.sender_device)
     same = run.sender == run.receiver
     receiver = sender if same else load_lm(run.receiver or "", run, run.offline, run.receiver_device)
-    how = DecodeSettings(**{name: getattr(settings, name) for name in DecodeSettings.model_fields})
+    how = DecodeSettings(**{name: getattr(settings, name) for name in DecodeSettings.fields()})
     end = Receiver(prompting_of(run, part, receiver), None, settings.max_new_tokens, how)
     setup = Setup(sender, receiver, part, {**splits, "evaluated": rows}, source, overlap)
     return EvalContext(setup, run, settings.model_copy(update={"seed": seed}), end)
@@ -11318,7 +11454,7 @@ def bench_of(asked: BenchmarkSettings) -> Bench:
     """The models and bridge of a checkpoint; else named ones, or random ones of known shapes, and an untrained bridge."""
     load_plugins(asked.plugin)
     arm_names(asked)  # a slip is told before anything is loaded
-    own = {name: getattr(asked, name) for name in (*DataSettings.model_fields, *ModelSettings.model_fields)}
+    own = {name: getattr(asked, name) for name in (*DataSettings.fields(), *ModelSettings.fields())}
     if asked.checkpoint is not None:
         given = {name: own[name] for name in own if name in asked.model_fields_set}
         given |= {"soft_tokens": asked.soft_tokens} if "soft_tokens" in asked.model_fields_set else {}
@@ -11654,7 +11790,7 @@ class Evaluation:
         key |= {"latent_len": made.get("latent_len"), "layers": made.get("layers")}
         config = Run(self.file.parent).config_path
         own = json_in(config) if config.exists() and "asked" not in made else {}  # evaluations of before
-        fields = TrainSettings.model_fields
+        fields = TrainSettings.fields()
         hidden = {"seed", *(name for name in own if name not in fields or TrainSettings.extras(name)["execution"])}
         return key | {"settings": made.get("asked") or digest_of({k: v for k, v in own.items() if k not in hidden})}
 
@@ -12958,7 +13094,7 @@ def run_facts(member: Evaluation, config: Mapping[str, Any]) -> list[tuple[str, 
              "dtype", "layers", "packages", "platform")  # fmt: skip
     known = [key for key in names if made.get(key) is not None]
     facts = [(key, shlex.join(made[key]) if key == "command" else made[key]) for key in known]
-    fields = TrainSettings.model_fields
+    fields = TrainSettings.fields()
     changed = {k: v for k, v in config.items() if k in fields and v != fields[k].default}
     told = ", ".join(f"{k} {nameless(v)}" for k, v in changed.items())
     return [*nameless(facts), *([("settings", told)] if changed else [])]
@@ -13252,6 +13388,7 @@ def unfolded(layers: Layers, fixed: Iterable[str]) -> tuple[Layers, list[tuple[s
 
 def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSettings]:
     """The runs of an experiment: those of its file, and train flags with several values (``--latent_len 16,32,64``)."""
+    load_named_plugins(words)
     given, shared = parse_flags(words, TrainSettings, SharedFlags, many=True)
     fast = {"--fast_mode": FAST} if settings.fast_mode else {}
     layers: Layers = {**layers_below(SharedFlags.build(shared), suite_of(settings.name)), **fast}
@@ -13268,7 +13405,7 @@ def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSet
     seeded = "seed" in fixed or any("seed" in changes for _, changes in variants)
     if seeds and (not seeded or "seeds" in given):
         given["seed"] = ",".join(TrainSettings.natural("seeds", seeds))
-    single = {name for name, info in TrainSettings.model_fields.items() if takes_list(info.annotation)}
+    single = {name for name, info in TrainSettings.fields().items() if takes_list(info.annotation)}
     single |= {"anchor_text", "text_column", "question_column", "label_column", "delimiter", "data_dir", "output_dir",
                "tag", "extend", "start_from", "resume"}  # fmt: skip
     single |= {name for name in ("dataset",) if Path(given.get(name, "")).is_file()}
@@ -13737,7 +13874,7 @@ gold answers longer than it may speak) ends the command with exit code 1; an unt
 Every arm tokenises, answers with the same number of tokens, and takes turns with the others in one process, beside \
 the roofline: the time that reading the weights or multiplying alone would take at the rates measured on this \
 machine. latency is also split into sender, bridge and receiver; growth fits an exponent each to more texts, longer \
-texts, more latents and more receivers. On CUDA the static engine replays CUDA graphs. No GPU has been measured yet.""",
+texts, more latents and more receivers. No GPU has been measured yet.""",
     "experiment": """  experiment --name mine --dataset sst2,trec --latent_len 4,8,16 --seeds 42 123 --dry_run
   experiment --name paper --fast_mode --sender tiny-llama --receiver tiny-qwen
 Flags with several values span the grid; --config takes a base with named variants and sweeps. Every run is trained \
@@ -13768,12 +13905,9 @@ def epilogue(command: str, width: int) -> Iterator[str]:
         yield from textwrap.wrap(line, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
 
 
-app = typer.Typer(
-    name="LATENTWIRE.py", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    rich_markup_mode="rich", context_settings={"help_option_names": ["-h", "--help"]},
-    help="Two frozen language models talk through learned latents instead of text. Flags may be written --latent_len "
-    "or --latent-len; lists take spaces or commas.",
-)  # fmt: skip
+app = typer.Typer(name="LATENTWIRE.py", add_completion=False, pretty_exceptions_enable=False)
+ABOUT = """Two frozen language models talk through learned latents instead of text. Flags may be written --latent_len or \
+--latent-len; lists take spaces or commas. What a command takes: COMMAND --help."""
 
 
 def column_groups(widths: Sequence[int], room: int) -> list[list[int]]:
@@ -13980,7 +14114,7 @@ def eval_main(arguments: Sequence[str], report: Report | None = None) -> dict[st
     return preview(settings) if shared.dry else eval_settings(settings, report or Silent())
 
 
-LEARN, MANY, WRITE, USE, LOOK = (
+PANELS = LEARN, MANY, WRITE, USE, LOOK = (
     "Train and measure",
     "Many runs",
     "Compare and write up",
@@ -13989,11 +14123,26 @@ LEARN, MANY, WRITE, USE, LOOK = (
 )
 """Headings under which ``--help`` lists the commands."""
 Body = Callable[..., None]
-LAYERED: dict[str, tuple[type[Settings], Body, str]] = {}
-"""Commands whose flags are the fields of settings: these, what they do, and which other flags they hand on, if any."""
 
 
-def layered(kind: type[Settings], panel: str, others: str = "") -> Callable[[Body], Body]:
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: its settings, what it does with them, and the heading of --help under which it stands."""
+
+    kind: type[Settings]
+    body: Body
+    panel: str
+    shared: bool
+    """Whether --config, --preset and --dry_run go with it."""
+    others: str
+    """Which further flags it hands on."""
+
+
+COMMANDS: dict[str, Command] = {}
+"""Every sub-command; its flags are the fields of its settings."""
+
+
+def command(kind: type[Settings], panel: str, others: str = "", shared: bool = False) -> Callable[[Body], Body]:
     """Decorator of a sub-command whose flags are the fields of ``kind``; it gets the validated settings.
 
     Where ``others`` says which further flags there are, these words and whether it is a dry run come along.
@@ -14001,8 +14150,8 @@ def layered(kind: type[Settings], panel: str, others: str = "") -> Callable[[Bod
 
     def add(body: Body) -> Body:
         name = body.__name__.removesuffix("_command")
-        LAYERED[name] = kind, body, others
-        app.command(name, help=body.__doc__, rich_help_panel=panel)(carry_out)
+        COMMANDS[name] = Command(kind, body, panel, shared, others)
+        app.command(name)(carry_out)
         return body
 
     return add
@@ -14011,11 +14160,14 @@ def layered(kind: type[Settings], panel: str, others: str = "") -> Callable[[Bod
 def carry_out(context: typer.Context, words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Do what a command's words say, or say what they would do; the demo starts from its suite's values."""
     name = str(context.info_name)
-    kind, body, others = LAYERED[name]
-    own, rest = divided(kind, words or []) if others else (words or [], [])
-    settings, shared = settings_from(kind, own, SUITES[name]() if name == "demo" else None)
-    if others:
-        body(settings, rest, shared.dry)
+    one = COMMANDS[name]
+    if not one.shared:
+        one.body(plain_settings(one.kind, words or []))
+        return
+    own, rest = divided(one.kind, words or []) if one.others else (words or [], [])
+    settings, shared = settings_from(one.kind, own, SUITES[name]() if name == "demo" else None)
+    if one.others:
+        one.body(settings, rest, shared.dry)
     elif shared.print_argv:
         print(command_line(name, settings.model_dump(mode="json", exclude_unset=True)))
     elif shared.dry_run_full or shared.dry_run == "full":
@@ -14024,10 +14176,10 @@ def carry_out(context: typer.Context, words: Annotated[list[str] | None, typer.A
         for line in foreseen(settings):
             tell(line)
     else:
-        body(settings)
+        one.body(settings)
 
 
-@layered(TrainSettings, LEARN)
+@command(TrainSettings, LEARN, shared=True)
 def train_command(settings: TrainSettings) -> None:
     """Train a bridge between two frozen models: train --dataset sst2 --output_dir runs/sst2"""
     with RichReport(quiet=launched()[0] > 0) as report:
@@ -14038,7 +14190,7 @@ def train_command(settings: TrainSettings) -> None:
     report.say(f"done: {summary['run']}; next: eval --checkpoint {shlex.quote(summary['run'])}")
 
 
-@layered(EvalSettings, LEARN)
+@command(EvalSettings, LEARN, shared=True)
 def eval_command(settings: EvalSettings) -> None:
     """Measure what came through, against every control: eval --checkpoint runs/sst2"""
     with RichReport() as report:
@@ -14053,7 +14205,7 @@ def eval_command(settings: EvalSettings) -> None:
     check_gates(results.get("runs", [results]), report)
 
 
-@layered(BaselineSettings, LEARN)
+@command(BaselineSettings, LEARN, shared=True)
 def baseline_command(settings: BaselineSettings) -> None:
     """Every rival through the same door: baseline all --dataset sst2, baseline zeroshot fewshot --dataset trec"""
     with RichReport() as report:
@@ -14066,7 +14218,7 @@ def baseline_command(settings: BaselineSettings) -> None:
     check_gates(found["runs"], report)
 
 
-@layered(BenchmarkSettings, LEARN)
+@command(BenchmarkSettings, LEARN, shared=True)
 def benchmark_command(settings: BenchmarkSettings) -> None:
     """Latency, throughput and memory of every way, measured alike: benchmark --benchmark all --checkpoint runs/sst2"""
     with RichReport() as report:
@@ -14090,7 +14242,7 @@ def check_gates(runs: Sequence[Mapping[str, Any]], report: Report) -> None:
         raise typer.Exit(1)
 
 
-@layered(TrainSettings, LEARN)
+@command(TrainSettings, LEARN, shared=True)
 def demo_command(settings: TrainSettings) -> None:
     """Two real models on a laptop: train, evaluate with controls, draw, in five minutes."""
     if settings.seeds:
@@ -14112,7 +14264,9 @@ def demo_command(settings: TrainSettings) -> None:
     report.say(f"next, your own data: {program} train --dataset your.csv --output_dir runs/yours")
 
 
-@layered(ExperimentSettings, MANY, "Any train flag as well; several values span the grid (train --help-all).")
+@command(
+    ExperimentSettings, MANY, "Any train flag as well; several values span the grid (train --help-all).", shared=True
+)
 def experiment_command(settings: ExperimentSettings, words: list[str], dry_run: bool) -> None:
     """A grid of runs, each trained and evaluated: experiment --name tokens --dataset sst2,trec --latent_len 4,8,16"""
     if dry_run:
@@ -14127,30 +14281,26 @@ def experiment_command(settings: ExperimentSettings, words: list[str], dry_run: 
         raise typer.Exit(1)
 
 
-@layered(SlurmSettings, MANY, "Any flag of the job's own command as well (train --help-all, eval --help-all).")
+@command(
+    SlurmSettings, MANY, "Any flag of the job's own command as well (train --help-all, eval --help-all).", shared=True
+)
 def slurm_command(settings: SlurmSettings, words: list[str], dry_run: bool) -> None:
     """Submit a job that survives preemption: slurm --job training --gpus 4 --time 12:00:00 --dataset sst2"""
     for line in submit(settings, words, dry_run):
         print(line)
 
 
-def flag(text: str, *names: str, **more: Any) -> Any:
-    """An option of Typer with its help text and its spellings as the documents write them."""
-    return typer.Option(*names, help=text, **more)
+class CompareSettings(Settings):
+    """Compare"""
+
+    latent: Path = setting(..., "Run folder or results.json whose bridge counts.")
+    text: Path = setting(..., "Run folder or results.json whose text baseline counts.")
 
 
-@app.command("compare", rich_help_panel=WRITE)
-def compare_command(
-    latent: Annotated[Path, flag("Run folder or results.json whose bridge counts.", "--latent")],
-    text: Annotated[Path, flag("Run folder or results.json whose text baseline counts.", "--text")],
-) -> None:
+@command(CompareSettings, WRITE)
+def compare_command(asked: CompareSettings) -> None:
     """Latents against text, example by example: compare --latent runs/a --text runs/b"""
-    RichReport().table(head_to_head(latent, text))
-
-
-BaseDir = Annotated[Path, flag("Folder with the runs.", "--base_dir")]
-ResultsPath = Annotated[Path | None, flag("What 'aggregate' wrote, instead of --base_dir.", "--results_path")]
-Correction = Annotated[str, flag("For several tests: holm, bonferroni, fdr_bh, fdr_by, none.", "--correction")]
+    RichReport().table(head_to_head(asked.latent, asked.text))
 
 
 def home_of(source: Path) -> Path:
@@ -14158,115 +14308,139 @@ def home_of(source: Path) -> Path:
     return source if source.is_dir() else source.parent
 
 
-@app.command("aggregate", rich_help_panel=WRITE)
-def aggregate_command(
-    base_dir: BaseDir = Path("runs"),
-    output_dir: Annotated[Path | None, flag("Where the tables go; default --base_dir.", "--output_dir")] = None,
-) -> None:
+class AggregateSettings(Settings):
+    """Aggregate"""
+
+    base_dir: Path = setting(Path("runs"), "Folder with the runs.")
+    output_dir: Path | None = setting(None, "Where the tables go; default --base_dir.")
+
+
+@command(AggregateSettings, WRITE)
+def aggregate_command(asked: AggregateSettings) -> None:
     """Put the results of all runs together: aggregate --base_dir runs --output_dir results"""
-    inputs = ReportInputs.below(base_dir)
-    path = aggregate(inputs, base_dir, output_dir or home_of(base_dir))
+    inputs = ReportInputs.below(asked.base_dir)
+    path = aggregate(inputs, asked.base_dir, asked.output_dir or home_of(asked.base_dir))
     tell(groups_table(inputs.groups).rstrip())
     tell(path)
     for line in inputs.left:
         tell(f"left out: {line}")
 
 
-@app.command("stats", rich_help_panel=WRITE)
-def stats_command(
-    base_dir: BaseDir = Path("runs"),
-    results_path: ResultsPath = None,
-    output_dir: Annotated[
-        Path | None, flag("Where statistical_report goes; default --base_dir.", "--output_dir")
-    ] = None,
-    output_path: Annotated[Path | None, flag("Its file instead.", "--output_path")] = None,
-    baseline: Annotated[str | None, flag("Compare with this method; default the bridge.", "--baseline")] = None,
-    correction: Correction = "holm",
-    alpha: Annotated[float, flag("Level of significance.", "--alpha", min=0.0001, max=0.5)] = 0.05,
-) -> None:
+CORRECTION = "For several tests: holm, bonferroni, fdr_bh, fdr_by, none."
+RESULTS_PATH = "What 'aggregate' wrote, instead of --base_dir."
+
+
+class StatsSettings(Settings):
+    """Statistics"""
+
+    base_dir: Path = setting(Path("runs"), "Folder with the runs.")
+    results_path: Path | None = setting(None, RESULTS_PATH)
+    output_dir: Path | None = setting(None, "Where statistical_report goes; default --base_dir.")
+    output_path: Path | None = setting(None, "Its file instead.")
+    baseline: str | None = setting(None, "Compare with this method; default the bridge.")
+    correction: str = setting("holm", CORRECTION)
+    alpha: float = setting(0.05, "Level of significance.", ge=0.0001, le=0.5)
+
+
+@command(StatsSettings, WRITE)
+def stats_command(asked: StatsSettings) -> None:
     """Tests, intervals and effect sizes of all runs: stats --base_dir runs --correction holm"""
-    groups, left = result_groups(evaluations_below(results_path or base_dir))
-    folder = output_dir or home_of(results_path or base_dir)
-    output = (output_path or folder / "statistical_report.json").with_suffix(".json")
-    name = METHODS.name_of(baseline) if baseline else None
-    tell(statistical_report(groups, output, name, correction, alpha))
+    source = asked.results_path or asked.base_dir
+    groups, left = result_groups(evaluations_below(source))
+    output = (asked.output_path or (asked.output_dir or home_of(source)) / "statistical_report.json").with_suffix(
+        ".json"
+    )
+    name = METHODS.name_of(asked.baseline) if asked.baseline else None
+    tell(statistical_report(groups, output, name, asked.correction, asked.alpha))
     for line in left:
         tell(f"left out: {line}")
     tell(f"the same as JSON and text: {output}")
 
 
-@app.command("statistical_test", rich_help_panel=WRITE)
-def statistical_test_command(
-    exp1: Annotated[Path, flag("A run, or a folder of seeds.", "--exp1", show_default=False)],
-    exp2: Annotated[Path, flag("Another, on the same rows.", "--exp2", show_default=False)],
-    correction: Correction = "holm",
-    output_path: Annotated[Path | None, flag("Where it goes as JSON.", "--output_path")] = None,
-) -> None:
+class PairedSettings(Settings):
+    """Two experiments"""
+
+    exp1: Path = setting(..., "A run, or a folder of seeds.")
+    exp2: Path = setting(..., "Another, on the same rows.")
+    correction: str = setting("holm", CORRECTION)
+    output_path: Path | None = setting(None, "Where it goes as JSON.")
+
+
+@command(PairedSettings, WRITE)
+def statistical_test_command(asked: PairedSettings) -> None:
     """Two experiments, example by example: statistical_test --exp1 runs/a --exp2 runs/b"""
-    found = paired_experiments(exp1, exp2, correction)
-    title = f"{exp1} minus {exp2}: {found['dataset']}, {found['metric']}, n = {found['n']}"
+    found = paired_experiments(asked.exp1, asked.exp2, asked.correction)
+    title = f"{asked.exp1} minus {asked.exp2}: {found['dataset']}, {found['metric']}, n = {found['n']}"
     RichReport().rows(comparison_table(found["comparisons"], title))
-    if output_path:
-        write_json(output_path, found)
+    if asked.output_path:
+        write_json(asked.output_path, found)
 
 
-PluginPaths = Annotated[list[str] | None, flag("Python files that the run was made with, run first.", "--plugin")]
+class FiguresSettings(PluginSettings):
+    """Figures"""
+
+    base_dir: Path = setting(Path("runs"), "Folder with the runs, or what 'aggregate' wrote.", "results_path")
+    checkpoint: Path | None = setting(None, "Evaluate this run first.", "ckpt")
+    dataset: str | None = setting(None, "On this data set; default its own.")
+    data_dir: Path | None = setting(None, "Folder of local data sets.")
+    num_samples: int | None = setting(None, "On so many rows.", ge=2)
+    output_dir: Path = setting(Path("figures"), "Where they go.")
+    only: Words = setting([], "These; see 'list figures'.")
+    trust_remote_code: bool = TRUSTED
 
 
-@app.command("figures", rich_help_panel=WRITE)
-def figures_command(
-    base_dir: Annotated[
-        Path, flag("Folder with the runs, or what 'aggregate' wrote.", "--base_dir", "--results_path")
-    ] = Path("runs"),
-    checkpoint: Annotated[Path | None, flag("Evaluate this run first.", "--checkpoint", "--ckpt")] = None,
-    dataset: Annotated[str | None, flag("On this data set; default its own.", "--dataset")] = None,
-    data_dir: Annotated[Path | None, flag("Folder of local data sets.", "--data_dir")] = None,
-    num_samples: Annotated[int | None, flag("On so many rows.", "--num_samples", min=2)] = None,
-    output_dir: Annotated[Path, flag("Where they go.", "--output_dir")] = Path("figures"),
-    only: Annotated[str, flag("These, with commas; see 'list figures'.", "--only")] = "",
-    plugin: PluginPaths = None,
-) -> None:
+@command(FiguresSettings, WRITE)
+def figures_command(asked: FiguresSettings) -> None:
     """Figures of all runs as PNG and PDF: figures --base_dir runs, figures --checkpoint runs/sst2 --num_samples 500"""
-    base = output_dir / "evaluation" if checkpoint else base_dir
-    load_plugins(plugin or ())
-    if checkpoint:
-        asked: dict[str, Any] = {"dataset": dataset, "data_dir": data_dir, "num_samples": num_samples}
-        asked |= {"checkpoint": checkpoint, "output_dir": base, "methods": ["bridge"]}
-        given = {name: value for name, value in asked.items() if value is not None}
+    base = asked.output_dir / "evaluation" if asked.checkpoint else asked.base_dir
+    if asked.checkpoint:
+        own = ("checkpoint", "dataset", "data_dir", "num_samples", "plugin", "trust_remote_code")
+        given = asked.model_dump(include=set(own), exclude_none=True)
         with RichReport() as report:
-            eval_run(EvalSettings.build(given), report)
-    drawn, without = draw_figures(ReportInputs.below(base), output_dir, only.split(",") if only else None)
+            eval_run(EvalSettings(**given, output_dir=base, methods=["bridge"]), report)
+    drawn, without = draw_figures(ReportInputs.below(base), asked.output_dir, asked.only or None)
     for path in drawn:
         tell(path)
     if without:
         print(f"nothing to draw for {', '.join(without)}")
-    if only and not drawn:
-        raise LatentWireError(f"{base} has nothing to draw for {only}; show {only.split(',')[0]} says what it needs")
+    if asked.only and not drawn:
+        wanted = asked.only[0]
+        raise LatentWireError(
+            f"{base} has nothing to draw for {','.join(asked.only)}; show {wanted} says what it needs"
+        )
 
 
-@app.command("tables", rich_help_panel=WRITE)
-def tables_command(
-    base_dir: BaseDir = Path("runs"),
-    results_path: ResultsPath = None,
-    output_dir: Annotated[Path, flag("Where they go.", "--output_dir")] = Path("latex/tables"),
-    output_path: Annotated[Path | None, flag("One file for all of them instead.", "--output_path")] = None,
-) -> None:
+class TablesSettings(Settings):
+    """Tables"""
+
+    base_dir: Path = setting(Path("runs"), "Folder with the runs.")
+    results_path: Path | None = setting(None, RESULTS_PATH)
+    output_dir: Path = setting(Path("latex/tables"), "Where they go.")
+    output_path: Path | None = setting(None, "One file for all of them instead.")
+
+
+@command(TablesSettings, WRITE)
+def tables_command(asked: TablesSettings) -> None:
     """LaTeX tables, and every number of the paper as a macro: tables --base_dir runs/paper --output_dir latex/tables"""
-    inputs = ReportInputs.below(results_path or base_dir)
-    if output_path:
+    inputs, output = ReportInputs.below(asked.results_path or asked.base_dir), asked.output_path
+    if output:
         made = [text for name in TABLES if name not in ("numbers", "results") and (text := TABLES[name](inputs))]
-        write_atomic(output_path, b"\n".join(made))
-    for path in [output_path] if output_path else write_tables(inputs, output_dir):
+        write_atomic(output, b"\n".join(made))
+    for path in [output] if output else write_tables(inputs, asked.output_dir):
         tell(path)
 
 
-@app.command("paper", rich_help_panel=WRITE)
-def paper_command(
-    base_dir: Annotated[Path | None, flag("Runs to make it of; default: as it stands.", "--base_dir")] = None,
-    output_dir: Annotated[Path, flag("Folder with main.tex.", "--output_dir")] = Path("latex"),
-) -> None:
+class PaperSettings(Settings):
+    """Paper"""
+
+    base_dir: Path | None = setting(None, "Runs to make it of; default: as it stands.")
+    output_dir: Path = setting(Path("latex"), "Folder with main.tex.")
+
+
+@command(PaperSettings, WRITE)
+def paper_command(asked: PaperSettings) -> None:
     """From a folder of runs to the paper's PDF: paper --base_dir runs/paper"""
-    source = Path(__file__).resolve().parent / "latex"
+    source, base_dir, output_dir = Path(__file__).resolve().parent / "latex", asked.base_dir, asked.output_dir
     for name in ("main.tex", "references.bib"):
         if not (source / name).is_file():
             raise LatentWireError(
@@ -14290,17 +14464,21 @@ def paper_command(
     print(compile_paper(output_dir))
 
 
-@app.command("status", rich_help_panel=MANY)
-def status_command(
-    base: Annotated[Path, typer.Argument(help="Folder with the runs.")] = Path("runs"),
-) -> None:
+class StatusSettings(Settings):
+    """Status"""
+
+    base: Path = setting(Path("runs"), "Folder with the runs.", "base_dir", positional=True)
+
+
+@command(StatusSettings, MANY)
+def status_command(asked: StatusSettings) -> None:
     """Runs, how far they are, and their SLURM jobs: status, status runs/sweep"""
     jobs = queued_jobs()
-    rows = [run_status(Run(path.parent), jobs) for path in sorted(base.rglob("config.json"))]
+    rows = [run_status(Run(path.parent), jobs) for path in sorted(asked.base.rglob("config.json"))]
     shown = {row[-1] for row in rows}
     rows += [[j["folder"], j["state"].lower(), "", j["reason"], j["shown"]] for j in jobs if j["shown"] not in shown]
     if not rows:
-        print(f"no runs below {base} and no jobs in the queue")
+        print(f"no runs below {asked.base} and no jobs in the queue")
         return
     RichReport().rows(TextTable(("run", "state", "step", "validation", "job"), rows))
 
@@ -14323,28 +14501,32 @@ def text_of(file: str | None, text: str | None) -> str:
     return text
 
 
-Trust = Annotated[bool, flag("Let models run Python code of their own.", "--trust_remote_code")]
+class EndSettings(PluginSettings):
+    """Message"""
+
+    checkpoint: Path = setting(..., "Run folder.", "ckpt")
+    question: str = setting("", "What the sender is asked, or in a question-agnostic run the receiver.")
+    receiver: str | None = setting(None, "Which of the run's receivers; default the first.")
+    trust_remote_code: bool = TRUSTED
 
 
-@app.command("encode", rich_help_panel=USE)
-def encode_command(
-    checkpoint: Annotated[Path, flag("Run folder.", "--checkpoint", "--ckpt", show_default=False)],
-    file: Annotated[str | None, typer.Argument(help="A text file; - is standard input.", show_default=False)] = None,
-    text: Annotated[str | None, flag("The text itself, instead of a file.", "--text")] = None,
-    question: Annotated[str, flag("What a question-aware sender is asked.", "--question")] = "",
-    output: Annotated[Path, flag("Where the message goes.", "--output", "-o")] = Path("message.wire"),
-    receiver: Annotated[str, flag("For whom, where latents are private.", "--receiver")] = "",
-    plugin: PluginPaths = None,
-    trust: Trust = False,
-) -> None:
+class EncodeSettings(EndSettings):
+    """Encode"""
+
+    file: str | None = setting(None, "A text file; - is standard input.", positional=True)
+    text: str | None = setting(None, "The text itself, instead of a file.")
+    output: Path = setting(Path("message.wire"), "Where the message goes.", "o")
+
+
+@command(EncodeSettings, USE)
+def encode_command(asked: EncodeSettings) -> None:
     """Write a text's latents to a file: encode article.txt --checkpoint runs/squad -o article.wire"""
-    said = text_of(file, text)
-    load_plugins(plugin or ())
-    data, read, whole_text = encoded(checkpoint, said, question, receiver or None, trust)
-    write_atomic(output, data)
+    said = text_of(asked.file, asked.text)
+    data, read, whole_text = encoded(asked.checkpoint, said, asked.question, asked.receiver, asked.trust_remote_code)
+    write_atomic(asked.output, data)
     size = len(said.encode("utf-8", "replace"))
     _, shape = Message.claims(data[Message.HEADER.size :])
-    tell(f"{output}: {len(data)} bytes, {shape[1]} latents, for {size} bytes of text")
+    tell(f"{asked.output}: {len(data)} bytes, {shape[1]} latents, for {size} bytes of text")
     if read < whole_text:
         print(
             f"cut: {read:,} of {whole_text:,} tokens were read, as in training; send long texts in parts",
@@ -14352,35 +14534,43 @@ def encode_command(
         )
 
 
-@app.command("answer", rich_help_panel=USE)
-def answer_command(
-    message: Annotated[Path, typer.Argument(help="A file that 'encode' wrote.", show_default=False)],
-    checkpoint: Annotated[Path, flag("Run folder.", "--checkpoint", "--ckpt", show_default=False)],
-    question: Annotated[str, flag("What a question-agnostic receiver is asked.", "--question")] = "",
-    receiver: Annotated[str, flag("Which receiver; default the first.", "--receiver")] = "",
-    plugin: PluginPaths = None,
-    trust: Trust = False,
-) -> None:
+class AnswerSettings(EndSettings):
+    """Answer"""
+
+    message: Path = setting(..., "A file that 'encode' wrote.", positional=True)
+
+
+@command(AnswerSettings, USE)
+def answer_command(asked: AnswerSettings) -> None:
     """Answer from a message alone: answer article.wire --checkpoint runs/squad --receiver gemma-3-270m"""
-    if not message.is_file():
-        raise LatentWireError(f"message {message} not found; 'encode' writes one")
-    load_plugins(plugin or ())
-    tell(answer_message(checkpoint, message.read_bytes(), question, receiver or None, trust))
+    if not asked.message.is_file():
+        raise LatentWireError(f"message {asked.message} not found; 'encode' writes one")
+    data = asked.message.read_bytes()
+    tell(answer_message(asked.checkpoint, data, asked.question, asked.receiver, asked.trust_remote_code))
 
 
-@app.command("report", rich_help_panel=WRITE)
-def report_command(
-    run: Annotated[Path, typer.Argument(help="A run, or a folder of runs.", show_default=False)],
-    plugin: PluginPaths = None,
-) -> None:
+class ReportSettings(PluginSettings):
+    """Report"""
+
+    run: Path = setting(..., "A run, or a folder of runs.", positional=True)
+
+
+@command(ReportSettings, WRITE)
+def report_command(asked: ReportSettings) -> None:
     """Draw the figures and write report.html of a run or of a folder of runs again: report runs/sst2"""
-    load_plugins(plugin or ())
-    print(write_report(run))
+    print(write_report(asked.run))
 
 
-@app.command("list", rich_help_panel=LOOK)
-def list_command(kind: Annotated[str, typer.Argument(help="One kind, such as datasets.")] = "") -> None:
+class ListSettings(PluginSettings):
+    """List"""
+
+    kind: str = setting("", "One kind, such as datasets.", positional=True)
+
+
+@command(ListSettings, LOOK)
+def list_command(asked: ListSettings) -> None:
     """Everything there is, by name: list, list datasets, list models"""
+    kind = asked.kind
     if kind and kind != "scripts" and kind not in REGISTRIES:
         raise LatentWireError(
             f"unknown kind {kind!r}{suggest(kind, [*REGISTRIES, 'scripts'])} (kinds: {', '.join(REGISTRIES)}, scripts)"
@@ -14396,9 +14586,16 @@ def list_command(kind: Annotated[str, typer.Argument(help="One kind, such as dat
             print(f"  {script:32} → {command}")
 
 
-@app.command("show", rich_help_panel=LOOK)
-def show_command(name: Annotated[str, typer.Argument(help="A name that 'list' prints.")]) -> None:
+class ShowSettings(PluginSettings):
+    """Show"""
+
+    name: str = setting(..., "A name that 'list' prints.", positional=True)
+
+
+@command(ShowSettings, LOOK)
+def show_command(asked: ShowSettings) -> None:
     """What one named part is and takes: show sst2"""
+    name = asked.name
     found = [(registry, registry[name]) for registry in REGISTRIES.values() if name in registry]
     if not found:
         everything = [part for registry in REGISTRIES.values() for part in registry]
@@ -14408,6 +14605,9 @@ def show_command(name: Annotated[str, typer.Argument(help="A name that 'list' pr
         for key in ("hub", "folder", "splits", "words", "sender_prompt", "receiver_prompt", "anchor"):
             if getattr(part, key, None):
                 print(f"  {key}: {getattr(part, key)!r}")
+        if registry.home:
+            config = registry.config(registry.name_of(name), part)
+            print(*(line for field in config.model_fields for line in flag_help(config, field, 90)), sep="\n")
         if registry.kind in ("presets", "suites"):
             print("\n".join(f"  {key}: {value}" for key, value in part().items()))
         if getattr(part, "__annotations__", {}).get("return") == "Alias":
@@ -14430,8 +14630,8 @@ def model_states() -> Iterator[tuple[str, str]]:
         )
 
 
-@app.command("doctor", rich_help_panel=LOOK)
-def doctor_command() -> None:
+@command(Settings, LOOK)
+def doctor_command(_: Settings) -> None:
     """Versions, device, models, disk, and the command that fixes what is missing"""
     device, free = resolve_device("auto"), shutil.disk_usage(Path.cwd()).free / 1e9
     try:
@@ -14473,14 +14673,19 @@ def self_check(folder: Path) -> None:
     print(f"passed: {results['verdict']}")
 
 
-@app.command("test", rich_help_panel=LOOK)
-def test_command(
-    module: Annotated[str, flag("Only tests/test_<module>.py.", "--module")] = "",
-    quick: Annotated[bool, flag("Leave out tests that train; stop at the first failure.", "--quick")] = False,
-    slow: Annotated[bool, flag("Only the slow tests: real models.", "--slow")] = False,
-    coverage: Annotated[bool, flag("Report line coverage.", "--coverage")] = False,
-) -> None:
+class TestSettings(Settings):
+    """Tests"""
+
+    module: str = setting("", "Only tests/test_<module>.py.")
+    quick: bool = setting(False, "Leave out tests that train; stop at the first failure.")
+    slow: bool = setting(False, "Only the slow tests: real models.")
+    coverage: bool = setting(False, "Report line coverage.")
+
+
+@command(TestSettings, LOOK)
+def test_command(asked: TestSettings) -> None:
     """Run the tests beside this file, or a built-in self-check where it stands alone"""
+    module, slow, quick = asked.module, asked.slow, asked.quick
     tests = Path(__file__).resolve().parent / "tests"
     if not tests.is_dir():
         with tempfile.TemporaryDirectory() as folder:
@@ -14495,7 +14700,7 @@ def test_command(
     cpus, codes = os.cpu_count() or 1, []
     for words in marks:  # what measures times runs by itself
         command = [sys.executable, "-m", "pytest", str(chosen), "-m", words, "-q", *(["-x"] if quick else [])]
-        command += ["--cov=LATENTWIRE", "--cov-report=term-missing:skip-covered"] if coverage else []
+        command += ["--cov=LATENTWIRE", "--cov-report=term-missing:skip-covered"] if asked.coverage else []
         if words != "slow and alone" and not module and importlib.util.find_spec("xdist"):
             command += ["-n", str(min(5, cpus + 1)), "--dist", "loadfile"]
             command += ["--no-loadscope-reorder"] if slow else []
@@ -14531,36 +14736,56 @@ def type_word(annotation: Any) -> str:
 
 def flag_help(kind: type[Settings], name: str, width: int) -> list[str]:
     """Lines about one flag: its spellings and type; then help text, default and other spellings."""
-    info, extras = kind.model_fields[name], kind.extras(name)
+    info, extras = kind.fields()[name], kind.extras(name)
     off = f" / --no_{name}" if info.annotation is bool and kind is not SharedFlags else ""
-    notes = [f"default {info.default}"] if info.default not in (None, False, []) else []
-    notes += [f"also --{alias}" for alias in extras["aliases"]]
+    notes = [f"default {info.default}"] if info.default not in (None, False, [], "") and not info.is_required() else []
+    notes += [f"also {'--' if len(alias) > 1 else '-'}{alias}" for alias in extras["aliases"]]
     if kind is TrainSettings and name not in ("bf16", "fp16"):  # these two are another spelling of dtype
         notes += ["may differ on --resume"] if extras["execution"] else []
         notes += ["may grow on --resume"] if name in ("steps", "epochs") else []
     text = (info.description or "") + (f" ({'; '.join(notes)})" if notes else "")
     head = f"  --{name}{off} {type_word(info.annotation)}".rstrip()
+    head = f"  {name.upper()}, or{head[1:]}" if extras["positional"] else head
     return [head, *textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
 
 
-def help_text(command: str, everything: bool, width: int) -> str:
+def rank_of(kind: type[Settings], name: str) -> int:
+    """Where the help of a small command shows a flag: what may stand in front first, what lets code run last."""
+    return 0 if kind.extras(name)["positional"] else 2 if name in TRUST else 1
+
+
+def help_text(name: str, everything: bool, width: int) -> str:
     """A command's flags with types, help and defaults: those that most people need, or all of them by heading."""
-    kind, body, others = LAYERED[command]
-    lines, panel = [*textwrap.wrap(body.__doc__ or "", width), ""], ""
-    for name in kind.model_fields:
-        if everything and kind.panel(name) != panel:
-            panel = kind.panel(name)
+    one = COMMANDS[name]
+    lines, panel = [*textwrap.wrap(one.body.__doc__ or "", width), ""], ""
+    fields = one.kind.fields() if one.shared else sorted(one.kind.fields(), key=lambda key: rank_of(one.kind, key))
+    for key in fields:
+        if everything and one.shared and one.kind.panel(key) != panel:
+            panel = one.kind.panel(key)
             lines += ["", f"{panel}:"]
-        lines += flag_help(kind, name, width) if everything or name in COMMON else []
-    lines += ["", "Also:"]
-    for flag in ["dry_run"] if others else SharedFlags.model_fields:  # the other two do the same there
-        lines += flag_help(SharedFlags, flag, width)
-    lines += ["", *textwrap.wrap(others, width)] if others else []
-    if not everything:
-        more = ", with examples" if command in EXAMPLES else ""
-        lines += ["", *textwrap.wrap(f"All {len(kind.model_fields)} flags{more}: {command} --help-all", width)]
-    elif command in EXAMPLES:
-        lines += ["", "Examples:", *epilogue(command, width)]
+        lines += flag_help(one.kind, key, width) if everything or not one.shared or key in COMMON else []
+    if one.shared:
+        lines += ["", "Also:"]
+        for flag in ["dry_run"] if one.others else SharedFlags.model_fields:  # the other two do the same there
+            lines += flag_help(SharedFlags, flag, width)
+    lines += ["", *textwrap.wrap(one.others, width)] if one.others else []
+    if one.shared and not everything:
+        more = ", with examples" if name in EXAMPLES else ""
+        lines += ["", *textwrap.wrap(f"All {len(one.kind.fields())} flags{more}: {name} --help-all", width)]
+    elif name in EXAMPLES:
+        lines += ["", "Examples:", *epilogue(name, width)]
+    return "\n".join(lines)
+
+
+def overview(width: int) -> str:
+    """Every command under its heading, with its first line."""
+    lines = [f"usage: {Path(sys.argv[0]).name} COMMAND [FLAGS]", "", *textwrap.wrap(ABOUT, width)]
+    for panel, group in itertools.groupby(sorted(COMMANDS, key=lambda name: PANELS.index(COMMANDS[name].panel)),
+                                          key=lambda name: COMMANDS[name].panel):  # fmt: skip
+        lines += ["", f"{panel}:"]
+        for name in group:
+            text = f"  {name:16}  {COMMANDS[name].body.__doc__}"
+            lines += textwrap.wrap(text, width, subsequent_indent=" " * 20, break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -14577,15 +14802,15 @@ def without_script(words: Sequence[str]) -> list[str]:
 def prepared_words(words: Sequence[str]) -> list[str]:
     """Command-line words in the form that Typer takes; none where help has been printed."""
     command, *rest = words
-    if {"-h", "--help", "--help-all"} & set(words):
-        if command not in LAYERED:
-            return [command, "--help"]
+    if command in ("-h", "--help", "help"):
+        print(overview(min(100, shutil.get_terminal_size().columns)))
+        return []
+    if {"-h", "--help", "--help-all"} & set(words) and command in COMMANDS:
         everything = "--help-all" in words or words[-1] == "all"
+        load_named_plugins([word for word in words if not word.startswith(("-h", "--help"))])
         print(help_text(command, everything, min(100, shutil.get_terminal_size().columns)))
         return []
-    if command == "baseline" and rest and not rest[0].startswith("-"):
-        rest = ["--methods", *rest]
-    return [command, "--", *rest] if command in LAYERED else list(words)
+    return [command, "--", *rest] if command in COMMANDS else list(words)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -14599,10 +14824,10 @@ def main(words: Sequence[str] | None = None) -> int:
         if words[:1] == ["--version"]:
             print(f"latentwire {__version__}")
             return 0
-        if words and not words[0].startswith("-") and words[0] not in command_names():
-            known = [*command_names(), *SCRIPTS]
+        if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+            known = [*COMMANDS, *SCRIPTS]
             raise LatentWireError(
-                f"unknown command {words[0]!r}{suggest(words[0], known)} (commands: {', '.join(command_names())})"
+                f"unknown command {words[0]!r}{suggest(words[0], known)} (commands: {', '.join(COMMANDS)})"
             )
         prepared = prepared_words(words or ["--help"])
         code = app(prepared, standalone_mode=False) if prepared else 0
@@ -14628,15 +14853,6 @@ def main(words: Sequence[str] | None = None) -> int:
         again = " with --resume" if words[:1] == ["train"] else ""
         print(f"\nstopped; what was finished is kept, the same command{again} goes on", file=sys.stderr)
         return 130
-
-
-for registered in app.registered_commands:
-    registered.epilog = EXAMPLES.get(str(registered.name))
-
-
-def command_names() -> list[str]:
-    """Every sub-command."""
-    return [str(command.name) for command in app.registered_commands]
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_without_a_command_the_help_is_shown(capsys):
     lw.main([])
     out, err = capsys.readouterr()
     assert err == ""
-    for name in lw.command_names():
+    for name in lw.COMMANDS:
         assert re.search(rf"\b{name}\b", out)
 
 

@@ -151,7 +151,7 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_of_the_documents_parses(words, capsys):
-    assert words[0] in lw.command_names()
+    assert words[0] in lw.COMMANDS
     if words[0] in ("train", "eval", "demo", "experiment", "slurm"):
         assert lw.main([*words, "--dry_run", "full"]) == 0, capsys.readouterr().err
 
@@ -172,7 +172,7 @@ def test_python_blocks_run_what_they_import():
 
 def test_readme_names_every_older_script_family_through_the_table():
     assert "list scripts" in README
-    assert {words.split()[0] for words in lw.SCRIPTS.values()} <= set(lw.command_names())
+    assert {words.split()[0] for words in lw.SCRIPTS.values()} <= set(lw.COMMANDS)
 
 
 @pytest.fixture(scope="module")
