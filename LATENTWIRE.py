@@ -6830,38 +6830,30 @@ class Progress:
         return cls(**{**saved, "best": -math.inf if saved["best"] is None else saved["best"]})
 
 
-class OffloadedAdamW:
-    """AdamW whose state and master weights live in CPU memory; the device holds weights and gradients only."""
+def offloaded_adamw(groups: Sequence[Mapping[str, Any]], **options: Any) -> torch.optim.AdamW:
+    """AdamW whose state and master weights live in CPU memory; the device holds weights and gradients only.
 
-    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
-        self.served: list[nn.Parameter] = [p for group in groups for p in group["params"]]
-        masters = [{**g, "params": [nn.Parameter(p.detach().cpu().clone()) for p in g["params"]]} for g in groups]
-        self.inner = torch.optim.AdamW(masters, **options)
-        self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
+    A step fetches the gradients and brings the weights back; loading its state takes the device's weights, loaded before.
+    """
+    masters = {p: nn.Parameter(p.detach().cpu().clone()) for group in groups for p in group["params"]}
+    optimizer = torch.optim.AdamW([{**g, "params": [masters[p] for p in g["params"]]} for g in groups], **options)
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Groups of master weights."""
-        return self.inner.param_groups
-
-    def pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
-        """(on the device, master) for each parameter."""
-        return zip(self.served, [p for group in self.param_groups for p in group["params"]], strict=True)
-
-    @torch.no_grad()
-    def pull(self) -> None:
-        """Take weights that were loaded into the device's copy."""
-        for served, master in self.pairs():
-            master.copy_(served)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        """Gradients down, one step, weights up."""
-        for served, master in self.pairs():
+    def fetch(*_: Any) -> None:
+        for served, master in masters.items():
             master.grad = None if served.grad is None else served.grad.cpu()
-        self.inner.step()
-        for served, master in self.pairs():
-            served.copy_(master)
+
+    def bring_back(*_: Any) -> None:
+        for served, master in masters.items():
+            served.data.copy_(master.data)
+
+    def take(*_: Any) -> None:
+        for served, master in masters.items():
+            master.data.copy_(served.data)
+
+    optimizer.register_step_pre_hook(fetch)
+    optimizer.register_step_post_hook(bring_back)
+    optimizer.register_load_state_dict_post_hook(take)
+    return optimizer
 
 
 @contextlib.contextmanager
@@ -7134,14 +7126,14 @@ class Trainer:
         lora: dict[str, dict[str, Tensor]] = {"lora": {**self.lora}} if self.lora else {}
         return {"bridge": dict(self.bridge.state_dict())} | lora
 
-    def new_optimizer(self) -> torch.optim.AdamW | OffloadedAdamW:
+    def new_optimizer(self) -> torch.optim.AdamW:
         """AdamW (Loshchilov & Hutter 2019) over the bridge; only matrices decay."""
         decayed = [p for p in self.parameters if p.ndim > 1]
         rest = [p for p in self.parameters if p.ndim <= 1]
         groups: list[dict[str, Any]] = [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]
         options: dict[str, Any] = {"lr": self.settings.lr, "weight_decay": self.settings.weight_decay}
         if self.settings.optimizer_offload:
-            return OffloadedAdamW(groups, **options)
+            return offloaded_adamw(groups, **options)
         return torch.optim.AdamW(groups, **options, fused=self.receiver.device.type == "cuda")
 
     def prepare(self) -> None:
@@ -7505,8 +7497,6 @@ class Trainer:
                 raise LatentWireError(
                     f"{self.run.folder} cannot be resumed: its tensors do not fit ({reason})"
                 ) from None
-            if isinstance(self.optimizer, OffloadedAdamW):
-                self.optimizer.pull()
             self.progress = Progress.load(state["progress"])
             if self.world.broadcast(self.world.is_main and self.best_is_ahead()):
                 self.progress.best, self.progress.best_step = -math.inf, 0  # the next validation chooses anew
@@ -7736,13 +7726,13 @@ def dropped(soft: SoftPrompt, keys: Sequence[int], settings: ScheduleSettings, p
     return replace(soft, mask=mask)
 
 
-def optimizer_tensors(optimizer: torch.optim.AdamW | OffloadedAdamW) -> dict[str, Tensor]:
+def optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """AdamW's state by parameter number."""
     state = optimizer.state_dict()["state"]
     return {f"{number}.{key}": value for number, values in state.items() for key, value in values.items()}
 
 
-def restore_optimizer(optimizer: torch.optim.AdamW | OffloadedAdamW, tensors: Mapping[str, Tensor]) -> None:
+def restore_optimizer(optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of ``optimizer_tensors``."""
     whole = optimizer.state_dict()
     for key, value in tensors.items():

@@ -755,7 +755,7 @@ def test_an_optimizer_in_cpu_memory_changes_no_bit(tmp_path):
 
 def test_an_offloaded_optimizer_holds_its_state_on_the_cpu_only(elsewhere):
     layer = torch.nn.Linear(3, 2).to("cuda:0")
-    optimizer = lw.OffloadedAdamW([{"params": list(layer.parameters())}], lr=0.1)
+    optimizer = lw.offloaded_adamw([{"params": list(layer.parameters())}], lr=0.1)
     before = layer.weight.detach().clone()
     layer(torch.ones(4, 3, device="cuda:0")).sum().backward()
     for parameter in layer.parameters():
