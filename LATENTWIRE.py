@@ -6802,34 +6802,6 @@ def permutation(seed: int, epoch: int, rows: int) -> list[int]:
     return torch.randperm(rows, generator=generator).tolist()
 
 
-@dataclass
-class Progress:
-    """What a run knows of itself; with the tensors it is the whole state."""
-
-    step: int = 0
-    best: float = -math.inf
-    best_step: int = 0
-    best_validation: dict[str, float] = field(default_factory=dict)
-    stale: int = 0
-    seconds: float = 0.0
-    finished: bool = False
-    micro: int = 0
-    """Rows at a time in training; 0 is not yet known, and running out of memory halves it."""
-    group: int = 64
-    """Rows at a time in validation, likewise."""
-    pending: dict[str, Any] = field(default_factory=dict)
-    """The row of a step whose validation was cut short."""
-
-    def saved(self) -> dict[str, Any]:
-        """As JSON, which has no infinity."""
-        return asdict(self) | {"best": self.best if math.isfinite(self.best) else None}
-
-    @classmethod
-    def load(cls, saved: Mapping[str, Any]) -> Progress:
-        """The inverse of ``saved``."""
-        return cls(**{**saved, "best": -math.inf if saved["best"] is None else saved["best"]})
-
-
 def offloaded_adamw(groups: Sequence[Mapping[str, Any]], **options: Any) -> torch.optim.AdamW:
     """AdamW whose state and master weights live in CPU memory; the device holds weights and gradients only.
 
@@ -7072,7 +7044,7 @@ class Trainer:
         limit, live = text_limit(settings, self.sender), bool(self.sender.lora)
         self.writer = Sender(self.sender, self.bridge, limit, self.receiver, live)
         self.optimizer = self.new_optimizer()
-        self.progress = Progress()
+        self.progress = Progress(**BEGINNING)
         self.saved_at, self.saved_step = time.monotonic(), 0
         self.costs, self.shown = Costs(settings.profile, ("sender", "encoder", "adapter", "receiver")), False
         self.trackers = trackers(settings, run.folder) if world.is_main else []
@@ -7423,10 +7395,10 @@ class Trainer:
                 sums["right"] += right / len(self.fresh)
         return sums
 
-    def consider(self, validation: dict[str, float]) -> bool:
+    def consider(self, validation: dict[str, Any]) -> bool:
         """Keep the best bridge: by accuracy, ties and tasks without classes by loss; → whether it is the best so far."""
         value = validation.get("val_accuracy", 0.0) - 1e-3 * validation["val_loss"]
-        if not value > self.progress.best:
+        if not value > self.progress.mark:
             self.progress.stale += 1
             return False
         self.progress.best, self.progress.best_step, self.progress.stale = value, self.progress.step, 0
@@ -7451,7 +7423,7 @@ class Trainer:
         )
         if self.world.all_reduce_max(bool(lost))[0]:
             self.report.say(f"{self.checkpoints.best} was deleted meanwhile; the next validation chooses the best anew")
-            self.progress.best, self.progress.best_step = -math.inf, 0
+            self.progress.best, self.progress.best_step = None, 0
         if not self.world.is_main:
             return
         diagnostics = self.run.folder / "diagnostics.jsonl"
@@ -7463,7 +7435,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What a checkpoint says beside its tensors."""
         return {
-            "schema": 3, "progress": self.progress.saved(), "steps": self.steps, "shape": self.bridge.shape.saved(),
+            "schema": 3, "progress": dict(self.progress), "steps": self.steps, "shape": self.bridge.shape.saved(),
             "settings": self.settings.model_dump(mode="json"), "sender": self.sender.identity(),
             "receivers": [lm.identity() for lm in self.setup.receivers], "task": self.setup.describe(self.prompting.anchor)
             | {"frames": {one.receiver.name: one.frame for one in self.promptings if one.chat}},
@@ -7497,9 +7469,9 @@ class Trainer:
                 raise LatentWireError(
                     f"{self.run.folder} cannot be resumed: its tensors do not fit ({reason})"
                 ) from None
-            self.progress = Progress.load(state["progress"])
+            self.progress = Progress(**state["progress"])
             if self.world.broadcast(self.world.is_main and self.best_is_ahead()):
-                self.progress.best, self.progress.best_step = -math.inf, 0  # the next validation chooses anew
+                self.progress.best, self.progress.best_step = None, 0  # the next validation chooses anew
             self.compare_with(state)
         path = self.run.folder / "diagnostics.jsonl"
         if path.exists() and self.world.is_main:
@@ -7857,21 +7829,35 @@ class SavedPlugin(Saved):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
-class SavedProgress(Saved):
-    """``Progress``, as it is saved."""
+class Progress(Saved):
+    """What a run knows of itself; with the tensors it is the whole state."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     step: int = Field(ge=0)
     best: float | None
+    """None where nothing was validated yet: JSON has no infinity."""
     best_step: int = Field(ge=0)
     best_validation: dict[str, float | str]
     stale: int
     seconds: float
     finished: bool
     micro: int = Field(ge=0)
+    """Rows at a time in training; 0 is not yet known, and running out of memory halves it."""
     group: int = Field(ge=1)
+    """Rows at a time in validation, likewise."""
     pending: dict[str, Any] = {}
+    """The row of a step whose validation was cut short."""
+
+    @property
+    def mark(self) -> float:
+        """What the next validation must exceed to be the best."""
+        return -math.inf if self.best is None else self.best
+
+
+BEGINNING: dict[str, Any] = {"step": 0, "best": None, "best_step": 0, "best_validation": {}, "stale": 0, "seconds": 0.0,
+                             "finished": False, "micro": 0, "group": 64}  # fmt: skip
+"""``Progress`` of a run before its first step."""
 
 
 class SavedRival(Saved):
@@ -7887,7 +7873,7 @@ class SavedRival(Saved):
 class SavedState(Saved):
     """state.json of a checkpoint."""
 
-    progress: SavedProgress
+    progress: Progress
     steps: int = Field(ge=0)
     shape: dict[str, Any]
     settings: dict[str, Any]
@@ -8323,7 +8309,7 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
         found = Checkpoints(folder / "checkpoint").newest(report)
         if not found:
             raise LatentWireError(f"{folder} is marked DONE but has no checkpoint; take another --output_dir")
-        return summary_of(folder, Progress.load(found[1]["progress"]))
+        return summary_of(folder, Progress(**found[1]["progress"]))
     number = int(world.all_reduce_max(signals[0] if signals else 0)[0])
     if number:
         raise Interrupted(folder, "step 0", number)
@@ -10946,10 +10932,10 @@ class TrainedBridge(Method):
             )
         tried = {rate: self.trained_at(rate) for rate in rates}
         found = {
-            rate: Progress.load(load_checkpoint(folder / "checkpoint" / "best")[1]["progress"])
+            rate: Progress(**load_checkpoint(folder / "checkpoint" / "best")[1]["progress"])
             for rate, folder in tried.items()
         }
-        best = max(found, key=lambda rate: found[rate].best)
+        best = max(found, key=lambda rate: found[rate].mark)
         if asked.rival_lrs:
             validation = {
                 f"{rate:g}": {

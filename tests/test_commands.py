@@ -110,7 +110,7 @@ def test_a_diverging_run_is_one_line_and_no_ruined_best(every, refuse, tmp_path)
 def test_the_best_is_never_one_without_a_number(made, monkeypatch):
     """J9: NaN is not above anything."""
     trainer = lw.Trainer.__new__(lw.Trainer)
-    trainer.progress = lw.Progress()
+    trainer.progress = lw.Progress(**lw.BEGINNING)
     assert trainer.consider({"val_accuracy": 0.5, "val_loss": 1.0})
     assert not trainer.consider({"val_accuracy": 0.9, "val_loss": float("nan")})
     assert trainer.consider({"val_accuracy": 0.6, "val_loss": 1.0})
