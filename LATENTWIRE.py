@@ -48,6 +48,7 @@ Sections
 from __future__ import annotations
 
 import atexit
+import bisect
 import codecs
 import collections
 import contextlib
@@ -6760,14 +6761,8 @@ class Report(Protocol):
         """Progress of a job."""
 
 
-class Silent:
+class Silent(Report):
     """A Report that says nothing."""
-
-    def say(self, text: str) -> None:
-        """Nothing."""
-
-    def tick(self, job: str, done: int, total: int, note: str = "") -> None:
-        """Nothing."""
 
 
 def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
@@ -6781,12 +6776,9 @@ def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
 
 def seed_everything(*key: int) -> None:
     """Everything random afterwards is a pure function of ``key``, so that no generator's state needs saving."""
-    import numpy
+    from transformers.trainer_utils import set_seed  # numpy's as well: ours never draws from it, a plug-in's part may
 
-    number = int(digest_of(list(key)), 16) % 2**32
-    random.seed(number)
-    numpy.random.seed(number)  # ours never draws from it, a plug-in's part may
-    torch.manual_seed(number)
+    set_seed(int(digest_of(list(key)), 16) % 2**32)
 
 
 def row_at(seed: int, position: int, rows: int) -> int:
@@ -6932,9 +6924,8 @@ def trackers(settings: TrainSettings, folder: Path) -> list[Callable[[dict[str, 
 
         found.append(to_tensorboard)
     if "wandb" in settings.track:
-        run = require("wandb").init(
-            project="latentwire", dir=str(folder), name=folder.name, config=settings.determining()
-        )
+        config = settings.determining()
+        run = require("wandb").init(project="latentwire", dir=str(folder), name=folder.name, config=config)
         found.append(lambda row: run.log(row, step=row["step"]))
     return found
 
@@ -7027,6 +7018,7 @@ class Trainer:
         asked = math.ceil(settings.epochs * epoch_steps) if settings.epochs else DEFAULT_STEPS
         self.steps = asked if settings.steps is None else settings.steps
         self.eval_every = settings.eval_every or max(1, self.steps // 10)
+        self.checkpoints = Checkpoints(run.folder / "checkpoint", settings.keep_checkpoints)
         seed_everything(settings.seed)
         for lm in (self.sender, *setup.receivers) if settings.use_lora else ():
             if isinstance(lm, LM) and settings.lora_on in ("both", "sender" if lm is self.sender else "receiver"):
@@ -7054,11 +7046,9 @@ class Trainer:
         checkpoint = Checkpoint.open(folder)
         old = checkpoint.bridge()
         wanted = replace(self.bridge.shape, ears=self.bridge.shape.ears[: len(old.shape.ears)])
-        if wanted.saved() != old.shape.saved():
-            differing = [k for k, v in old.shape.saved().items() if wanted.saved()[k] != v]
-            raise LatentWireError(
-                f"--extend {folder}: that bridge differs in {', '.join(differing)}; leave these flags out"
-            )
+        if differing := [k for k, v in old.shape.saved().items() if wanted.saved()[k] != v]:
+            words = ", ".join(differing)
+            raise LatentWireError(f"--extend {folder}: that bridge differs in {words}; leave these flags out")
         self.bridge.load_state_dict(old.state_dict(), strict=False)
         self.fresh = [*range(len(old.shape.ears), len(self.bridge.ears))]
         self.bridge.requires_grad_(False)
@@ -7217,17 +7207,18 @@ class Trainer:
     def backward(self, places: Sequence[int]) -> dict[str, float]:
         """Gradients of some rows of a step, named by their places in the endless stream; → their share of its values."""
         step = self.progress.step + 1
-        settings, ear = self.scheduled(step), self.ear_at(step)
+        settings, ear, text = self.scheduled(step), self.ear_at(step), self.reads_text(step)
         examples = [self.train_rows[row_at(settings.seed, place, len(self.train_rows))] for place in places]
         clock = self.costs.start(3 <= step <= 8)
         heard = self.hear(examples, ear, places, clock)
-        if self.compares and not self.reads_text(step):
+        if self.compares and not text:
             heard = replace(heard, partners=self.hear([self.partner_of(place) for place in places], ear, places))
-        if self.reads_text(step):
+        if text:
             loss, found = text_step(heard, settings)
-            terms = {"loss_text_align": float(loss.detach())}
+            terms, tokens = {"loss_text_align": float(loss.detach())}, float(len(found.targets))
         else:
-            found = supervise(heard.receiver, packed := heard.answered(heard.soft), heard)
+            packed = heard.answered(heard.soft)
+            found, tokens = supervise(heard.receiver, packed, heard), float(packed.mask.sum())
             loss, terms = total_loss(found, settings)
             if settings.log_shapes and not self.shown:
                 self.report.say(f"shapes: {shapes_of(heard.states, heard.message, heard.soft, packed, found)}")
@@ -7238,7 +7229,6 @@ class Trainer:
             (loss * self.loss_scale * weight).backward()
         clock("encoder")
         values = {"loss": float(loss.detach()), **terms, "first_acc": float(found.first_accuracy())}
-        tokens = float(packed.mask.sum()) if not self.reads_text(step) else float(len(found.targets))
         return {name: value * weight for name, value in values.items()} | {"tokens": tokens}
 
     @property
@@ -7254,10 +7244,10 @@ class Trainer:
             part.adapter.noted = [0.0, 0.0]
         seed_everything(self.settings.seed, step)
         rows = self.settings.rows_per_step
-        sums: dict[str, float] = {}
+        sums: dict[str, float] = collections.defaultdict(float)
         for places in batches(self.world.share_of(range((step - 1) * rows, step * rows)), size):
             for name, value in self.backward(places).items():
-                sums[name] = sums.get(name, 0.0) + value
+                sums[name] += value
         return sums
 
     def halving(self, which: Literal["micro", "group"], work: Callable[[int], dict[str, float]]) -> dict[str, float]:
@@ -7294,13 +7284,15 @@ class Trainer:
 
     def fitting(self) -> int:
         """The most rows at a time that fit into memory, tried on the longest texts (``--batch_size auto``)."""
-        rows, count = self.settings.rows_per_step, len(self.train_rows)
-        order = [row_at(self.settings.seed, place, count) for place in range(count)]
-        store = self.writer.store
+        rows, count, store = self.settings.rows_per_step, len(self.train_rows), self.writer.store
         assert store is not None
-        lengths = [int(n) for n in store.offsets.diff()]
-        size_of = [lengths[store.index[self.part.sender_text(self.train_rows[row])]] for row in order]
-        longest = sorted(range(count), key=size_of.__getitem__, reverse=True)
+        lengths = store.offsets.diff().tolist()
+
+        def length_at(place: int) -> int:
+            row = self.train_rows[row_at(self.settings.seed, place, count)]
+            return lengths[store.index[self.part.sender_text(row)]]
+
+        longest = sorted(range(count), key=length_at, reverse=True)
 
         def fits(size: int) -> bool:
             with short_of_memory() as short:
@@ -7309,12 +7301,9 @@ class Trainer:
             return not self.world.all_reduce_max(bool(short))[0]
 
         most = math.ceil(rows / self.world.size)
-        low, high = (most, most) if fits(most) else (1, most - 1)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle - 1)
-        self.report.say(f"--batch_size auto: {low} rows at a time, {rows} per optimizer step")
-        return max(1, low)
+        found = most if fits(most) else max(1, bisect.bisect(range(1, most), False, key=lambda size: not fits(size)))
+        self.report.say(f"--batch_size auto: {found} rows at a time, {rows} per optimizer step")
+        return found
 
     def step(self) -> dict[str, float]:
         """One optimizer step; → its row for the log."""
@@ -7340,23 +7329,19 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
         times = {"tokens_per_s": tokens / seconds, "seconds": self.progress.seconds}
-        several: dict[str, Any] = (
-            {"receiver": self.setup.receivers[self.ear_at(step)].name} if len(self.promptings) > 1 else {}
-        )
-        mode: dict[str, Any] = {"mode": "text"} if self.reads_text(step) else {}
-        mode |= parts
-        mode |= {"peak_memory_bytes": peak_memory(self.receiver.device)} if self.settings.profile_memory else {}
-        return {"step": step, **sums, "grad_norm": norm, "lr": rate, **times, **several, **mode}
+        more = {"receiver": self.promptings[self.ear_at(step)].receiver.name} if self.promptings[1:] else {}
+        more |= {"mode": "text"} if self.reads_text(step) else {}
+        memory = {"peak_memory_bytes": peak_memory(self.receiver.device)} if self.settings.profile_memory else {}
+        return {"step": step, **sums, "grad_norm": norm, "lr": rate, **times, **more, **parts, **memory}
 
     def parts_of_gradient(self) -> dict[str, float]:
         """The gradient's norm in each part of the bridge and of its receivers' parts."""
-        squares: dict[str, float] = {}
+        squares: dict[str, float] = collections.defaultdict(float)
         for name, parameter in (*self.bridge.named_parameters(), *self.lora.items()):
             part = ".".join(name.split(".")[: 3 if name.startswith("ears") else 1])
-            part = "lora" if "lora_" in name else part
             if parameter.grad is not None:
-                squares[f"grad_{part}"] = squares.get(f"grad_{part}", 0.0) + float(parameter.grad.square().sum())
-        return {name: math.sqrt(value) for name, value in squares.items()}
+                squares["lora" if "lora_" in name else part] += float(parameter.grad.square().sum())
+        return {f"grad_{part}": math.sqrt(value) for part, value in squares.items()}
 
     def validate(self) -> dict[str, float]:
         """Loss, and accuracy by full-label likelihood where the task has class words, on the held-out rows."""
@@ -7378,20 +7363,13 @@ class Trainer:
         share = [*batches(self.world.share_of(self.validation_rows), size)]
         for examples, ear in itertools.product(share, self.fresh):
             heard = self.hear(examples, ear)
-            found, prompting, lm = (
-                supervise(heard.receiver, heard.answered(heard.soft)),
-                heard.prompting,
-                heard.receiver,
-            )
+            lm, labels = heard.receiver, heard.prompting.label_ids
+            found = supervise(lm, heard.answered(heard.soft))
             sums["loss"] += float(found.mean_per_row()) * len(examples) / len(self.fresh)
             if self.part.words:
-                prefill = lm.prefill(prompting.pack(heard.soft, examples))
-                scores = lm.score(prefill, [prompting.label_ids] * len(examples))
-                picks = [
-                    argmax(by_length_of(prompting.label_ids, row), e.options)
-                    for row, e in zip(scores, examples, strict=True)
-                ]
-                right = sum(choice == e.label for choice, e in zip(picks, examples, strict=True))
+                prefill = lm.prefill(heard.prompting.pack(heard.soft, examples))
+                scored = zip(lm.score(prefill, [labels] * len(examples)), examples, strict=True)
+                right = sum(argmax(by_length_of(labels, row), e.options) == e.label for row, e in scored)
                 sums["right"] += right / len(self.fresh)
         return sums
 
@@ -7405,11 +7383,6 @@ class Trainer:
         self.progress.best_validation = validation
         return True
 
-    @property
-    def checkpoints(self) -> Checkpoints:
-        """The run's checkpoints."""
-        return Checkpoints(self.run.folder / "checkpoint", self.settings.keep_checkpoints)
-
     def save_best(self) -> None:
         """Write ``checkpoint/best``: what ``eval`` opens."""
         if self.world.is_main:
@@ -7418,11 +7391,10 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint from which training goes on as if nothing had happened."""
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
-        lost = (
-            self.world.is_main and self.progress.best_step and not self.checkpoints.best.joinpath("state.json").exists()
-        )
+        best = self.checkpoints.best
+        lost = self.world.is_main and self.progress.best_step and not (best / "state.json").exists()
         if self.world.all_reduce_max(bool(lost))[0]:
-            self.report.say(f"{self.checkpoints.best} was deleted meanwhile; the next validation chooses the best anew")
+            self.report.say(f"{best} was deleted meanwhile; the next validation chooses the best anew")
             self.progress.best, self.progress.best_step = None, 0
         if not self.world.is_main:
             return
@@ -7568,11 +7540,8 @@ class Trainer:
             row |= self.validate()
             self.progress.pending = {}
             if not math.isfinite(row["val_loss"]):
-                kept = (
-                    f"the best so far is of step {self.progress.best_step}"
-                    if self.progress.best_step
-                    else "nothing was saved"
-                )
+                best = self.progress.best_step
+                kept = f"the best so far is of step {best}" if best else "nothing was saved"
                 raise LatentWireError(
                     f"the validation loss is not finite at step {step} ({kept}); a lower --lr or --dtype float32 is another run: "
                     f"start it in another --output_dir"
