@@ -6273,9 +6273,7 @@ class Prompting:
     @functools.cached_property
     def frame(self) -> tuple[TokenIds, TokenIds]:
         """What the receiver's chat template puts before and after a user's words."""
-        if not self.chat:
-            return [], []
-        return self.kept_frame or self.receiver.chat_frame()
+        return self.kept_frame or self.receiver.chat_frame() if self.chat else ([], [])
 
     def answer_token_ids(self, answer: str) -> TokenIds:
         """Ids of an answer after the anchor, or at the beginning of a turn."""
@@ -6335,20 +6333,14 @@ class Prompting:
     ) -> Packed:
         """A batch through the sequence contract: left-padded prompts, or right-padded with gold answers."""
         gold = [self.answer_ids(example.answers[0]) for example in examples] if answers else None
-        taken = self.taken(soft, examples, gold) if self.receiver.most < LM.MOST else [(0, 0)] * len(examples)
-        after = [self.after(example, text, *own) for example, own in zip(examples, taken, strict=True)]
+        latents, sizes = [0] * len(examples), [0] * len(examples)  # what learned positions must leave room for
+        if self.receiver.most < LM.MOST:
+            sizes = [*map(len, gold or [self.gold_ids(example.answers[0]) for example in examples])]
+            if soft is not None:
+                whole = [soft.embeds.shape[1]] * len(examples)
+                latents = whole if soft.mask is None else soft.mask.sum(1).tolist()
+        after = [self.after(row, text, *own) for row, *own in zip(examples, latents, sizes, strict=True)]
         return self.joined(soft, after, gold, left=not answers)
-
-    def taken(
-        self, soft: SoftPrompt | None, examples: Sequence[Example], gold: Sequence[TokenIds] | None
-    ) -> list[tuple[int, int]]:
-        """Positions that each row's latents and its gold answer take: what learned positions must leave room for."""
-        answers = gold or [self.gold_ids(example.answers[0]) for example in examples]
-        if soft is None or soft.mask is None:
-            latents = [0 if soft is None else soft.embeds.shape[1]] * len(examples)
-        else:
-            latents = soft.mask.sum(1).tolist()
-        return [(count, len(ids)) for count, ids in zip(latents, answers, strict=True)]
 
     def joined(
         self, soft: SoftPrompt | None, after: Sequence[TokenIds], gold: Sequence[TokenIds] | None, left: bool = False
@@ -6356,8 +6348,8 @@ class Prompting:
         """BOS, chat opening, soft prompt, ids, answers; BOS behind the soft prompt where that is asked for."""
         bos = [*self.receiver.bos, *self.frame[0]]
         if self.bos_after and soft is not None:
-            return lay_out(self.receiver, soft, [[*bos, *ids] for ids in after], gold, left=left)
-        return lay_out(self.receiver, soft, after, gold, before=bos, left=left)
+            after, bos = [[*bos, *ids] for ids in after], []
+        return lay_out(self.receiver, soft, after, gold, bos, left)
 
 
 @dataclass(frozen=True)
@@ -6572,9 +6564,8 @@ class LatentAlign(Loss):
     def term(self, found: Supervised) -> Tensor:
         batch = found.batch
         wanted, _ = batch.embedded([batch.prompting.answer_ids(e.answers[0])[:1] for e in batch.examples])
-        return distance(
-            batch.soft.embeds[:, :1] / batch.receiver.embed_rms, wanted[:, :1], self.settings.latent_align_metric
-        )
+        own = batch.soft.embeds[:, :1] / batch.receiver.embed_rms
+        return distance(own, wanted[:, :1], self.settings.latent_align_metric)
 
 
 @LOSSES.register("latent_prefix_align")
@@ -6692,12 +6683,11 @@ class Diversity(Loss):
     def term(self, found: Supervised) -> Tensor:
         batch = found.batch
         assert batch.partners is not None
-        sides = []
-        most = max(batch.soft.embeds.shape[1], batch.partners.soft.embeds.shape[1])
-        for soft in (batch.soft, batch.partners.soft):
-            real = soft.embeds if soft.mask is None else soft.embeds * soft.mask[..., None]
-            sides.append(F.pad(real, (0, 0, 0, most - real.shape[1])).flatten(1))
-        return F.cosine_similarity(sides[0], sides[1], dim=1).mean()
+        both = batch.soft, batch.partners.soft
+        real = [soft.embeds if soft.mask is None else soft.embeds * soft.mask[..., None] for soft in both]
+        most = max(embeds.shape[1] for embeds in real)
+        own, other = (F.pad(embeds, (0, 0, 0, most - embeds.shape[1])).flatten(1) for embeds in real)
+        return F.cosine_similarity(own, other, dim=1).mean()
 
 
 def first_token_weight(settings: LossSettings, step: int, steps: int) -> float:
@@ -6739,9 +6729,8 @@ def text_step(heard: ForwardContext, settings: ScheduleSettings) -> tuple[Tensor
     wanted, mask = heard.embedded([heard.receiver.ids(text) or [heard.receiver.pad] for text in heard.texts])
     most, slots = heard.soft.embeds.shape[1], heard.message.mask
     shares = partition_mask(mask, most if slots is None else slots.sum(1, keepdim=True), most).float()  # (B, K, T)
-    gap = distance(
-        heard.soft.embeds / heard.receiver.embed_rms, weighted_mean(shares, wanted), "mse", shares.sum(-1) > 0
-    )
+    own = heard.soft.embeds / heard.receiver.embed_rms
+    gap = distance(own, weighted_mean(shares, wanted), "mse", shares.sum(-1) > 0)
     packed, lora = heard.answered(None, text=True), bool(heard.receiver.lora)
     with contextlib.nullcontext() if lora else torch.no_grad():
         found = supervise(heard.receiver, packed, tuned=True)
@@ -6829,10 +6818,9 @@ def profiling(wanted: bool, folder: Path) -> Iterator[Callable[[], None]]:
     from torch import profiler
 
     def save(found: Any) -> None:
-        (folder / "profile").mkdir(parents=True, exist_ok=True)
-        found.export_chrome_trace(str(folder / "profile" / "trace.json"))
         table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
         write_atomic(folder / "profile" / "operators.txt", table.encode())
+        found.export_chrome_trace(str(folder / "profile" / "trace.json"))
 
     course = profiler.schedule(wait=1, warmup=1, active=6, repeat=1)
     with profiler.profile(schedule=course, on_trace_ready=save) as running:
@@ -6854,17 +6842,6 @@ def peak_memory(device: torch.device) -> int:
 
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux also what the starting process held
     return resident("VmHWM") or usage * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextlib.contextmanager
-def nan_named(step: int) -> Iterator[None]:
-    """What ``--debug`` finds in the backward pass, as one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "returned nan values" not in str(error):
-            raise
-        raise LatentWireError(f"{error} at step {step}; lower --lr or use --dtype float32") from None
 
 
 def shapes_of(*values: Any) -> str:
@@ -6908,9 +6885,8 @@ class Costs:
         return "\n".join(f"{name:10} {value:8.3f} s {value / total:6.1%}" for name, value in self.seconds.items())
 
 
-def trackers(settings: TrainSettings, folder: Path) -> list[Callable[[dict[str, Any]], None]]:
+def trackers(settings: TrainSettings, folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Where else a row of the log goes."""
-    found: list[Callable[[dict[str, Any]], None]] = []
     if "tensorboard" in settings.track:
         require("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
@@ -6922,12 +6898,11 @@ def trackers(settings: TrainSettings, folder: Path) -> list[Callable[[dict[str, 
                 if isinstance(value, float):
                     writer.add_scalar(name, value, row["step"])
 
-        found.append(to_tensorboard)
+        yield to_tensorboard
     if "wandb" in settings.track:
         config = settings.determining()
         run = require("wandb").init(project="latentwire", dir=str(folder), name=folder.name, config=config)
-        found.append(lambda row: run.log(row, step=row["step"]))
-    return found
+        yield lambda row: run.log(row, step=row["step"])
 
 
 class Sender:
@@ -6961,11 +6936,20 @@ class Sender:
         return self.store
 
     def states(self, texts: Sequence[str], keys: tuple[int, ...] = ()) -> States:
-        """Hidden states (B, L, T, D_s), and where they stand in the texts if the bridge pools windows of them.
+        """Hidden states (B, L, T, D_s), collected before or computed now; for windows also where they stand in the texts.
 
         ``keys`` of the rows decide dropout in training.
         """
-        states = self.hidden(texts, keys)
+        if self.live:
+            assert isinstance(self.reader, LM)
+            packed = lay_out(self.reader, None, [self.ids(text) for text in texts])
+            hidden = self.reader.hidden_states(replace(packed, keys=keys), self.bridge.shape.layers)
+            states = States(torch.stack(hidden, 1), packed.mask)
+        elif self.store:
+            states = self.store.batch(texts, self.device)
+        else:
+            states = self.reader.states([self.ids(text) for text in texts], self.bridge.shape.layers)
+        states = States(states.hidden.to(self.device), states.mask.to(self.device), keys)
         first = self.first if self.bridge.wants_heard else None
         return self.located(states, texts, first) if self.bridge.wants_windows else states
 
@@ -6977,19 +6961,6 @@ class Sender:
             seen = covered_by(spans, torch.ones(spans.shape[:2], device=spans.device), heard.spans)
             heard = replace(heard, mask=heard.mask & (seen > 1e-9))
         return replace(states, spans=spans, heard=heard)
-
-    def hidden(self, texts: Sequence[str], keys: tuple[int, ...]) -> States:
-        """States (B, L, T, D_s): collected before, else computed now."""
-        if self.live:
-            assert isinstance(self.reader, LM)
-            packed = lay_out(self.reader, None, [self.ids(text) for text in texts])
-            hidden = self.reader.hidden_states(replace(packed, keys=keys), self.bridge.shape.layers)
-            states = States(torch.stack(hidden, 1), packed.mask)
-        elif self.store:
-            states = self.store.batch(texts, self.device)
-        else:
-            states = self.reader.states([self.ids(text) for text in texts], self.bridge.shape.layers)
-        return States(states.hidden.to(self.device), states.mask.to(self.device), keys)
 
     def message(self, texts: Sequence[str], language: str, ear: int = 0) -> Message:
         """One Message (B, K, D_w) of all texts; ``language`` is ``bridge.language(ear)`` of the receiver number ``ear``."""
@@ -7039,7 +7010,9 @@ class Trainer:
         self.progress = Progress(**BEGINNING)
         self.saved_at, self.saved_step = time.monotonic(), 0
         self.costs, self.shown = Costs(settings.profile, ("sender", "encoder", "adapter", "receiver")), False
-        self.trackers = trackers(settings, run.folder) if world.is_main else []
+        self.trackers = [*trackers(settings, run.folder)] if world.is_main else []
+        self.loss_scale = 1024.0 if self.receiver.dtype == torch.float16 else 1.0
+        """Small float16 gradients would vanish."""
 
     def adopt(self, folder: Path) -> None:
         """Take a trained run's bridge; what it already has stays frozen, only new receivers' parts learn."""
@@ -7125,9 +7098,8 @@ class Trainer:
         if fresh and self.bridge.start is not None:
             some = [*dict.fromkeys(texts)][:256]
             self.bridge.begin([self.sample(group) for group in batches(some, 16)], self.fresh)
-        if not self.progress.micro:
-            size = self.settings.batch_size
-            self.progress.micro = self.fitting() if size == "auto" else size
+        size = self.settings.batch_size
+        self.progress.micro = self.progress.micro or (self.fitting() if size == "auto" else size)
 
     def sample(self, texts: Sequence[str]) -> tuple[States, list[Tokens]]:
         """Texts for the closed-form start: states, and the texts as every receiver's tokens."""
@@ -7225,16 +7197,15 @@ class Trainer:
                 self.shown = True
         weight = len(places) / settings.rows_per_step
         clock("receiver")
-        with nan_named(step):
+        try:
             (loss * self.loss_scale * weight).backward()
+        except RuntimeError as error:
+            if "returned nan values" not in str(error):  # what --debug finds
+                raise
+            raise LatentWireError(f"{error} at step {step}; lower --lr or use --dtype float32") from None
         clock("encoder")
         values = {"loss": float(loss.detach()), **terms, "first_acc": float(found.first_accuracy())}
         return {name: value * weight for name, value in values.items()} | {"tokens": tokens}
-
-    @property
-    def loss_scale(self) -> float:
-        """Small float16 gradients would vanish."""
-        return 1024.0 if self.receiver.dtype == torch.float16 else 1.0
 
     def gradients(self, step: int, size: int) -> dict[str, float]:
         """This process's share of a step, ``size`` rows at a time; → its share of the step's values."""
@@ -7422,43 +7393,41 @@ class Trainer:
             sweep(self.run.folder)
         found = self.world.broadcast(self.checkpoints.newest(self.report) if self.world.is_main else None)
         if found:
-            tensors, state = found
-            ask_for_plugins(state, self.run.folder)
-            if state["shape"] != json.loads(json.dumps(self.bridge.shape.saved())):
-                raise LatentWireError(
-                    f"{self.run.folder} holds checkpoints of another bridge; take another --output_dir"
-                )
-            if state["task"]["train_digest"] != data_digest(self.train_rows):
-                raise LatentWireError(
-                    f"the training rows changed since {self.run.folder} was saved; start anew in another --output_dir"
-                )
-            try:
-                self.bridge.load_state_dict(tensors["bridge"])
-                restore_lora(self.lora, tensors)
-                restore_optimizer(self.optimizer, tensors["optimizer"])
-            except (LookupError, RuntimeError, TypeError, ValueError) as error:
-                reason = " ".join(str(error).split())[:160]
-                raise LatentWireError(
-                    f"{self.run.folder} cannot be resumed: its tensors do not fit ({reason})"
-                ) from None
-            self.progress = Progress(**state["progress"])
-            if self.world.broadcast(self.world.is_main and self.best_is_ahead()):
-                self.progress.best, self.progress.best_step = None, 0  # the next validation chooses anew
-            self.compare_with(state)
+            self.take_up(*found)
         path = self.run.folder / "diagnostics.jsonl"
         if path.exists() and self.world.is_main:
             logged = self.progress.step - bool(self.progress.pending)  # a step is logged after its validation
             kept = [row for row in read_rows(path) if row["step"] <= logged]
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
+    def take_up(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, which must be of this bridge and of these rows."""
+        folder = self.run.folder
+        ask_for_plugins(state, folder)
+        if state["shape"] != json.loads(json.dumps(self.bridge.shape.saved())):
+            raise LatentWireError(f"{folder} holds checkpoints of another bridge; take another --output_dir")
+        if state["task"]["train_digest"] != data_digest(self.train_rows):
+            raise LatentWireError(
+                f"the training rows changed since {folder} was saved; start anew in another --output_dir"
+            )
+        try:
+            self.bridge.load_state_dict(tensors["bridge"])
+            restore_lora(self.lora, tensors)
+            restore_optimizer(self.optimizer, tensors["optimizer"])
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise LatentWireError(f"{folder} cannot be resumed: its tensors do not fit ({reason})") from None
+        self.progress = Progress(**state["progress"])
+        if self.world.broadcast(self.world.is_main and self.best_is_ahead()):
+            self.progress.best, self.progress.best_step = None, 0  # the next validation chooses anew
+        self.compare_with(state)
+
     def best_is_ahead(self) -> bool:
         """Whether ``checkpoint/best`` is of steps that a kill has taken from the run, or cannot be read."""
-        if not self.checkpoints.best.exists():
-            return False
         kept = self.kept_best()
-        return kept is None or bool(kept[1]["progress"]["step"] > self.progress.step)
+        return self.checkpoints.best.exists() and (kept is None or kept[1]["progress"]["step"] > self.progress.step)
 
-    def kept_best(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    def kept_best(self) -> Kept | None:
         """What ``checkpoint/best`` holds; None where it cannot be read, and the next validation chooses anew."""
         try:
             return load_checkpoint(self.checkpoints.best)
@@ -7467,30 +7436,26 @@ class Trainer:
 
     def compare_with(self, state: Mapping[str, Any]) -> None:
         """Say what differs from when the checkpoint was written; a run that grew is not finished any more."""
-        self.report.say(f"resuming at step {self.progress.step} of {self.steps}")
+        say, folder, before = self.report.say, self.run.folder, state["steps"]
+        say(f"resuming at step {self.progress.step} of {self.steps}")
         if state["source_sha256"] != sha256_of(Path(__file__)):
-            self.report.say(
+            say(
                 f"warning: {Path(__file__).name} changed since step {self.progress.step} was saved, the result may differ "
-                f"from an uninterrupted run's; the source it began with is {self.run.folder / 'source.py'}"
+                f"from an uninterrupted run's; the source it began with is {folder / 'source.py'}"
             )
         if state["world_size"] != self.world.size:
-            self.report.say(
-                f"{self.world.size} process(es) go on where {state['world_size']} worked: equal up to rounding"
-            )
-        if self.steps < state["steps"]:
+            say(f"{self.world.size} process(es) go on where {state['world_size']} worked: equal up to rounding")
+        if self.steps < before:
             raise LatentWireError(
-                f"{self.run.folder} is on its way to {state['steps']} steps; add --steps {state['steps']}, --steps can only grow"
+                f"{folder} is on its way to {before} steps; add --steps {before}, --steps can only grow"
             )
-        if self.steps > state["steps"]:
-            self.report.say(
-                f"the run grows from {state['steps']} to {self.steps} steps, and so does its learning-rate curve"
-            )
+        if self.steps > before:
+            say(f"the run grows from {before} to {self.steps} steps, and so does its learning-rate curve")
             self.progress.finished, self.progress.stale = False, 0
             if self.world.is_main:
-                (self.run.folder / "DONE").unlink(missing_ok=True)
+                (folder / "DONE").unlink(missing_ok=True)
                 if kept := self.kept_best():  # a copy of it alone is of a finished run no more
-                    tensors, best = kept
-                    save_checkpoint(self.checkpoints.best, tensors, {**best, "finished": False, "steps": self.steps})
+                    save_checkpoint(self.checkpoints.best, kept[0], kept[1] | {"finished": False, "steps": self.steps})
 
     def train(self) -> dict[str, Any]:
         """The loop: step, log, validate, keep the best, stop early or when asked; → summary."""
@@ -7682,6 +7647,9 @@ def restore_optimizer(optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor
     optimizer.load_state_dict(whole)
 
 
+Kept = tuple[dict[str, dict[str, "Tensor"]], dict[str, Any]]  # a checkpoint's tensors by group and name, and its state
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """A run's checkpoints: ``best``, and the newest few as ``step-00000123``."""
@@ -7713,9 +7681,7 @@ class Checkpoints:
         for path in set(self.steps()) - set(kept):
             shutil.rmtree(path)
 
-    def newest(
-        self, report: Report, form: type[Saved] | None = None
-    ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    def newest(self, report: Report, form: type[Saved] | None = None) -> Kept | None:
         """The newest whole checkpoint; a damaged one is named and the one before it taken."""
         if not self.folder.exists():
             return None
@@ -7856,9 +7822,7 @@ class SavedState(Saved):
     plugins: list[SavedPlugin] = []
 
 
-def load_checkpoint(
-    folder: Path, form: type[Saved] = SavedState
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def load_checkpoint(folder: Path, form: type[Saved] = SavedState) -> Kept:
     """What ``save_checkpoint`` wrote, its sums checked, its state of the right form."""
     from safetensors import SafetensorError
     from safetensors.torch import load
