@@ -7496,9 +7496,9 @@ class Trainer:
         """One step and whatever is due after it."""
         begun = bool(self.progress.pending)  # a validation that was cut short is due, whatever the settings say by now
         row: dict[str, Any] = {**self.progress.pending} or self.step()
-        step = self.progress.step
+        step, folder = self.progress.step, self.run.folder
         if self.world.is_main and not self.run.config_path.exists():
-            raise LatentWireError(f"{self.run.folder} was deleted meanwhile; nothing of this run can be saved there")
+            raise LatentWireError(f"{folder} was deleted meanwhile; nothing of this run can be saved there")
         due = begun or step % self.eval_every == 0 or step == self.steps
         if due and self.validation_rows:
             self.progress.pending = {**row}
@@ -7517,18 +7517,16 @@ class Trainer:
         stale = self.settings.patience and self.progress.stale >= self.settings.patience
         self.progress.finished = step >= self.steps or bool(stale)
         if self.world.is_main and (step % self.settings.log_every == 0 or due):
-            append_rows(self.run.folder / "diagnostics.jsonl", [row])
+            append_rows(folder / "diagnostics.jsonl", [row])
             for track in self.trackers:
                 track(row)
         self.report.tick("training", step, self.steps, f"loss {row['loss']:.3f}")
-        waited = time.monotonic() - self.saved_at if self.world.is_main else 0.0
-        number, late = self.world.all_reduce_max(
-            self.signals[0] if self.signals else 0, waited >= self.settings.checkpoint_interval and self.world.is_main
-        )
+        waited = self.world.is_main and time.monotonic() - self.saved_at >= self.settings.checkpoint_interval
+        number, late = self.world.all_reduce_max(self.signals[0] if self.signals else 0, waited)
         if due or late or number:
             self.save()
         if number and not self.progress.finished:
-            raise Interrupted(self.run.folder, f"step {step}", int(number))
+            raise Interrupted(folder, f"step {step}", int(number))
 
 
 def alike(a: Example, b: Example) -> bool:
@@ -7570,20 +7568,15 @@ def restore_lora(lora: Mapping[str, nn.Parameter], tensors: Mapping[str, Mapping
 
 
 def prompting_of(
-    settings: TrainSettings,
-    part: Task,
-    lm: LM,
-    anchor: str | None = None,
-    frames: Mapping[str, Any] | None = None,
+    settings: TrainSettings, part: Task, lm: LM, anchor: str | None = None, frames: Mapping[str, Any] | None = None
 ) -> Prompting:
     """The one way in which a run prompts a receiver; ``frames`` are the chat frames that its training had."""
-    own = {"text": part.anchor, "chat": "", "none": "\n"}[settings.anchor_mode]
-    given = None if settings.anchor_mode == "none" else settings.anchor_text if anchor is None else anchor
-    said = (own if given is None else given).rstrip(" ")  # an answer brings its own space
-    chat = settings.anchor_mode == "chat"
-    after = settings.append_bos_after_prefix == "yes" and not chat
-    kept = (frames or {}).get(lm.name)
-    return Prompting(lm, part, said, after, settings.max_answer_tokens, chat, (kept[0], kept[1]) if kept else None)
+    mode, anchor = settings.anchor_mode, settings.anchor_text if anchor is None else anchor
+    if mode == "none" or anchor is None:
+        anchor = {"text": part.anchor, "chat": "", "none": "\n"}[mode]
+    after = settings.append_bos_after_prefix == "yes" and mode != "chat"
+    said, kept = anchor.rstrip(" "), (frames or {}).get(lm.name)  # an answer brings its own space
+    return Prompting(lm, part, said, after, settings.max_answer_tokens, mode == "chat", kept and (kept[0], kept[1]))
 
 
 def stages_of(settings: ScheduleSettings) -> str:
@@ -7611,11 +7604,11 @@ def questions_cut(part: Task, examples: Sequence[Example], sender: Reader, limit
     """The share of questions of which something is lost when long texts are cut."""
     lost = 0
     for example in examples:
-        text = part.sender_text(example)
-        at = text.find(example.question)
-        wanted = len(example.question.split()) if len(sender_ids(sender, text, 10**9)) > limit else 0
-        spans = sender_spans(sender, text, limit) if wanted else []
-        lost += bool(wanted) and sum(at <= a and b <= at + len(example.question) for a, b in spans) < wanted
+        text, wanted = part.sender_text(example), len(example.question.split())
+        if wanted and len(sender_ids(sender, text, 10**9)) > limit:
+            start = text.find(example.question)
+            end = start + len(example.question)
+            lost += sum(start <= a and b <= end for a, b in sender_spans(sender, text, limit)) < wanted
     return lost / max(1, len(examples))
 
 
@@ -7628,8 +7621,7 @@ def dropped(soft: SoftPrompt, keys: Sequence[int], settings: ScheduleSettings, p
     draws = [torch.rand(soft.embeds.shape[1], generator=torch.Generator().manual_seed(key ^ 1)) for key in keys]
     draw = torch.stack(draws).to(soft.embeds.device)
     draw = draw if soft.mask is None else draw.masked_fill(~soft.mask, 2.0)
-    mask = (draw <= torch.maximum(draw.amin(1, keepdim=True), draw.new_tensor(kept))) & (draw < 2)
-    return replace(soft, mask=mask)
+    return replace(soft, mask=(draw <= draw.amin(1, keepdim=True).clamp(min=kept)) & (draw < 2))
 
 
 def optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -7683,17 +7675,13 @@ class Checkpoints:
 
     def newest(self, report: Report, form: type[Saved] | None = None) -> Kept | None:
         """The newest whole checkpoint; a damaged one is named and the one before it taken."""
-        if not self.folder.exists():
-            return None
         sweep(self.folder)
-        damaged = ""
         for path in self.steps():
             try:
                 return load_checkpoint(path, form or SavedState)
             except LatentWireError as error:
-                damaged = str(error)
                 report.say(f"{error}; going back to the one before")
-        if damaged:
+        if self.steps():
             raise LatentWireError(f"no checkpoint in {self.folder} is whole; start anew in another --output_dir")
         return None
 
@@ -7703,12 +7691,11 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], s
     from safetensors.torch import save
 
     with replacing_folder(folder) as temporary:
-        sums = {}
+        whole: dict[str, Any] = {**state, "sha256": {}}
         for name, group in tensors.items():
             data = save({key: value.detach().cpu().contiguous() for key, value in group.items()})
-            sums[name] = hashlib.sha256(data).hexdigest()
+            whole["sha256"][name] = hashlib.sha256(data).hexdigest()
             (temporary / f"{name}.safetensors").write_bytes(data)
-        whole = {**state, "sha256": sums}
         text = json.dumps({**whole, "digest": digest_of(whole)}, indent=2, default=str, allow_nan=False)
         (temporary / "state.json").write_text(text + "\n", encoding="utf-8")
 
@@ -7716,9 +7703,7 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], s
 class Saved(BaseModel):
     """Part of a checkpoint's state: what others may have written is checked before it is used."""
 
-    model_config = ConfigDict(
-        strict=True, extra="allow", protected_namespaces=(), allow_inf_nan=False, defer_build=True
-    )
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, defer_build=True)
 
 
 class SavedName(Saved):
@@ -7767,7 +7752,7 @@ class SavedPlugin(Saved):
 class Progress(Saved):
     """What a run knows of itself; with the tensors it is the whole state."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(extra="forbid")
 
     step: int = Field(ge=0)
     best: float | None
@@ -7873,12 +7858,9 @@ def shape_in(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BridgeS
     with torch.device("meta"):
         wanted = {name: (tuple(one.shape), one.dtype) for name, one in Bridge(shape).state_dict().items()}
     found = {name: (tuple(one.shape), one.dtype) for name, one in tensors.items()}
-    differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
-    if differing:
-        name = differing[0]
-        raise ValueError(
-            f"{name} is {found.get(name, 'missing')}, wanted is {wanted.get(name, 'nothing of that name')}"
-        )
+    if differing := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
+        here, there = found.get(differing[0], "missing"), wanted.get(differing[0], "nothing of that name")
+        raise ValueError(f"{differing[0]} is {here}, wanted is {there}")
     if not all(one.isfinite().all() for one in tensors.values()):
         raise ValueError("not all numbers are finite")
     return shape
@@ -7891,8 +7873,12 @@ SPELLED = r".*\.pt|epoch\d+|step\d+|ckpt|checkpoint|latest|preempt_checkpoint"
 def checkpoint_in(path: Path) -> Path | None:
     """The checkpoint folder at a path, in it, or beside it where the documents spell it so."""
     for place in (path, *([path.parent] if re.fullmatch(SPELLED, path.name) else [])):
-        steps = Checkpoints(place / "checkpoint").steps()
-        for folder in (place, place / "best", place / "checkpoint" / "best", *steps):
+        for folder in (
+            place,
+            place / "best",
+            place / "checkpoint" / "best",
+            *Checkpoints(place / "checkpoint").steps(),
+        ):
             if recovered(folder).joinpath("state.json").is_file():
                 return folder
     return None
@@ -7916,10 +7902,8 @@ def resolve_checkpoint(path: Path) -> Path:
         return runs[0].parent
     names = [str(p.parents[2]) for p in runs]
     there = f" (there are: {', '.join(names[-5:])})" if names else ""
-    near = suggest(str(path), names)
-    raise LatentWireError(
-        f"no checkpoint at {path}{near}; --checkpoint takes the run folder that 'train' printed{there}"
-    )
+    place = f"{path}{suggest(str(path), names)}"
+    raise LatentWireError(f"no checkpoint at {place}; --checkpoint takes the run folder that 'train' printed{there}")
 
 
 @dataclass(frozen=True)
@@ -7976,11 +7960,9 @@ class Checkpoint:
         pairs += [("receiver", kept[lm.name], lm) for lm in receivers]
         for role, identity, model in pairs:
             here = model.identity()
-            differing = [f"{k} {v!r} there, {here.get(k)!r} here" for k, v in identity.items() if here.get(k) != v]
-            if differing:
-                raise LatentWireError(
-                    f"checkpoint {self.folder} was trained with another {role}: {'; '.join(differing)}"
-                )
+            changed = [f"{k} {v!r} there, {here.get(k)!r} here" for k, v in identity.items() if here.get(k) != v]
+            if words := "; ".join(changed):
+                raise LatentWireError(f"checkpoint {self.folder} was trained with another {role}: {words}")
 
     def lend_lora(self, reader: Reader | None, receiver: LM | None = None, ear: int = 0) -> None:
         """Put the low-rank adapters that were trained, if any, into freshly loaded models."""
@@ -8017,7 +7999,7 @@ class Setup:
         """What a checkpoint remembers of the task: enough to ask the same question again."""
         first = next(
             iter(getattr(self.part, "parts", {}).values()), self.part
-        )  # of a mixture, whose a text of one's own is
+        )  # a text of one's own is a mixture's first
         prompts = {"sender_prompt": first.sender_prompt, "receiver_prompt": first.receiver_prompt,
                    "max_new_tokens": self.part.max_new_tokens}  # fmt: skip
         sizes = {f"{name}_rows": len(rows) for name, rows in self.splits.items()}
@@ -8066,12 +8048,8 @@ def resolve(settings: TrainSettings) -> tuple[TrainSettings, str]:
     best = "float32" if tiny else str(resolve_dtype("auto", device)).removeprefix("torch.")
     dtype = best if settings.dtype == "auto" else settings.dtype
     dataset = TASKS.name_of(settings.dataset) if settings.dataset and settings.dataset in TASKS else settings.dataset
-    models = {
-        "sender": None if own else sender,
-        "receiver": receivers[0],
-        "receivers": receivers if receivers[1:] else None,
-    }
-    rest = {"dtype": dtype, "dataset": dataset, "llama_id": None, "qwen_id": None}
+    models = {"sender": None if own else sender, "receiver": receivers[0], "llama_id": None, "qwen_id": None}
+    rest = {"receivers": receivers if receivers[1:] else None, "dtype": dtype, "dataset": dataset}
     for kind in ("encoder", "pooler", "adapter", "codec"):
         rest[kind] = REGISTRIES[f"{kind}s"].name_of(getattr(settings, kind))
     return settings.model_copy(update=models | rest), why
@@ -8167,15 +8145,12 @@ def text_sizes(settings: TrainSettings, texts: Sequence[str]) -> tuple[list[int]
 
 def data_lines(part: Task, settings: TrainSettings, splits: Splits, source: str) -> list[str]:
     """At most five lines for the user: what was understood, what is left aside, what is cut, what it costs."""
-    train, shown = splits["train"], part.name or Path(str(settings.dataset)).name
-    if isinstance(part, OwnFile):
-        lines = part.understood()
-    else:
-        kind = f"{len(part.words)} classes: {counted(train)}" if part.words else "free answers"
-        lines = [f"{shown} from {source}: {kind}"]
-    texts = [part.sender_text(example) for example in train[:1000]]
+    train = splits["train"]
+    kind = f"{len(part.words)} classes: {counted(train)}" if part.words else "free answers"
+    known = f"{part.name or Path(str(settings.dataset)).name} from {source}: {kind}"
+    lines = part.understood() if isinstance(part, OwnFile) else [known]
     limit = max(1, settings.max_bytes // ByteReader.PATCH) if reads_of(settings) == "bytes" else settings.max_tokens
-    sizes, about = text_sizes(settings, texts)
+    sizes, about = text_sizes(settings, [part.sender_text(example) for example in train[:1000]])
     cut = sum(size > limit for size in sizes) / max(1, len(sizes))
     steps = settings.steps or DEFAULT_STEPS
     if settings.epochs:
@@ -8201,9 +8176,8 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
     for name in settings.track:
         require(name)
     if settings.rows_per_step < world.size:
-        raise LatentWireError(
-            f"{settings.rows_per_step} rows per step cannot feed {world.size} processes; raise --batch_size"
-        )
+        rows = settings.rows_per_step
+        raise LatentWireError(f"{rows} rows per step cannot feed {world.size} processes; raise --batch_size")
     if settings.device_map and world.size > 1:
         raise LatentWireError("--device_map spreads a model over all devices, which several processes cannot share")
     folder = run_folder(settings)
@@ -8223,17 +8197,15 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
                 f"all {count} training rows taken from {source} are of class {word!r}, so nothing can be learned; take more "
                 f"rows (--samples, --steps) or other data"
             )
-        source_name, names = settings.sender or reads_of(settings), ", ".join(receivers_of(settings))
-        report.say(f"models: {source_name} → {names} ({why}), {settings.dtype} on {devices_of(settings)}")
+        reads, names = settings.sender or reads_of(settings), receivers_of(settings)
+        report.say(f"models: {reads} → {', '.join(names)} ({why}), {settings.dtype} on {devices_of(settings)}")
         for note in notes_on(settings):
             report.say(note)
         sender = open_reader(settings)
-        receiver, *others = [
-            load_lm(n, settings, settings.offline, settings.receiver_device) for n in receivers_of(settings)
-        ]
+        receiver, *others = [load_lm(n, settings, settings.offline, settings.receiver_device) for n in names]
+        read_back = settings.reconstruction_weight or settings.continuation_weight
+        written = settings.language_tokens if read_back else 0
         for lm in (receiver, *others):  # before the folder is this run's
-            read_back = settings.reconstruction_weight or settings.continuation_weight
-            written = settings.language_tokens if read_back else 0
             prompting_of(settings, part, lm).refuse_long(most_latents(settings, sender), written)
     if world.is_main:
         Run.start(folder, asked, resume)
@@ -8243,8 +8215,7 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
         if not found:
             raise LatentWireError(f"{folder} is marked DONE but has no checkpoint; take another --output_dir")
         return summary_of(folder, Progress(**found[1]["progress"]))
-    number = int(world.all_reduce_max(signals[0] if signals else 0)[0])
-    if number:
+    if number := int(world.all_reduce_max(signals[0] if signals else 0)[0]):
         raise Interrupted(folder, "step 0", number)
     if world.size > 1:
         report.say(f"{world.size} processes share {settings.rows_per_step} rows per step")
