@@ -6354,7 +6354,7 @@ class Prompting:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """A batch on its way into one receiver: everything that a loss may look at. ``step`` counts from 1 to ``steps``."""
+    """A batch on its way into one receiver: everything that a loss may look at."""
 
     bridge: Bridge
     ear: int
@@ -6363,8 +6363,6 @@ class ForwardContext:
     states: States
     message: Message
     soft: SoftPrompt
-    step: int = 1
-    steps: int = 1
     partners: ForwardContext | None = None
     """For each row one of another answer, on the same way, for terms that compare texts."""
 
@@ -6702,17 +6700,15 @@ def first_token_weight(settings: LossSettings, step: int, steps: int) -> float:
     return base + (settings.first_token_ce_peak - base) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def weights_of(settings: LossSettings, heard: ForwardContext | None = None) -> dict[str, float]:
-    """The terms' weights that are not 0, at the step of ``heard``."""
+def weights_of(settings: LossSettings) -> dict[str, float]:
+    """The terms' weights that are not 0."""
     weights = {name: getattr(settings, f"{name}_weight") for name in LOSSES}
-    if heard:
-        weights["first_token_ce"] = first_token_weight(settings, heard.step, heard.steps)
     return {name: weight for name, weight in weights.items() if weight}
 
 
 def total_loss(found: Supervised, settings: LossSettings) -> tuple[Tensor, dict[str, float]]:
     """The weighted sum of the terms whose weight is not 0, and each term's own value."""
-    weights = weights_of(settings, found.heard)
+    weights = weights_of(settings)
     terms = {name: LOSSES[name](settings).term(found) for name in weights}
     values = {name: float(value.detach()) for name, value in terms.items()}
     if settings.first_token_autoscale and terms.keys() >= {"first_token_ce", "answer_ce"}:
@@ -6970,17 +6966,8 @@ class Sender:
 class Trainer:
     """Trains one bridge between two frozen models and leaves a run folder behind."""
 
-    def __init__(
-        self,
-        settings: TrainSettings,
-        run: Run,
-        setup: Setup,
-        report: Report,
-        world: World = World(),
-        signals: Sequence[int] = (),
-    ) -> None:
-        self.settings, self.run, self.setup, self.report = settings, run, setup, report
-        self.world, self.signals = world, signals
+    def __init__(self, settings: TrainSettings, run: Run, setup: Setup, report: Report, world: World = World()) -> None:
+        self.settings, self.run, self.setup, self.report, self.world = settings, run, setup, report, world
         self.sender, self.receiver, self.part = setup.sender, setup.receiver, setup.part
         self.train_rows, self.validation_rows = setup.splits["train"], setup.splits["validation"]
         self.promptings = [prompting_of(settings, self.part, lm) for lm in setup.receivers]
@@ -7077,17 +7064,17 @@ class Trainer:
 
         def tick(done: int, total: int) -> None:
             self.report.tick("sender states", done, total)
-            if self.signals:
-                raise Interrupted(self.run.folder, "the sender states", self.signals[0])
+            if SIGNALS:
+                raise Interrupted(self.run.folder, "the sender states", SIGNALS[0])
 
-        store = self.writer.collect(texts, self.settings.state_cache, tick, self.run.folder, self.world)
-        limit = self.writer.limit
-        lost = self.part.agnostic or questions_cut(self.part, self.validation_rows, self.sender, limit)
-        self.report.say(
-            f"sender states: {len(store.index)} texts, {len(store.flat)} tokens, {store.source}; "
-            f"{store.truncated:.1%} of texts were cut to {limit} tokens"
-            + (f", {lost:.1%} of questions" if not self.part.agnostic and self.validation_rows else "")
+        store, limit = (
+            self.writer.collect(texts, self.settings.state_cache, tick, self.run.folder, self.world),
+            self.writer.limit,
         )
+        cut = f"{store.truncated:.1%} of texts were cut to {limit} tokens"
+        if self.validation_rows and not self.part.agnostic:
+            cut += f", {questions_cut(self.part, self.validation_rows, self.sender, limit):.1%} of questions"
+        self.report.say(f"sender states: {len(store.index)} texts, {len(store.flat)} tokens, {store.source}; {cut}")
         fresh = not self.progress.step and not self.settings.start_from
         standard = self.settings.normalize == "token" and not self.settings.extend
         if fresh and standard:
@@ -7126,8 +7113,7 @@ class Trainer:
         clock("adapter", soft.embeds, "receiver")
         if places:
             soft = dropped(soft, keys, self.settings, (self.progress.step + 1) / self.steps)
-        step = min(self.progress.step + 1, self.steps)
-        return ForwardContext(self.bridge, ear, self.promptings[ear], examples, states, message, soft, step, self.steps)
+        return ForwardContext(self.bridge, ear, self.promptings[ear], examples, states, message, soft)
 
     @functools.cached_property
     def compares(self) -> bool:
@@ -7170,11 +7156,13 @@ class Trainer:
         if settings.ratio:
             self.bridge.ratio = settings.ratio[min(len(settings.ratio) - 1, int(progress * len(settings.ratio)))]
         self.bridge.quantize = settings.quantize_from < 1 and progress >= settings.quantize_from
-        first, last = settings.adaptive_k_start, settings.adaptive_k_end
-        if first is None and last is None:
-            return settings
-        first, last = first or settings.k_token_ce, last or settings.k_token_ce
-        return settings.model_copy(update={"k_token_ce": round(first + (last - first) * progress)})
+        now: dict[str, Any] = {}
+        if settings.first_token_ce_schedule != "none":
+            now["first_token_ce_weight"] = first_token_weight(settings, step, self.steps)
+        if settings.adaptive_k_start or settings.adaptive_k_end:
+            first = settings.adaptive_k_start or settings.k_token_ce
+            now["k_token_ce"] = round(first + ((settings.adaptive_k_end or settings.k_token_ce) - first) * progress)
+        return settings.model_copy(update=now) if now else settings
 
     def backward(self, places: Sequence[int]) -> dict[str, float]:
         """Gradients of some rows of a step, named by their places in the endless stream; → their share of its values."""
@@ -7522,7 +7510,7 @@ class Trainer:
                 track(row)
         self.report.tick("training", step, self.steps, f"loss {row['loss']:.3f}")
         waited = self.world.is_main and time.monotonic() - self.saved_at >= self.settings.checkpoint_interval
-        number, late = self.world.all_reduce_max(self.signals[0] if self.signals else 0, waited)
+        number, late = self.world.all_reduce_max(SIGNALS[0] if SIGNALS else 0, waited)
         if due or late or number:
             self.save()
         if number and not self.progress.finished:
@@ -7591,13 +7579,6 @@ def text_limit(settings: TrainSettings, sender: Reader) -> int:
     """How many of its tokens a reader reads of a text: as many as asked, and as it has positions for."""
     patches = type(sender) is ByteReader
     return max(1, settings.max_bytes // ByteReader.PATCH) if patches else min(settings.max_tokens, sender.most)
-
-
-def most_latents(settings: TrainSettings, sender: Reader) -> int:
-    """K of the longest message."""
-    if settings.ratio:
-        return math.ceil(text_limit(settings, sender) / min(settings.ratio))
-    return BridgeShape.parts_of(settings).latent_len
 
 
 def questions_cut(part: Task, examples: Sequence[Example], sender: Reader, limit: int) -> float:
@@ -7734,10 +7715,8 @@ class SavedTask(Saved):
     @classmethod
     def two_gaps(cls, prompt: str) -> str:
         """Text with gaps for context and question, and nothing else that ``format`` would do."""
-        from string import Formatter
-
         if any(name is not None and (name not in ("context", "question") or spec or how)
-               for _, name, spec, how in Formatter().parse(prompt)):  # fmt: skip
+               for _, name, spec, how in string.Formatter().parse(prompt)):  # fmt: skip
             raise ValueError("only {context} and {question} are filled in")
         return prompt
 
@@ -7873,12 +7852,8 @@ SPELLED = r".*\.pt|epoch\d+|step\d+|ckpt|checkpoint|latest|preempt_checkpoint"
 def checkpoint_in(path: Path) -> Path | None:
     """The checkpoint folder at a path, in it, or beside it where the documents spell it so."""
     for place in (path, *([path.parent] if re.fullmatch(SPELLED, path.name) else [])):
-        for folder in (
-            place,
-            place / "best",
-            place / "checkpoint" / "best",
-            *Checkpoints(place / "checkpoint").steps(),
-        ):
+        kept = Checkpoints(place / "checkpoint")
+        for folder in (place, place / "best", kept.best, *kept.steps()):
             if recovered(folder).joinpath("state.json").is_file():
                 return folder
     return None
@@ -7894,9 +7869,8 @@ def resolve_checkpoint(path: Path) -> Path:
             return found
     for run in (path, *path.parents[:2]):
         if (run / "config.json").is_file():
-            raise LatentWireError(
-                f"{run} is a run without a checkpoint yet; go on with: train --resume {shlex.quote(str(run))}"
-            )
+            command = f"train --resume {shlex.quote(str(run))}"
+            raise LatentWireError(f"{run} is a run without a checkpoint yet; go on with: {command}")
     runs = sorted(path.parent.glob("*/checkpoint/best/state.json"), key=lambda p: p.stat().st_mtime)
     if re.fullmatch(SPELLED, path.name) and len(runs) == 1:
         return runs[0].parent
@@ -7997,9 +7971,7 @@ class Setup:
 
     def describe(self, anchor: str) -> dict[str, Any]:
         """What a checkpoint remembers of the task: enough to ask the same question again."""
-        first = next(
-            iter(getattr(self.part, "parts", {}).values()), self.part
-        )  # a text of one's own is a mixture's first
+        first = next(iter(getattr(self.part, "parts", {}).values()), self.part)  # of a mixture: a text of one's own is
         prompts = {"sender_prompt": first.sender_prompt, "receiver_prompt": first.receiver_prompt,
                    "max_new_tokens": self.part.max_new_tokens}  # fmt: skip
         sizes = {f"{name}_rows": len(rows) for name, rows in self.splits.items()}
@@ -8026,15 +7998,10 @@ def as_interlingua(settings: TrainSettings) -> TrainSettings:
     return settings.model_copy(update=own | ({"encoder": "hidden"} if settings.sender and not bytes_asked else {}))
 
 
-def reads_of(settings: TrainSettings) -> str:
-    """What the encoder reads: a sender's states, bytes, or a sentence encoder's states."""
-    return ENCODERS[settings.encoder].reads
-
-
 def resolve(settings: TrainSettings) -> tuple[TrainSettings, str]:
     """Settings with the models filled in, and why they were chosen."""
     settings = as_interlingua(settings)
-    own = reads_of(settings) != "sender"
+    own = ENCODERS[settings.encoder].reads != "sender"
     named = [settings.receiver, *(settings.receivers or ()), settings.llama_id, settings.qwen_id]
     receivers = [*dict.fromkeys(name for name in ([settings.sender] if own else []) + named if name)]
     if own and receivers:
@@ -8057,7 +8024,7 @@ def resolve(settings: TrainSettings) -> tuple[TrainSettings, str]:
 
 def open_reader(settings: TrainSettings) -> Reader:
     """What reads the texts: the frozen sender, the bytes themselves, or a frozen sentence encoder."""
-    reads, device = reads_of(settings), settings.sender_device or settings.device
+    reads, device = ENCODERS[settings.encoder].reads, settings.sender_device or settings.device
     if reads == "sender":
         reader: Reader = load_lm(settings.sender or "", settings, settings.offline, settings.sender_device)
         reader.keep_below(max(reader.layer_index(text) for text in settings.layers))
@@ -8116,9 +8083,9 @@ def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
     """Train one bridge in its run folder, alone or as one of several processes; → summary of the run."""
     prepare_cuda(settings)
     load_plugins(settings.plugin)
-    with catching_signals() as signals:
+    with catching_signals():
         world = join(settings.world_size)
-        return train_in(world, settings, report if world.is_main else Silent(), signals)
+        return train_in(world, settings, report if world.is_main else Silent())
 
 
 def counted(examples: Iterable[Example]) -> str:
@@ -8130,7 +8097,7 @@ def counted(examples: Iterable[Example]) -> str:
 def text_sizes(settings: TrainSettings, texts: Sequence[str]) -> tuple[list[int], str]:
     """Tokens of each text as what reads them counts them; "about " where that tokenizer is not at hand at once."""
     name = settings.sender or ""
-    if reads_of(settings) == "bytes":
+    if ENCODERS[settings.encoder].reads == "bytes":
         return [(len(text.encode("utf-8", "surrogatepass")) + 3) // ByteReader.PATCH for text in texts], ""
     if name in LMS and not isinstance(source := LMS[name](), Alias):
         return [len(ids) for ids in source[1](list(texts), add_special_tokens=False)["input_ids"]], ""
@@ -8149,26 +8116,25 @@ def data_lines(part: Task, settings: TrainSettings, splits: Splits, source: str)
     kind = f"{len(part.words)} classes: {counted(train)}" if part.words else "free answers"
     known = f"{part.name or Path(str(settings.dataset)).name} from {source}: {kind}"
     lines = part.understood() if isinstance(part, OwnFile) else [known]
-    limit = max(1, settings.max_bytes // ByteReader.PATCH) if reads_of(settings) == "bytes" else settings.max_tokens
+    by_bytes = ENCODERS[settings.encoder].reads == "bytes"
+    limit = max(1, settings.max_bytes // ByteReader.PATCH) if by_bytes else settings.max_tokens
     sizes, about = text_sizes(settings, [part.sender_text(example) for example in train[:1000]])
     cut = sum(size > limit for size in sizes) / max(1, len(sizes))
     steps = settings.steps or DEFAULT_STEPS
     if settings.epochs:
         steps = math.ceil(settings.epochs * len(train) / settings.rows_per_step)
     rounds = steps * settings.rows_per_step / max(1, len(train))
-    lines.append(
+    lines += [
         f"{len(train)} train, {len(splits['validation'])} validation rows; {about}{cut:.1%} of texts are longer than "
-        f"{limit} tokens and are cut (the longest: {max(sizes, default=0)})"
-    )
-    lines.append(
+        f"{limit} tokens and are cut (the longest: {max(sizes, default=0)})",
         f"cost: each text is read once by the sender; {steps} steps of {settings.rows_per_step} rows, "
-        f"{rounds:.2g} times through the train rows"
-    )
+        f"{rounds:.2g} times through the train rows",
+    ]
     return [f"data: {line}" for line in lines]
 
 
 @unbroken()
-def train_in(world: World, settings: TrainSettings, report: Report, signals: Sequence[int]) -> dict[str, Any]:
+def train_in(world: World, settings: TrainSettings, report: Report) -> dict[str, Any]:
     """One process's part of ``train_run``, which a signal ends in certain places only."""
     settings, why = world.broadcast(resolve(extended(settings)))
     part = make_task(settings)
@@ -8197,16 +8163,18 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
                 f"all {count} training rows taken from {source} are of class {word!r}, so nothing can be learned; take more "
                 f"rows (--samples, --steps) or other data"
             )
-        reads, names = settings.sender or reads_of(settings), receivers_of(settings)
+        reads, names = settings.sender or ENCODERS[settings.encoder].reads, receivers_of(settings)
         report.say(f"models: {reads} → {', '.join(names)} ({why}), {settings.dtype} on {devices_of(settings)}")
         for note in notes_on(settings):
             report.say(note)
         sender = open_reader(settings)
         receiver, *others = [load_lm(n, settings, settings.offline, settings.receiver_device) for n in names]
         read_back = settings.reconstruction_weight or settings.continuation_weight
-        written = settings.language_tokens if read_back else 0
+        written, latents = settings.language_tokens if read_back else 0, BridgeShape.parts_of(settings).latent_len
+        if settings.ratio:  # the longest message
+            latents = math.ceil(text_limit(settings, sender) / min(settings.ratio))
         for lm in (receiver, *others):  # before the folder is this run's
-            prompting_of(settings, part, lm).refuse_long(most_latents(settings, sender), written)
+            prompting_of(settings, part, lm).refuse_long(latents, written)
     if world.is_main:
         Run.start(folder, asked, resume)
     if world.broadcast(run.done and not longer(settings, run)):
@@ -8215,21 +8183,21 @@ def train_in(world: World, settings: TrainSettings, report: Report, signals: Seq
         if not found:
             raise LatentWireError(f"{folder} is marked DONE but has no checkpoint; take another --output_dir")
         return summary_of(folder, Progress(**found[1]["progress"]))
-    if number := int(world.all_reduce_max(signals[0] if signals else 0)[0]):
+    if number := int(world.all_reduce_max(SIGNALS[0] if SIGNALS else 0)[0]):
         raise Interrupted(folder, "step 0", number)
     if world.size > 1:
         report.say(f"{world.size} processes share {settings.rows_per_step} rows per step")
     with threads_for(sender, receiver, *others), alone_in(folder) if world.is_main else contextlib.nullcontext():
         setup = Setup(sender, receiver, part, splits, source, others=tuple(others))
-        return Trainer(settings, run, setup, report, world, signals).train()
+        return Trainer(settings, run, setup, report, world).train()
 
 
 def check_parts(settings: TrainSettings) -> None:
     """Parts that do not fit together are told before any work."""
     if (settings.init != "none" or settings.ratio) and not POOLERS[settings.pooler].per_window:
-        fitting = [name for name, part in POOLERS.items() if part.per_window]
+        fitting = " or ".join(name for name, part in POOLERS.items() if part.per_window)
         raise LatentWireError(
-            f"--init and --ratio work on windows; add --pooler {' or '.join(fitting)} (given: {settings.pooler!r})"
+            f"--init and --ratio work on windows; add --pooler {fitting} (given: {settings.pooler!r})"
         )
 
 
@@ -10874,7 +10842,7 @@ class TrainedBridge(Method):
             "latent_len": context.slots, "output_dir": folder, "auto_resume": True, "resume": None, "seeds": None,
             "samples": len(rows), "seed": context.seed,
         }  # fmt: skip
-        train_in(World(), TrainSettings(**(base | self.changes())), Told(context.tick), context.signals)
+        train_in(World(), TrainSettings(**(base | self.changes())), Told(context.tick))
         return folder
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
@@ -13978,7 +13946,8 @@ def foreseen(settings: Settings) -> Iterator[str]:
     part = make_task(settings)
     splits, source = training_splits(part, settings)
     yield from data_lines(part, settings, splits, source)
-    yield f"models: {settings.sender or reads_of(settings)} to {', '.join(receivers_of(settings))} ({why})"
+    reads = settings.sender or ENCODERS[settings.encoder].reads
+    yield f"models: {reads} to {', '.join(receivers_of(settings))} ({why})"
     yield f"run: {run_folder(settings)}, digest {settings.digest()}; nothing was trained. All settings: --dry_run full"
 
 
