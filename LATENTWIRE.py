@@ -6853,13 +6853,16 @@ def synchronized_time() -> float:
     return time.perf_counter()
 
 
+Clock = Callable[..., None]
+
+
 class Costs:
     """Seconds of some work by part, forward and backward: a gradient that reaches a border ends the part behind it."""
 
     def __init__(self, wanted: bool = True, parts: Sequence[str] = ()) -> None:
         self.wanted, self.seconds = wanted, dict.fromkeys(parts, 0.0)
 
-    def start(self, now: bool = True) -> Callable[..., None]:
+    def start(self, now: bool = True) -> Clock:
         """``clock(part, border, behind)``: the time since the last call was ``part``'s; the backward pass through
         ``border`` ends the time of ``behind``."""
         if not (self.wanted and now):
@@ -7067,13 +7070,12 @@ class Trainer:
             if SIGNALS:
                 raise Interrupted(self.run.folder, "the sender states", SIGNALS[0])
 
-        store, limit = (
-            self.writer.collect(texts, self.settings.state_cache, tick, self.run.folder, self.world),
-            self.writer.limit,
-        )
-        cut = f"{store.truncated:.1%} of texts were cut to {limit} tokens"
+        store = self.writer.collect(texts, self.settings.state_cache, tick, self.run.folder, self.world)
+        cut = f"{store.truncated:.1%} of texts were cut to {self.writer.limit} tokens"
         if self.validation_rows and not self.part.agnostic:
-            cut += f", {questions_cut(self.part, self.validation_rows, self.sender, limit):.1%} of questions"
+            cut += (
+                f", {questions_cut(self.part, self.validation_rows, self.sender, self.writer.limit):.1%} of questions"
+            )
         self.report.say(f"sender states: {len(store.index)} texts, {len(store.flat)} tokens, {store.source}; {cut}")
         fresh = not self.progress.step and not self.settings.start_from
         standard = self.settings.normalize == "token" and not self.settings.extend
@@ -7096,11 +7098,7 @@ class Trainer:
         return self.writer.located(states, texts, self.receiver), heard
 
     def hear(
-        self,
-        examples: Sequence[Example],
-        ear: int = 0,
-        places: Sequence[int] = (),
-        clock: Callable[..., None] = lambda *_: None,
+        self, examples: Sequence[Example], ear: int = 0, places: Sequence[int] = (), clock: Clock = lambda *_: None
     ) -> ForwardContext:
         """Examples on their way into a receiver; a row's place in the training stream decides its dropout."""
         texts = [self.part.sender_text(example) for example in examples]
@@ -7452,10 +7450,8 @@ class Trainer:
         with breakable(self.run.folder, "the sender states") if alone else contextlib.nullcontext():
             self.prepare()
         self.bridge.train()
-        with (
-            torch.autograd.set_detect_anomaly(self.settings.debug),
-            profiling(self.settings.profile, self.run.folder) as turn,
-        ):
+        debug, profile = self.settings.debug, self.settings.profile
+        with torch.autograd.set_detect_anomaly(debug), profiling(profile, self.run.folder) as turn:
             while not self.progress.finished and self.steps:
                 try:
                     self.one_round()
@@ -7465,7 +7461,7 @@ class Trainer:
                     self.world.broadcast(None)  # nobody leaves before the leader has saved
                     raise
                 turn()
-        if self.settings.profile:
+        if profile:
             self.report.say(f"steps 3 to 8, by part:\n{self.costs.table()}")
             write_atomic(self.run.folder / "profile" / "parts.txt", self.costs.table().encode())
         if not self.checkpoints.best.exists():
@@ -8194,11 +8190,10 @@ def train_in(world: World, settings: TrainSettings, report: Report) -> dict[str,
 
 def check_parts(settings: TrainSettings) -> None:
     """Parts that do not fit together are told before any work."""
-    if (settings.init != "none" or settings.ratio) and not POOLERS[settings.pooler].per_window:
-        fitting = " or ".join(name for name, part in POOLERS.items() if part.per_window)
-        raise LatentWireError(
-            f"--init and --ratio work on windows; add --pooler {fitting} (given: {settings.pooler!r})"
-        )
+    if POOLERS[settings.pooler].per_window or (settings.init == "none" and not settings.ratio):
+        return
+    fitting = " or ".join(name for name, part in POOLERS.items() if part.per_window)
+    raise LatentWireError(f"--init and --ratio work on windows; add --pooler {fitting} (given: {settings.pooler!r})")
 
 
 def longer(settings: TrainSettings, run: Run) -> bool:
