@@ -7078,8 +7078,7 @@ class Trainer:
             )
         self.report.say(f"sender states: {len(store.index)} texts, {len(store.flat)} tokens, {store.source}; {cut}")
         fresh = not self.progress.step and not self.settings.start_from
-        standard = self.settings.normalize == "token" and not self.settings.extend
-        if fresh and standard:
+        if fresh and self.settings.normalize == "token" and not self.settings.extend:
             self.bridge.encoder.calibrate(store.statistics)
         for ear in self.fresh if fresh else ():
             if self.bridge.ears[ear].adapter.colour is not None:
@@ -7094,8 +7093,7 @@ class Trainer:
         """Texts for the closed-form start: states, and the texts as every receiver's tokens."""
         assert self.writer.store is not None
         states = self.writer.store.batch(texts, self.receiver.device)
-        heard = [lm.heard(texts) for lm in self.setup.receivers]
-        return self.writer.located(states, texts, self.receiver), heard
+        return self.writer.located(states, texts, self.receiver), [lm.heard(texts) for lm in self.setup.receivers]
 
     def hear(
         self, examples: Sequence[Example], ear: int = 0, places: Sequence[int] = (), clock: Clock = lambda *_: None
@@ -8198,8 +8196,7 @@ def check_parts(settings: TrainSettings) -> None:
 
 def longer(settings: TrainSettings, run: Run) -> bool:
     """Whether more is asked of a run than it began with."""
-    saved = run.saved()
-    return any(grew(key, saved.get(key), getattr(settings, key)) for key in ("steps", "epochs"))
+    return any(grew(key, run.saved().get(key), getattr(settings, key)) for key in ("steps", "epochs"))
 
 
 def as_begun(settings: TrainSettings, run: Run) -> TrainSettings:
