@@ -94,7 +94,7 @@ from collections.abc import Callable, Container, Hashable, Iterable, Iterator, M
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median, stdev
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, TextIO, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TextIO, TypeVar, get_args
 from urllib.parse import urlparse
 
 __version__ = "0.1.0"
@@ -6736,8 +6736,8 @@ def text_step(heard: ForwardContext, settings: ScheduleSettings) -> tuple[Tensor
 # §10 TRAINING: one loop, its checkpoint and its log
 
 
-class Report(Protocol):
-    """Where a long job tells how it goes; the CLI's is Rich, a test's is silent."""
+class Report:
+    """Where a long job tells how it goes, to nobody until a subclass listens; the CLI's is Rich."""
 
     def say(self, text: str) -> None:
         """One line."""
@@ -7263,10 +7263,11 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One optimizer step; → its row for the log."""
         started, step = time.perf_counter(), self.progress.step + 1
+        ear = self.ear_at(step)
         sums = self.halving("micro", functools.partial(self.gradients, step))
         tokens = sums.pop("tokens")
         if self.settings.calibration == "train_stats":
-            adapter = self.bridge.ears[self.ear_at(step)].adapter
+            adapter = self.bridge.ears[ear].adapter
             adapter.settle(*self.world.total(dict(zip("ab", adapter.noted, strict=True))).values())
         self.world.add_gradients(self.parameters)
         for parameter in self.parameters:
@@ -7284,7 +7285,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
         times = {"tokens_per_s": tokens / seconds, "seconds": self.progress.seconds}
-        more = {"receiver": self.promptings[self.ear_at(step)].receiver.name} if self.promptings[1:] else {}
+        more: dict[str, Any] = {"receiver": self.setup.receivers[ear].name} if self.promptings[1:] else {}
         more |= {"mode": "text"} if self.reads_text(step) else {}
         memory = {"peak_memory_bytes": peak_memory(self.receiver.device)} if self.settings.profile_memory else {}
         return {"step": step, **sums, "grad_norm": norm, "lr": rate, **times, **more, **parts, **memory}
@@ -13760,7 +13761,7 @@ def column_groups(widths: Sequence[int], room: int) -> list[list[int]]:
     return groups
 
 
-class RichReport:
+class RichReport(Report):
     """A live progress bar on a terminal; elsewhere a plain line every ten seconds and at the end of each job."""
 
     def __init__(self, quiet: bool = False) -> None:
