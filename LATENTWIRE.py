@@ -830,7 +830,6 @@ class BridgeSettings(Settings):
         "none", "Start from latents the first receiver already reads: its own embeddings, or a ridge map onto them."
     )
     adapter: str = setting("linear", "How latents become a soft prompt; see 'list adapters'.")
-    hidden_mult: int = setting(1, "Adapter 'mlp': its inner width as a multiple of d_z.", "adapter_hidden_mult", ge=1)
     adapter_metadata: bool = setting(True, "A learned offset per latent slot; nothing about the gold answer.")
     film: bool = setting(False, "Each latent scales and shifts its own soft token (FiLM).", "adapter_film")
     colorize: bool = setting(
@@ -891,28 +890,14 @@ class FeatureSettings(Settings):
     use_prefix: bool = setting(
         False, "Prefix tuning (Li & Liang 2021) by peft: a learned change of each layer's keys and values."
     )
-    prefix_tokens: int = setting(16, "How many first soft tokens prefix tuning changes.", ge=1)
-    prefix_projection: bool = setting(False, "Prefix tuning through peft's MLP.")
     use_deep_prefix: bool = setting(False, "Latents also change each layer's keys and values at their soft token.")
-    deep_prefix_len: int | None = setting(None, "Soft tokens with a deep prefix; default all.", "prefix_len", ge=1)
-    deep_prefix_dropout: float = setting(0.0, "Dropout on a deep prefix's input.", ge=0, lt=1)
     use_coprocessor: bool = setting(
         False, "An MLP on the pooled latents changes keys and values of the first soft tokens."
     )
-    coprocessor_len: int = setting(1, "How many soft tokens the coprocessor changes.", ge=1)
-    coprocessor_width: int = setting(256, "Inner width of the coprocessor.", ge=1)
-    coprocessor_kv_scale: float = setting(0.8, "Scale of the coprocessor's keys and values.", gt=0)
-    coprocessor_pool: Literal["mean", "first", "max"] = setting("mean", "What the coprocessor sees of the latents.")
     use_latent_adapters: bool = setting(False, "Receiver blocks cross-attend to the latents through a zero gate.")
     latent_adapter_layers: Words = setting(["0.25", "0.5", "0.75"], "Blocks with a latent adapter: index or fraction.")
-    latent_adapter_heads: int = setting(4, "Heads of a latent adapter.", ge=1)
     use_gist_head: bool = setting(False, "A head that reconstructs the text's embeddings from the latents in training.")
-    gist_target_len: int = setting(48, "Tokens of the text that the gist head reconstructs.", ge=1)
-    gist_hidden: int = setting(512, "Inner width of the gist head.", ge=1)
-    gist_mask_prob: float = setting(0.15, "Share of the gist head's targets that is left out at random.", ge=0, lt=1)
     use_latent_refiner: bool = setting(False, "A small transformer over the latents before they travel.")
-    latent_refiner_layers: int = setting(2, "Layers of the refiner.", "refiner_layers", ge=1)
-    latent_refiner_heads: int = setting(4, "Heads of the refiner.", "refiner_heads", ge=1)
 
 
 class LossSettings(Settings):
@@ -936,9 +921,7 @@ class LossSettings(Settings):
     kd_weight: float = setting(
         0.0, "Weight of distillation from the same receiver reading the text.", "kd_first_k_weight", ge=0
     )
-    kd_tau: float = setting(1.0, "Temperature of the distillation.", gt=0)
     state_kd_weight: float = setting(0.0, "Weight of the distance to the text reader's hidden states.", ge=0)
-    state_kd_layers: Words = setting(["0.25", "0.5", "0.75"], "Layers of that distance: index or fraction of depth.")
     latent_align_weight: float = setting(0.0, "Weight of the first soft token's distance to the answer's first.", ge=0)
     latent_align_metric: Literal["cosine", "mse", "both"] = setting("cosine", "How that distance is measured.")
     latent_prefix_align_weight: float = setting(0.0, "The same for all answer tokens, slot by slot.", ge=0)
@@ -947,7 +930,6 @@ class LossSettings(Settings):
     continuation_weight: float = setting(0.0, "Weight of continuing the text from latents of its first half.", ge=0)
     language_tokens: int = setting(48, "Tokens that reconstruction and continuation predict.", ge=1)
     contrast_weight: float = setting(0.0, "Weight of the margin by which other texts' latents must be worse.", ge=0)
-    contrast_margin: float = setting(0.5, "That margin, in nats per token.", ge=0)
     manifold_weight: float = setting(
         0.0, "Weight of the distance to the embedding table's mean and deviation.", "manifold_stat_weight", ge=0
     )
@@ -5643,6 +5625,13 @@ ADAPTERS.register("linear")(Adapter)
 class MlpAdapter(Adapter):
     """The linear adapter and a GELU MLP beside its map (--hidden_mult), which starts as zero."""
 
+    class Config(Settings):
+        """Adapter mlp"""
+
+        hidden_mult: int = setting(
+            1, "Adapter 'mlp': its inner width as a multiple of d_z.", "adapter_hidden_mult", ge=1
+        )
+
     def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__(shape, ear)
         inner = shape.d_z * shape.hidden_mult
@@ -5693,20 +5682,33 @@ def take(home: nn.Module, place: str, shape: BridgeShape, *ear: ReceiverSpec) ->
 class KeyValues(Feature):
     """What prefix, deep prefix and coprocessor add to keys and values at the soft tokens, at first zero."""
 
+    class Config(Settings):
+        """Prefixes and coprocessor"""
+
+        prefix_tokens: int = setting(16, "How many first soft tokens prefix tuning changes.", ge=1)
+        prefix_projection: bool = setting(False, "Prefix tuning through peft's MLP.")
+        deep_prefix_len: int | None = setting(None, "Soft tokens with a deep prefix; default all.", "prefix_len", ge=1)
+        deep_prefix_dropout: float = setting(0.0, "Dropout on a deep prefix's input.", ge=0, lt=1)
+        coprocessor_len: int = setting(1, "How many soft tokens the coprocessor changes.", ge=1)
+        coprocessor_width: int = setting(256, "Inner width of the coprocessor.", ge=1)
+        coprocessor_kv_scale: float = setting(0.8, "Scale of the coprocessor's keys and values.", gt=0)
+        coprocessor_pool: Literal["mean", "first", "max"] = setting("mean", "What the coprocessor sees of the latents.")
+
     switches = ("use_prefix", "use_deep_prefix", "use_coprocessor")
     place = "keys"
 
     def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
-        self.size, self.own = (ear.layers, 2, ear.kv), shape.own
+        self.size, own = (ear.layers, 2, ear.kv), self.Config.of(shape.own)
+        self.config = own
         count, width = math.prod(self.size), shape.d_z
-        inner = shape.coprocessor_width
+        inner = own.coprocessor_width
         self.deep = nn.Sequential(
-            nn.LayerNorm(width), RowDropout(shape.deep_prefix_dropout), zeroed(nn.Linear(width, count, bias=False))
+            nn.LayerNorm(width), RowDropout(own.deep_prefix_dropout), zeroed(nn.Linear(width, count, bias=False))
         ) if shape.use_deep_prefix else None  # fmt: skip
         self.coprocessor = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, inner), nn.GELU(),
-            zeroed(nn.Linear(inner, shape.coprocessor_len * count, bias=False)),
+            zeroed(nn.Linear(inner, own.coprocessor_len * count, bias=False)),
         ) if shape.use_coprocessor else None  # fmt: skip
         self.prefix = self.new_prefix(ear) if shape.use_prefix else None
 
@@ -5718,10 +5720,10 @@ class KeyValues(Feature):
 
         sizes: dict[str, Any] = {"token_dim": ear.kv, "num_layers": ear.layers, "encoder_hidden_size": ear.kv}
         config = PrefixTuningConfig(
-            num_virtual_tokens=self.own.prefix_tokens, prefix_projection=self.own.prefix_projection, **sizes
+            num_virtual_tokens=self.config.prefix_tokens, prefix_projection=self.config.prefix_projection, **sizes
         )
         encoder = PrefixEncoder(config)
-        last = encoder.transform[-1] if self.own.prefix_projection else encoder.embedding
+        last = encoder.transform[-1] if self.config.prefix_projection else encoder.embedding
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
         return encoder
@@ -5731,16 +5733,16 @@ class KeyValues(Feature):
         found = []
         if self.deep is not None:
             norm, dropout, linear = self.deep
-            count = self.own.deep_prefix_len
+            count = self.config.deep_prefix_len
             found.append(linear(dropout(norm(latents[:, :count]), mask[:, :count], [key ^ 1 for key in keys])))
         if self.prefix is not None:
-            numbers = torch.arange(min(self.own.prefix_tokens, latents.shape[1]), device=latents.device)
+            numbers = torch.arange(min(self.config.prefix_tokens, latents.shape[1]), device=latents.device)
             found.append(self.prefix(numbers[None]).expand(len(latents), -1, -1))
         if self.coprocessor is not None:
             pooled = {"mean": weighted_mean(mask[:, None].float(), latents)[:, 0], "first": latents[:, 0],
-                      "max": latents.masked_fill(~mask[..., None], -torch.inf).amax(1)}[self.own.coprocessor_pool]  # fmt: skip
-            change = self.coprocessor(pooled).view(len(latents), self.own.coprocessor_len, -1)
-            found.append(change[:, : latents.shape[1]] * self.own.coprocessor_kv_scale)
+                      "max": latents.masked_fill(~mask[..., None], -torch.inf).amax(1)}[self.config.coprocessor_pool]  # fmt: skip
+            change = self.coprocessor(pooled).view(len(latents), self.config.coprocessor_len, -1)
+            found.append(change[:, : latents.shape[1]] * self.config.coprocessor_kv_scale)
         for change in found:
             total = total + F.pad(change, (0, 0, 0, latents.shape[1] - change.shape[1])).view_as(total)
         return total
@@ -5749,6 +5751,11 @@ class KeyValues(Feature):
 @FEATURES.register("latent_adapter")
 class LatentAdapter(Feature):
     """Cross-attention from a receiver block to the latents, its gate 0 at first (Alayrac et al. 2022)."""
+
+    class Config(Settings):
+        """Latent adapters"""
+
+        latent_adapter_heads: int = setting(4, "Heads of a latent adapter.", ge=1)
 
     switches, place = ("use_latent_adapters",), "blocks"
 
@@ -5775,6 +5782,15 @@ class LatentAdapter(Feature):
 @FEATURES.register("gist")
 class GistHead(Feature):
     """Reconstructs a text's first embeddings, in units of the table's RMS, from its latents, for a loss."""
+
+    class Config(Settings):
+        """Gist head"""
+
+        gist_target_len: int = setting(48, "Tokens of the text that the gist head reconstructs.", ge=1)
+        gist_hidden: int = setting(512, "Inner width of the gist head.", ge=1)
+        gist_mask_prob: float = setting(
+            0.15, "Share of the gist head's targets that is left out at random.", ge=0, lt=1
+        )
 
     switches, place = ("use_gist_head",), "loss"
 
@@ -5820,6 +5836,12 @@ class ReceiverHead(nn.Module):
 @FEATURES.register("refiner", "latent_refiner")
 class Refiner(Feature):
     """A small transformer over the latents before they travel; its blocks start as the identity."""
+
+    class Config(Settings):
+        """Latent refiner"""
+
+        latent_refiner_layers: int = setting(2, "Layers of the refiner.", "refiner_layers", ge=1)
+        latent_refiner_heads: int = setting(4, "Heads of the refiner.", "refiner_heads", ge=1)
 
     switches = ("use_latent_refiner",)
 
@@ -6454,6 +6476,7 @@ class Loss:
 
     def __init__(self, settings: LossSettings) -> None:
         self.settings = settings
+        self.config: Any = self.Config.of(settings)
 
     def term(self, found: Supervised) -> Tensor:
         """Logits (N, V) of the answers' tokens, and in ``found.batch`` all that led there → the mean over rows ()."""
@@ -6510,8 +6533,13 @@ class FirstTokenEntropy(Loss):
 class Distillation(Loss):
     """KL from the same receiver reading the text, first K tokens, times tau² (Hinton et al. 2015)."""
 
+    class Config(Settings):
+        """Distillation"""
+
+        kd_tau: float = setting(1.0, "Temperature of the distillation.", gt=0)
+
     def term(self, found: Supervised) -> Tensor:
-        batch, tau = found.batch, self.settings.kd_tau
+        batch, tau = found.batch, self.config.kd_tau
         with torch.no_grad():
             teacher = supervise(batch.receiver, batch.answered(None, text=True)).logits
         student = (found.logits / tau).log_softmax(-1)
@@ -6526,9 +6554,16 @@ class StateDistillation(Loss):
     In units of the text reader's own mean square, per layer.
     """
 
+    class Config(Settings):
+        """Distillation of hidden states"""
+
+        state_kd_layers: Words = setting(
+            ["0.25", "0.5", "0.75"], "Layers of that distance: index or fraction of depth."
+        )
+
     def term(self, found: Supervised) -> Tensor:
         batch, lm = found.batch, found.batch.receiver
-        layers = [lm.layer_index(text) for text in self.settings.state_kd_layers]
+        layers = [lm.layer_index(text) for text in self.config.state_kd_layers]
         packed, told = batch.answered(batch.soft), batch.answered(None, text=True)
         with torch.no_grad():
             wanted = [h[told.rows, told.columns].float() for h in lm.hidden_states(told, layers)]
@@ -6627,6 +6662,11 @@ class Continuation(Loss):
 class Contrast(Loss):
     """How far latents of a text with another answer fall short of being worse than the own by a margin."""
 
+    class Config(Settings):
+        """Contrast"""
+
+        contrast_margin: float = setting(0.5, "That margin, in nats per token.", ge=0)
+
     partners = True
 
     def term(self, found: Supervised) -> Tensor:
@@ -6635,7 +6675,7 @@ class Contrast(Loss):
         other = supervise(batch.receiver, batch.answered(batch.partners.soft))
         every = found.order >= 0
         gain = found.row_means(other.nats, every) - found.row_means(found.nats, every)
-        return (self.settings.contrast_margin - gain).clamp(min=0).mean()
+        return (self.config.contrast_margin - gain).clamp(min=0).mean()
 
 
 @LOSSES.register("manifold")

@@ -106,7 +106,7 @@ def test_doctor_tells_what_is_here_and_how_to_get_the_rest(say, monkeypatch, tmp
 def test_help_of_a_command_names_every_flag_its_default_and_other_spellings(say, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     shown = say("train", "--help-all")
-    for name in lw.TrainSettings.model_fields:
+    for name in lw.TrainSettings.fields():
         assert f"--{name}" in shown
     for piece in ("--soft_tokens", "default 0.0005", "--config", "--dry_run"):
         assert piece in shown

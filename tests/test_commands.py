@@ -476,7 +476,7 @@ def test_all_of_help_is_there_on_request(ask, say, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     out = say("train", *ask)
     assert "…" not in out and "<str>" not in out and max(map(len, out.splitlines())) <= 80
-    for name, info in lw.TrainSettings.model_fields.items():
+    for name, info in lw.TrainSettings.fields().items():
         kind = {int: "INTEGER", float: "FLOAT", Path: "PATH"}.get(info.annotation, "")
         assert re.search(rf"--{name}\b[^\n]*{kind}", out), name
         assert (info.description or "").split()[0] in out
@@ -740,7 +740,7 @@ def test_the_demo_says_where_it_goes(say):
 
 
 def test_flags_that_take_several_words_say_so():
-    assert {lw.type_word(lw.BenchmarkSettings.model_fields[name].annotation) for name in ("benchmark", "layers")} == {
+    assert {lw.type_word(lw.BenchmarkSettings.fields()[name].annotation) for name in ("benchmark", "layers")} == {
         "NAME ..."
     }
 

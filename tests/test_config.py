@@ -118,12 +118,12 @@ def config_file(folder: Path, text: str) -> Path:
 
 
 def test_names_and_defaults_of_rivals_are_pinned():
-    assert {name: info.default for name, info in lw.BaselineSettings.model_fields.items()} == BASELINE
+    assert {name: info.default for name, info in lw.BaselineSettings.fields().items()} == BASELINE
 
 
 @pytest.mark.parametrize(("command", "table"), [("train", TRAIN), ("eval", EVAL)])
 def test_names_and_defaults_are_pinned(command, table, capsys):
-    assert {name: info.default for name, info in KINDS[command].model_fields.items()} == table
+    assert {name: info.default for name, info in KINDS[command].fields().items()} == table
     shown = resolved(capsys, command=command)
     assert len(shown.pop("digest")) == 12
     assert shown == table
@@ -418,9 +418,9 @@ def test_dry_run_from_python_trains_nothing(tmp_path):
 
 @pytest.mark.parametrize("kind", [lw.TrainSettings, lw.EvalSettings])
 def test_every_setting_has_help_and_no_spelling_means_two_things(kind):
-    for name, info in kind.model_fields.items():
+    for name, info in kind.fields().items():
         assert len(info.description or "") > 10, f"--{name} has no help"
-    spellings = [s for name in kind.model_fields for s in (name, *kind.extras(name)["aliases"])]
+    spellings = [s for name in kind.fields() for s in (name, *kind.extras(name)["aliases"])]
     assert len(spellings) == len(set(spellings))
 
 

@@ -78,7 +78,7 @@ def given(*words: Any, kind: type[lw.Settings] = lw.TrainSettings) -> dict[str, 
 
 def changed(values: dict[str, Any], kind: type[lw.Settings] = lw.TrainSettings) -> dict[str, Any]:
     """``values`` without those that are the default."""
-    return {name: value for name, value in values.items() if kind.model_fields[name].default != value}
+    return {name: value for name, value in values.items() if kind.fields()[name].default != value}
 
 
 def write(name: str, value: Any) -> Path:

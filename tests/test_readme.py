@@ -206,7 +206,7 @@ def test_everything_that_was_trained_had_the_same_budget(comparison):
             run, made = member.file.parent, member.facts["provenance"]
             config = json.loads((run / "config.json").read_text())
             assert (config["steps"], config["batch_size"], made["task"]["train_rows"]) == (120, 16, 192)
-            words, usual = made["command"], lw.EvalSettings.model_fields["rival_batch"].default
+            words, usual = made["command"], lw.EvalSettings.fields()["rival_batch"].default
             assert int(words[words.index("--rival_epochs") + 1]) * 192 == 120 * usual
             tried = {row["method"]: row.get("validation_loss", {}) for row in lw.details_in(run).values()}
             assert all(len(tried[name]) == 2 for name in ("lora", "control:prompt_tuning"))

@@ -573,7 +573,7 @@ EXECUTION: dict[str, list[str]] = {
 
 
 def test_every_execution_setting_is_tried_below():
-    known = {name for name in lw.TrainSettings.model_fields if lw.TrainSettings.extras(name)["execution"]}
+    known = {name for name in lw.TrainSettings.fields() if lw.TrainSettings.extras(name)["execution"]}
     assert known - EXECUTION.keys() == {
         "output_dir",
         "seeds",
