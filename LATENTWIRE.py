@@ -13705,6 +13705,9 @@ Plug-ins: anything else is a class in a file that --plugin names on the command 
       def load(self, split):  # "train" or "test"
         rows = csv.DictReader(open(f"{split}.csv"))
         return [self.read(row, i) for i, row in enumerate(rows)], f"{split}.csv"
+An encoder, pooler, adapter, feature, loss, method, metric or benchmark is a class of its kind (lw.Pooler, say, \
+registered with @lw.POOLERS.register("mine")) with one method to write, which the base class describes; the fields of \
+a class Config(lw.Settings) inside it become flags (stride: int = lw.setting(2, "Help.", ge=1)).
 Several receivers, or squad and hotpotqa where no sender is named: one shared encoder writes the latents, each \
 receiver has only its own small adapter, and a step trains one receiver, drawn at random. --extend changes no bit of \
 what is there, so the new receiver reads older messages.
