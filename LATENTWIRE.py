@@ -7621,7 +7621,7 @@ def questions_cut(part: Task, examples: Sequence[Example], sender: Reader, limit
     lost = 0
     for example in examples:
         text, wanted = part.sender_text(example), len(example.question.split())
-        if wanted and len(sender_ids(sender, text, 10**9)) > limit:
+        if len(sender_ids(sender, text, 10**9)) > limit and wanted:
             start = text.find(example.question)
             end = start + len(example.question)
             lost += sum(start <= a and b <= end for a, b in sender_spans(sender, text, limit)) < wanted
