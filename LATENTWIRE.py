@@ -6845,22 +6845,16 @@ def offloaded_adamw(groups: Sequence[Mapping[str, Any]], **options: Any) -> torc
     return optimizer
 
 
-@contextlib.contextmanager
-def profiling(wanted: bool, folder: Path) -> Iterator[Callable[[], None]]:
+def profiling(folder: Path) -> Any:
     """torch's profiler over six steps; the trace opens in chrome://tracing or ui.perfetto.dev."""
-    if not wanted:
-        yield lambda: None
-        return
     from torch import profiler
 
     def save(found: Any) -> None:
         table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
-        write_atomic(folder / "profile" / "operators.txt", table.encode())
-        found.export_chrome_trace(str(folder / "profile" / "trace.json"))
+        write_atomic(folder / "operators.txt", table.encode())
+        found.export_chrome_trace(str(folder / "trace.json"))
 
-    course = profiler.schedule(wait=1, warmup=1, active=6, repeat=1)
-    with profiler.profile(schedule=course, on_trace_ready=save) as running:
-        yield running.step
+    return profiler.profile(schedule=profiler.schedule(wait=1, warmup=1, active=6, repeat=1), on_trace_ready=save)
 
 
 def resident(word: str) -> int | None:
@@ -7489,8 +7483,9 @@ class Trainer:
         with breakable(self.run.folder, "the sender states") if alone else contextlib.nullcontext():
             self.prepare()
         self.bridge.train()
-        debug, profile = self.settings.debug, self.settings.profile
-        with torch.autograd.set_detect_anomaly(debug), profiling(profile, self.run.folder) as turn:
+        profile = self.run.folder / "profile" if self.settings.profile else None
+        watch = profiling(profile) if profile else contextlib.nullcontext()
+        with torch.autograd.set_detect_anomaly(self.settings.debug), watch as profiler:
             while not self.progress.finished and self.steps:
                 try:
                     self.one_round()
@@ -7499,10 +7494,11 @@ class Trainer:
                         self.save()
                     self.world.broadcast(None)  # nobody leaves before the leader has saved
                     raise
-                turn()
+                if profiler:
+                    profiler.step()
         if profile:
             self.report.say(f"steps 3 to 8, by part:\n{self.costs.table()}")
-            write_atomic(self.run.folder / "profile" / "parts.txt", self.costs.table().encode())
+            write_atomic(profile / "parts.txt", self.costs.table().encode())
         if not self.checkpoints.best.exists():
             self.save_best()
         if not self.world.broadcast(bool(self.checkpoints.steps())):  # --steps 0 has none
