@@ -93,7 +93,7 @@ import zlib
 from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import median, stdev
+from statistics import linear_regression, median, stdev
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TextIO, TypeVar, get_args
 from urllib.parse import urlparse
 
@@ -11077,14 +11077,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
                      "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}),
 }  # fmt: skip
 """Shapes of well-known models as their config.json has them: what --random_weights builds without a download."""
+LEAST_TRIALS = 10
+CACHED = "bridge:cached"
+"""The method ``bridge`` where the sender's states are there already."""
+USUAL_ARMS = ("bridge", CACHED, "text", "text_relay:1", "text_relay:8", "text_relay:50", "llmlingua")
 
 
 def random_lm(name: str, settings: ModelSettings) -> LM:
     """A model of a known shape with random weights, made on its device; it has byte tokens and says nothing of use."""
     if name not in ARCHITECTURES:
-        raise LatentWireError(
-            f"--random_weights {name}: unknown{suggest(name, ARCHITECTURES)} (known: {', '.join(ARCHITECTURES)})"
-        )
+        known = ", ".join(ARCHITECTURES)
+        raise LatentWireError(f"--random_weights {name}: unknown{suggest(name, ARCHITECTURES)} (known: {known})")
     (kind, sizes), device = ARCHITECTURES[name], resolve_device(settings.device)
     tokenizer = byte_tokenizer(("<pad>", "<bos>", "<eos>"), [], add_bos=True)
     sizes = {**sizes, "initializer_range": 0.02, "max_position_embeddings": 8192}
@@ -11109,18 +11112,11 @@ class Pass:
     heads: float = 1
 
     def cost(self) -> tuple[float, float]:
-        """(bytes of weights read, floating-point operations): each weight once, two operations per weight and token.
-
-        What attention adds is left out: below one per cent at these lengths.
-        """
+        """(bytes of weights read, operations): each weight once, two per weight and token; attention adds below 1 %."""
         weights = [p for block in self.lm.blocks[: self.blocks] for p in block.parameters()]
-        size, count = weight_bytes(weights), sum(p.numel() for p in weights)
-        work = 2.0 * count * self.rows * self.tokens
-        if self.heads:
-            table = self.lm.head.weight
-            size += weight_bytes([table])
-            work += 2.0 * table.numel() * self.rows * self.heads
-        return size, work
+        tables = [self.lm.head.weight] if self.heads else []
+        work = self.tokens * sum(p.numel() for p in weights) + self.heads * sum(p.numel() for p in tables)
+        return weight_bytes([*weights, *tables]), 2.0 * self.rows * work
 
     def floor(self, limits: Mapping[str, float]) -> float:
         """Seconds below which it cannot go: reading its weights or multiplying, whichever takes longer (roofline)."""
@@ -11135,14 +11131,8 @@ def once(run: Callable[[], Any]) -> float:
     return synchronized_time() - started
 
 
-LEAST_TRIALS = 10
-
-
 def race(runs: Mapping[str, Callable[[], Any]], asked: BenchmarkSettings) -> dict[str, list[float]]:
-    """Seconds of each trial; all take turns, so that what else the machine does slows them alike.
-
-    A slow one stops early: after --max_seconds, but not before ten trials.
-    """
+    """Seconds of each trial; all take turns and are slowed alike. --max_seconds ends a slow one, but not before ten."""
     for run in runs.values():
         for _ in range(asked.warmup):
             run()
@@ -11169,11 +11159,6 @@ def device_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     moving = max(count / min(once(work) for _ in range(8)) for count, work in moves)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
     return {"bytes_per_s": moving, "flop_per_s": 2.0 * side**3 / min(once(lambda: a @ b) for _ in range(8))}
-
-
-CACHED = "bridge:cached"
-"""The method ``bridge`` where the sender's states are there already."""
-USUAL_ARMS = ("bridge", CACHED, "text", "text_relay:1", "text_relay:8", "text_relay:50", "llmlingua")
 
 
 def arm_of(name: str) -> type[Method]:
@@ -11222,23 +11207,21 @@ class Timed(Receiver):
 
 
 class Bench:
-    """A bridge between two models, open as evaluation opens it, and texts of one length for every method.
-
-    ``reader`` is the sender as the bridge reads it: without the blocks above, and with LoRA where it was trained so.
-    """
+    """A bridge between two models, open as evaluation opens it, and texts of one length for every method."""
 
     def __init__(self, context: EvalContext, asked: BenchmarkSettings) -> None:
         own, setup = context.receiver, context.setup
         assert isinstance(setup.sender, LM)
         self.context, self.part, self.bridge, self.arms = context, setup.part, context.bridge, arms_of(asked, setup)
-        self.sender, self.reader, self.receiver = context.speaker, setup.sender, setup.receiver
+        self.sender, self.receiver = context.speaker, setup.receiver
         if not self.part.words:  # there is nothing to score
             asked = asked.model_copy(update={"answer_tokens": [*dict.fromkeys(n or 1 for n in asked.answer_tokens)]})
         self.asked, self.stores = asked, dict[tuple[str, ...], StateStore]()
         self.timed = Timed(own.prompting, own.bridge, own.max_new_tokens, own.how)
         self.settings = context.settings.model_copy(update={"state_cache": "memory", "max_tokens": 10**6})
         self.evaluation = context.asked.model_copy(update={"token_budget_k": self.bridge.shape.latent_len})
-        self.models = dict.fromkeys((self.sender, self.reader, self.receiver))
+        # what the bridge reads may be a sender of its own: without the blocks above, with LoRA where it was trained so
+        self.models = dict.fromkeys((self.sender, setup.sender, self.receiver))
         for lm in self.models:
             lm.ends = set()  # every note and every answer is as long as it was asked for
 
@@ -11284,32 +11267,29 @@ class Bench:
 
     def observed(self, arm: str, texts: Sequence[str], answer: int) -> tuple[list[Pass], dict[str, float]]:
         """The forward passes of a run, and the seconds of its parts: sender, bridge, receiver."""
-        costs, seen, always = Costs(), list[Pass](), {"with_kwargs": True, "always_call": True}
+        costs, seen = Costs(), list[Pass]()
         clock = costs.start()
 
         def begin(*_: Any) -> None:
             if arm_of(arm).bridged and "bridge" not in costs.seconds:
                 clock("bridge")
 
-        def over(lm: LM) -> None:
+        def end(lm: LM, module: Any, args: Any, named: dict[str, Any], output: Any) -> None:
+            if module is lm.head:
+                seen[-1] = replace(seen[-1], heads=seen[-1].heads + output[..., 0].numel() / seen[-1].rows)
+            else:
+                given = next(x for x in (named.get("inputs_embeds"), named.get("input_ids"), *args) if x is not None)
+                stopped = output is None  # where the bridge reads
+                blocks = max(self.bridge.shape.layers) if stopped else lm.n_layers
+                seen.append(Pass(lm, given.shape[0], given.shape[1], blocks, heads=0))
             if lm is not self.receiver:
                 clock("sender")
 
-        def end(lm: LM, module: Any, args: Any, named: dict[str, Any], output: Any) -> None:
-            given = next(x for x in (named.get("inputs_embeds"), named.get("input_ids"), *args) if x is not None)
-            blocks = max(self.bridge.shape.layers) if output is None else lm.n_layers  # it stops where the bridge reads
-            seen.append(Pass(lm, given.shape[0], given.shape[1], blocks, heads=0))
-            over(lm)
-
-        def predict(lm: LM, module: Any, args: Any, output: Tensor) -> None:
-            seen[-1] = replace(seen[-1], heads=seen[-1].heads + output[..., 0].numel() / seen[-1].rows)
-            over(lm)
-
         with contextlib.ExitStack() as hooks:
             hooks.callback(self.receiver.backbone.register_forward_pre_hook(begin).remove)
-            for lm in self.models:
-                hooks.callback(lm.backbone.register_forward_hook(functools.partial(end, lm), **always).remove)
-                hooks.callback(lm.head.register_forward_hook(functools.partial(predict, lm)).remove)
+            for lm, part in itertools.product(self.models, ("backbone", "head")):
+                hook = functools.partial(end, lm)
+                hooks.callback(getattr(lm, part).register_forward_hook(hook, with_kwargs=True, always_call=True).remove)
             self.run(arm, texts, answer)
         clock("receiver")
         return seen, costs.seconds
@@ -11319,13 +11299,6 @@ class Bench:
         own = weight_bytes(self.bridge.parameters()) if arm_of(arm).bridged else 0
         return sum(one.floor(self.limits) for one in passes) + own / self.limits["bytes_per_s"]
 
-    def weights(self, arm: str, passes: Iterable[Pass]) -> set[Tensor]:
-        """What has to be in memory: the receiver, the bridge, and of the sender the blocks that ran."""
-        modules = [self.receiver.model, *([self.bridge] if arm_of(arm).bridged else [])]
-        for one in passes:
-            modules += [one.lm.model] if one.heads else [one.lm.table, *one.lm.blocks[: one.blocks]]
-        return {p for module in modules for p in module.parameters()}
-
 
 def bench_of(asked: BenchmarkSettings) -> Bench:
     """The models and bridge of a checkpoint; else named ones, or random ones of known shapes, and an untrained bridge."""
@@ -11333,8 +11306,7 @@ def bench_of(asked: BenchmarkSettings) -> Bench:
     arm_names(asked)  # a slip is told before anything is loaded
     own = {name: getattr(asked, name) for name in (*DataSettings.fields(), *ModelSettings.fields())}
     if asked.checkpoint is not None:
-        given = {name: own[name] for name in own if name in asked.model_fields_set}
-        given |= {"soft_tokens": asked.soft_tokens} if "soft_tokens" in asked.model_fields_set else {}
+        given = {name: getattr(asked, name) for name in (*own, "soft_tokens") if name in asked.model_fields_set}
         check = EvalSettings(checkpoint=asked.checkpoint, source_layer=asked.layers, num_samples=2, **given)
         for role in ("sender", "receiver", "random_weights"):
             if getattr(asked, role):
@@ -11347,14 +11319,12 @@ def bench_of(asked: BenchmarkSettings) -> Bench:
     own |= {"layers": asked.layers} if asked.layers else {}
     run = TrainSettings(**own, latent_len=asked.soft_tokens, encoder="hidden")
     if asked.random_weights:
-        names = asked.random_weights * (1 if len(asked.random_weights) > 1 else 2)
-        sender, receiver = (random_lm(name, asked) for name in names[:2])
-        run = run.model_copy(update={"sender": sender.name, "receiver": receiver.name})
+        sender, receiver = (random_lm(name, asked) for name in (asked.random_weights * 2)[:2])
     else:
         first, second, _ = pick_models(run)
-        run = run.model_copy(update={"sender": first, "receiver": second})
         sender = load_lm(first, run, run.offline, run.sender_device)
         receiver = load_lm(second, run, run.offline, run.receiver_device)
+    run = run.model_copy(update={"sender": sender.name, "receiver": receiver.name})
     part, run = make_task(run), resolve(run)[0]
     torch.manual_seed(asked.seed)
     bridge = Bridge(BridgeShape.of(run, sender, receiver)).to(receiver.device).eval()
@@ -11368,8 +11338,7 @@ def timing(arm: str, size: int, answer: int, seconds: Sequence[float], floor: fl
     middle, high = median(seconds), sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
     return {
         "arm": arm, "batch": size, "answer_tokens": answer, "median_ms": 1e3 * middle, "p95_ms": 1e3 * high,
-        "trials": len(seconds), "floor_ms": 1e3 * floor, "roofline": floor / middle,
-        "texts_per_s": size / middle,
+        "trials": len(seconds), "floor_ms": 1e3 * floor, "roofline": floor / middle, "texts_per_s": size / middle,
     }  # fmt: skip
 
 
@@ -11427,25 +11396,27 @@ def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return (torch.cuda.max_memory_allocated(device) - before) / 1e6
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system
-    start = resident("VmRSS")
-    if start is None or resident("VmHWM") is None:
-        return None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on; see proc(5)
+        held = torch.cuda.memory_allocated(device)
+    else:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system
+        held = resident("VmRSS") or 0
+        if not held or resident("VmHWM") is None:
+            return None
+        Path("/proc/self/clear_refs").write_text("5")  # the peak from here on; see proc(5)
     work()
-    return (peak_memory(device) - start) / 1e6
+    return (peak_memory(device) - held) / 1e6
 
 
 def memory_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Weights that each arm needs, and what a batch takes on top at its peak."""
+    """Weights that each arm needs (receiver, bridge, of the sender the blocks that ran), and a batch's peak above."""
     for arm, size in itertools.product(bench.arms, bench.asked.batch_sizes):
         given = arm, bench.texts(size), bench.asked.answer_tokens[0]
-        needed = bench.weights(arm, bench.observed(*given)[0])
+        modules = [bench.receiver.model, *([bench.bridge] if arm_of(arm).bridged else [])]
+        for one in bench.observed(*given)[0]:
+            modules += [one.lm.model] if one.heads else [one.lm.table, *one.lm.blocks[: one.blocks]]
+        needed = {weight for module in modules for weight in module.parameters()}
         yield {
             "arm": arm, "batch": size, "weights_mb": weight_bytes(needed) / 1e6,
             "peak_above_mb": peak_of(functools.partial(bench.run, *given), bench.receiver.device),
@@ -11453,10 +11424,7 @@ def memory_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 
 
 def training_rows(bench: Bench) -> Iterator[dict[str, Any]]:
-    """A training step from cached sender states: its time, its peak memory, and its share of the matmul rate.
-
-    A frozen weight costs four operations per token: forward, and the gradient of the activations.
-    """
+    """A training step from cached sender states: its time, its peak memory, and its share of the matmul rate."""
     lm, bridge = bench.receiver, bench.bridge
     optimizer = torch.optim.AdamW(bridge.parameters(), lr=1e-6, fused=True)
 
@@ -11474,7 +11442,7 @@ def training_rows(bench: Bench) -> Iterator[dict[str, Any]]:
         run = functools.partial(step, states, texts)
         tokens = run()
         seconds = median(race({"step": run}, bench.asked)["step"])
-        work = 2 * Pass(lm, size, tokens, lm.n_layers, heads=2).cost()[1]
+        work = 2 * Pass(lm, size, tokens, lm.n_layers, heads=2).cost()[1]  # forward, and the activations' gradient
         yield {
             "batch": size, "tokens": tokens, "median_ms": 1e3 * seconds, "rows_per_s": size / seconds,
             "matmul_share": work / seconds / bench.limits["flop_per_s"], "peak_above_mb": peak_of(run, lm.device),
@@ -11526,64 +11494,54 @@ def growth_rows(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def slope(sizes: Sequence[int], values: Sequence[float | None]) -> float | None:
     """Of log value over log size, in the upper half; None where fewer than two values are above zero there."""
-    import numpy as np
-
-    upper = [(size, value) for size, value in zip(sizes, values, strict=True) if value and value > 0]
-    upper = upper[max(0, len(upper) // 2 - 1) :]
-    x, y = np.log(np.array(upper, dtype=float)).T if upper else ([], [])
-    return float(np.polyfit(x, y, 1)[0]) if len(upper) > 1 else None
-
-
-def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
-    """What was asked for, measured alike in one process → benchmark.json in the output folder."""
-    with catching_signals(), breakable(asked.output_dir, "the beginning of the benchmark"):
-        return measured(asked, report)
+    seen = [(math.log(x), math.log(y)) for x, y in zip(sizes, values, strict=True) if y and y > 0]
+    upper = seen[max(0, len(seen) // 2 - 1) :]
+    return linear_regression(*zip(*upper, strict=True)).slope if len(upper) > 1 else None
 
 
 def unfinished_benchmark(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """What a benchmark that was told to stop had measured: of the same question, on the same machine, by this program."""
     earlier = json_object(path) if path.exists() else {}
-    same = {name for name in results if name not in ("limits", "provenance")}
     made, now = earlier.get("provenance", {}), results["provenance"]
-    same_made = ("source_sha256", "host", "packages", "settings")
-    alike = all(earlier.get(name) == json.loads(json.dumps(results[name])) for name in same)
-    alike = alike and all(made.get(name) == json.loads(json.dumps(now[name], default=str)) for name in same_made)
+    alike = all(earlier.get(name) == results[name] for name in results if name not in ("limits", "provenance"))
+    alike = alike and all(made.get(name) == now[name] for name in ("source_sha256", "host", "packages", "settings"))
     return earlier if earlier.get("unfinished") and alike else {}
 
 
-def measured(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
-    """``benchmark_run``, which a signal ends at once."""
-    prepare_cuda(asked)
-    wanted, bench = asked.chosen, bench_of(asked)
-    asked, device, dtype = bench.asked, bench.receiver.device, bench.receiver.dtype
-    report.say(f"{bench.sender.name} → {bench.receiver.name}, {dtype} on {device}")
-    limits = bench.limits
-    report.say(f"measured limits: {limits['bytes_per_s'] / 1e9:.0f} GB/s, {limits['flop_per_s'] / 1e12:.2f} TFLOP/s")
-    measures: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
-        "latency": latency_rows, "batched": batched_rows, "decoding": decoding_rows, "memory": memory_rows,
-        "training": training_rows, "growth": growth_rows,
-    }  # fmt: skip
-    cuda = device.type == "cuda"
-    results: dict[str, Any] = {
-        "schema": 1, "sender": bench.sender.identity(), "receiver": bench.receiver.identity(), "dtype": str(dtype),
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "engine": "eager", "limits": limits, "input_tokens": asked.input_tokens,
-        "soft_tokens": bench.bridge.shape.latent_len, "layers": bench.bridge.shape.layers,
-        "provenance": environment() | {"settings": asked.model_dump(mode="json")},
-    }  # fmt: skip
-    path, results = asked.output_dir / "benchmark.json", nameless(results)
-    earlier = unfinished_benchmark(path, results)
-    results |= {name: earlier[name] for name in ("limits", *wanted) if name in earlier}
-    for number, name in enumerate(wanted):
-        if name in earlier:
-            report.say(f"{name} was measured before it was stopped")
-            continue
-        report.say(f"measuring {name}")
-        SIGNALS.place = asked.output_dir, name
-        results[name] = nameless([*measures[name](bench)])
-        left = {"unfinished": wanted[number + 1 :]} if wanted[number + 1 :] else {}
-        write_json(path, results | left)
-    return results
+def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
+    """What was asked for, measured alike in one process → benchmark.json in the output folder; a signal ends it."""
+    with catching_signals(), breakable(asked.output_dir, "the beginning of the benchmark"):
+        prepare_cuda(asked)
+        wanted, bench = asked.chosen, bench_of(asked)
+        asked, device, dtype, limits = bench.asked, bench.receiver.device, bench.receiver.dtype, bench.limits
+        report.say(f"{bench.sender.name} → {bench.receiver.name}, {dtype} on {device}")
+        reached = f"{limits['bytes_per_s'] / 1e9:.0f} GB/s, {limits['flop_per_s'] / 1e12:.2f} TFLOP/s"
+        report.say(f"measured limits: {reached}")
+        cpu = f"CPU, {torch.get_num_threads()} threads"
+        results: dict[str, Any] = nameless({
+            "schema": 1, "sender": bench.sender.identity(), "receiver": bench.receiver.identity(), "dtype": str(dtype),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, "engine": "eager",
+            "limits": limits, "input_tokens": asked.input_tokens, "soft_tokens": bench.bridge.shape.latent_len,
+            "layers": bench.bridge.shape.layers,
+            "provenance": environment() | {"settings": asked.model_dump(mode="json")},
+        })  # fmt: skip
+        measures: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
+            "latency": latency_rows, "batched": batched_rows, "decoding": decoding_rows, "memory": memory_rows,
+            "training": training_rows, "growth": growth_rows,
+        }  # fmt: skip
+        path = asked.output_dir / "benchmark.json"
+        earlier = unfinished_benchmark(path, results)
+        results |= {name: earlier[name] for name in ("limits", *wanted) if name in earlier}
+        for number, name in enumerate(wanted):
+            if name in earlier:
+                report.say(f"{name} was measured before it was stopped")
+                continue
+            report.say(f"measuring {name}")
+            SIGNALS.place = asked.output_dir, name
+            results[name] = nameless([*measures[name](bench)])
+            left = {"unfinished": wanted[number + 1 :]} if wanted[number + 1 :] else {}
+            write_json(path, results | left)
+        return results
 
 
 # §14 FIGURES AND TABLES: records to pictures, tables and a page
