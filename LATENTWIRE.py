@@ -11546,13 +11546,32 @@ def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
 
 # §14 FIGURES AND TABLES: records to pictures, tables and a page
 
+FIGURES: Registry[Callable[[ReportInputs, Path], bool]] = Registry("figures", "figure")
+"""Each draws to a path without suffix where there is something to draw; → whether there was."""
+TABLES: Registry[Callable[[ReportInputs], bytes | None]] = Registry("tables", "table")
+"""Each makes LaTeX, or None where there is nothing to say."""
+DERIVED = ("methods", "p_bridge_vs", "best_constant", "constant_answer", "leaks", "p_above_constant", "best_control", "p",
+           "communication", "missing", "verdict", "gates", "details", "seconds", "failed", "receivers")  # fmt: skip
+"""What results.json has from records; all else are facts of the evaluation."""
+BROKEN = "Broken is not beaten: trained and no better than a constant answer, or as its gate says; never compared."
+TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"$\mathdollar$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+       "[": "{[}", "]": "{]}", "`": r"\textasciigrave{}", "†": r"$\dagger$",
+       "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$", "→": r"$\rightarrow$",
+       "<": "$<$", ">": "$>$", "≥": r"$\geq$", "×": r"$\times$", "·": r"$\cdot$", "−": "$-$"}  # fmt: skip
+COLOURS = {"bridge": "#0072B2", "text": "#009E73", "probe": "#E69F00", "rival": "#56B4E9", "control": "#999999"}
+"""By Okabe and Ito (2008), told apart by every eye."""
+MARKS, SERIES = "osD^vP*X", ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+LOOKS = [(MARKS[i % 8], SERIES[i % 7], ("-", "--", ":", "-.")[i // 7 % 4]) for i in range(56)]
+"""Marker, colour (Okabe and Ito's, without yellow) and dashes of one series after the other; they tell 56 apart."""
+CHIEF = ("bridge", "text", "zeroshot:sender", "fewshot:receiver", "lora", "prompt_tuning", "probe", "probe:receiver",
+         "linear_bridge", "same_model_bridge", "sender_label", "text_relay:16", "token_budget", "llmlingua", "control:zero",
+         "control:shuffled", "control:none", "control:prompt", "control:prompt_tuning")  # fmt: skip
+"""What is shown where there is no room for every method."""
+
 
 @dataclass
 class Evaluation:
-    """One evaluation as its records tell it: ``file`` is results.json, ``rows`` are records by method and example.
-
-    ``condense`` lets the records go once what follows from them is known: suites have millions.
-    """
+    """One evaluation as its records tell it: ``file`` is results.json, ``rows`` are records by method and example."""
 
     file: Path
     facts: dict[str, Any]
@@ -11604,17 +11623,11 @@ class Evaluation:
         return dict(zip(own, constant_values([*own.values()], self.facts["headline"])[1], strict=True))
 
     @functools.cached_property
-    def kinds(self) -> dict[str, Kind]:
-        """What each method is."""
-        return kinds_of(self.facts, self.rows)
-
-    @functools.cached_property
     def version(self) -> dict[str, Any]:
         """Protocol, prompts, data and models, the models by digest: what one group's evaluations must agree in."""
-        made = self.facts["provenance"]
-        models = {role: digest_of(made[role]) for role in ("sender", "receiver")}
-        own = {name: made.get(name) for name in ("prompts", "data_digest")}
-        return {"protocol": self.facts["protocol"], **own, **models, "dtype": made.get("dtype")}
+        made = self.facts["provenance"] | {"protocol": self.facts["protocol"]}
+        names = ("protocol", "prompts", "data_digest", "sender", "receiver", "dtype")
+        return {n: digest_of(made[n]) if n in ("sender", "receiver") else made.get(n) for n in names}
 
     @functools.cached_property
     def key(self) -> dict[str, Any]:
@@ -11623,21 +11636,15 @@ class Evaluation:
         key = {"dataset": facts["dataset"], "split": facts["split"], "metric": facts["headline"], "n": facts["n"]}
         key |= {role: made[role]["name"] for role in ("sender", "receiver")}
         key |= {"latent_len": made.get("latent_len"), "layers": made.get("layers")}
-        config = Run(self.file.parent).config_path
-        own = json_in(config) if config.exists() and "asked" not in made else {}  # evaluations of before
-        fields = TrainSettings.fields()
-        hidden = {"seed", *(name for name in own if name not in fields or TrainSettings.extras(name)["execution"])}
-        return key | {"settings": made.get("asked") or digest_of({k: v for k, v in own.items() if k not in hidden})}
+        return key | {"settings": made.get("asked") or digest_of(str(run_home(self.file.parent)))}  # of before
 
     def seed(self, method: str) -> int | None:
         """Whose repetition a method's rows are: the bridge's training, the rival's own, or none where nothing is drawn."""
-        drawn = self.kinds[method].drawn
-        if drawn == "bridge":
-            return self.facts["provenance"].get("seed_of_training")
-        return self.facts["seed"] if drawn == "own" else None
+        seeds = {"bridge": self.facts["provenance"].get("seed_of_training"), "own": self.facts["seed"]}
+        return seeds.get(kinds_of(self.facts, [method])[method].drawn)
 
     def condense(self) -> Evaluation:
-        """Itself, without its records."""
+        """Itself, without its records once what follows from them is known: suites have millions."""
         _ = self.gap or (self.scores, self.clusters, self.constant, self.results)
         self.rows = {name: {} for name in self.rows}
         return self
@@ -11647,11 +11654,6 @@ class Evaluation:
         told = (json.dumps(self.results, indent=2, default=str, allow_nan=False) + "\n").encode()
         if not self.file.exists() or self.file.read_bytes() != told:
             write_atomic(self.file, told)
-
-
-DERIVED = ("methods", "p_bridge_vs", "best_constant", "constant_answer", "leaks", "p_above_constant", "best_control", "p",
-           "communication", "missing", "verdict", "gates", "details", "seconds", "failed", "receivers")  # fmt: skip
-"""What results.json has from records; all else are facts of the evaluation."""
 
 
 class Made(Saved):
@@ -11693,36 +11695,30 @@ class Facts(Saved):
     provenance: Made
 
 
-def open_evaluation(path: Path, known: dict[Path, list[dict[str, Any]]] | None = None) -> Evaluation:
-    """The evaluation of a run folder, of its results file, or of the folder of a file in it.
-
-    ``known`` keeps the records of folders read before. Raises ``LatentWireError`` where there are no records.
-    """
+def open_evaluation(path: Path, read: Callable[[Path], list[dict[str, Any]]] = records_in) -> Evaluation:
+    """The evaluation of a run folder or of a file in it. Raises ``LatentWireError`` where there are no records."""
     candidates = [p for p in (path, path / "results.json", path.parent / "results.json") if p.suffix == ".json"]
     file = next((p for p in candidates if p.is_file() or facts_file(p).is_file()), None)
-    facts: dict[str, Any] = {}
-    where = path
-    for source in [facts_file(file), file] if file else []:
+    facts: Any = None
+    for where in (facts_file(file), file) if file else ():
         with contextlib.suppress(ValueError, FileNotFoundError):
-            facts, where = (facts, where) if facts else (json.loads(source.read_text(encoding="utf-8")), source)
+            if facts := json.loads(where.read_text(encoding="utf-8")):
+                break
     if file is None or not isinstance(facts, dict) or "provenance" not in facts:
         raise LatentWireError(f"no results of one run at {path}; give a run folder that 'eval' filled")
     records = file.parent / "records.jsonl"
     if file.is_file() and not records.is_file():  # without results it has only begun
         raise LatentWireError(f"{records} is missing: every number comes from it; evaluate again into {file.parent}")
     try:
-        Facts(**facts)
-    except (ValidationError, TypeError) as error:
-        why = explain(error).removeprefix("--") if isinstance(error, ValidationError) else str(error)
-        raise LatentWireError(f"{where} is damaged ({why}); evaluate again") from None
-    made, known = facts["provenance"], {} if known is None else known
+        Facts.model_validate(facts)
+    except ValidationError as error:
+        raise LatentWireError(f"{where} is damaged ({explain(error).removeprefix('--')}); evaluate again") from None
+    made = facts["provenance"]
     older = {"words": made.get("task", {}).get("words", []), "longest": math.inf, "seed": 42}
     facts = older | {name: value for name, value in facts.items() if name not in DERIVED}
     keys = made.get("record_keys", {})
     rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in facts.get("order", keys)}
-    if records.parent not in known:
-        known[records.parent] = records_in(records)
-    for row in known[records.parent]:
+    for row in read(records):
         if row["key"] == keys.get(row["method"], made["record_key"]) and (row["method"] in rows or not keys):
             rows.setdefault(row["method"], {})[row["id"]] = row
     agree(records, facts, rows)
@@ -11746,14 +11742,12 @@ def agree(path: Path, facts: Mapping[str, Any], rows: Mapping[str, Mapping[str, 
                 asked = {own[key]["key"] for own in rows.values() if key in own}
                 numbered = enumerate(read_rows(path, own=False), 1)
                 lines = ", ".join(str(n) for n, one in numbered if one["id"] == key and one["key"] in asked)
-                raise LatentWireError(
-                    f"{path}: example {key!r} has another answer for {name} than for other methods (lines {lines}); mend it"
-                )
+                other = f"has another answer for {name} than for other methods (lines {lines})"
+                raise LatentWireError(f"{path}: example {key!r} {other}; mend it")
     whole = [own.keys() for own in rows.values() if len(own) == facts["n"]]
     if any(ids != whole[0] for ids in whole):
-        raise LatentWireError(
-            f"{path}: its methods answered different examples; evaluate again into another --output_dir"
-        )
+        advice = "evaluate again into another --output_dir"
+        raise LatentWireError(f"{path}: its methods answered different examples; {advice}")
     told = facts.get("answers")
     if told and whole and told != answers_digest((key, *known[key]) for key in whole[0]):
         raise LatentWireError(f"{path}: the gold answers are not those of the evaluation; mend it or evaluate again")
@@ -11766,9 +11760,8 @@ def evaluations_below(base: Path) -> list[Evaluation]:
         if isinstance(told, dict) and "provenance" in told:
             return [open_evaluation(base).condense()]
         if not isinstance(told, dict) or told.get("schema") != 2 or "groups" not in told:
-            raise LatentWireError(
-                f"{base} was not written by this version's 'aggregate'; type: aggregate --base_dir RUNS"
-            )
+            advice = "type: aggregate --base_dir RUNS"
+            raise LatentWireError(f"{base} was not written by this version's 'aggregate'; {advice}")
         try:
             files = [base.parent / run["file"] for group in told["groups"] for run in group["runs"]]
         except (TypeError, KeyError, IndexError):
@@ -11776,13 +11769,11 @@ def evaluations_below(base: Path) -> list[Evaluation]:
     else:
         facts = [p.with_name(p.name.replace("evaluation", "results", 1)) for p in base.rglob("evaluation*.json")]
         files = sorted({*base.rglob("results*.json"), *facts})
-    known: dict[Path, list[dict[str, Any]]] = {}
-    found = []
+    found, read = [], functools.lru_cache(1)(records_in)  # several results of one folder share its records
     for file in files:
-        known = {folder: rows for folder, rows in known.items() if folder == file.parent}
         told = json_in(facts_file(file) if facts_file(file).exists() else file)
         if isinstance(told, dict) and "provenance" in told:  # others sum up evaluations that are here as well
-            found.append(open_evaluation(file, known).condense())
+            found.append(open_evaluation(file, read).condense())
     if not found:
         raise LatentWireError(f"no results below {base}; run eval --checkpoint RUN first")
     return found
@@ -11791,13 +11782,16 @@ def evaluations_below(base: Path) -> list[Evaluation]:
 def recorded(path: Path, method: str) -> Evaluation:
     """The evaluation at ``path``, whole in one method at least."""
     found = open_evaluation(path)
-    rows = found.rows.get(method, {})
+    rows, folder = found.rows.get(method, {}), found.file.parent
     if not rows or any("error" in row for row in rows.values()):
-        state = "failed rows" if rows else "no rows"
-        raise LatentWireError(
-            f"{found.file.parent} has {state} of method {method}; type: eval --checkpoint {shlex.quote(str(found.file.parent))}"
-        )
+        told = f"{folder} has {'failed' if rows else 'no'} rows of method {method}"
+        raise LatentWireError(f"{told}; type: eval --checkpoint {shlex.quote(str(folder))}")
     return found
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """The sample's standard deviation, where there are two values or more."""
+    return stdev(values) if len(values) > 1 else None
 
 
 def scores_of(members: Sequence[Evaluation]) -> dict[str, dict[int | None, dict[str, float]]]:
@@ -11808,11 +11802,6 @@ def scores_of(members: Sequence[Evaluation]) -> dict[str, dict[int | None, dict[
             if name in member.rows:
                 found.setdefault(name, {}).setdefault(member.seed(name), member.scores[name])
     return found
-
-
-def deviation(values: Sequence[float]) -> float | None:
-    """The sample's standard deviation, where there are two values or more."""
-    return stdev(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -11829,11 +11818,6 @@ class ResultGroup:
     differences: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict, init=False)
     """What ``beside`` has found so far."""
 
-    @property
-    def headline(self) -> str:
-        """The deciding metric."""
-        return self.key["metric"]
-
     @functools.cached_property
     def ids(self) -> list[str]:
         """The examples."""
@@ -11848,8 +11832,8 @@ class ResultGroup:
     @functools.cached_property
     def kinds(self) -> dict[str, Kind]:
         """What each method is."""
-        told = {name: kind for member in self.members for name, kind in member.kinds.items()}
-        return {CONSTANT: Kind.of(CONSTANT)} | {name: Kind.of(name) for name in self.methods} | told
+        told = {name: kind for m in self.members for name, kind in kinds_of(m.facts, m.rows).items()}
+        return {name: Kind.of(name) for name in (CONSTANT, *self.methods)} | told
 
     @functools.cached_property
     def broken(self) -> dict[str, str]:
@@ -11858,16 +11842,16 @@ class ResultGroup:
         One that was trained must beat what needs no text over all its seeds; for the rest a gate of one run decides.
         """
         found = {}
-        silent = ["control:none"] if self.headline == "f1" and "control:none" in self.methods else []
+        silent = ["control:none"] if self.key["metric"] == "f1" and "control:none" in self.methods else []
         for name in self.methods:
             gates = [m.results.get("gates", {}).get(name, {}).get("broken", []) for m in self.members]
             bars = [CONSTANT, *silent] if self.kinds[name].kind == "trained" and len(self.ids) >= LEAST_ROWS else []
             kept = [[text for text in own if not (bars and text.startswith(NO_BETTER))] for own in gates]
             told = next(filter(None, kept), [])
-            for bar, test in ((bar, self.beside(name, bar)) for bar in bars):
-                if test["difference"] <= 0 or test["p"] >= 0.05:
-                    gap = f"({100 * test['difference']:+.1f} points, p {test['p']:.2g})"
-                    told.append(f"{NO_BETTER} {PLAIN_NAMES.get(bar, bar)} {gap}")
+            for bar in bars:
+                gap, p = (self.beside(name, bar)[key] for key in ("difference", "p"))
+                if gap <= 0 or p >= 0.05:
+                    told.append(f"{NO_BETTER} {PLAIN_NAMES.get(bar, bar)} ({100 * gap:+.1f} points, p {p:.2g})")
             if told and name != "bridge":
                 found[name] = "; ".join(told)
         return found
@@ -11903,36 +11887,30 @@ class ResultGroup:
         """The mean score of every method."""
         return {name: summary["mean"] for name, summary in self.summaries.items()}
 
-    def gaps(self, name: str, other: str) -> tuple[Any, Any]:
-        """Scores of two methods (n, seeds), or one of them (n, 1) where it has only one seed.
-
-        Seeds that both have stand side by side; trainings of different seeds are independent and pair up in any order.
-        """
-        a, b = self.scores(name), self.scores(other)
-        if a.shape[1] == 1 or b.shape[1] == 1:
-            return a, b
-        mine, theirs = [*self.methods[name]], [*self.methods[other]]
-        both, count = [seed for seed in mine if seed in theirs], min(len(mine), len(theirs))
-        ours, others = ([own.index(seed) for seed in dict.fromkeys([*both, *own])][:count] for own in (mine, theirs))
-        return a[:, ours], b[:, others]
-
     def single_seed(self, name: str) -> bool:
         """Whether a method that a seed changes was trained or drawn with one seed only."""
         return name != CONSTANT and len(self.methods[name]) == 1 and None not in self.methods[name]
 
     def beside(self, name: str, other: str) -> dict[str, Any]:
-        """``name`` minus ``other``: the battery on scores averaged over seeds; with several, p and interval count them too."""
-        asked = name, other
-        if asked not in self.differences:
-            a, b = self.gaps(name, other)
+        """``name`` minus ``other``: the battery on scores averaged over seeds; with several, p and interval count them too.
+
+        Seeds that both have stand side by side; trainings of different seeds are independent and pair up in any order.
+        """
+        if (name, other) not in self.differences:
+            a, b = self.scores(name), self.scores(other)  # (n, seeds)
+            if a.shape[1] > 1 and b.shape[1] > 1:
+                mine, theirs = [*self.methods[name]], [*self.methods[other]]
+                both, count = [seed for seed in mine if seed in theirs], min(len(mine), len(theirs))
+                ranks = ([own.index(seed) for seed in dict.fromkeys([*both, *own])][:count] for own in (mine, theirs))
+                a, b = a[:, next(ranks)], b[:, next(ranks)]
             found = battery(a.mean(1).tolist(), b.mean(1).tolist(), clusters=self.clusters)
             one_context = self.clusters is not None and len(set(self.clusters)) < 2
             if (a.shape[1] > 1 or b.shape[1] > 1) and not one_context:
                 single = a.shape[1] != b.shape[1] and (self.single_seed(name) or self.single_seed(other))
                 low, high, p = crossed_interval(a - b, self.clusters, single)
                 found |= {"ci": [low, high], "p": p, "test": "t, seeds and examples crossed"}
-            self.differences[asked] = found | {"seeds": max(a.shape[1], b.shape[1])}
-        return {**self.differences[asked]}
+            self.differences[name, other] = found | {"seeds": max(a.shape[1], b.shape[1])}
+        return {**self.differences[name, other]}
 
     def judged(self, bars: Sequence[str]) -> dict[str, Any]:
         """``verdict_on`` the bridge over all seeds: beside ``bars``, the controls and the best constant answer."""
@@ -11943,7 +11921,7 @@ class ResultGroup:
         tests = {name: self.beside("bridge", name) for name in bars}
         same = {name: self.scores(name).tobytes() for name in bars}
         missing = missing or untested(self.kinds, len(self.ids), self.clusters)
-        return verdict_on(self.headline, means, tests, same, len(self.ids), missing, leaks)
+        return verdict_on(self.key["metric"], means, tests, same, len(self.ids), missing, leaks)
 
 
 def fits(evaluation: Evaluation, members: Sequence[Evaluation]) -> bool:
@@ -12006,22 +11984,16 @@ def result_groups(evaluations: Sequence[Evaluation]) -> tuple[list[ResultGroup],
 def compared(
     group: ResultGroup, reference: str | None = None, correction: str = "holm", alpha: float = 0.05
 ) -> dict[str, Any]:
-    """The reference (the bridge, where there is one) minus every other method of a group, p corrected for their number.
-
-    With it, whether something came through and the verdict in words, which hold the bridge against every control.
-    """
+    """The reference (the bridge where there is one) minus each other method, p corrected for their number; the verdict."""
     known = [*group.methods]
     if reference is not None and reference not in known:
-        raise LatentWireError(
-            f"{group.title} has no method {reference!r}{suggest(reference, known)} ({', '.join(known)})"
-        )
+        advice = f"{suggest(reference, known)} ({', '.join(known)})"
+        raise LatentWireError(f"{group.title} has no method {reference!r}{advice}")
     first = reference or next((name for name in ("bridge", "text") if name in known), known[0])
     broken = {name: why for name, why in group.broken.items() if name != first}
     bars = [*([CONSTANT] if first == "bridge" else []), *(name for name in known if group.kinds[name].control)]
-    families = {
-        "controls": [name for name in bars if name != first],
-        "rivals": [name for name in known if name not in (first, *bars, *broken)],
-    }
+    rivals = [name for name in known if name not in (first, *bars, *broken)]
+    families = {"controls": [name for name in bars if name != first], "rivals": rivals}
     found: dict[str, dict[str, Any]] = {}
     tests, same = {}, {name: group.scores(name).tobytes() for names in families.values() for name in names}
     for family, names in families.items():
@@ -12037,77 +12009,67 @@ def compared(
     if once:
         warnings.append(f"{', '.join(once)} ran with one seed: its deviation over seeds is taken from the bridge's")
     warnings += [f"{name} is broken and not compared: {why}" for name, why in broken.items()]
-    if seeds < 3:
-        warnings.append(f"{trained}: another training may give other numbers; take three or more")
-    best = best_of(group.headline, group.means, group.kinds, group.broken)
-    judged: dict[str, Any] = {"communication": None, "verdict": best}
+    warnings += [f"{trained}: another training may give other numbers; take three or more"] if seeds < 3 else []
     if first == "bridge":
         judged = group.judged(families["controls"])
         judged["verdict"] += "" if judged.pop("missing") else f", {trained}"
+    else:
+        best = best_of(group.key["metric"], group.means, group.kinds, group.broken)
+        judged = {"communication": None, "verdict": best}
     return {"title": group.title, **group.key, "reference": first, "correction": correction, "alpha": alpha,
             "seeds": seeds, "clusters": len(set(group.clusters)) if group.clusters else None, "warnings": warnings,
             "families": families, "tests": tests, "broken": broken, "methods": group.summaries, "comparisons": found,
             **judged}  # fmt: skip
 
 
-def matched_groups(first: Path, second: Path) -> list[ResultGroup]:
-    """Two experiments on the same rows, each a run or a folder of seeds, as two groups."""
-    sides: list[ResultGroup] = []
-    for path in (first, second):
-        groups, left = result_groups(evaluations_below(path))
-        if len(groups) != 1:
-            why = f": {left[0]}" if left else ""
-            raise LatentWireError(
-                f"{path} holds {len(groups)} results that cannot be one{why}; name one run or one folder of seeds"
-            )
-        sides += groups
-    one, two = sides
+def one_group(path: Path) -> ResultGroup:
+    """An experiment, a run or a folder of seeds, as a group."""
+    groups, left = result_groups(evaluations_below(path))
+    if len(groups) != 1:
+        why = f"cannot be one{f': {left[0]}' if left else ''}; name one run or one folder of seeds"
+        raise LatentWireError(f"{path} holds {len(groups)} results that {why}")
+    return groups[0]
+
+
+def paired_experiments(first: Path, second: Path, correction: str) -> dict[str, Any]:
+    """The first experiment's methods minus the second's, each method that both have, on the same rows."""
+    one, two = one_group(first), one_group(second)
     differing = [name for name in ("dataset", "metric", "n") if one.key[name] != two.key[name]]
-    digests = {side.members[0].version["data_digest"] for side in sides}
+    digests = {side.members[0].version["data_digest"] for side in (one, two)}
     if not differing and ({*one.ids} != {*two.ids} or len(digests) > 1):
         differing = ["test rows"]
     if differing:
         raise LatentWireError(f"{first} and {second} differ in {', '.join(differing)}: evaluate both on the same data")
-    return sides
-
-
-def paired_experiments(first: Path, second: Path, correction: str, alpha: float = 0.05) -> dict[str, Any]:
-    """The first experiment's methods minus the second's, each method that both have, on the same rows."""
-    sides = matched_groups(first, second)
-    names = [name for name in sides[0].methods if name in sides[1].methods]
+    names = {name: (f"{name} (1)", f"{name} (2)") for name in one.methods if name in two.methods}
     if not names:
         raise LatentWireError(f"{first} and {second} have no method in common")
-    scores = {f"{name} ({i})": side.methods[name] for i, side in enumerate(sides, 1) for name in names}
-    group = ResultGroup(f"{first} and {second}", sides[0].key, sides[0].members, scores)
-    found = {name: group.beside(f"{name} (1)", f"{name} (2)") for name in names}
-    same = {name: (group.scores(f"{name} (1)").tobytes(), group.scores(f"{name} (2)").tobytes()) for name in names}
+    scores = {own[i]: side.methods[name] for i, side in enumerate((one, two)) for name, own in names.items()}
+    group = ResultGroup(f"{first} and {second}", one.key, one.members, scores)
+    found = {name: group.beside(*own) for name, own in names.items()}
+    same = {name: tuple(group.scores(side).tobytes() for side in own) for name, own in names.items()}
     for control in (True, False):  # two families, as everywhere
         family = {name: found[name] for name in names if Kind.of(name).control == control}
-        mark_corrected(family, correction, alpha, same)
-    means = {name: {"exp1": group.summaries[f"{name} (1)"], "exp2": group.summaries[f"{name} (2)"]} for name in names}
-    return {"schema": 1, "exp1": str(first), "exp2": str(second), **group.key, "correction": correction, "alpha": alpha,
+        mark_corrected(family, correction, 0.05, same)
+    means = {name: {"exp1": group.summaries[a], "exp2": group.summaries[b]} for name, (a, b) in names.items()}
+    return {"schema": 1, "exp1": str(first), "exp2": str(second), **group.key, "correction": correction, "alpha": 0.05,
             "means": means, "comparisons": found}  # fmt: skip
 
 
 def head_to_head(latent: Path, text: Path) -> dict[str, Any]:
     """One run's bridge against the text baseline of another or the same, example by example, as results."""
     bridge, baseline = recorded(latent, "bridge"), recorded(text, "text")
-    sides = [bridge.rows["bridge"], baseline.rows["text"]]
-    golds = [{name: row["gold"] for name, row in rows.items()} for rows in sides]
-    headline = bridge.facts["headline"]
+    ours, theirs, headline = bridge.rows["bridge"], baseline.rows["text"], bridge.facts["headline"]
+    golds = [{name: row["gold"] for name, row in rows.items()} for rows in (ours, theirs)]
     if golds[0] != golds[1] or headline != baseline.facts["headline"]:
-        rows_of = f"{len(sides[0])} and {len(sides[1])} rows"
-        raise LatentWireError(
-            f"{latent} and {text} answer different questions ({rows_of}); evaluate both on the same data"
-        )
-    rows = {"bridge": [*sides[0].values()], "text": [sides[1][name] for name in sides[0]]}
-    values = [headline_values(own, headline) for own in rows.values()]
-    p, _ = paired_p(values[0], values[1], 42, clusters=clusters_of(rows["bridge"]), graded=headline == "f1")
-    gap = 100 * (sum(values[0]) - sum(values[1])) / len(values[0])
-    verdict = f"latents minus text: {gap:+.1f} points of {headline}, paired p {p:.2g}, n {len(rows['bridge'])}"
+        questions = f"different questions ({len(ours)} and {len(theirs)} rows)"
+        raise LatentWireError(f"{latent} and {text} answer {questions}; evaluate both on the same data")
+    rows, n = {"bridge": [*ours.values()], "text": [theirs[name] for name in ours]}, len(ours)
+    a, b = (headline_values(own, headline) for own in rows.values())
+    p, _ = paired_p(a, b, 42, clusters=clusters_of(rows["bridge"]), graded=headline == "f1")
+    gap = 100 * (sum(a) - sum(b)) / n
+    verdict = f"latents minus text: {gap:+.1f} points of {headline}, paired p {p:.2g}, n {n}"
     summaries = {name: summarize(own, headline, 42) for name, own in rows.items()}
-    told = {"n": len(rows["bridge"]), "methods": summaries, "p_bridge_vs": {"text": p}, "verdict": verdict}
-    return {**bridge.facts, **told}
+    return {**bridge.facts, "n": n, "methods": summaries, "p_bridge_vs": {"text": p}, "verdict": verdict}
 
 
 def beside_base(folder: Path) -> dict[str, Any]:
@@ -12116,33 +12078,23 @@ def beside_base(folder: Path) -> dict[str, Any]:
     ``q`` is p after Benjamini and Hochberg (1995) over all runs.
     """
     home = recorded(folder / "base", "bridge")
-    facts, headline = home.facts, home.facts["headline"]
-    scores = {"base": home.scores["bridge"]}
+    facts, headline, base = home.facts, home.facts["headline"], home.scores["bridge"]
+    scores = {"base": base}
     for path in sorted(folder.glob("*/results.json")):
         other = recorded(path, "bridge")
-        if other.facts["headline"] == headline:
-            scores[path.parent.name] = other.scores["bridge"]
-        if scores.get(path.parent.name, scores["base"]).keys() != scores["base"].keys():
+        if other.facts["headline"] != headline:
+            continue
+        if other.scores["bridge"].keys() != base.keys():
             raise LatentWireError(f"{path.parent} was evaluated on other rows than {folder / 'base'}")
+        scores[path.parent.name] = other.scores["bridge"]
     group = ResultGroup("effects", home.key, [home], {name: {None: own} for name, own in scores.items()})
     tests = {name: group.beside(name, "base") for name in scores if name != "base"}
     mark_corrected(tests, "bh", 0.05)
-    gaps = {name: [scores[name][key] - value for key, value in scores["base"].items()] for name in tests}
-    told = {name: {headline: group.means[name], "difference": sum(gaps[name]) / len(gaps[name]), "ci": row["ci"],
-                   "p": row["p"], "q": row["p_corrected"]} for name, row in tests.items()}  # fmt: skip
-    names = ("sender", "receiver", "seed_of_training", "source_sha256")
-    return {
-        "schema": 1, "dataset": facts["dataset"], "n": facts["n"], "headline": headline,
-        "base": home.results["methods"]["bridge"], "effects": told,
-        "provenance": {name: facts["provenance"][name] for name in names},
-    }  # fmt: skip
-
-
-BROKEN = "Broken is not beaten: trained and no better than a constant answer, or as its gate says; never compared."
-TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"$\mathdollar$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-       "[": "{[}", "]": "{]}", "`": r"\textasciigrave{}", "†": r"$\dagger$",
-       "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--", "±": r"$\pm$", "→": r"$\rightarrow$",
-       "<": "$<$", ">": "$>$", "≥": r"$\geq$", "×": r"$\times$", "·": r"$\cdot$", "−": "$-$"}  # fmt: skip
+    told = {name: {headline: group.means[name], "difference": row["difference"], "ci": row["ci"], "p": row["p"],
+                   "q": row["p_corrected"]} for name, row in tests.items()}  # fmt: skip
+    made = {name: facts["provenance"][name] for name in ("sender", "receiver", "seed_of_training", "source_sha256")}
+    return {"schema": 1, "dataset": facts["dataset"], "n": facts["n"], "headline": headline,
+            "base": home.results["methods"]["bridge"], "effects": told, "provenance": made}  # fmt: skip
 
 
 def tex(text: Any) -> str:
@@ -12195,10 +12147,6 @@ class TextTable:
         frame = require("pandas").DataFrame(cells, columns=[*map(tex, self.heads)])
         layout = "l" + "r" * (len(self.heads) - 1)
         return frame.style.hide(axis="index").to_latex(hrules=True, column_format=layout).encode()
-
-
-COLOURS = {"bridge": "#0072B2", "text": "#009E73", "probe": "#E69F00", "rival": "#56B4E9", "control": "#999999"}
-"""By Okabe and Ito (2008), told apart by every eye."""
 
 
 def family_of(method: str, kinds: Mapping[str, Kind]) -> str:
@@ -12316,7 +12264,9 @@ def groups_table(groups: Sequence[ResultGroup]) -> str:
     tables = []
     for pair in dict.fromkeys((c.key["sender"], c.key["receiver"], c.key["split"]) for c in groups):
         own = [c for c in groups if (c.key["sender"], c.key["receiver"], c.key["split"]) == pair]
-        heads = [f"{c.title}, {c.headline} %" + (f", n {c.key['n']}" if ", n " not in c.title else "") for c in own]
+        heads = [
+            f"{c.title}, {c.key['metric']} %" + (f", n {c.key['n']}" if ", n " not in c.title else "") for c in own
+        ]
         note = f"{md(pair[0])} → {md(pair[1])}; ± deviation over (so many) seeds, else the 95 % interval of one run"
         note += "; ↑ above the bridge." if any("bridge" in c.methods for c in own) else "."
         note += f" {BROKEN}" if any(c.broken for c in own) else ""
@@ -12409,20 +12359,6 @@ def aggregate(inputs: ReportInputs, base: Path, output: Path) -> Path:
     return output / "aggregated_results.json"
 
 
-SERIES = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#000000",
-)  # of Okabe and Ito too, without yellow
-MARKS = "osD^vP*X"
-LOOKS = [(MARKS[i % 8], SERIES[i % 7], ("-", "--", ":", "-.")[i // 7 % 4]) for i in range(56)]
-"""Marker, colour and dashes of one series after the other; together they tell 56 apart."""
-
-
 def fit(canvas: Any) -> None:
     """Wrap titles, axis labels and legend entries that are wider than the figure; ticks that touch become fewer."""
     from matplotlib.ticker import LogLocator
@@ -12505,18 +12441,9 @@ def figure(path: Path, height: float = 2.6, panels: tuple[int, int] = (1, 1), wi
             canvas.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
 
 
-FIGURES: Registry[Callable[[ReportInputs, Path], bool]] = Registry("figures", "figure")
-"""Each draws to a path without suffix where there is something to draw; → whether there was."""
-
-
 def fewest_latents(groups: Sequence[ResultGroup]) -> list[ResultGroup]:
     """Of each data set and pair of models the group with the fewest latents."""
     return [*{tuple(c.key[n] for n in ("dataset", "sender", "receiver")): c for c in reversed(groups)}.values()][::-1]
-
-
-CHIEF = ("bridge", "text", "zeroshot:sender", "fewshot:receiver", "lora", "prompt_tuning", "probe", "probe:receiver",
-         "linear_bridge", "same_model_bridge", "sender_label", "text_relay:16", "token_budget", "llmlingua", "control:zero",
-         "control:shuffled", "control:none", "control:prompt", "control:prompt_tuning")  # fmt: skip
 
 
 @FIGURES.register("methods")
@@ -12539,7 +12466,7 @@ def methods_figure(inputs: ReportInputs, path: Path) -> bool:
             hollow = [place for *place, name in zip(means, at, shown, strict=True) if name in group.broken]
             if hollow:
                 axes.plot(*zip(*hollow, strict=True), mark, markersize=3, color=color, mfc="white")
-        axes.set(xlabel=f"{listed(c.headline for c in groups)} (%); whiskers: 95 % interval", xlim=(0, 100))
+        axes.set(xlabel=f"{listed(c.key['metric'] for c in groups)} (%); whiskers: 95 % interval", xlim=(0, 100))
         axes.set_yticks(range(len(names)), [PLAIN_NAMES.get(name, name) for name in names])
         note = "; hollow: broken" if any(name in group.broken for group in groups for name in names) else ""
         axes.set_title(f"Chief methods; of each data set and pair the fewest latents{note}", loc="left", fontsize=7)
@@ -12566,7 +12493,7 @@ def bar_chart(group: ResultGroup, path: Path) -> None:
             axes.legend(frameon=False, fontsize=6.5, loc="lower left", bbox_to_anchor=(0, 1.0), borderaxespad=0.1)
         size = "" if f"n {group.key['n']}" in group.title else f", n = {group.key['n']}"
         axes.figure.suptitle(f"{group.title}{size}", x=0.01, ha="left", fontsize=7)
-        axes.figure.supxlabel(f"{group.headline} (%); whiskers: 95 % interval", fontsize=8)
+        axes.figure.supxlabel(f"{group.key['metric']} (%); whiskers: 95 % interval", fontsize=8)
         axes.set(xlim=(0, 100), ylim=(-0.6, len(names) - 0.4))
 
 
@@ -12720,7 +12647,7 @@ def tokens_figure(inputs: ReportInputs, path: Path) -> bool:
         counts = sorted({k for rows in found.values() for k, _ in rows})
         axes.set_xticks(counts, [str(k) for k in counts])
         axes.minorticks_off()
-        scores = listed(group.headline for group in inputs.bridged())
+        scores = listed(group.key["metric"] for group in inputs.bridged())
         axes.set(xlabel="latents; whiskers: 95 % interval", ylabel=f"{scores} (%)", ylim=(0, 100))
         legend_below(3, axes)
     return True
@@ -12773,7 +12700,7 @@ def pareto_figure(inputs: ReportInputs, path: Path) -> bool:
                 if front:
                     one.plot(*zip(*front, strict=True), color="black", linewidth=0.6, drawstyle="steps-post", zorder=0)
                 one.set(xlabel=label, xscale="log")
-            row[0].set(ylabel=f"{group.headline} (%)")
+            row[0].set(ylabel=f"{group.key['metric']} (%)")
             row[0].set_title(f"{group.title}; line: best so far, hollow: broken", loc="left", fontsize=7)
         legend_below(2, *axes.flat)
     return True
@@ -12802,7 +12729,7 @@ def relay_figure(inputs: ReportInputs, path: Path) -> bool:
         axes.set_xticks(sizes, map(str, sizes))
         axes.minorticks_off()
         axes.set(xlabel="tokens the sender writes (dashed: the bridge)", ylim=(0, 100))
-        axes.set(ylabel=f"{listed(c.headline for c in groups)} (%)")
+        axes.set(ylabel=f"{listed(c.key['metric'] for c in groups)} (%)")
         axes.set_title("Of each data set and pair the fewest latents", loc="left", fontsize=7)
         legend_below(3, axes)
     return True
@@ -12944,7 +12871,7 @@ def report_tables(inputs: ReportInputs) -> list[TextTable]:
         note += f"serialised message, or of the text; p is of a paired test on the same examples.{broken}"
         tables = [replace(results_table(groups[0].members[0].results), title="What came through", note=note)]
     else:
-        table = method_table(groups, [f"{group.title}, {group.headline} %" for group in groups])
+        table = method_table(groups, [f"{group.title}, {group.key['metric']} %" for group in groups])
         note = f"± over seeds, else the 95 % interval of one run.{broken}"
         tables = [replace(table, title="All of it", note=note)]
     for own in inputs.comparisons:
@@ -12998,10 +12925,6 @@ def significantly_best(group: ResultGroup) -> str | None:
     if len(ranked) < 2 or means[ranked[0]] == means[ranked[1]]:
         return None
     return ranked[0] if group.beside(ranked[0], ranked[1])["p"] < 0.05 else None
-
-
-TABLES: Registry[Callable[[ReportInputs], bytes | None]] = Registry("tables", "table")
-"""Each makes LaTeX, or None where there is nothing to say."""
 
 
 @TABLES.register("numbers")
