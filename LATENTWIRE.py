@@ -12116,10 +12116,7 @@ def csv_cell(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class TextTable:
-    """Cells of text below heads, the first column words, the others numbers; ``kinds`` name the rows' families.
-
-    A page and the terminal lay them out themselves, by ``PAGE`` and by ``RichReport.rows``.
-    """
+    """Cells of text below heads, the first column words, the others numbers; ``kinds`` name the rows' families."""
 
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -12127,12 +12124,11 @@ class TextTable:
     note: str = ""
     kinds: Sequence[str] = ()
 
-    def text(self, margin: str = "") -> Iterator[str]:
-        """Lines of plain text."""
-        widths = [max(map(len, cells)) for cells in zip(self.heads, *self.rows, strict=True)]
-        for first, *others in [self.heads, *self.rows]:
-            parts = [first.ljust(widths[0]), *map(str.rjust, others, widths[1:])]
-            yield margin + "  ".join(parts).rstrip()
+    def text(self) -> Iterator[str]:
+        """Lines of plain text, indented."""
+        left, *others = (max(map(len, cells)) for cells in zip(self.heads, *self.rows, strict=True))
+        for word, *numbers in [self.heads, *self.rows]:
+            yield "  ".join(["", word.ljust(left), *map(str.rjust, numbers, others)]).rstrip()
 
     def markdown(self) -> str:
         """As Markdown."""
@@ -12168,27 +12164,22 @@ def cell(told: Mapping[str, Any] | None, broken: bool = False) -> str:
     """A mean in per cent and its deviation over seeds, or the interval of one run; marked where the method is broken."""
     if told is None:
         return "–"
-    mark = " broken" if broken else ""
-    if told["sd"]:
-        return f"{100 * told['mean']:.1f} ± {100 * told['sd']:.1f} ({len(told['values'])}){mark}"
-    return f"{100 * told['mean']:.1f} ({100 * told['ci'][0]:.1f}–{100 * told['ci'][1]:.1f}){mark}"
+    (low, high), sd = told["ci"], told["sd"]
+    spread = f"± {100 * sd:.1f} ({len(told['values'])})" if sd else f"({100 * low:.1f}–{100 * high:.1f})"
+    return f"{100 * told['mean']:.1f} {spread}{' broken' if broken else ''}"
 
 
 def results_table(results: Mapping[str, Any]) -> TextTable:
     """Method, headline with interval, generation, bytes, and p against the bridge; broken methods are marked."""
     rows, broken = [], {*results.get("gates", {})} - {"bridge"}
     for name, summary in results["methods"].items():
-        low, high = summary["ci"]
+        (low, high), said, tokens, size = (summary.get(key) for key in ("ci", "gen_accuracy", "tokens", "bytes"))
+        silent = said is None or name.partition(":")[0] in ("probe", "ensemble")
         p = None if name in broken else results.get("p_bridge_vs", {}).get(name)
-        generated = summary["gen_accuracy"]
         rows.append([
-            marked(name, broken),
-            f"{100 * summary[results['headline']]:.1f}",
-            f"{100 * low:.1f}–{100 * high:.1f}",
-            "–" if generated is None or name.partition(":")[0] in ("probe", "ensemble") else f"{100 * generated:.1f}",
-            "–" if summary.get("tokens") is None else f"{summary['tokens']:.0f}",
-            f"{summary['bytes']:.0f}" if summary["bytes"] else "–",
-            written_p(p),
+            marked(name, broken), f"{100 * summary[results['headline']]:.1f}", f"{100 * low:.1f}–{100 * high:.1f}",
+            "–" if silent else f"{100 * said:.1f}", "–" if tokens is None else f"{tokens:.0f}",
+            f"{size:.0f}" if size else "–", written_p(p),
         ])  # fmt: skip
     kinds = kinds_of(results, results["methods"])
     heads = ("method", f"{results['headline']} %", "95 % CI", "said %", "tokens", "bytes", "p")
@@ -12205,8 +12196,7 @@ def side_remarks(results: Mapping[str, Any]) -> list[str]:
             f"compression: {c['sequence']:.1f} times fewer receiver tokens ({c['tokens']:.0f} to {c['latents']:.0f} latents); "
             f"{c['message_bytes']:.0f} bytes for {c['utf8_bytes']:.0f} of text, {larger}"
         )
-    for name, other in results.get("receivers", {}).items():
-        lines.append(f"{name}: {other['verdict']}")
+    lines += [f"{name}: {other['verdict']}" for name, other in results.get("receivers", {}).items()]
     if "joint" in results:
         said = ", ".join(f"{name.replace('_', ' ')} {value['mean']:.3f}" for name, value in results["joint"].items())
         lines.append(f"receivers together: {said}")
@@ -12231,15 +12221,14 @@ def statistical_report(
     groups = [group for group in groups if reference in group.methods] or groups if reference else groups
     found, lines = [compared(group, reference, correction, alpha) for group in groups], []
     for told in found:
-        lines.append(f"{told['title']}: {told['sender']} → {told['receiver']}, {told['metric']}, n {told['n']}")
-        lines.append(f"  {told['verdict']}")
-        lines += [f"  careful: {text}" for text in told["warnings"]]
         tests = ", ".join(sorted({row["test"] for row in told["comparisons"].values()}))
         sizes = ", ".join(f"{count} of {family}" for family, count in told["tests"].items() if count)
-        how = f"p of {tests}; corrected: {correction} over {sizes};"
-        lines.append(f"  {told['reference']} minus others, in points; {how}")
-        lines.append("  d: Cohen's d of the paired differences")
-        lines += [*comparison_table(told["comparisons"]).text("  "), ""]
+        lines += [
+            f"{told['title']}: {told['sender']} → {told['receiver']}, {told['metric']}, n {told['n']}",
+            f"  {told['verdict']}", *(f"  careful: {text}" for text in told["warnings"]),
+            f"  {told['reference']} minus others, in points; p of {tests}; corrected: {correction} over {sizes};",
+            "  d: Cohen's d of the paired differences", *comparison_table(told["comparisons"]).text(), "",
+        ]  # fmt: skip
     text = "\n".join(lines)
     write_json(output, {"schema": 1, "correction": correction, "alpha": alpha, "columns": found})
     write_atomic(output.with_suffix(".txt"), text.encode())
@@ -12264,9 +12253,8 @@ def groups_table(groups: Sequence[ResultGroup]) -> str:
     tables = []
     for pair in dict.fromkeys((c.key["sender"], c.key["receiver"], c.key["split"]) for c in groups):
         own = [c for c in groups if (c.key["sender"], c.key["receiver"], c.key["split"]) == pair]
-        heads = [
-            f"{c.title}, {c.key['metric']} %" + (f", n {c.key['n']}" if ", n " not in c.title else "") for c in own
-        ]
+        sizes = ["" if ", n " in c.title else f", n {c.key['n']}" for c in own]
+        heads = [f"{c.title}, {c.key['metric']} %{size}" for c, size in zip(own, sizes, strict=True)]
         note = f"{md(pair[0])} → {md(pair[1])}; ± deviation over (so many) seeds, else the 95 % interval of one run"
         note += "; ↑ above the bridge." if any("bridge" in c.methods for c in own) else "."
         note += f" {BROKEN}" if any(c.broken for c in own) else ""
@@ -12302,13 +12290,11 @@ class ReportInputs:
         members = [member.file.parent for group in groups for member in group.members]
         home = Path(os.path.commonpath(members)) if base.is_file() and members else base
         runs = {short(folder, home): folder for folder in dict.fromkeys(members)}
-        read = {name: read_rows(folder / "diagnostics.jsonl", own=False) for name, folder in runs.items()}
-        logs = {name: rows for name, rows in read.items() if rows}
+        logs = {name: read_rows(folder / "diagnostics.jsonl", own=False) for name, folder in runs.items()}
         configs = {name: Run(folder).saved() for name, folder in runs.items() if Run(folder).config_path.exists()}
-        measured = sorted(home.rglob("benchmark.json"))
-        benchmark = json_object(measured[0]) if measured else {}
+        benchmark: dict[str, Any] = next(map(json_object, sorted(home.rglob("benchmark.json"))), {})
         artifacts = next(filter(Path.exists, (folder / "artifacts.safetensors" for folder in runs.values())), None)
-        return cls(groups, left, logs, benchmark, artifacts, configs)
+        return cls(groups, left, {name: rows for name, rows in logs.items() if rows}, benchmark, artifacts, configs)
 
     @functools.cached_property
     def comparisons(self) -> list[dict[str, Any]]:
@@ -12321,38 +12307,30 @@ class ReportInputs:
 
 
 def aggregate(inputs: ReportInputs, base: Path, output: Path) -> Path:
-    """Every evaluation below ``base``, put together from its records; → the main file.
-
-    ``aggregated_results.json``, ``.csv`` and ``.md`` have a row per method, data set and settings, with every run's file
-    and provenance; ``table.md`` has a column per data set.
-    """
-    pandas = require("pandas")
-    groups, entries, rows = inputs.groups, [], []
-    for group in groups:
+    """Every evaluation below ``base``, put together from its records as JSON, CSV and Markdown; → the JSON file."""
+    entries, rows = [], []
+    for group in inputs.groups:
         runs = []
         for member in group.members:
             member.rebuild()
             made = member.facts["provenance"]
-            names = ("command", "commit", "source_sha256", "data", "packages", "started")
-            kept = {name: made.get(name) for name in names}
+            kept = {n: made.get(n) for n in ("command", "commit", "source_sha256", "data", "packages", "started")}
             runs.append({"file": os.path.relpath(member.file, output), "seed": made.get("seed_of_training"),
                          "verdict": member.results["verdict"], **member.version, **kept})  # fmt: skip
         own = {"title": group.title, "runs": runs, "methods": group.summaries, "broken": group.broken}
-        entries.append({**group.key, **own})
-        for name, told in group.summaries.items():
-            rows.append({**group.key, "method": name, "mean": told["mean"], "sd": told["sd"], "ci_low": told["ci"][0],
-                         "ci_high": told["ci"][1], "runs": len(told["values"]),
-                         "broken": group.broken.get(name, "")})  # fmt: skip
-    frame = pandas.DataFrame(rows)
+        entries.append(group.key | own)
+        rows += [{**group.key, "method": name, "mean": told["mean"], "sd": told["sd"], "ci_low": told["ci"][0],
+                  "ci_high": told["ci"][1], "runs": len(told["values"]), "broken": group.broken.get(name, "")}
+                 for name, told in group.summaries.items()]  # fmt: skip
     heads = ["dataset", "models", "latents", "settings", "method", "metric", "mean ± sd", "runs"]
     lines = [[row["dataset"], f"{row['sender']} → {row['receiver']}", str(row["latent_len"]), row["settings"],
               row["method"] + (" (broken)" if row["broken"] else ""),
               row["metric"], f"{row['mean']:.3f}" + (f" ± {row['sd']:.3f}" if row["sd"] is not None else ""), str(row["runs"])]
              for row in rows]  # fmt: skip
+    frame = require("pandas").DataFrame(rows).map(csv_cell).rename(columns=csv_cell)
     write_atomic(output / "aggregated_results.md", TextTable(heads, lines).markdown().encode())
-    safe = frame.map(csv_cell).rename(columns=csv_cell)
-    write_atomic(output / "aggregated_results.csv", safe.to_csv(index=False).encode())
-    write_atomic(output / "table.md", groups_table(groups).encode())
+    write_atomic(output / "aggregated_results.csv", frame.to_csv(index=False).encode())
+    write_atomic(output / "table.md", groups_table(inputs.groups).encode())
     if (base / "base" / "results.json").is_file():
         write_json(output / "effects.json", beside_base(base))
     write_json(output / "aggregated_results.json", nameless({"schema": 2, "left_out": inputs.left, "groups": entries}))
@@ -12361,8 +12339,15 @@ def aggregate(inputs: ReportInputs, base: Path, output: Path) -> Path:
 
 def fit(canvas: Any) -> None:
     """Wrap titles, axis labels and legend entries that are wider than the figure; ticks that touch become fewer."""
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
+    logs = [axis for one in canvas.axes for axis in (one.xaxis, one.yaxis) if axis.get_scale() == "log"]
+    for axis in logs:
+        if not isinstance(axis.get_major_locator(), FixedLocator):
+            low, high = sorted(axis.get_view_interval())
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if low > 0 and high / low < 100 else (1,)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(NullFormatter())
     for _ in range(2):
         canvas.draw_without_rendering()
         legends = [*canvas.legends, *(one.get_legend() for one in canvas.axes if one.get_legend())]
@@ -12375,11 +12360,10 @@ def fit(canvas: Any) -> None:
                 most = max(len(line) for line in text.get_text().split("\n"))
                 room = max(12, int(most * (1 - over / box.width)) - 1)
                 text.set_text("\n".join(textwrap.fill(line, room) for line in text.get_text().split("\n")))
-    for one in (axis for axes in canvas.axes for axis in (axes.xaxis, axes.yaxis) if axis.get_scale() == "log"):
-        labels = [tick.label1 for tick in one.get_major_ticks() if tick.label1.get_text()]
-        boxes = [label.get_window_extent() for label in labels]
+    for axis in logs:
+        boxes = [tick.label1.get_window_extent() for tick in axis.get_major_ticks() if tick.label1.get_text()]
         if any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2)):
-            one.set_major_locator(LogLocator(subs=(1,)))
+            axis.set_major_locator(LogLocator(subs=(1,)))
 
 
 def legend_below(columns: int, *axes: Any) -> None:
@@ -12387,9 +12371,8 @@ def legend_below(columns: int, *axes: Any) -> None:
     found = {name: handle for one in axes for handle, name in zip(*one.get_legend_handles_labels(), strict=True)}
     lines = [textwrap.fill(str(name), 52) for name in found]
     longest = max((len(part) for line in lines for part in line.split("\n")), default=1)
-    columns = max(1, min(columns, 56 // (longest + 4)))
-    handles = [*found.values()]
-    axes[0].figure.legend(handles, lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=7)
+    style: Any = {"ncols": max(1, min(columns, 56 // (longest + 4))), "frameon": False, "fontsize": 7}
+    axes[0].figure.legend([*found.values()], lines, loc="outside lower center", **style)
 
 
 def whiskers(told: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[float]]]:
@@ -12400,38 +12383,20 @@ def whiskers(told: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[
 
 
 @contextlib.contextmanager
-def figure(path: Path, height: float = 2.6, panels: tuple[int, int] = (1, 1), width: float = 3.4) -> Iterator[Any]:
-    """Axes to draw on, an array of them for several panels; then saved beside each other as PNG and PDF, no display needed.
-
-    As wide as one column of a paper, in type that needs no shrinking; the same input gives the same bytes.
-    """
+def figure(path: Path, height: float = 2.6, panels: tuple[int, int] = (1, 1)) -> Iterator[Any]:
+    """Axes to draw on, an array of several panels; then saved as PNG and PDF, one column wide, of the same bytes."""
     require("matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.text import Text
-    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
-    style: Any = {
-        "font.size": 8,
-        "pdf.fonttype": 42,
-        "axes.linewidth": 0.6,
-        "lines.linewidth": 1.1,
-        "lines.markersize": 4,
-    }
-    with rc_context(style):
-        canvas = Figure(figsize=(width, height), layout="constrained")
+    style: Any = {"font.size": 8, "pdf.fonttype": 42, "axes.linewidth": 0.6, "lines.linewidth": 1.1}
+    with rc_context(style | {"lines.markersize": 4}):
+        canvas = Figure(figsize=(3.4, height), layout="constrained")
         axes = canvas.subplots(*panels)
-        for one in [axes] if panels == (1, 1) else axes.flat:
+        for one in canvas.axes:
             one.spines[["top", "right"]].set_visible(False)
         yield axes
-        for one in canvas.axes:
-            for axis in (one.xaxis, one.yaxis):
-                if axis.get_scale() == "log" and not isinstance(axis.get_major_locator(), FixedLocator):
-                    low, high = sorted(axis.get_view_interval())
-                    few = low > 0 and high / low < 100
-                    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
-                    axis.set_major_formatter("{x:g}")
-                    axis.set_minor_formatter(NullFormatter())
         for text in canvas.findobj(Text):
             text.set_parse_math(False)  # names are no formulas
         fit(canvas)
@@ -12535,42 +12500,40 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.plot(steps, losses, color=COLOURS["control"], alpha=0.35, linewidth=0.6)
         axes.plot(steps, smoothed(losses), color=COLOURS["bridge"], label="training loss (weighted sum)")
         axes.set(xlabel="optimizer step", ylabel="loss (nats)", yscale="log")
+        at = [row["step"] for row in checks]
         if checks and "val_accuracy" in checks[0]:
             right = axes.twinx()
-            values = [100 * r["val_accuracy"] for r in checks]
-            right.plot([r["step"] for r in checks], values, "o-", color=COLOURS["probe"])
+            right.plot(at, [100 * row["val_accuracy"] for row in checks], "o-", color=COLOURS["probe"])
             right.set(ylabel="validation accuracy (%)", ylim=(0, 100))
             right.yaxis.label.set_color("#9a6700")
             right.spines["top"].set_visible(False)
         elif checks:
-            values = [r["val_loss"] for r in checks]
-            axes.plot([r["step"] for r in checks], values, "o-", color=COLOURS["probe"], label="validation")
+            axes.plot(at, [row["val_loss"] for row in checks], "o-", color=COLOURS["probe"], label="validation")
         axes.legend(frameon=False, loc="lower left")
 
 
 @functools.lru_cache(maxsize=2)
-def opened_artifacts(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors as float32 arrays, and what is said about them."""
+def opened_artifacts(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors as float32 arrays, and what is said about them; nothing where there is no file."""
     from safetensors import safe_open
 
+    if path is None:
+        return {}, {}
     with safe_open(path, "np") as file:
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = json.loads(file.metadata()["about"])
-    return {name: value.astype("float32") for name, value in arrays.items()}, about
+        arrays = {name: file.get_tensor(name).astype("float32") for name in file.keys()}  # noqa: SIM118
+        return arrays, json.loads(file.metadata()["about"])
 
 
 @FIGURES.register("latents")
 def latents_figure(inputs: ReportInputs, path: Path) -> bool:
     """Latents by class: t-SNE (van der Maaten and Hinton 2008) and PCA, by scikit-learn."""
-    if inputs.artifacts is None:
-        return False
     arrays, about = opened_artifacts(inputs.artifacts)
+    if len(arrays.get("latents", ())) < 10:
+        return False
     points, weights = arrays["latents"], arrays["mask"][..., None]
     if points.shape[1] > 64:
         points = (points * weights).sum(1) / weights.sum(1)
     points = points.reshape(len(points), -1)
-    if len(points) < 10:
-        return False
     decomposition = require("sklearn.decomposition", "scikit-learn")
     manifold = require("sklearn.manifold", "scikit-learn")
     flat = decomposition.PCA(min(50, *points.shape), svd_solver="full", random_state=0).fit(points)
@@ -12597,8 +12560,6 @@ def attention_figure(inputs: ReportInputs, path: Path) -> bool:
     """Where each latent looks in one text (last block, mean of its heads), and each head's entropy."""
     import numpy as np
 
-    if inputs.artifacts is None:
-        return False
     arrays, about = opened_artifacts(inputs.artifacts)
     if "attention" not in arrays:
         return False
@@ -12647,8 +12608,8 @@ def tokens_figure(inputs: ReportInputs, path: Path) -> bool:
         counts = sorted({k for rows in found.values() for k, _ in rows})
         axes.set_xticks(counts, [str(k) for k in counts])
         axes.minorticks_off()
-        scores = listed(group.key["metric"] for group in inputs.bridged())
-        axes.set(xlabel="latents; whiskers: 95 % interval", ylabel=f"{scores} (%)", ylim=(0, 100))
+        score = listed(group.key["metric"] for group in inputs.bridged())
+        axes.set(xlabel="latents; whiskers: 95 % interval", ylabel=f"{score} (%)", ylim=(0, 100))
         legend_below(3, axes)
     return True
 
@@ -12664,9 +12625,7 @@ def rates_of(group: ResultGroup) -> list[tuple[str, float, float, float]]:
 
     What reads the whole text without counting it (LoRA, prompt tuning, ensembles) stands where the full text does.
     """
-    results: dict[str, Any] = {}
-    for member in group.members:
-        results = member.results["methods"] | results
+    results = collections.ChainMap(*(member.results["methods"] for member in group.members))
     text, found = results.get("text", {}), []
     for name in group.methods:
         if name in results and name != "same_label" and not group.kinds[name].control:
@@ -12682,11 +12641,9 @@ def pareto_figure(inputs: ReportInputs, path: Path) -> bool:
     panels = [(c, points) for c in inputs.bridged() if len(points := rates_of(c)) > 2]
     if not panels:
         return False
-    names = [*dict.fromkeys(unsized(name) for _, points in panels for name, *_ in points)]
-    look = {
-        name: (MARKS[i % 8], SERIES[1 + (i + i // 24) % 6 if i else 0])  # no rival has the bridge's colour
-        for i, name in enumerate(sorted(names, key=lambda n: n != "bridge"))
-    }
+    every = dict.fromkeys(unsized(name) for _, points in panels for name, *_ in points)
+    names = sorted(every, key=lambda name: name != "bridge")  # no rival has its colour
+    look = {name: (MARKS[i % 8], SERIES[1 + (i + i // 24) % 6 if i else 0]) for i, name in enumerate(names)}
     with figure(path, height=1.0 + 1.75 * len(panels) + 0.1 * len(names), panels=(len(panels), 2)) as axes:
         for (group, points), row in zip(panels, axes if len(panels) > 1 else [axes], strict=True):
             for one, at, label in ((row[0], 1, "receiver tokens"), (row[1], 2, "bytes")):
@@ -12728,8 +12685,8 @@ def relay_figure(inputs: ReportInputs, path: Path) -> bool:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, map(str, sizes))
         axes.minorticks_off()
-        axes.set(xlabel="tokens the sender writes (dashed: the bridge)", ylim=(0, 100))
-        axes.set(ylabel=f"{listed(c.key['metric'] for c in groups)} (%)")
+        score = listed(group.key["metric"] for group in groups)
+        axes.set(xlabel="tokens the sender writes (dashed: the bridge)", ylabel=f"{score} (%)", ylim=(0, 100))
         axes.set_title("Of each data set and pair the fewest latents", loc="left", fontsize=7)
         legend_below(3, axes)
     return True
@@ -12743,8 +12700,7 @@ def latency_figure(inputs: ReportInputs, path: Path) -> bool:
         return False
     with figure(path, height=0.9 + 0.16 * len(latency)) as axes:
         names = [f"{row['arm']}, {row['answer_tokens'] or 'scored'}" for row in latency]
-        kinds = [row["arm"].partition(":")[0] for row in latency]
-        colours = [COLOURS.get(kind, COLOURS["probe"]) for kind in kinds]
+        colours = [COLOURS.get(row["arm"].partition(":")[0], COLOURS["probe"]) for row in latency]
         floors, medians = ([row[key] for row in latency] for key in ("floor_ms", "median_ms"))
         axes.hlines(names, floors, medians, colors=colours, linewidth=1)
         axes.scatter(medians, names, color=colours, zorder=3, s=12, label="median")
@@ -12773,22 +12729,10 @@ def benchmark_tables(results: Mapping[str, Any]) -> Iterator[TextTable]:
             yield TextTable([head.replace("_", " ") for head in heads], told, name)
 
 
-def benchmark_table(results: Mapping[str, Any]) -> str:
-    """All of it as Markdown."""
-    limits, dtype = results["limits"], results["dtype"].removeprefix("torch.")
-    lines = [
-        f"{md(results['sender']['name'])} → {md(results['receiver']['name'])}, {dtype}, {results['device']}, "
-        f"{results['engine']} engine; {results['input_tokens']} input tokens, {results['soft_tokens']} latents; measured "
-        f"limits {limits['bytes_per_s'] / 1e9:.0f} GB/s and {limits['flop_per_s'] / 1e12:.2f} TFLOP/s",
-        "",
-    ]
-    for table in benchmark_tables(results):
-        lines += [f"**{table.title}**", "", table.markdown()]
-    return "\n".join(lines)
-
-
 def log_curves(points: Sequence[tuple[str, float, float]], path: Path, across: str, up: str) -> None:
-    """A curve for each name over its (name, x, y) on logarithmic axes."""
+    """A curve for each name over its (name, x, y) on logarithmic axes; nothing where there are none."""
+    if not points:
+        return
     with figure(path) as axes:
         for name in dict.fromkeys(name for name, _, _ in points):
             axes.plot(*zip(*[(x, y) for own, x, y in points if own == name], strict=True), "o-", label=name)
@@ -12796,25 +12740,25 @@ def log_curves(points: Sequence[tuple[str, float, float]], path: Path, across: s
         axes.legend(frameon=False, fontsize=8)
 
 
-def draw_benchmark(results: Mapping[str, Any], folder: Path) -> None:
-    """Latency with the roofline, throughput over batch size, growth on logarithmic axes."""
-    latency_figure(ReportInputs([], [], {}, dict(results), None, {}), folder / "latency")
-    if "batched" in results:
-        curves = [(r["arm"], r["batch"], r["texts_per_s"]) for r in results["batched"]]
-        log_curves(curves, folder / "throughput", "texts at a time", "texts per second")
-    if "growth" in results:
-        grown = [(f"{r['of']}: time ∝ size^{r['exponent']:.2f}", r["size"], r["median_ms"]) for r in results["growth"]]
-        log_curves(grown, folder / "growth", "how many", "ms, median")
-        peaks = [(f"{r['of']}: memory ∝ size^{r['memory_exponent']:.2f}", r["size"], r["peak_above_mb"])
-                 for r in results["growth"] if r.get("memory_exponent") is not None and r["peak_above_mb"]]  # fmt: skip
-        if peaks:
-            log_curves(peaks, folder / "growth_memory", "how many", "MB above what was there")
-
-
 def write_benchmark(results: Mapping[str, Any], folder: Path) -> None:
-    """``benchmark.md`` and the figures of a benchmark's results."""
-    write_atomic(folder / "benchmark.md", benchmark_table(results).encode())
-    draw_benchmark(results, folder / "figures")
+    """``benchmark.md``, and figures: latency with the roofline, throughput over batch size, growth."""
+    limits, dtype = results["limits"], results["dtype"].removeprefix("torch.")
+    lines = [
+        f"{md(results['sender']['name'])} → {md(results['receiver']['name'])}, {dtype}, {results['device']}, "
+        f"{results['engine']} engine; {results['input_tokens']} input tokens, {results['soft_tokens']} latents; measured "
+        f"limits {limits['bytes_per_s'] / 1e9:.0f} GB/s and {limits['flop_per_s'] / 1e12:.2f} TFLOP/s\n",
+        *(f"**{table.title}**\n\n{table.markdown()}" for table in benchmark_tables(results)),
+    ]
+    write_atomic(folder / "benchmark.md", "\n".join(lines).encode())
+    figures, batched, growth = folder / "figures", results.get("batched", ()), results.get("growth", ())
+    latency_figure(ReportInputs([], [], {}, dict(results), None, {}), figures / "latency")
+    curves = [(r["arm"], r["batch"], r["texts_per_s"]) for r in batched]
+    log_curves(curves, figures / "throughput", "texts at a time", "texts per second")
+    curves = [(f"{r['of']}: time ∝ size^{r['exponent']:.2f}", r["size"], r["median_ms"]) for r in growth]
+    log_curves(curves, figures / "growth", "how many", "ms, median")
+    curves = [(f"{r['of']}: memory ∝ size^{r['memory_exponent']:.2f}", r["size"], r["peak_above_mb"])
+              for r in growth if r.get("memory_exponent") is not None and r["peak_above_mb"]]  # fmt: skip
+    log_curves(curves, figures / "growth_memory", "how many", "MB above what was there")
 
 
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,
@@ -12834,15 +12778,14 @@ figure,tr{break-inside:avoid}img{width:45%}}@media(max-width:40rem){body{margin:
 <p>{{ pair }}: the sender reads each text, {{ latents }} latents travel, the receiver answers without seeing the text. Both models
 are frozen. Grey rows carry nothing about the text: a bridge that does not beat them communicates nothing.</p>
 {% for line in beside %}<p>{{ line }}</p>{% endfor %}
-{% for table in tables %}{% if loop.index == 2 %}{% for name, note, data in pictures %}<figure><figcaption>{{ note }}</figcaption>
-<img alt="{{ name }}" src="data:image/png;base64,{{ data }}"></figure>{% endfor %}<h2>Differences</h2>{% endif %}
-{% if loop.first %}<h2>{{ table.title }}</h2>{% else %}<details{% if tables|length == 2 %} open{% endif %}>
-<summary>{{ table.title }}</summary>{% endif %}<div class="wide"><table><tr>{% for cell in table.heads %}<th>{{ cell }}</th>
-{% endfor %}</tr>{% for row in
-table.rows %}<tr class="{{ table.kinds[loop.index0] }}">{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table></div><p>{{ table.note }}</p>{% if not loop.first %}</details>{% endif %}{% endfor %}
-{% if tables|length == 1 %}{% for name, note, data in pictures %}<figure><figcaption>{{ note }}</figcaption>
-<img alt="{{ name }}" src="data:image/png;base64,{{ data }}"></figure>{% endfor %}{% endif %}
+{% macro shown(table) %}<div class="wide"><table><tr>{% for cell in table.heads %}<th>{{ cell }}</th>{% endfor %}</tr>
+{% for row in table.rows %}<tr class="{{ table.kinds[loop.index0] }}">{% for cell in row %}<td>{{ cell }}</td>
+{% endfor %}</tr>{% endfor %}</table></div><p>{{ table.note }}</p>{% endmacro %}
+<h2>{{ tables[0].title }}</h2>{{ shown(tables[0]) }}
+{% for name, note, data in pictures %}<figure><figcaption>{{ note }}</figcaption>
+<img alt="{{ name }}" src="data:image/png;base64,{{ data }}"></figure>{% endfor %}
+{% for table in tables[1:] %}{{ "<h2>Differences</h2>"|safe if loop.first }}<details{{ " open" if loop.length == 1 }}>
+<summary>{{ table.title }}</summary>{{ shown(table) }}</details>{% endfor %}
 <h2>How this was made</h2>{% for name, facts in runs %}<details{% if loop.first %} open{% endif %}><summary>{{ name }}</summary>
 <dl>{% for key, value in facts %}<dt>{{ key }}</dt><dd><code>{{ value }}</code></dd>{% endfor %}</dl></details>{% endfor %}
 </body></html>
@@ -12854,8 +12797,7 @@ def run_facts(member: Evaluation, config: Mapping[str, Any]) -> list[tuple[str, 
     made = member.facts["provenance"]
     names = ("command", "started", "commit", "source_sha256", "checkpoint", "data", "data_digest", "bridge", "step", "device",
              "dtype", "layers", "packages", "platform")  # fmt: skip
-    known = [key for key in names if made.get(key) is not None]
-    facts = [(key, shlex.join(made[key]) if key == "command" else made[key]) for key in known]
+    facts = [(k, shlex.join(made[k]) if k == "command" else made[k]) for k in names if made.get(k) is not None]
     fields = TrainSettings.fields()
     changed = {k: v for k, v in config.items() if k in fields and v != fields[k].default}
     told = ", ".join(f"{k} {nameless(v)}" for k, v in changed.items())
@@ -12899,20 +12841,15 @@ def write_report(folder: Path, inputs: ReportInputs | None = None) -> Path:
     if len(groups) > 1:
         shown = sum(kind == "yes" for kind, _ in verdicts)
         verdicts.insert(0, ("", f"Communication shown in {shown} of {sum(bool(kind) for kind, _ in verdicts)} cases"))
-    pictures = []
-    for path in draw_figures(inputs, folder / "figures")[0]:
-        data = base64.b64encode(path.read_bytes()).decode()
-        pictures.append((path.stem, help_of(FIGURES[path.stem]), data))
-    key = groups[0].key
+    drawn, key = draw_figures(inputs, folder / "figures")[0], groups[0].key
+    pictures = [(p.stem, help_of(FIGURES[p.stem]), base64.b64encode(p.read_bytes()).decode()) for p in drawn]
     runs = [(short(m.file.parent, folder), run_facts(m, inputs.configs.get(short(m.file.parent, folder), {})))
             for group in groups for m in group.members]  # fmt: skip
-    template = require("jinja2").Environment(autoescape=True).from_string(PAGE)
-    title = f"LatentWire: {key['dataset']}" if single else f"LatentWire: {folder.name}"
     beside = [*(side_remarks(single) if single else []), *(nameless(f"left out: {line}") for line in inputs.left)]
-    page = template.render(
-        title=title, verdicts=verdicts, beside=beside,
-        pair=f"{key['sender']} → {key['receiver']}", tables=report_tables(inputs), pictures=pictures, runs=runs,
-        latents=", ".join(map(str, sorted({c.key["latent_len"] for c in groups}))),
+    page = require("jinja2").Environment(autoescape=True).from_string(PAGE).render(
+        title=f"LatentWire: {key['dataset'] if single else folder.name}", verdicts=verdicts, beside=beside, runs=runs,
+        pair=f"{key['sender']} → {key['receiver']}", latents=listed(sorted({c.key["latent_len"] for c in groups})),
+        tables=report_tables(inputs), pictures=pictures,
     )  # fmt: skip
     write_atomic(folder / "report.html", page.encode())
     return folder / "report.html"
@@ -12930,11 +12867,10 @@ def significantly_best(group: ResultGroup) -> str | None:
 @TABLES.register("numbers")
 def numbers_tex(inputs: ReportInputs) -> bytes:
     """Every number that the paper's text cites, as a macro."""
-    told = inputs.comparisons
-    groups, own = inputs.groups, [m.facts["provenance"] for c in inputs.groups for m in c.members]
+    told, groups, configs = inputs.comparisons, inputs.groups, inputs.configs.values()
+    own = [member.facts["provenance"] for group in groups for member in group.members]
     ahead = [any(r["significant"] and r["difference"] < 0 and r["family"] == "rivals" for r in one["comparisons"].values())
              for one in told if one["reference"] == "bridge"]  # fmt: skip
-    configs = [*inputs.configs.values()]
     values = {
         "sender": listed(c.key["sender"] for c in groups), "receiver": listed(c.key["receiver"] for c in groups),
         "latents": listed(sorted({c.key["latent_len"] for c in groups})),
@@ -12944,7 +12880,7 @@ def numbers_tex(inputs: ReportInputs) -> bytes:
         "ncells": len(ahead), "nrivalsahead": sum(ahead), "nmethods": len({name for c in groups for name in c.methods}),
         "nrecords": sum(len(own) for c in groups for seeds in c.methods.values() for own in seeds.values()),
         "trainrows": listed(m["task"]["train_rows"] for m in own if "train_rows" in m.get("task", {})),
-        "steps": listed(config.get("steps") for config in configs), "testrows": listed(c.key["n"] for c in groups),
+        "steps": listed(run.get("steps") for run in configs), "testrows": listed(c.key["n"] for c in groups),
         "device": listed(m["device"] for m in own), "dtype": listed(m["dtype"].removeprefix("torch.") for m in own),
         "version": listed(m["latentwire"] for m in own), "source": listed(m["source_sha256"][:12] for m in own),
     }  # fmt: skip
@@ -12960,23 +12896,20 @@ def results_tex(inputs: ReportInputs) -> bytes:
         ahead = [PLAIN_NAMES.get(n, n) for n, gap in clear.items() if gap < 0]
         broken = [PLAIN_NAMES.get(n, n) for n in one["broken"]]
         behind = [PLAIN_NAMES.get(n, n) for n, gap in clear.items() if gap > 0 and not group.kinds[n].control]
-        text = [f"{one['verdict']}."]
-        text += [f"Significantly ahead of the bridge: {listed(ahead) or 'no method'}."]
-        text += [f"Significantly behind it, controls aside: {listed(behind)}."] if behind else []
-        text += [f"Broken here and not compared: {listed(broken)}."] if broken else []
+        text = f"{one['verdict']}. Significantly ahead of the bridge: {listed(ahead) or 'no method'}."
+        text += f" Significantly behind it, controls aside: {listed(behind)}." if behind else ""
+        text += f" Broken here and not compared: {listed(broken)}." if broken else ""
         if one["reference"] == "bridge":
-            said.append(rf"\paragraph{{{tex(group.title)}.}} " + tex(" ".join(text)) + "\n")
+            said.append(rf"\paragraph{{{tex(group.title)}.}} {tex(text)}" + "\n")
     return "\n".join(said).encode()
 
 
 @TABLES.register("main_results")
 def main_tex(inputs: ReportInputs) -> bytes:
     """Methods by data sets; the best is bold where it is significantly better than the next."""
-    groups = inputs.groups
-    names = in_order(name for group in groups for name in group.methods)
-    best = [significantly_best(group) for group in groups]
-    bold = [(names.index(name), at) for at, name in enumerate(best, 1) if name]
-    return method_table(groups, [group.title for group in groups]).tex(bold)
+    names = in_order(name for group in inputs.groups for name in group.methods)
+    bold = [(names.index(name), at) for at, name in enumerate(map(significantly_best, inputs.groups), 1) if name]
+    return method_table(inputs.groups, [group.title for group in inputs.groups]).tex(bold)
 
 
 @TABLES.register("comparisons")
@@ -13020,10 +12953,10 @@ def setup_tex(inputs: ReportInputs) -> bytes | None:
     """Settings of the runs in which they differ, or that decide most."""
     names = ("encoder", "pooler", "layers", "latent_len", "d_z", "samples", "steps", "batch_size", "lr", "seed",
              "protocol")  # fmt: skip
-    configs, rows = [*inputs.configs.values()], []
-    for name in names:
-        rows.append([name.replace("_", " "), listed(json.dumps(c[name]).strip('"') for c in configs if name in c)])
-    return TextTable(["setting", "values"], [row for row in rows if row[1]]).tex() if inputs.configs else None
+    configs = inputs.configs.values()
+    told = {name: listed(json.dumps(own[name]).strip('"') for own in configs if name in own) for name in names}
+    rows = [[name.replace("_", " "), values] for name, values in told.items() if values]
+    return TextTable(["setting", "values"], rows).tex() if inputs.configs else None
 
 
 def write_tables(inputs: ReportInputs, folder: Path) -> list[Path]:
@@ -13033,9 +12966,9 @@ def write_tables(inputs: ReportInputs, folder: Path) -> list[Path]:
         text, path = make(inputs), folder / f"{name}.tex"
         if text is None:
             path.unlink(missing_ok=True)
-            continue
-        write_atomic(path, text)
-        written.append(path)
+        else:
+            write_atomic(path, text)
+            written.append(path)
     return written
 
 
@@ -13049,7 +12982,7 @@ def compile_paper(folder: Path) -> str:
     done = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False, env=env, errors="replace")
     if done.returncode:
         errors = [line for line in done.stdout.splitlines() if re.match(r"^\S+:\d+: |^!", line)]
-        error = errors[0] if errors else done.stderr.strip()[-200:]
+        error = (errors or [done.stderr.strip()[-200:]])[0]
         raise LatentWireError(f"latexmk failed in {folder}: {error}; see main.log")
     return str(folder / "main.pdf")
 
