@@ -1242,15 +1242,10 @@ class BaselineSettings(AskedSettings):
     output_dir: Path = setting(Path("runs/baselines"), "Where records and results go.", execution=True)
 
 
-BENCHMARKS = ("latency", "batched", "decoding", "memory", "training", "growth")
-
-
 class BenchmarkSettings(DataSettings, ModelSettings):
     """Benchmark"""
 
-    benchmark: Words = setting(
-        ["latency"], "latency, batched (also throughput), decoding, memory, training, growth, or all."
-    )
+    benchmark: Words = setting(["latency"], "What to measure, or all; see 'list benchmarks'.")
     checkpoint: Path | None = setting(
         None, "A trained run; else an untrained bridge between the models named here.", "ckpt"
     )
@@ -1277,17 +1272,6 @@ class BenchmarkSettings(DataSettings, ModelSettings):
     engine: Literal["auto", "eager"] = setting("auto", "Accepted; there is one way to run models: as they come.")
     seed: int = setting(42, "Seed of an untrained bridge.", ge=0)
     output_dir: Path = setting(Path("runs/benchmarks"), "Where benchmark.json, .md and figures go.")
-
-    @property
-    def chosen(self) -> list[str]:
-        """What to measure, in one spelling."""
-        words = ["batched" if word == "throughput" else word for word in self.benchmark]
-        unknown = [word for word in words if word not in (*BENCHMARKS, "all")]
-        if unknown:
-            raise LatentWireError(
-                f"--benchmark {unknown[0]}: unknown{suggest(unknown[0], BENCHMARKS)} (known: {', '.join(BENCHMARKS)}, all)"
-            )
-        return [name for name in BENCHMARKS if name in words or "all" in words]
 
 
 class ExperimentSettings(Settings):
@@ -11333,6 +11317,24 @@ def bench_of(asked: BenchmarkSettings) -> Bench:
     return Bench(EvalContext(setup, run, EvalSettings(), end, heard), asked)
 
 
+class Benchmark:
+    """What is measured of every way from texts to answers: subclass, register, and give ``rows``."""
+
+    Config: ClassVar[type[Settings]] = Settings
+    """Settings that it brings: a class of its own in its place, whose fields become flags."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.asked = bench, bench.asked
+        self.config: Any = self.Config.of(bench.asked)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The rows of its table, numbers or words by column; a column named ``..._ms`` holds milliseconds."""
+        raise NotImplementedError
+
+
+BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmarks", "benchmark", Benchmark, BenchmarkSettings)
+
+
 def timing(arm: str, size: int, answer: int, seconds: Sequence[float], floor: float) -> dict[str, Any]:
     """One row of a table."""
     middle, high = median(seconds), sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
@@ -11342,28 +11344,36 @@ def timing(arm: str, size: int, answer: int, seconds: Sequence[float], floor: fl
     }  # fmt: skip
 
 
-def latency_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+@BENCHMARKS.register("latency")
+class Latency(Benchmark):
     """One text at a time: each arm with each length of answer, and the parts of its time."""
-    texts = bench.texts(1)
-    for answer in bench.asked.answer_tokens:
-        runs = {arm: functools.partial(bench.run, arm, texts, answer) for arm in bench.arms}
-        for arm, seconds in race(runs, bench.asked).items():
-            seen = [bench.observed(arm, texts, answer) for _ in range(min(10, bench.asked.num_trials))]
-            parts = {part: 1e3 * median([own[part] for _, own in seen]) for part in seen[0][1]}
-            yield timing(arm, 1, answer, seconds, bench.floor(arm, seen[0][0])) | {"parts_ms": parts}
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        bench = self.bench
+        texts = bench.texts(1)
+        for answer in self.asked.answer_tokens:
+            runs = {arm: functools.partial(bench.run, arm, texts, answer) for arm in bench.arms}
+            for arm, seconds in race(runs, self.asked).items():
+                seen = [bench.observed(arm, texts, answer) for _ in range(min(10, self.asked.num_trials))]
+                parts = {part: 1e3 * median([own[part] for _, own in seen]) for part in seen[0][1]}
+                yield timing(arm, 1, answer, seconds, bench.floor(arm, seen[0][0])) | {"parts_ms": parts}
 
 
-def batched_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+@BENCHMARKS.register("batched", "throughput")
+class Throughput(Benchmark):
     """Texts per second for each batch size, over --num_samples texts, each of which was answered once before."""
-    asked = bench.asked
-    answer, texts = asked.answer_tokens[0], bench.texts(max(asked.num_samples, *asked.batch_sizes))
-    for size in asked.batch_sizes:
-        groups = [[*group] for group in batches(texts, size) if len(group) == size]
-        own = asked.model_copy(update={"num_trials": max(LEAST_TRIALS, len(groups)), "warmup": len(groups)})
-        turns = {arm: itertools.cycle(groups) for arm in bench.arms}
-        runs = {arm: (lambda arm=arm, turn=turn: bench.run(arm, next(turn), answer)) for arm, turn in turns.items()}
-        for arm, seconds in race(runs, own).items():
-            yield timing(arm, size, answer, seconds, bench.floor(arm, bench.observed(arm, groups[-1], answer)[0]))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        bench = self.bench
+        asked = self.asked
+        answer, texts = asked.answer_tokens[0], bench.texts(max(asked.num_samples, *asked.batch_sizes))
+        for size in asked.batch_sizes:
+            groups = [[*group] for group in batches(texts, size) if len(group) == size]
+            own = asked.model_copy(update={"num_trials": max(LEAST_TRIALS, len(groups)), "warmup": len(groups)})
+            turns = {arm: itertools.cycle(groups) for arm in bench.arms}
+            runs = {arm: (lambda arm=arm, turn=turn: bench.run(arm, next(turn), answer)) for arm, turn in turns.items()}
+            for arm, seconds in race(runs, own).items():
+                yield timing(arm, size, answer, seconds, bench.floor(arm, bench.observed(arm, groups[-1], answer)[0]))
 
 
 @torch.no_grad()
@@ -11379,16 +11389,20 @@ def decoding_seconds(lm: LM, prefill: Prefill, count: int = 32) -> list[float]:
     return found
 
 
-def decoding_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+@BENCHMARKS.register("decoding")
+class Decoding(Benchmark):
     """Milliseconds per token that a model writes, for each batch size, beside what reading its weights alone takes."""
-    for lm, size in itertools.product((bench.sender, bench.receiver), bench.asked.batch_sizes):
-        ids = [lm.ids(text) for text in bench.texts(size)]
-        prefill = lm.prefill(lay_out(lm, None, ids, before=lm.bos, left=True))
-        decoding_seconds(lm, prefill)
-        seconds = median(decoding_seconds(lm, prefill) + decoding_seconds(lm, prefill))
-        floor = Pass(lm, size, 1, lm.n_layers).floor(bench.limits)
-        yield {"model": lm.name, "batch": size, "ms_per_token": 1e3 * seconds, "floor_ms": 1e3 * floor,
-               "roofline": floor / seconds, "tokens_per_s": size / seconds}  # fmt: skip
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        bench = self.bench
+        for lm, size in itertools.product((bench.sender, bench.receiver), self.asked.batch_sizes):
+            ids = [lm.ids(text) for text in bench.texts(size)]
+            prefill = lm.prefill(lay_out(lm, None, ids, before=lm.bos, left=True))
+            decoding_seconds(lm, prefill)
+            seconds = median(decoding_seconds(lm, prefill) + decoding_seconds(lm, prefill))
+            floor = Pass(lm, size, 1, lm.n_layers).floor(bench.limits)
+            yield {"model": lm.name, "batch": size, "ms_per_token": 1e3 * seconds, "floor_ms": 1e3 * floor,
+                   "roofline": floor / seconds, "tokens_per_s": size / seconds}  # fmt: skip
 
 
 def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
@@ -11409,44 +11423,54 @@ def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
     return (peak_memory(device) - held) / 1e6
 
 
-def memory_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+@BENCHMARKS.register("memory")
+class Memory(Benchmark):
     """Weights that each arm needs (receiver, bridge, of the sender the blocks that ran), and a batch's peak above."""
-    for arm, size in itertools.product(bench.arms, bench.asked.batch_sizes):
-        given = arm, bench.texts(size), bench.asked.answer_tokens[0]
-        modules = [bench.receiver.model, *([bench.bridge] if arm_of(arm).bridged else [])]
-        for one in bench.observed(*given)[0]:
-            modules += [one.lm.model] if one.heads else [one.lm.table, *one.lm.blocks[: one.blocks]]
-        needed = {weight for module in modules for weight in module.parameters()}
-        yield {
-            "arm": arm, "batch": size, "weights_mb": weight_bytes(needed) / 1e6,
-            "peak_above_mb": peak_of(functools.partial(bench.run, *given), bench.receiver.device),
-        }  # fmt: skip
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        bench = self.bench
+        for arm, size in itertools.product(bench.arms, self.asked.batch_sizes):
+            given = arm, bench.texts(size), self.asked.answer_tokens[0]
+            modules = [bench.receiver.model, *([bench.bridge] if arm_of(arm).bridged else [])]
+            for one in bench.observed(*given)[0]:
+                modules += [one.lm.model] if one.heads else [one.lm.table, *one.lm.blocks[: one.blocks]]
+            needed = {weight for module in modules for weight in module.parameters()}
+            yield {
+                "arm": arm, "batch": size, "weights_mb": weight_bytes(needed) / 1e6,
+                "peak_above_mb": peak_of(functools.partial(bench.run, *given), bench.receiver.device),
+            }  # fmt: skip
 
 
-def training_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+@BENCHMARKS.register("training")
+class TrainingStep(Benchmark):
     """A training step from cached sender states: its time, its peak memory, and its share of the matmul rate."""
-    lm, bridge = bench.receiver, bench.bridge
-    optimizer = torch.optim.AdamW(bridge.parameters(), lr=1e-6, fused=True)
 
-    def step(states: States, texts: Sequence[str]) -> int:
-        packed = bench.timed.prompting.pack(bridge.decode(bridge.encode(states)), bench.examples(texts), answers=True)
-        found = supervise(lm, packed)
-        F.cross_entropy(found.logits, found.targets).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return packed.mask.shape[1]
+    def rows(self) -> Iterator[dict[str, Any]]:
+        bench = self.bench
+        lm, bridge = bench.receiver, bench.bridge
+        optimizer = torch.optim.AdamW(bridge.parameters(), lr=1e-6, fused=True)
 
-    for size in bench.asked.batch_sizes:
-        texts = bench.texts(size)
-        states = bench.method("bridge", texts).context.writer.states(texts)
-        run = functools.partial(step, states, texts)
-        tokens = run()
-        seconds = median(race({"step": run}, bench.asked)["step"])
-        work = 2 * Pass(lm, size, tokens, lm.n_layers, heads=2).cost()[1]  # forward, and the activations' gradient
-        yield {
-            "batch": size, "tokens": tokens, "median_ms": 1e3 * seconds, "rows_per_s": size / seconds,
-            "matmul_share": work / seconds / bench.limits["flop_per_s"], "peak_above_mb": peak_of(run, lm.device),
-        }  # fmt: skip
+        def step(states: States, texts: Sequence[str]) -> int:
+            packed = bench.timed.prompting.pack(
+                bridge.decode(bridge.encode(states)), bench.examples(texts), answers=True
+            )
+            found = supervise(lm, packed)
+            F.cross_entropy(found.logits, found.targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return packed.mask.shape[1]
+
+        for size in self.asked.batch_sizes:
+            texts = bench.texts(size)
+            states = bench.method("bridge", texts).context.writer.states(texts)
+            run = functools.partial(step, states, texts)
+            tokens = run()
+            seconds = median(race({"step": run}, self.asked)["step"])
+            work = 2 * Pass(lm, size, tokens, lm.n_layers, heads=2).cost()[1]  # forward, and the activations' gradient
+            yield {
+                "batch": size, "tokens": tokens, "median_ms": 1e3 * seconds, "rows_per_s": size / seconds,
+                "matmul_share": work / seconds / bench.limits["flop_per_s"], "peak_above_mb": peak_of(run, lm.device),
+            }  # fmt: skip
 
 
 def growth_curves(bench: Bench) -> dict[str, dict[int, Callable[[], Any]]]:
@@ -11476,20 +11500,24 @@ def growth_curves(bench: Bench) -> dict[str, dict[int, Callable[[], Any]]]:
     }
 
 
-def growth_rows(bench: Bench) -> Iterator[dict[str, Any]]:
+@BENCHMARKS.register("growth")
+class Growth(Benchmark):
     """Time and memory of more texts, input tokens, soft tokens, receivers.
 
     ``exponent`` is the slope of log time over log size in the upper half of a curve, where what is constant fades,
     ``memory_exponent`` that of the peak above what was there before; it needs two peaks that could be seen.
     """
-    few = bench.asked.model_copy(update={"num_trials": min(bench.asked.num_trials, 7), "warmup": 1})
-    for what, runs in growth_curves(bench).items():
-        times = race({str(size): run for size, run in runs.items()}, few)
-        seconds = [*map(median, times.values())]
-        peaks = [peak_of(run, bench.receiver.device) for run in runs.values()]
-        slopes = {"exponent": slope([*runs], seconds), "memory_exponent": slope([*runs], peaks)}
-        for size, middle, peak in zip(runs, seconds, peaks, strict=True):
-            yield {"of": what, "size": size, "median_ms": 1e3 * middle, "peak_above_mb": peak, **slopes}
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        bench = self.bench
+        few = self.asked.model_copy(update={"num_trials": min(self.asked.num_trials, 7), "warmup": 1})
+        for what, runs in growth_curves(bench).items():
+            times = race({str(size): run for size, run in runs.items()}, few)
+            seconds = [*map(median, times.values())]
+            peaks = [peak_of(run, bench.receiver.device) for run in runs.values()]
+            slopes = {"exponent": slope([*runs], seconds), "memory_exponent": slope([*runs], peaks)}
+            for size, middle, peak in zip(runs, seconds, peaks, strict=True):
+                yield {"of": what, "size": size, "median_ms": 1e3 * middle, "peak_above_mb": peak, **slopes}
 
 
 def slope(sizes: Sequence[int], values: Sequence[float | None]) -> float | None:
@@ -11508,11 +11536,17 @@ def unfinished_benchmark(path: Path, results: Mapping[str, Any]) -> dict[str, An
     return earlier if earlier.get("unfinished") and alike else {}
 
 
+def chosen_benchmarks(asked: BenchmarkSettings) -> list[str]:
+    """What to measure, in the registry's order."""
+    named = {BENCHMARKS.name_of(word) for word in asked.benchmark if word != "all"}
+    return [name for name in BENCHMARKS if name in named or "all" in asked.benchmark]
+
+
 def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
     """What was asked for, measured alike in one process → benchmark.json in the output folder; a signal ends it."""
     with catching_signals(), breakable(asked.output_dir, "the beginning of the benchmark"):
         prepare_cuda(asked)
-        wanted, bench = asked.chosen, bench_of(asked)
+        wanted, bench = chosen_benchmarks(asked), bench_of(asked)
         asked, device, dtype, limits = bench.asked, bench.receiver.device, bench.receiver.dtype, bench.limits
         report.say(f"{bench.sender.name} → {bench.receiver.name}, {dtype} on {device}")
         reached = f"{limits['bytes_per_s'] / 1e9:.0f} GB/s, {limits['flop_per_s'] / 1e12:.2f} TFLOP/s"
@@ -11525,10 +11559,6 @@ def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
             "layers": bench.bridge.shape.layers,
             "provenance": environment() | {"settings": asked.model_dump(mode="json")},
         })  # fmt: skip
-        measures: dict[str, Callable[[Bench], Iterator[dict[str, Any]]]] = {
-            "latency": latency_rows, "batched": batched_rows, "decoding": decoding_rows, "memory": memory_rows,
-            "training": training_rows, "growth": growth_rows,
-        }  # fmt: skip
         path = asked.output_dir / "benchmark.json"
         earlier = unfinished_benchmark(path, results)
         results |= {name: earlier[name] for name in ("limits", *wanted) if name in earlier}
@@ -11538,7 +11568,7 @@ def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
                 continue
             report.say(f"measuring {name}")
             SIGNALS.place = asked.output_dir, name
-            results[name] = nameless([*measures[name](bench)])
+            results[name] = nameless([*BENCHMARKS[name](bench).rows()])
             left = {"unfinished": wanted[number + 1 :]} if wanted[number + 1 :] else {}
             write_json(path, results | left)
         return results
@@ -12719,8 +12749,9 @@ def draw_figures(inputs: ReportInputs, folder: Path, only: Sequence[str] | None 
 
 def benchmark_tables(results: Mapping[str, Any]) -> Iterator[TextTable]:
     """A table of every part that was measured."""
-    for name in BENCHMARKS:
-        rows = [{key: value for key, value in row.items() if key != "trials"} for row in results.get(name, ())]
+    for name, kept in results.items():
+        rows = [row for row in kept if isinstance(row, dict)] if isinstance(kept, list) else []
+        rows = [{key: value for key, value in row.items() if key != "trials"} for row in rows]
         if rows:
             parts = [*dict.fromkeys(part for row in rows for part in row.get("parts_ms", ()))]
             flat = [row | {f"{part}_ms": row.get("parts_ms", {}).get(part) for part in parts} for row in rows]
