@@ -362,7 +362,7 @@ def setting(
     """One setting: its default (... where it must be given), help text and the documents' other spellings.
 
     ``execution`` says that it only tells *how* to run, ``alone`` is the value of a flag that stands without one, and
-    a ``positional`` setting may also stand in front of all flags, without its name.
+    a ``positional`` setting may also be given without its name.
     """
     extra: dict[str, Any] = {"aliases": list(aliases), "execution": execution, "alone": alone, "positional": positional}
     return Field(default, description=text, json_schema_extra=extra, **limits)
@@ -639,18 +639,6 @@ def switch_words(annotation: Any) -> list[str]:
     return [*YES, *NO, *further] if bool in (annotation, *get_args(annotation)) else []
 
 
-def with_names(words: Sequence[str], kind: type[Settings]) -> list[str]:
-    """Words in which the positional settings in front have their names as well."""
-    front = list(itertools.takewhile(lambda word: word == "-" or not word.startswith("-"), words))
-    places = [name for name in kind.fields() if kind.extras(name)["positional"]]
-    named = [part for name, word in zip(places, front, strict=False) for part in (f"--{name}", word)]
-    several = bool(places) and takes_list(kind.fields()[places[-1]].annotation)
-    rest = front[len(places) :]
-    if rest and not several:
-        raise LatentWireError(f"{rest[0]!r} is not a flag; flags look like --dataset sst2")
-    return [*named, *rest, *words[len(front) :]]
-
-
 def parse_flags(words: Sequence[str], *kinds: type[Settings], many: bool = False) -> list[dict[str, str]]:
     """Words as {field: value} for each of ``kinds``; the first one that knows a flag takes it.
 
@@ -659,11 +647,16 @@ def parse_flags(words: Sequence[str], *kinds: type[Settings], many: bool = False
     """
     known = {spelling: (kind, name) for kind in reversed(kinds) for spelling, name in kind.spellings().items()}
     parsed: dict[type[Settings], dict[str, str]] = {kind: {} for kind in kinds}
-    queue = collections.deque(with_names(words, kinds[0]))
+    places = [name for name in kinds[0].fields() if kinds[0].extras(name)["positional"]]
+    queue = collections.deque(words)
     while queue:
         word = queue.popleft()
         if not re.match("--|-[a-z]$", word):
-            raise LatentWireError(f"{word!r} is not a flag; flags look like --dataset sst2")
+            place = next((name for name in places if name not in parsed[kinds[0]]), None)
+            if place is None:
+                raise LatentWireError(f"{word!r} is not a flag; flags look like --dataset sst2")
+            queue.extendleft([word, f"--{place}"])
+            continue
         key, _, inline = word.lstrip("-").partition("=")
         key = key.replace("-", "_")
         if negated := key not in known and key.removeprefix("no_") in known:
@@ -11361,7 +11354,7 @@ class Latency(Benchmark):
 
 @BENCHMARKS.register("batched", "throughput")
 class Throughput(Benchmark):
-    """Texts per second for each batch size, over --num_samples texts, each of which was answered once before."""
+    """Texts per second for each batch size, over --num_samples texts that were answered once before."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
         bench = self.bench
@@ -11391,7 +11384,7 @@ def decoding_seconds(lm: LM, prefill: Prefill, count: int = 32) -> list[float]:
 
 @BENCHMARKS.register("decoding")
 class Decoding(Benchmark):
-    """Milliseconds per token that a model writes, for each batch size, beside what reading its weights alone takes."""
+    """Milliseconds per token that a model writes, beside what reading its weights alone takes."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
         bench = self.bench
@@ -11425,7 +11418,7 @@ def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
 
 @BENCHMARKS.register("memory")
 class Memory(Benchmark):
-    """Weights that each arm needs (receiver, bridge, of the sender the blocks that ran), and a batch's peak above."""
+    """Weights that each arm needs (of the sender the blocks that ran), and a batch's peak above them."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
         bench = self.bench
@@ -11443,7 +11436,7 @@ class Memory(Benchmark):
 
 @BENCHMARKS.register("training")
 class TrainingStep(Benchmark):
-    """A training step from cached sender states: its time, its peak memory, and its share of the matmul rate."""
+    """A training step from cached sender states: time, peak memory, and share of the matmul rate."""
 
     def rows(self) -> Iterator[dict[str, Any]]:
         bench = self.bench

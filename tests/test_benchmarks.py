@@ -245,7 +245,7 @@ def test_a_cached_arm_never_reads_in_a_trial(monkeypatch):
 
     monkeypatch.setattr(lw, "once", once)
     bench.limits = {"bytes_per_s": 1e9, "flop_per_s": 1e9}
-    assert [row["arm"] for row in lw.batched_rows(bench)] == ["bridge:cached"]
+    assert [row["arm"] for row in lw.BENCHMARKS["batched"](bench).rows()] == ["bridge:cached"]
     assert len(during) == 12 and not any(during)
 
 
@@ -347,7 +347,7 @@ def test_commands_of_the_documents(words, toy_run, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--benchmark", "latencies"], "unknown; did you mean 'latency'?"),
+        (["--benchmark", "latencies"], "unknown benchmark 'latencies'; did you mean 'latency'?"),
         (["--arms", "bridg"], "did you mean 'bridge'?"),
         (["--arms", "probe"], "--arms probe: this benchmark cannot time it"),
         (["--random_weights", "llama-3.1-80b"], "did you mean 'llama-3.1-8b'?"),

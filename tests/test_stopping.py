@@ -413,7 +413,7 @@ def test_a_benchmark_stops_and_goes_on(part, whole, tmp_path, monkeypatch):
     words = ["benchmark", "--checkpoint", str(whole), "--benchmark", f"{first},{part}", "--output_dir", str(out)]
     words += ["--arms", "bridge,text", "--num_trials", "1", "--warmup", "1", "--batch_sizes", "1"]
     words += ["--answer_tokens", "1", "--input_tokens", "8", "--max_seconds", "0.01"]
-    line = Child(tmp_path / "child", words, slow_from(lw, f"{part}_rows")).stopped()
+    line = Child(tmp_path / "child", words, slow_from(lw.BENCHMARKS[part], "rows")).stopped()
     assert "benchmark" in line and str(out) in line
     kept = json.loads((out / "benchmark.json").read_text())
     assert kept[first] and part not in kept
