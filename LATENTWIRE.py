@@ -99,10 +99,12 @@ from urllib.parse import urlparse
 
 __version__ = "0.1.0"
 __all__ = [
-    "CODECS", "LMS", "METHODS", "POOLERS", "PRESETS", "SUITES", "TASKS", "Answer", "ComparisonReport", "Example",
-    "LatentWireError", "Message", "Registry", "SoftPrompt", "States", "answer_message", "baseline_run",
-    "comprehensive_comparison_report", "encode_text", "eval_main", "load_lm", "main", "make_task", "open_bridge",
-    "open_evaluation", "task", "train_main", "write_report",
+    "ADAPTERS", "BENCHMARKS", "CODECS", "ENCODERS", "FEATURES", "LMS", "LOSSES", "METHODS", "METRICS", "POOLERS", "PRESETS",
+    "SUITES", "TASKS", "Adapter", "Answer", "Benchmark", "Classification", "ComparisonReport", "Encoder", "Example", "Feature",
+    "LatentWireError", "Loss", "Message", "Method", "Metric", "Pooler", "Receiver", "Registry", "Sender", "Settings",
+    "SoftPrompt", "States", "Task", "answer_message", "baseline_run", "comprehensive_comparison_report", "encode_text",
+    "eval_main", "load_lm", "main", "make_task", "open_bridge", "open_evaluation", "setting", "task", "train_main",
+    "write_report",
 ]  # fmt: skip
 """What is meant for others; the rest may change from release to release."""
 
@@ -8810,22 +8812,112 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=lambda name: known.index(name) if name in known else len(known))
 
 
+class Metric:
+    """A score of answers from 0 to 1: subclass, register, and give ``score``. The one that a task's ``headline`` names decides."""
+
+    Config: ClassVar[type[Settings]] = Settings
+    """Settings that it brings: a class of its own in its place, whose fields become flags."""
+    graded: ClassVar[bool] = True
+    """Whether there is anything between right and wrong; it decides by which test two methods are compared."""
+    field: ClassVar[str] = ""
+    """What records call it, where that is not the name it is registered by."""
+
+    def __init__(self, settings: DataSettings) -> None:
+        self.config: Any = self.Config.of(settings)
+
+    def score(self, said: str, golds: Sequence[str]) -> float:
+        """What a written answer is worth beside the accepted ones."""
+        raise NotImplementedError
+
+    def of(self, part: Task, example: Example, answer: Answer) -> float | None:
+        """An example's score; None where a task has none of this kind."""
+        return self.score(answer.text, example.answers)
+
+    def constant(self, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]]:
+        """(the best constant answer, its score on each record), of the hundred commonest gold answers."""
+        golds = [[str(gold) for gold in row.get("gold", ())] for row in rows]
+        counts = collections.Counter(gold for own in golds for gold in dict.fromkeys(own))
+        common = sorted(counts, key=lambda gold: (-counts[gold], gold))[:100]
+        tried = {answer: [self.score(answer, own) if own else 0.0 for own in golds] for answer in common}
+        best = max(tried, key=lambda answer: sum(tried[answer]), default="")
+        return best, tried.get(best, [0.0] * len(rows))
+
+
+METRICS: Registry[type[Metric]] = Registry("metrics", "metric", Metric, DataSettings)
+
+
+@METRICS.register("accuracy")
+class Accuracy(Metric):
+    """Whether the class word of the highest likelihood is the right one."""
+
+    graded, field = False, "correct"
+
+    def of(self, part: Task, example: Example, answer: Answer) -> float | None:
+        return argmax(class_scores(part, example, answer)) == example.label if part.words else None
+
+    def constant(self, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]]:
+        labels = [row.get("label") for row in rows]
+        best = max(dict.fromkeys(labels), key=labels.count)
+        word = next(str(row["gold"][0]) if row.get("gold") else str(best) for row in rows if row.get("label") == best)
+        return word, [float(label == best) for label in labels]
+
+
+@METRICS.register("em")
+class ExactMatch(Metric):
+    """Whether the generated answer equals a gold one, both normalised (SQuAD 1.1)."""
+
+    graded = False
+
+    def score(self, said: str, golds: Sequence[str]) -> float:
+        return max(exact_match(said, gold) for gold in golds)
+
+
+@METRICS.register("gen_accuracy")
+class GeneratedAccuracy(ExactMatch):
+    """Whether the generated answer is right by the task's own rule."""
+
+    field = "gen_correct"
+
+    def of(self, part: Task, example: Example, answer: Answer) -> float | None:
+        return part.correct(answer.text, example)
+
+
+@METRICS.register("f1")
+class TokenF1(Metric):
+    """F1 of the generated answer's words beside a gold answer's, by the task's own rule."""
+
+    def score(self, said: str, golds: Sequence[str]) -> float:
+        return max(token_f1(said, gold) for gold in golds)
+
+    def of(self, part: Task, example: Example, answer: Answer) -> float | None:
+        best = max(part.f1(answer.text, gold, example) for gold in example.answers)
+        return (
+            max(best, part.correct(answer.text, example)) if part.words else best
+        )  # SQuAD's rule drops the class word "A"
+
+
+def class_scores(part: Task, example: Example, answer: Answer) -> list[float]:
+    """Of each class word that the example may have."""
+    return list(answer.scores[: example.options or len(part.words)])
+
+
+def field_of(metric: str) -> str:
+    """What records call a metric."""
+    return METRICS[metric].field or metric
+
+
 def record_of(part: Task, example: Example, answer: Answer, gold_tokens: int = 0) -> dict[str, Any]:
     """One row of records.jsonl; ``gold_tokens`` are those of the shortest accepted answer."""
+    scores = {field_of(name): kind(part.settings).of(part, example, answer) for name, kind in METRICS.items()}
     row: dict[str, Any] = {
         "id": example.id, "gold": list(example.answers), "generated": answer.text, "bytes": answer.nbytes, "tokens": answer.tokens,
-        "gold_tokens": gold_tokens,
-        "em": max(exact_match(answer.text, gold) for gold in example.answers),
-        "f1": max(part.f1(answer.text, gold, example) for gold in example.answers),
-        "gen_correct": part.correct(answer.text, example),
+        "gold_tokens": gold_tokens, **{field: value for field, value in scores.items() if value is not None},
         "nll_per_token": answer.nll_per_token, "first_correct": answer.first_correct,
+        "cluster": digest_of(example.context or example.question),  # rows on one text are no independent samples
     }  # fmt: skip
-    row["cluster"] = digest_of(example.context or example.question)  # rows on one text are no independent samples
     if part.words:
-        scores = list(answer.scores[: example.options or len(part.words)])
-        chosen = argmax(scores)
-        row["f1"] = max(row["f1"], row["gen_correct"])  # SQuAD's rule drops articles, and "A" is a class word
-        row |= {"label": example.label, "prediction": chosen, "scores": scores, "correct": chosen == example.label}
+        of_words = class_scores(part, example, answer)
+        row |= {"label": example.label, "prediction": argmax(of_words), "scores": of_words}
     return row
 
 
@@ -8962,18 +9054,15 @@ def compute_rows(
 
 def average(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     """Mean of a field over the rows that have it; failed rows count as 0 for scores."""
-    scored = name in ("correct", "gen_correct", "em", "f1", "first_correct")
+    scored = name in ("first_correct", *map(field_of, METRICS))
     values = [0.0 if "error" in row and scored else row.get(name) for row in rows]
     kept = [float(value) for value in values if value is not None]
     return sum(kept) / len(kept) if kept else None
 
 
-FIELD_OF = {"accuracy": "correct", "gen_accuracy": "gen_correct", "f1": "f1"}
-
-
 def headline_values(rows: Sequence[Mapping[str, Any]], headline: str) -> list[float]:
     """The deciding metric per example; a failed row scores 0."""
-    return [float(row.get(FIELD_OF[headline], 0.0)) for row in rows]
+    return [float(row.get(field_of(headline), 0.0)) for row in rows]
 
 
 def clusters_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
@@ -8982,28 +9071,12 @@ def clusters_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
     return names if len(set(names)) < len(names) else None
 
 
-def constant_values(rows: Sequence[Mapping[str, Any]], headline: str) -> tuple[str, list[float]]:
+def constant_values(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> tuple[str, list[float]]:
     """(the best constant answer, its score on each row) by the deciding metric, from the gold answers that records hold.
 
-    Chosen on the evaluated rows themselves, which favours it. Of free answers the hundred commonest are tried.
+    Chosen on the evaluated rows themselves, which favours it.
     """
-    if headline == "accuracy":
-        labels = [row.get("label") for row in rows]
-        best = max(dict.fromkeys(labels), key=labels.count)
-        word = next(str(row["gold"][0]) if row.get("gold") else str(best) for row in rows if row.get("label") == best)
-        return word, [float(label == best) for label in labels]
-    golds = [[str(gold) for gold in row.get("gold", ())] for row in rows]
-    counts: dict[str, int] = {}
-    for own in golds:
-        for gold in dict.fromkeys(own):
-            counts[gold] = counts.get(gold, 0) + 1
-    score = token_f1 if headline == "f1" else exact_match
-    tried = {
-        answer: [max((score(answer, gold) for gold in own), default=0.0) for own in golds]
-        for answer in sorted(counts, key=lambda gold: (-counts[gold], gold))[:100]
-    }
-    best_answer = max(tried, key=lambda answer: sum(tried[answer]), default="")
-    return best_answer, tried.get(best_answer, [0.0] * len(rows))
+    return METRICS[facts["headline"]](DataSettings.build(facts.get("metric", {}))).constant(rows)
 
 
 def macro_f1(rows: Sequence[Mapping[str, Any]]) -> float | None:
@@ -9020,13 +9093,10 @@ def macro_f1(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 def summarize(rows: Sequence[Mapping[str, Any]], headline: str, seed: int) -> dict[str, Any]:
     """Metrics of one method; ``ci`` is the 95 % interval of the headline metric."""
-    summary = {
-        "accuracy": average(rows, "correct"), "gen_accuracy": average(rows, "gen_correct"), "em": average(rows, "em"),
-        "f1": average(rows, "f1"), "nll_per_token": average(rows, "nll_per_token"),
-        "first_token_accuracy": average(rows, "first_correct"), "bytes": average(rows, "bytes"),
-        "tokens": average(rows, "tokens"), "macro_f1": macro_f1(rows),
-        "errors": sum("error" in row for row in rows),
-    }  # fmt: skip
+    fields = {name: field_of(name) for name in METRICS} | {"first_token_accuracy": "first_correct"}
+    fields |= {name: name for name in ("nll_per_token", "bytes", "tokens")}
+    summary: dict[str, Any] = {name: average(rows, field) for name, field in fields.items()}
+    summary |= {"macro_f1": macro_f1(rows), "errors": sum("error" in row for row in rows)}
     values, clusters = headline_values(rows, headline), clusters_of(rows)
     if clusters is not None and len(set(clusters)) < 2:
         return summary | {"ci": [0.0, 1.0]}  # nothing is known of other contexts
@@ -9120,12 +9190,12 @@ def compare(
         missing = [f"{', '.join(short)} (the same eval command computes what is missing)"]
         return {"communication": False, "missing": missing, "verdict": f"not tested: {missing[0]}"}
     kinds, clusters = kinds_of(facts, by_method), clusters_of(by_method["bridge"])
-    answer, constant = constant_values(by_method["bridge"], headline)
+    answer, constant = constant_values(by_method["bridge"], {"headline": headline, **(facts or {})})
     values = {name: headline_values(rows, headline) for name, rows in by_method.items()} | {CONSTANT: constant}
     means = {name: sum(own) / len(own) for name, own in values.items()}
 
     def p_of(a: Scores, b: Scores) -> float:
-        return paired_p(a, b, seed, clusters=clusters, graded=headline == "f1")[0]
+        return paired_p(a, b, seed, clusters=clusters, graded=METRICS[headline].graded)[0]
 
     p_values = {name: p_of(values["bridge"], own) for name, own in values.items() if name != "bridge"}
     controls = {name: values[name] for name in by_method if kinds[name].control}
@@ -9164,6 +9234,7 @@ def evaluated_settings(settings: EvalSettings, trained: TrainSettings, words: Se
         "data_dir", "device", "sender_device", "receiver_device", "device_map", "load_in_8bit", "load_in_4bit", "offline",
         "trust_remote_code", "plugin", "state_cache", "context", "delimiter", "encoding",
         "text_column", "question_column", "label_column", "labels",
+        *(name for config in METRICS.configs() for name in config.model_fields),
     )  # fmt: skip
     changed = {name: getattr(settings, name) for name in own if name in settings.model_fields_set}
     if settings.dataset:
@@ -9479,7 +9550,9 @@ def record_base(context: EvalContext, made_with: Mapping[str, Any], *more: Any) 
     models = [setup.sender.identity(), setup.receiver.identity(), str(setup.receiver.dtype)]
     rows = [data_digest(own) for own in (context.examples, setup.splits["train"], setup.splits["validation"])]
     decoding = [receiver.max_new_tokens, receiver.how.model_dump(), asked_alike(setup.part, receiver.prompting)]
-    return digest_of([models, rows, decoding, made_with["source_sha256"], *more])
+    metrics = [[name, made, kind.Config.of(setup.part.settings).model_dump(mode="json")] for name, kind in METRICS.items()
+               if (made := plugin_of(kind))]  # fmt: skip
+    return digest_of([models, rows, decoding, made_with["source_sha256"], *more, *metrics])
 
 
 def record_keys(context: EvalContext, names: Sequence[str], bases: Mapping[bool, str]) -> dict[str, str]:
@@ -9610,7 +9683,7 @@ def no_better(rows: Sequence[Row], bars: Mapping[str, Scores], headline: str, se
     own, clusters = headline_values(rows, headline), clusters_of(rows)
     found = []
     for name, bar in bars.items():
-        p, _ = paired_p(own, bar, seed, clusters=clusters, graded=headline == "f1")
+        p, _ = paired_p(own, bar, seed, clusters=clusters, graded=METRICS[headline].graded)
         if sum(own) <= sum(bar) or p >= 0.05:
             means = f"{sum(own) / len(own):.3f} beside {sum(bar) / len(bar):.3f}"
             found.append(f"{NO_BETTER} {PLAIN_NAMES.get(name, name)} ({means}, p {p:.2g})")
@@ -9658,6 +9731,12 @@ def facts_file(results: Path) -> Path:
     return results.with_name(results.name.replace("results", "evaluation", 1))
 
 
+def metric_facts(part: Task) -> dict[str, Any]:
+    """What the deciding metric's own settings are, if it has any."""
+    config = METRICS[part.headline].Config.of(part.settings).model_dump(mode="json")
+    return {"metric": config} if config else {}
+
+
 def facts_of(context: EvalContext, names: Sequence[str], split: str, made_with: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of an evaluation before its first row: task, data, models, provenance."""
     setup, part, settings = context.setup, context.setup.part, context.settings
@@ -9668,7 +9747,7 @@ def facts_of(context: EvalContext, names: Sequence[str], split: str, made_with: 
         "asked_apart": part.agnostic and any(e.question for e in context.examples),  # each method is told the question
         "longest": context.receiver.max_new_tokens, "seed": context.seed, "order": list(names),
         "kind": {name: Kind.of(name).kind for name in names}, "drawn": {name: Kind.of(name).drawn for name in names},
-        "answers": answers_digest((e.id, e.answers, e.label) for e in context.examples), "sealed": True,
+        **metric_facts(part), "answers": answers_digest((e.id, e.answers, e.label) for e in context.examples), "sealed": True,
         "provenance": {
             **made_with, "receiver": receiver.identity(), "data": setup.source, "data_digest": data_digest(context.examples),
             "prompts": digest_of(asked_alike(part, context.receiver.prompting)), "seed_of_training": settings.seed,
@@ -9684,7 +9763,7 @@ def gated(facts: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any
     for name, own in rows.items():
         failed, bars = any("error" in row for row in own), dict[str, Sequence[float]]()
         if kinds[name].kind == "trained" and len(own) >= LEAST_ROWS and not failed:
-            bars[CONSTANT] = constant_values(own, headline)[1]
+            bars[CONSTANT] = constant_values(own, facts)[1]
             silent = rows.get("control:none", ())
             if headline == "f1" and len(silent) == len(own):
                 bars["control:none"] = headline_values(silent, headline)
@@ -11643,7 +11722,7 @@ class Evaluation:
     def constant(self) -> dict[str, float]:
         """The deciding metric of the best constant answer by example."""
         own: dict[str, dict[str, Any]] = next(iter(self.rows.values()), {})
-        return dict(zip(own, constant_values([*own.values()], self.facts["headline"])[1], strict=True))
+        return dict(zip(own, constant_values([*own.values()], self.facts)[1], strict=True))
 
     @functools.cached_property
     def version(self) -> dict[str, Any]:
@@ -11700,7 +11779,8 @@ class Facts(Saved):
     dataset: str
     split: str
     n: int = Field(ge=1)
-    headline: Literal["accuracy", "gen_accuracy", "f1"]
+    headline: str
+    metric: dict[str, Any] = {}
     protocol: str = ""
     words: list[str] = []
     longest: float = Field(math.inf, ge=1)
@@ -11736,6 +11816,10 @@ def open_evaluation(path: Path, read: Callable[[Path], list[dict[str, Any]]] = r
         Facts.model_validate(facts)
     except ValidationError as error:
         raise LatentWireError(f"{where} is damaged ({explain(error).removeprefix('--')}); evaluate again") from None
+    if facts["headline"] not in METRICS:
+        raise LatentWireError(
+            f"{where}: no metric {facts['headline']!r} here; add the --plugin that it was evaluated with"
+        )
     made = facts["provenance"]
     older = {"words": made.get("task", {}).get("words", []), "longest": math.inf, "seed": 42}
     facts = older | {name: value for name, value in facts.items() if name not in DERIVED}
@@ -11752,7 +11836,7 @@ def agree(path: Path, facts: Mapping[str, Any], rows: Mapping[str, Mapping[str, 
     """Refuse records whose methods were asked different questions, or other ones than the evaluation's facts know."""
     known: dict[str, Any] = {}
     for name, own in rows.items():
-        field = FIELD_OF[facts["headline"]]
+        field = field_of(facts["headline"])
         for key, row in own.items():
             record = f"{path}: the record of {name} on example {key!r}"
             if facts.get("sealed") and "sum" not in row:
@@ -12088,7 +12172,7 @@ def head_to_head(latent: Path, text: Path) -> dict[str, Any]:
         raise LatentWireError(f"{latent} and {text} answer {questions}; evaluate both on the same data")
     rows, n = {"bridge": [*ours.values()], "text": [theirs[name] for name in ours]}, len(ours)
     a, b = (headline_values(own, headline) for own in rows.values())
-    p, _ = paired_p(a, b, 42, clusters=clusters_of(rows["bridge"]), graded=headline == "f1")
+    p, _ = paired_p(a, b, 42, clusters=clusters_of(rows["bridge"]), graded=METRICS[headline].graded)
     gap = 100 * (sum(a) - sum(b)) / n
     verdict = f"latents minus text: {gap:+.1f} points of {headline}, paired p {p:.2g}, n {n}"
     summaries = {name: summarize(own, headline, 42) for name, own in rows.items()}
@@ -14009,7 +14093,7 @@ def slurm_command(settings: SlurmSettings, words: list[str], dry_run: bool) -> N
         print(line)
 
 
-class CompareSettings(Settings):
+class CompareSettings(PluginSettings):
     """Compare"""
 
     latent: Path = setting(..., "Run folder or results.json whose bridge counts.")
@@ -14027,7 +14111,7 @@ def home_of(source: Path) -> Path:
     return source if source.is_dir() else source.parent
 
 
-class AggregateSettings(Settings):
+class AggregateSettings(PluginSettings):
     """Aggregate"""
 
     base_dir: Path = setting(Path("runs"), "Folder with the runs.")
@@ -14049,7 +14133,7 @@ CORRECTION = "For several tests: holm, bonferroni, fdr_bh, fdr_by, none."
 RESULTS_PATH = "What 'aggregate' wrote, instead of --base_dir."
 
 
-class StatsSettings(Settings):
+class StatsSettings(PluginSettings):
     """Statistics"""
 
     base_dir: Path = setting(Path("runs"), "Folder with the runs.")
@@ -14076,7 +14160,7 @@ def stats_command(asked: StatsSettings) -> None:
     tell(f"the same as JSON and text: {output}")
 
 
-class PairedSettings(Settings):
+class PairedSettings(PluginSettings):
     """Two experiments"""
 
     exp1: Path = setting(..., "A run, or a folder of seeds.")
@@ -14129,7 +14213,7 @@ def figures_command(asked: FiguresSettings) -> None:
         )
 
 
-class TablesSettings(Settings):
+class TablesSettings(PluginSettings):
     """Tables"""
 
     base_dir: Path = setting(Path("runs"), "Folder with the runs.")
@@ -14149,7 +14233,7 @@ def tables_command(asked: TablesSettings) -> None:
         tell(path)
 
 
-class PaperSettings(Settings):
+class PaperSettings(PluginSettings):
     """Paper"""
 
     base_dir: Path | None = setting(None, "Runs to make it of; default: as it stands.")

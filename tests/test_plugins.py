@@ -157,9 +157,9 @@ class Tokenizing(lw.Benchmark):
 
         repeats: int = lw.setting(3, "Times that a text is tokenized.", ge=1)
 
-    def measure(self):
-        lm, repeats = self.bench.setup.receiver, self.config.repeats
-        return [{"arm": "tokenizing", "repeats": repeats, "tokens": len(lm.ids("a b c") * repeats)}]
+    def rows(self):
+        lm, repeats = self.bench.receiver, self.config.repeats
+        yield {"arm": "tokenizing", "repeats": repeats, "tokens": len(lm.ids("a b c") * repeats)}
 '''
 SMALL = "--sender tiny-llama --receiver tiny-qwen --latent_len 4 --d_z 16 --width 16 --heads 2 --device cpu"
 
@@ -193,7 +193,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outside]:
     parts = "--encoder halved --pooler strided --adapter gated --use_shift"
     own = "--shrink 0.25 --stride 3 --gate_start 0.5 --shift_start 0.1 --logit-power 3 --small_logits_weight 0.5"
     home.run(f"train --dataset letters {SMALL} {parts} {own} --steps 4 --output_dir run --plugin mine.py")
-    home.run("eval --checkpoint run --methods bridge,control,first_words --words_kept 2 --plugin mine.py")
+    home.run("eval --checkpoint run --methods bridge,control,first_words --words_kept 2 --bonus 0.25 --plugin mine.py")
     return home
 
 
@@ -218,11 +218,35 @@ def test_a_runs_settings_and_checkpoint_hold_those_of_its_parts(outside: Outside
 
 
 @pytest.mark.trains
+def test_a_metric_decides_and_its_settings_are_kept(outside: Outside) -> None:
+    """A task names the metric; records, summaries, verdict and facts hold it; nothing is read from them without it."""
+    results = json.loads((outside.home / "run" / "results.json").read_text())
+    rows = rows_of(outside.home / "run", "bridge")
+    assert results["headline"] == "first_letter"
+    assert results["methods"]["bridge"]["first_letter"] == pytest.approx(sum(r["first_letter"] for r in rows) / 60)
+    assert {0.25, 1.0} >= {row["first_letter"] for row in rows}
+    assert "first_letter" in results["verdict"]
+    assert json.loads((outside.home / "run" / "evaluation.json").read_text())["metric"] == {"bonus": 0.25}
+    assert "--plugin" in outside.run("aggregate --base_dir run", 2)
+    assert "first_letter" in outside.run("aggregate --base_dir run --plugin mine.py")
+
+
+@pytest.mark.slow
+def test_a_benchmark_is_measured_and_written(outside: Outside) -> None:
+    """Its rows stand in the JSON and in a table."""
+    outside.run("benchmark --benchmark tokenizing --checkpoint run --repeats 4 --output_dir b --plugin mine.py")
+    (row,) = json.loads((outside.home / "b" / "benchmark.json").read_text())["tokenizing"]
+    assert row["repeats"] == 4
+    assert row["tokens"] % 4 == 0
+    assert "tokenizing" in (outside.home / "b" / "benchmark.md").read_text()
+
+
+@pytest.mark.trains
 def test_an_evaluation_holds_the_method(outside: Outside) -> None:
     """The method's own setting makes its rows, under a key of their own."""
     rows = rows_of(outside.home / "run", "first_words")
     assert {row["tokens"] for row in rows} == {2}
-    outside.run("eval --checkpoint run --methods first_words --words_kept 1 --plugin mine.py")
+    outside.run("eval --checkpoint run --methods first_words --words_kept 1 --bonus 0.25 --plugin mine.py")
     again = rows_of(outside.home / "run", "first_words")
     assert {row["tokens"] for row in again} == {1, 2}
     assert len({row["key"] for row in again}) == 2
@@ -238,7 +262,7 @@ def test_without_the_plugin_it_is_refused_with_the_flag_to_add(outside: Outside,
     assert len(said.strip().splitlines()) == 1
 
 
-@pytest.mark.trains
+@pytest.mark.slow
 def test_an_edited_plugin_makes_a_methods_rows_stale(outside: Outside) -> None:
     """Of a bridge it is refused, since the bridge was made with other code; another file's method is computed again."""
     other = outside.home / "method.py"
@@ -265,7 +289,17 @@ def test_help_list_and_show_follow(outside: Outside) -> None:
     for words in ("Pooler strided:", "--stride INTEGER", "also --step_between", "--small_logits_weight FLOAT"):
         assert words in shown
     listed = outside.run("list --plugin mine.py")
-    for name in ("letters", "halved", "strided", "gated", "shift", "small_logits", "first_words"):
+    for name in (
+        "letters",
+        "halved",
+        "strided",
+        "gated",
+        "shift",
+        "small_logits",
+        "first_words",
+        "first_letter",
+        "tokenizing",
+    ):
         assert f"  {name} " in listed
     assert "--words_kept INTEGER" in outside.run("show first_words --plugin mine.py")
     assert "--words_kept INTEGER" in outside.run("eval --help-all --plugin mine.py")

@@ -1010,13 +1010,15 @@ def test_report_refuses_scores_that_are_no_numbers() -> None:
 
 def test_the_best_constant_answer_of_classes_is_the_commonest_one() -> None:
     rows = [{"id": str(i), "label": int(i < 3), "gold": [["no", "yes"][i < 3]]} for i in range(8)]
-    answer, values = lw.constant_values(rows, "accuracy")
+    answer, values = lw.constant_values(rows, {"headline": "accuracy"})
     assert answer == "no" and values == [0.0] * 3 + [1.0] * 5
 
 
 def test_the_best_constant_answer_of_free_text_is_the_one_of_highest_f1() -> None:
     """'the red house' alone is right once, but shares a word with three of four."""
     golds = [["the red house"], ["red"], ["red car"], ["blue"]]
-    answer, values = lw.constant_values([{"id": str(i), "gold": gold} for i, gold in enumerate(golds)], "f1")
+    answer, values = lw.constant_values(
+        [{"id": str(i), "gold": gold} for i, gold in enumerate(golds)], {"headline": "f1"}
+    )
     want = {word: [max(lw.token_f1(word, g) for g in gold) for gold in golds] for gold in golds for word in gold}
     assert answer == max(want, key=lambda word: sum(want[word])) == "red" and values == want["red"]
