@@ -1499,24 +1499,17 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, f"{text}\n".encode())
 
 
-def works_elsewhere(pid: int) -> bool:
-    """Whether another process of this number lives on this machine."""
-    with contextlib.suppress(PermissionError):  # somebody else's
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-    return pid != os.getpid()
-
-
 def sweep(folder: Path) -> None:
-    """Finish or remove what saves that were killed left behind in ``folder``."""
+    """Finish or remove what saves that were killed left behind in ``folder``; another process that lives is at work."""
+    import psutil
+
     for path in folder.glob(".*.old"):
         recovered(folder / path.name[1:-4])
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*"):
         owner = re.fullmatch(r"\..+\.(?:tmp-(\d+)|(\d+)\.tmp)", path.name)
-        if owner and not works_elsewhere(int(owner[1] or owner[2])):
+        pid = int(owner[1] or owner[2]) if owner else None
+        if pid is not None and (pid == os.getpid() or not psutil.pid_exists(pid)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -1563,16 +1556,13 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path, own: bool = True) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line torn by a kill is cut off, any other bad line is an error.
-
-    Where the file is not our ``own``, somebody may be writing that last line: it is left alone.
-    """
+    """The rows of a JSON-lines file; a last line torn by a kill is cut off, any other bad line is an error."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
-        if own:
+        if own:  # else somebody may be writing that line
             write_atomic(path, b"".join(lines))
     rows = []
     for number, line in enumerate(lines, 1):
@@ -1632,9 +1622,7 @@ def unbroken() -> Iterator[None]:
 @contextlib.contextmanager
 def catching_signals() -> Iterator[Sequence[int]]:
     """SIGINT, SIGTERM and SIGUSR1 are noted in SIGNALS instead of killing; a second SIGINT kills."""
-    if (
-        SIGNALS.caught or threading.current_thread() is not threading.main_thread()
-    ):  # signals are the main one's business
+    if SIGNALS.caught or threading.current_thread() is not threading.main_thread():  # the main one's business
         yield SIGNALS
         return
 
@@ -1672,35 +1660,28 @@ def lock_on(handle: int) -> bool | None:
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Nobody else on this machine trains in ``folder`` meanwhile; the lock goes with the process, however that ends."""
-    if os.name != "posix":  # a folder cannot be opened
+    with contextlib.ExitStack() as stack:
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            handle = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, handle)
+            if lock_on(handle) is False:
+                raise LatentWireError(
+                    f"another process is training in {folder}; wait, stop it, or take another --output_dir"
+                )
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        if lock_on(handle) is False:
-            raise LatentWireError(
-                f"another process is training in {folder}; wait, stop it, or take another --output_dir"
-            )
-        yield
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager
 def turn_at(place: Path, patient: bool) -> Iterator[bool]:
-    """One process at a time works at ``place``; another one waits, saying so, or is refused. The lock goes with its process.
-
-    Yields whether there is such a lock: not on Windows, and not on every network disk.
-    """
-    if os.name != "posix":
+    """One process at a time works at ``place``; another waits, saying so, or is refused. Yields whether it is locked."""
+    if os.name != "posix":  # Windows has no such lock
         yield False
         return
     lock, told = place.with_name(f".{place.name}.lock"), False
-    with saving(lock):
-        lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
         with saving(lock):
-            handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)  # the lock goes with its process
         locked = lock_on(handle)
         with contextlib.suppress(OSError):  # its last holder took it away
             if locked is None or (locked and os.path.samestat(os.fstat(handle), os.stat(lock))):
@@ -1794,11 +1775,10 @@ class Run:
         """A new run, or the same one again when ``resume``; never on top of a different one."""
         run = cls(folder)
         run.check(settings, resume)
-        if run.config_path.exists():
-            return run
-        write_json(folder / "env.json", environment())
-        write_atomic(folder / "source.py", Path(__file__).read_bytes())
-        write_json(run.config_path, settings.model_dump(mode="json"))  # last: where it stands, all of it stands
+        if not run.config_path.exists():
+            write_json(folder / "env.json", environment())
+            write_atomic(folder / "source.py", Path(__file__).read_bytes())
+            write_json(run.config_path, settings.model_dump(mode="json"))  # last: where it stands, all of it stands
         return run
 
     def saved(self) -> dict[str, Any]:
@@ -1817,19 +1797,17 @@ class Run:
                 raise LatentWireError(f"nothing to resume in {self.folder}; leave out --resume to start there")
             return
         saved = type(settings)().determining() | self.saved()  # a newer setting had its default
-        wanted = settings.determining()
-        changed = {k: (saved.get(k), v) for k, v in wanted.items() if saved.get(k) != v}
-        differing = [f"{k} {old!r} there, {new!r} now" for k, (old, new) in changed.items() if not grew(k, old, new)]
-        if differing:
+        changed = {k: (saved.get(k), new) for k, new in settings.determining().items() if saved.get(k) != new}
+        said = {k: f"{k} {old!r} there, {new!r} now" for k, (old, new) in changed.items()}
+        if differing := "; ".join(said[k] for k, (old, new) in changed.items() if not grew(k, old, new)):
             raise LatentWireError(
-                f"{self.folder} holds a different run ({'; '.join(differing)}); choose another --output_dir, or give these "
+                f"{self.folder} holds a different run ({differing}); choose another --output_dir, or give these "
                 f"as they were ('train --help' marks what may differ)"
             )
-        if not resume and changed:
-            grown = "; ".join(f"{k} {old!r} there, {new!r} now" for k, (old, new) in changed.items())
+        if changed and not resume:
             raise LatentWireError(
-                f"{self.folder} holds a shorter run ({grown}); add --resume to go on to the new length, or choose another "
-                f"--output_dir"
+                f"{self.folder} holds a shorter run ({'; '.join(said.values())}); add --resume to go on to the new length, "
+                f"or choose another --output_dir"
             )
         if not resume:
             state = "finished" if self.done else "unfinished"
@@ -1855,10 +1833,7 @@ def private(name: str) -> Path:
 
 
 def sum_of(path: Path) -> str:
-    """SHA-256 of a file, remembered while it is the same: place, device, inode, size, mtime and ctime.
-
-    A file that changed less than two seconds before is not remembered: it could change again without another time.
-    """
+    """SHA-256 of a file, remembered while it is the same: place, device, inode, size, mtime and ctime."""
 
     def look() -> list[Any]:
         seen = path.stat()
@@ -1871,7 +1846,7 @@ def sum_of(path: Path) -> str:
         if re.fullmatch(r"[0-9a-f]{64}", known):
             return known
     found = sha256_of(path)
-    if before == look() and started - max(before[3:]) > 2e9:
+    if before == look() and started - max(before[3:]) > 2e9:  # a younger one could change again without another time
         with contextlib.suppress(LatentWireError):
             write_atomic(private("sums") / name, found.encode())
     return found
@@ -1879,8 +1854,7 @@ def sum_of(path: Path) -> str:
 
 def batches(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
     """``items`` in runs of ``size``."""
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 # §4 STATISTICS: pure functions of arrays
