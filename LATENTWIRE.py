@@ -1897,10 +1897,7 @@ def finite(values: Any) -> Any:
 
 
 def paired_gaps(a: Scores, b: Scores) -> Any:
-    """Paired differences a − b (n,) without what rounding adds: 0.1 + 0.2 and 0.3 are a tie.
-
-    Raises ``LatentWireError`` where the lengths differ or a score is no finite number.
-    """
+    """Paired differences a − b (n,) without what rounding adds (0.1 + 0.2 and 0.3 tie); raises where lengths differ."""
     first, second = finite(a), finite(b)
     if first.shape != second.shape:
         raise LatentWireError(f"paired scores are of the same examples: {len(first)} and {len(second)} were given")
@@ -1926,11 +1923,7 @@ def cluster_sums(values: Any, clusters: Clusters) -> tuple[Any, Any]:
 
 
 def bootstrap_interval(
-    values: Scores,
-    seed: int = 0,
-    resamples: int = 10_000,
-    method: Literal["percentile", "bca"] = "percentile",
-    clusters: Clusters = None,
+    values: Scores, seed: int = 0, resamples: int = 10_000, method: str = "percentile", clusters: Clusters = None
 ) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of scores (n,): percentile, or BCa (Efron 1987, by scipy).
 
@@ -1958,10 +1951,8 @@ def bootstrap_interval(
         )  # fmt: skip
         return float(found.confidence_interval.low), float(found.confidence_interval.high)
     levels, counts = np.unique(np.stack([sums, sizes], 1), axis=0, return_counts=True)
-    chunk = max(1, 2_000_000 // len(levels))
-    sizes_of = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
-    drawn = [rng.multinomial(len(sums), counts / len(sums), size=rows) @ levels for rows in sizes_of]
-    totals = np.concatenate(drawn)
+    draws = [len(some) for some in batches(range(resamples), max(1, 2_000_000 // len(levels)))]
+    totals = np.concatenate([rng.multinomial(len(sums), counts / len(sums), size=n) @ levels for n in draws])
     low, high = np.quantile(totals[:, 0] / totals[:, 1], [0.025, 0.975])
     return float(low), float(high)
 
@@ -2012,10 +2003,7 @@ def mcnemar_exact(a: Scores, b: Scores) -> float:
 
 
 def paired_permutation(a: Scores, b: Scores, seed: int = 0, resamples: int = 9_999, clusters: Clusters = None) -> float:
-    """Two-sided sign-flip permutation p-value for the mean of paired differences; whole clusters flip together.
-
-    Equal differences flip by one binomial draw instead of one by one, which is the same lottery.
-    """
+    """Two-sided sign-flip permutation p-value for the mean of paired differences; whole clusters flip together."""
     import numpy as np
     from scipy.stats import permutation_test
 
@@ -2027,9 +2015,9 @@ def paired_permutation(a: Scores, b: Scores, seed: int = 0, resamples: int = 9_9
         how: Any = {"permutation_type": "samples", "vectorized": True, "n_resamples": resamples}
         return float(permutation_test((sums[sums != 0],), np.sum, **how).pvalue)
     rng, seen, beyond = np.random.default_rng(seed), abs(float(sums.sum())), 0
-    chunk = max(1, 2_000_000 // len(sizes))
-    for start in range(0, resamples, chunk):
-        heads = rng.binomial(counts, 0.5, size=(min(chunk, resamples - start), len(sizes)))
+    for draws in batches(range(resamples), max(1, 2_000_000 // len(sizes))):
+        # equal differences flip by one binomial draw instead of one by one, which is the same lottery
+        heads = rng.binomial(counts, 0.5, size=(len(draws), len(sizes)))
         beyond += int((np.abs((2 * heads - counts) @ sizes) >= seen - 1e-9 * max(1.0, seen)).sum())
     return (beyond + 1) / (resamples + 1)
 
@@ -2039,18 +2027,13 @@ def paired_t(a: Scores, b: Scores) -> float:
     from scipy.stats import ttest_1samp
 
     gaps = paired_gaps(a, b)
-    if len(gaps) < 2:
-        return 1.0
     if (gaps == gaps[0]).all():  # no spread: t is 0/0 or infinite
-        return float(gaps[0] == 0)
+        return float(len(gaps) < 2 or gaps[0] == 0)
     return float(ttest_1samp(gaps, 0.0).pvalue)
 
 
 def wilcoxon_p(a: Scores, b: Scores) -> float:
-    """Two-sided p-value of Wilcoxon's signed ranks (1945); pairs without difference are left out, as he did.
-
-    Up to 50 pairs exact, ties or not, by counting all flips of the signs; beyond, scipy's normal approximation.
-    """
+    """Two-sided p-value of Wilcoxon's signed ranks (1945); pairs without difference are left out, as he did."""
     import numpy as np
     from scipy.stats import rankdata, wilcoxon
 
@@ -2058,10 +2041,10 @@ def wilcoxon_p(a: Scores, b: Scores) -> float:
     differences = differences[differences != 0]
     if not len(differences):
         return 1.0
-    if len(differences) > 50:
+    if len(differences) > 50:  # the normal approximation
         return float(wilcoxon(differences, method="asymptotic").pvalue)
     ranks = (2 * rankdata(np.abs(differences))).astype(int)  # ties have half ranks
-    ways = np.ones(1)
+    ways = np.ones(1)  # all flips of the signs are counted: exact, ties or not
     for rank in ranks:
         ways = (np.pad(ways, (0, rank)) + np.pad(ways, (rank, 0))) / 2
     seen = int(ranks[differences > 0].sum())
@@ -2092,8 +2075,7 @@ CORRECTIONS = {"holm": "holm", "bonferroni": "bonferroni", "bh": "fdr_bh", "by":
 def corrected(p_values: Scores, how: str = "holm") -> list[float]:
     """p-values after a correction for their number: holm, bonferroni, fdr_bh (bh), fdr_by (by) or none."""
     if how != "none" and how not in CORRECTIONS:
-        known = ", ".join([*CORRECTIONS, "none"])
-        raise LatentWireError(f"unknown correction {how!r}{suggest(how, CORRECTIONS)} ({known})")
+        raise LatentWireError(f"unknown correction {how!r}{suggest(how, CORRECTIONS)} ({', '.join(CORRECTIONS)}, none)")
     if how == "none" or not p_values:
         return list(p_values)
     multitest = require("statsmodels.stats.multitest")
@@ -2108,11 +2090,8 @@ Tests = Mapping[str, dict[str, Any]]  # what ``battery`` found, by name
 
 
 def mark_corrected(tests: Tests, correction: str, alpha: float, same: Mapping[str, Hashable] | None = None) -> int:
-    """Write into each test of a family its p corrected for their number, which is returned, and whether it is significant.
-
-    Tests with equal values in ``same`` are one test: what two names say of equal scores counts once.
-    """
-    groups: dict[Hashable, list[dict[str, Any]]] = {}
+    """Write into each test of a family p corrected for their number, which is returned, and whether it is significant."""
+    groups: dict[Hashable, list[dict[str, Any]]] = {}  # of one value in ``same``: equal scores of two names count once
     for name, row in tests.items():
         groups.setdefault(same[name] if same and name in same else ("alone", name), []).append(row)
     for rows, q in zip(groups.values(), corrected([rows[0]["p"] for rows in groups.values()], correction), strict=True):
@@ -2124,23 +2103,17 @@ def mark_corrected(tests: Tests, correction: str, alpha: float, same: Mapping[st
 def paired_p(
     a: Scores, b: Scores, seed: int, resamples: int = 10_000, clusters: Clusters = None, graded: bool = False
 ) -> tuple[float, str]:
-    """p of a paired difference and its test: exact McNemar for right/wrong without clusters, else the permutation test.
-
-    ``graded`` scores are no right/wrong even where all of them are 0 or 1.
-    """
+    """p of a paired difference and its test: exact McNemar for right/wrong without clusters, else the permutation test."""
+    # graded scores are no right/wrong even where all of them are 0 or 1
     if clusters is None and not graded and {*a, *b} <= {0.0, 1.0}:
         return mcnemar_exact(a, b), "McNemar, exact"
     return paired_permutation(a, b, seed, resamples - 1, clusters), "permutation"
 
 
 def battery(a: Scores, b: Scores, seed: int = 0, resamples: int = 10_000, clusters: Clusters = None) -> dict[str, Any]:
-    """Everything about the paired difference a − b of scores: intervals, tests, effect sizes.
-
-    ``p`` is the test to report, as ``paired_p`` chooses it. Where all rows share one cluster nothing is known of others: p
-    is 1 and the interval is everything.
-    """
+    """Everything about the paired difference a − b of scores: intervals, effect sizes, tests; ``p`` is the one to report."""
     gaps = paired_gaps(a, b).tolist()
-    one_cluster = clusters is not None and len(set(clusters)) < 2
+    one_cluster = clusters is not None and len(set(clusters)) < 2  # nothing is known of others: p is 1
     p, test = paired_p(a, b, seed, resamples, clusters)
     flipped = p if test == "permutation" else paired_permutation(a, b, seed, resamples - 1, clusters)
     ci = (-1.0, 1.0) if one_cluster else bootstrap_interval(gaps, seed, resamples, clusters=clusters)
@@ -2190,14 +2163,12 @@ def comprehensive_comparison_report(
     scores = {name: finite(own).tolist() for name, own in {baseline_name: baseline_scores, **method_scores}.items()}
     means = {name: {"mean": sum(own) / n, "ci": list(bootstrap_interval(own, random_state, n_bootstrap, "bca"))}
              for name, own in scores.items()}  # fmt: skip
-    base = scores[baseline_name]
-    found = {name: battery(scores[name], base, random_state, n_bootstrap) for name in method_scores}
+    found = {m: battery(scores[m], scores[baseline_name], random_state, n_bootstrap) for m in method_scores}
     mark_corrected(found, correction, alpha)
     warnings = [f"n = {n} is small: intervals and tests are rough below 20 examples"] if n < 20 else []
     results = {"baseline": baseline_name, "n": n, "correction": correction, "alpha": alpha, "warnings": warnings,
                "means": means, "comparisons": found}  # fmt: skip
-    lines = [f"{baseline_name}: mean {means[baseline_name]['mean']:.4f}, n {n}"]
-    lines += [f"careful: {text}" for text in warnings]
+    lines = [f"{baseline_name}: mean {means[baseline_name]['mean']:.4f}, n {n}", *(f"careful: {w}" for w in warnings)]
     for name, row in found.items():
         low, high = row["ci"]
         lines.append(
