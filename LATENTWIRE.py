@@ -69,6 +69,7 @@ import itertools
 import json
 import lzma
 import math
+import operator
 import os
 import platform
 import random
@@ -1834,19 +1835,15 @@ def private(name: str) -> Path:
 
 def sum_of(path: Path) -> str:
     """SHA-256 of a file, remembered while it is the same: place, device, inode, size, mtime and ctime."""
-
-    def look() -> list[Any]:
-        seen = path.stat()
-        return [seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns]
-
-    before, started = look(), time.time_ns()
+    stamp = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns")
+    before, started = stamp(path.stat()), time.time_ns()
     name = hashlib.sha256(json.dumps([str(path.resolve()), *before]).encode()).hexdigest()
     with contextlib.suppress(LatentWireError, OSError, ValueError):  # without a cache it is computed each time
         known = (private("sums") / name).read_text(encoding="ascii")
         if re.fullmatch(r"[0-9a-f]{64}", known):
             return known
     found = sha256_of(path)
-    if before == look() and started - max(before[3:]) > 2e9:  # a younger one could change again without another time
+    if before == stamp(path.stat()) and started - max(before[3:]) > 2e9:  # a younger one could change at that very time
         with contextlib.suppress(LatentWireError):
             write_atomic(private("sums") / name, found.encode())
     return found
