@@ -1858,6 +1858,10 @@ def batches(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
 
 Scores = Sequence[float]  # (n,), one of each example
 Clusters = Sequence[Hashable] | None  # (n,), the context of each; None where no two share one
+Tests = Mapping[str, dict[str, Any]]  # what ``battery`` found, by name
+CORRECTIONS = {"holm": "holm", "bonferroni": "bonferroni", "bh": "fdr_bh", "by": "fdr_by", "fdr_bh": "fdr_bh",
+               "fdr_by": "fdr_by"}  # fmt: skip
+"""Corrections for several tests by name → statsmodels' name; ``none`` leaves p as it is."""
 
 
 def in_short(value: Any) -> str:
@@ -1922,18 +1926,13 @@ def cluster_sums(values: Any, clusters: Clusters) -> tuple[Any, Any]:
 def bootstrap_interval(
     values: Scores, seed: int = 0, resamples: int = 10_000, method: str = "percentile", clusters: Clusters = None
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of scores (n,): percentile, or BCa (Efron 1987, by scipy).
-
-    With ``clusters`` (n names; questions of one context, say) whole clusters are drawn. Equal scores of a run are counted,
-    not drawn one by one: a resample is one multinomial draw over the different scores. Constant 0/1 data takes Wilson's
-    interval, which has no zero width.
-    """
+    """95 % bootstrap interval of the mean of scores (n,), of whole ``clusters``: percentile, or BCa (Efron 1987, by scipy)."""
     import numpy as np
     from scipy.stats import bootstrap
 
     sums, sizes = cluster_sums(values, clusters)
     data = finite(values)
-    if np.all(data == data[0]) and (clusters is None or len(sums) > 1):
+    if np.all(data == data[0]) and (clusters is None or len(sums) > 1):  # Wilson's interval has no zero width
         binary = data[0] in (0.0, 1.0)
         return wilson_interval(int(data[0]) * len(sums), len(sums)) if binary else (float(data[0]), float(data[0]))
     rng, sums = np.random.default_rng(seed), sums[:, 0]
@@ -1947,6 +1946,7 @@ def bootstrap_interval(
             vectorized=True, method="BCa", batch=256, rng=rng,
         )  # fmt: skip
         return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    # equal scores are counted, not drawn one by one: a resample is one multinomial draw over the different ones
     levels, counts = np.unique(np.stack([sums, sizes], 1), axis=0, return_counts=True)
     draws = [len(some) for some in batches(range(resamples), max(1, 2_000_000 // len(levels)))]
     totals = np.concatenate([rng.multinomial(len(sums), counts / len(sums), size=n) @ levels for n in draws])
@@ -2064,11 +2064,6 @@ def hedges_g(a: Scores, b: Scores) -> float | None:
     return d * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
 
 
-CORRECTIONS = {"holm": "holm", "bonferroni": "bonferroni", "bh": "fdr_bh", "by": "fdr_by", "fdr_bh": "fdr_bh",
-               "fdr_by": "fdr_by"}  # fmt: skip
-"""Corrections for several tests by name → statsmodels' name; ``none`` leaves p as it is."""
-
-
 def corrected(p_values: Scores, how: str = "holm") -> list[float]:
     """p-values after a correction for their number: holm, bonferroni, fdr_bh (bh), fdr_by (by) or none."""
     if how != "none" and how not in CORRECTIONS:
@@ -2081,9 +2076,6 @@ def corrected(p_values: Scores, how: str = "holm") -> list[float]:
         return [float(p) for p in multitest.multipletests(p_values, method=CORRECTIONS[how])[1]]
     finally:
         gc.unfreeze()
-
-
-Tests = Mapping[str, dict[str, Any]]  # what ``battery`` found, by name
 
 
 def mark_corrected(tests: Tests, correction: str, alpha: float, same: Mapping[str, Hashable] | None = None) -> int:
