@@ -10990,11 +10990,6 @@ def random_lm(name: str, settings: ModelSettings) -> LM:
     return LM(f"random {name}", model, tokenizer, "random weights", device)
 
 
-def weight_bytes(weights: Iterable[Tensor]) -> int:
-    """Bytes that weights take."""
-    return sum(weight.numel() * weight.element_size() for weight in weights)
-
-
 @dataclass(frozen=True)
 class Pass:
     """One forward of a model's first ``blocks`` over so many rows of so many tokens; logits of ``heads`` positions a row."""
@@ -11010,7 +11005,7 @@ class Pass:
         weights = [p for block in self.lm.blocks[: self.blocks] for p in block.parameters()]
         tables = [self.lm.head.weight] if self.heads else []
         work = self.tokens * sum(p.numel() for p in weights) + self.heads * sum(p.numel() for p in tables)
-        return weight_bytes([*weights, *tables]), 2.0 * self.rows * work
+        return sum(p.nbytes for p in (*weights, *tables)), 2.0 * self.rows * work
 
     def floor(self, limits: Mapping[str, float]) -> float:
         """Seconds below which it cannot go: reading its weights or multiplying, whichever takes longer (roofline)."""
@@ -11040,16 +11035,12 @@ def race(runs: Mapping[str, Callable[[], Any]], asked: BenchmarkSettings) -> dic
 
 @functools.cache
 def device_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What this device reaches, measured once in a process: bytes moved per second, and operations per second in a large product.
-
-    Bytes are those of whichever is fastest: a matrix-vector product, a sum, or a copy, which reads and writes.
-    """
+    """Bytes moved per second by a matrix-vector product, a sum or a copy, the fastest; operations per second of a product."""
     rows, side = (262144, 8192) if device.type == "cuda" else (16384, 2048)
     table, one = torch.ones(rows, 4096, device=device), torch.ones(4096, 1, device=device)
     copied, size = torch.empty_like(table), table.numel() * table.element_size()
-    moves: list[tuple[int, Callable[[], Any]]] = [
-        (size, lambda: table @ one), (size, lambda: table.sum()), (2 * size, lambda: copied.copy_(table)),
-    ]  # fmt: skip
+    moves: list[tuple[int, Callable[[], Any]]] = [(size, lambda: table @ one), (size, lambda: table.sum()),
+                                                  (2 * size, lambda: copied.copy_(table))]  # fmt: skip
     moving = max(count / min(once(work) for _ in range(8)) for count, work in moves)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
     return {"bytes_per_s": moving, "flop_per_s": 2.0 * side**3 / min(once(lambda: a @ b) for _ in range(8))}
@@ -11190,7 +11181,7 @@ class Bench:
 
     def floor(self, arm: str, passes: Iterable[Pass]) -> float:
         """Roofline of these passes in seconds, with the bridge's own weights read once."""
-        own = weight_bytes(self.bridge.parameters()) if arm_of(arm).bridged else 0
+        own = sum(p.nbytes for p in self.bridge.parameters()) if arm_of(arm).bridged else 0
         return sum(one.floor(self.limits) for one in passes) + own / self.limits["bytes_per_s"]
 
 
@@ -11248,10 +11239,9 @@ BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmarks", "benchmark", Benc
 def timing(arm: str, size: int, answer: int, seconds: Sequence[float], floor: float) -> dict[str, Any]:
     """One row of a table."""
     middle, high = median(seconds), sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
-    return {
-        "arm": arm, "batch": size, "answer_tokens": answer, "median_ms": 1e3 * middle, "p95_ms": 1e3 * high,
-        "trials": len(seconds), "floor_ms": 1e3 * floor, "roofline": floor / middle, "texts_per_s": size / middle,
-    }  # fmt: skip
+    return {"arm": arm, "batch": size, "answer_tokens": answer, "median_ms": 1e3 * middle, "p95_ms": 1e3 * high,
+            "trials": len(seconds), "floor_ms": 1e3 * floor, "roofline": floor / middle,
+            "texts_per_s": size / middle}  # fmt: skip
 
 
 @BENCHMARKS.register("latency")
@@ -11344,11 +11334,9 @@ class Memory(Benchmark):
             modules = [bench.receiver.model, *([bench.bridge] if arm_of(arm).bridged else [])]
             for one in bench.observed(*given)[0]:
                 modules += [one.lm.model] if one.heads else [one.lm.table, *one.lm.blocks[: one.blocks]]
-            needed = {weight for module in modules for weight in module.parameters()}
-            yield {
-                "arm": arm, "batch": size, "weights_mb": weight_bytes(needed) / 1e6,
-                "peak_above_mb": peak_of(functools.partial(bench.run, *given), bench.receiver.device),
-            }  # fmt: skip
+            needed = sum(p.nbytes for p in {p for module in modules for p in module.parameters()})
+            peak = peak_of(functools.partial(bench.run, *given), bench.receiver.device)
+            yield {"arm": arm, "batch": size, "weights_mb": needed / 1e6, "peak_above_mb": peak}
 
 
 @BENCHMARKS.register("training")
@@ -11402,12 +11390,10 @@ def growth_curves(bench: Bench) -> dict[str, dict[int, Callable[[], Any]]]:
             bench.receiver.prefill(bench.timed.prompting.pack(SoftPrompt(soft), examples))
 
     here = functools.partial
-    return {
-        "texts": {n: here(answer_all, bench.texts(n)) for n in (16, 32, 64, 128, 256)},
-        "input tokens": {n: here(bench.run, "bridge", bench.texts(4, n), 1) for n in (32, 64, 128, 256, 512)},
-        "soft tokens": {n: here(hear, n) for n in (8, 16, 32, 64, 128, 256)},
-        "receivers": {n: here(hear, None, n) for n in (1, 2, 4, 8)},
-    }
+    return {"texts": {n: here(answer_all, bench.texts(n)) for n in (16, 32, 64, 128, 256)},
+            "input tokens": {n: here(bench.run, "bridge", bench.texts(4, n), 1) for n in (32, 64, 128, 256, 512)},
+            "soft tokens": {n: here(hear, n) for n in (8, 16, 32, 64, 128, 256)},
+            "receivers": {n: here(hear, None, n) for n in (1, 2, 4, 8)}}  # fmt: skip
 
 
 @BENCHMARKS.register("growth")
