@@ -11536,17 +11536,11 @@ class Evaluation:
         return found
 
     @functools.cached_property
-    def clusters(self) -> dict[str, str] | None:
-        """The context of each example, where several share one."""
+    def examples(self) -> dict[str, tuple[str, float]]:
+        """The context of each example, and what the best constant answer scores on it."""
         own: dict[str, dict[str, Any]] = next(iter(self.rows.values()), {})
-        names = clusters_of([*own.values()])
-        return None if names is None else dict(zip(own, names, strict=True))
-
-    @functools.cached_property
-    def constant(self) -> dict[str, float]:
-        """The deciding metric of the best constant answer by example."""
-        own: dict[str, dict[str, Any]] = next(iter(self.rows.values()), {})
-        return dict(zip(own, constant_values([*own.values()], self.facts)[1], strict=True))
+        scores = constant_values([*own.values()], self.facts)[1]
+        return {name: (row.get("cluster", name), x) for (name, row), x in zip(own.items(), scores, strict=True)}
 
     @functools.cached_property
     def version(self) -> dict[str, Any]:
@@ -11571,7 +11565,7 @@ class Evaluation:
 
     def condense(self) -> Evaluation:
         """Itself, without its records once what follows from them is known: suites have millions."""
-        _ = self.gap or (self.scores, self.clusters, self.constant, self.results)
+        _ = self.gap or (self.scores, self.examples, self.results)
         self.rows = {name: {} for name in self.rows}
         return self
 
@@ -11757,8 +11751,8 @@ class ResultGroup:
     @functools.cached_property
     def clusters(self) -> list[str] | None:
         """Their contexts, where several share one."""
-        names = self.members[0].clusters
-        return None if names is None else [names[name] for name in self.ids]
+        names = [self.members[0].examples[name][0] for name in self.ids]
+        return names if len(set(names)) < len(names) else None
 
     @functools.cached_property
     def kinds(self) -> dict[str, Kind]:
@@ -11792,7 +11786,7 @@ class ResultGroup:
         import numpy as np
 
         if method == CONSTANT:
-            return np.array([[self.members[0].constant[name]] for name in self.ids])
+            return np.array([[self.members[0].examples[name][1]] for name in self.ids])
         rows = np.array([[own[name] for name in self.ids] for own in self.methods[method].values()]).T
         return rows[:, :1] if (rows == rows[:, :1]).all() else rows
 
@@ -12004,10 +11998,7 @@ def head_to_head(latent: Path, text: Path) -> dict[str, Any]:
 
 
 def beside_base(folder: Path) -> dict[str, Any]:
-    """What each run's change does to its bridge, example by example, beside the run named ``base`` on the same rows.
-
-    ``q`` is p after Benjamini and Hochberg (1995) over all runs.
-    """
+    """What each run's change does to its bridge, example by example, beside the run named ``base`` on the same rows."""
     home = recorded(folder / "base", "bridge")
     facts, headline, base = home.facts, home.facts["headline"], home.scores["bridge"]
     scores = {"base": base}
@@ -12020,7 +12011,7 @@ def beside_base(folder: Path) -> dict[str, Any]:
         scores[path.parent.name] = other.scores["bridge"]
     group = ResultGroup("effects", home.key, [home], {name: {None: own} for name, own in scores.items()})
     tests = {name: group.beside(name, "base") for name in scores if name != "base"}
-    mark_corrected(tests, "bh", 0.05)
+    mark_corrected(tests, "bh", 0.05)  # q: Benjamini and Hochberg (1995), over all runs
     told = {name: {headline: group.means[name], "difference": row["difference"], "ci": row["ci"], "p": row["p"],
                    "q": row["p_corrected"]} for name, row in tests.items()}  # fmt: skip
     made = {name: facts["provenance"][name] for name in ("sender", "receiver", "seed_of_training", "source_sha256")}
@@ -12107,11 +12098,9 @@ def results_table(results: Mapping[str, Any]) -> TextTable:
         (low, high), said, tokens, size = (summary.get(key) for key in ("ci", "gen_accuracy", "tokens", "bytes"))
         silent = said is None or name.partition(":")[0] in ("probe", "ensemble")
         p = None if name in broken else results.get("p_bridge_vs", {}).get(name)
-        rows.append([
-            marked(name, broken), f"{100 * summary[results['headline']]:.1f}", f"{100 * low:.1f}–{100 * high:.1f}",
-            "–" if silent else f"{100 * said:.1f}", "–" if tokens is None else f"{tokens:.0f}",
-            f"{size:.0f}" if size else "–", written_p(p),
-        ])  # fmt: skip
+        score, interval = f"{100 * summary[results['headline']]:.1f}", f"{100 * low:.1f}–{100 * high:.1f}"
+        rows.append([marked(name, broken), score, interval, "–" if silent else f"{100 * said:.1f}",
+                     "–" if tokens is None else f"{tokens:.0f}", f"{size:.0f}" if size else "–", written_p(p)])  # fmt: skip
     kinds = kinds_of(results, results["methods"])
     heads = ("method", f"{results['headline']} %", "95 % CI", "said %", "tokens", "bytes", "p")
     return TextTable(heads, rows, note=BROKEN if broken else "", kinds=[family_of(name, kinds) for name in kinds])
@@ -12232,10 +12221,6 @@ class ReportInputs:
         """What ``compared`` says of each group."""
         return [compared(group) for group in self.groups]
 
-    def bridged(self) -> list[ResultGroup]:
-        """The groups that have a bridge."""
-        return [group for group in self.groups if "bridge" in group.methods]
-
 
 def aggregate(inputs: ReportInputs, base: Path, output: Path) -> Path:
     """Every evaluation below ``base``, put together from its records as JSON, CSV and Markdown; → the JSON file."""
@@ -12270,8 +12255,11 @@ def aggregate(inputs: ReportInputs, base: Path, output: Path) -> Path:
 
 def fit(canvas: Any) -> None:
     """Wrap titles, axis labels and legend entries that are wider than the figure; ticks that touch become fewer."""
+    from matplotlib.text import Text
     from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
+    for text in canvas.findobj(Text):
+        text.set_parse_math(False)  # names are no formulas
     logs = [axis for one in canvas.axes for axis in (one.xaxis, one.yaxis) if axis.get_scale() == "log"]
     for axis in logs:
         if not isinstance(axis.get_major_locator(), FixedLocator):
@@ -12281,13 +12269,10 @@ def fit(canvas: Any) -> None:
             axis.set_minor_formatter(NullFormatter())
     for _ in range(2):
         canvas.draw_without_rendering()
-        legends = [*canvas.legends, *(one.get_legend() for one in canvas.axes if one.get_legend())]
-        entries = [text for legend in legends for text in legend.get_texts()]
-        words = [t for one in canvas.axes for t in (one._left_title, one.title, one.xaxis.label, one.yaxis.label)]
-        for text in [*entries, *words, *([canvas._suptitle] if canvas._suptitle else [])]:
+        for text in canvas.findobj(Text):
             box = text.get_window_extent()
             over = max(box.x1 - canvas.bbox.x1, -box.x0, 0) if text.get_rotation() % 180 == 0 else 0
-            if over:
+            if over and box.width:
                 most = max(len(line) for line in text.get_text().split("\n"))
                 room = max(12, int(most * (1 - over / box.width)) - 1)
                 text.set_text("\n".join(textwrap.fill(line, room) for line in text.get_text().split("\n")))
@@ -12319,7 +12304,6 @@ def figure(path: Path, height: float = 2.6, panels: tuple[int, int] = (1, 1)) ->
     require("matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
-    from matplotlib.text import Text
 
     style: Any = {"font.size": 8, "pdf.fonttype": 42, "axes.linewidth": 0.6, "lines.linewidth": 1.1}
     with rc_context(style | {"lines.markersize": 4}):
@@ -12328,8 +12312,6 @@ def figure(path: Path, height: float = 2.6, panels: tuple[int, int] = (1, 1)) ->
         for one in canvas.axes:
             one.spines[["top", "right"]].set_visible(False)
         yield axes
-        for text in canvas.findobj(Text):
-            text.set_parse_math(False)  # names are no formulas
         fit(canvas)
         with saving(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -12522,8 +12504,9 @@ def attention_figure(inputs: ReportInputs, path: Path) -> bool:
 def tokens_figure(inputs: ReportInputs, path: Path) -> bool:
     """The bridge over the number of latents, a line for each data set."""
     several = len({(c.key["sender"], c.key["receiver"], c.key["split"]) for c in inputs.groups}) > 1
+    groups = [group for group in inputs.groups if "bridge" in group.methods]
     found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for group in inputs.bridged():
+    for group in groups:
         key = group.key
         name = f"{key['dataset']}, {key['sender']} → {key['receiver']}, {key['split']}" if several else key["dataset"]
         found.setdefault(name, []).append((key["latent_len"], group.summaries["bridge"]))
@@ -12539,16 +12522,10 @@ def tokens_figure(inputs: ReportInputs, path: Path) -> bool:
         counts = sorted({k for rows in found.values() for k, _ in rows})
         axes.set_xticks(counts, [str(k) for k in counts])
         axes.minorticks_off()
-        score = listed(group.key["metric"] for group in inputs.bridged())
+        score = listed(group.key["metric"] for group in groups)
         axes.set(xlabel="latents; whiskers: 95 % interval", ylabel=f"{score} (%)", ylim=(0, 100))
         legend_below(3, axes)
     return True
-
-
-def unsized(method: str) -> str:
-    """``text_relay`` of ``text_relay:8``; another method's whole name."""
-    name, _, size = method.partition(":")
-    return name if size.isdigit() else method
 
 
 def rates_of(group: ResultGroup) -> list[tuple[str, float, float, float]]:
@@ -12569,9 +12546,10 @@ def rates_of(group: ResultGroup) -> list[tuple[str, float, float, float]]:
 @FIGURES.register("pareto")
 def pareto_figure(inputs: ReportInputs, path: Path) -> bool:
     """Rate and quality: what stands for the text, in receiver tokens and in bytes, against the metric."""
-    panels = [(c, points) for c in inputs.bridged() if len(points := rates_of(c)) > 2]
+    panels = [(c, points) for c in inputs.groups if "bridge" in c.methods and len(points := rates_of(c)) > 2]
     if not panels:
         return False
+    unsized = functools.partial(re.sub, r":\d+$", "")  # text_relay of text_relay:8
     every = dict.fromkeys(unsized(name) for _, points in panels for name, *_ in points)
     names = sorted(every, key=lambda name: name != "bridge")  # no rival has its colour
     look = {name: (MARKS[i % 8], SERIES[1 + (i + i // 24) % 6 if i else 0]) for i, name in enumerate(names)}
@@ -12596,8 +12574,7 @@ def pareto_figure(inputs: ReportInputs, path: Path) -> bool:
 
 def relays_of(group: ResultGroup) -> list[tuple[int, float]]:
     """(tokens that the sender may write, score in %) of every text relay."""
-    sizes = {name: int(name.partition(":")[2]) for name in group.methods if name.startswith("text_relay:")}
-    return sorted((size, 100 * group.means[name]) for name, size in sizes.items())
+    return sorted((int(n.partition(":")[2]), 100 * m) for n, m in group.means.items() if n.startswith("text_relay:"))
 
 
 @FIGURES.register("relay")
@@ -12862,7 +12839,7 @@ def comparisons_tex(inputs: ReportInputs) -> bytes | None:
 @TABLES.register("tokens")
 def tokens_tex(inputs: ReportInputs) -> bytes | None:
     """The bridge by number of latents."""
-    groups = inputs.bridged()
+    groups = [group for group in inputs.groups if "bridge" in group.methods]
     sizes = sorted({group.key["latent_len"] for group in groups})
     if len(sizes) < 2:
         return None

@@ -111,7 +111,8 @@ def column_of(scores: dict[str, dict[int | None, Sequence[float]]], metric: str 
         name: {seed: {str(i): float(x) for i, x in enumerate(own)} for seed, own in seeds.items()}
         for name, seeds in scores.items()
     }
-    member: Any = SimpleNamespace(clusters=None, facts={}, results={}, rows={})
+    examples = {str(i): (str(i), 0.0) for i in range(key["n"])}
+    member: Any = SimpleNamespace(examples=examples, facts={}, results={}, rows={})
     return lw.ResultGroup("made", key, [member], methods)
 
 
