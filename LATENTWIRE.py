@@ -8326,6 +8326,18 @@ class EvalContext:
         return Message(latents[None], self.bridge.shape.codec, self.receiver.name).to_bytes()
 
 
+def at_hand(setup: Setup, asked: AskedSettings) -> set[str]:
+    """What an evaluation has of all that a method may need."""
+    there = {
+        "classes": setup.part.words, "train rows": setup.splits["train"], "sender": isinstance(setup.sender, LM),
+        "states": type(setup.sender) is not ByteReader, "prompt": getattr(asked, "prompt", None),
+        "questions": all(example.question for example in setup.splits["evaluated"]),
+        "bytes": asked.byte_budget or isinstance(asked, EvalSettings), "wrong_task": asked.wrong_task,
+        "llmlingua": importlib.util.find_spec("llmlingua"), "llmlingua2_model": asked.llmlingua2_model is not None,
+    }  # fmt: skip
+    return {name for name, one in there.items() if one}
+
+
 class Method:
     """A way to answer. Override ``message`` to send other latents, or ``answers`` to work another way altogether.
 
@@ -8346,13 +8358,15 @@ class Method:
     """Whether the seed changes it."""
     own: ClassVar[tuple[str, ...]] = ()
     """The settings of an evaluation that change its answers."""
+    needs: ClassVar[tuple[str, ...]] = ()
+    """What an evaluation must have, in the words of ``at_hand``."""
     details: Mapping[str, Any] | None = None
     """What it has to say about itself once it has answered."""
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
         """Whether this evaluation has what the method needs."""
-        return True
+        return {*cls.needs} <= at_hand(setup, settings)
 
     def __init__(self, context: EvalContext) -> None:
         self.context = context
@@ -8382,6 +8396,11 @@ PLAIN_NAMES = {
 }  # fmt: skip
 
 METHODS: Registry[type[Method]] = Registry("methods", "method", Method, AskedSettings)
+
+
+def add_variant(name: str, kind: type[Method], text: str, *aliases: str, **changes: Any) -> None:
+    """Register a kind of method once more, with other values of its class attributes and a help text of its own."""
+    METHODS.register(name, *aliases)(type(kind.__name__, (kind,), {"__doc__": text, **changes}))
 
 
 @METHODS.register("bridge", "latent")
@@ -8463,12 +8482,7 @@ class NoSourceControl(Method):
 class PromptControl(Method):
     """A trained prompt of the same length and data that saw no source: --prompt RUN."""
 
-    control = True
-
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where such a run is named."""
-        return isinstance(settings, EvalSettings) and settings.prompt is not None
+    control, needs = True, ("prompt",)
 
     @functools.cached_property
     def receiver(self) -> Receiver:
@@ -8560,16 +8574,11 @@ class EmbedMethod(Method):
             return receiver.respond(prompting.joined(self.soft(examples), after, None, left=True), examples)
 
 
-@METHODS.register("embed:raw", "raw")
-class EmbedRaw(EmbedMethod):
-    """Full text as embeddings, no anchor."""
-
-    anchored = False
-
-
-@METHODS.register("embed:anchor", "anchor")
-class EmbedAnchor(EmbedMethod):
-    """Full text as embeddings, then the anchor; must equal the text method up to token boundaries."""
+add_variant("embed:raw", EmbedMethod, "Full text as embeddings, no anchor.", "raw", anchored=False)
+add_variant(
+    "embed:anchor", EmbedMethod, "Full text as embeddings, then the anchor; must equal the text method up to token boundaries.",
+    "anchor",
+)  # fmt: skip
 
 
 @METHODS.register("embed:adapter", "adapter")
@@ -9841,11 +9850,15 @@ def bridge_facts(context: EvalContext, state: Mapping[str, Any]) -> dict[str, An
 # §12 BASELINES: every rival, as a Method
 
 
+@METHODS.register("probe", "linear_probe")
 class ProbeMethod(Method):
-    """Logistic regression on a model's states: standardised, C and the best layer and pooling by cross-validation."""
+    """Linear probe on the sender, same train rows: at the bridge's layers, or --probe_layers.
 
-    bridged = False
-    trained = True
+    Logistic regression on standardised states; C and the best layer and pooling by cross-validation.
+    """
+
+    bridged, trained = False, True
+    needs: ClassVar[tuple[str, ...]] = ("classes", "train rows", "states")
     own = ("probe_layers", "pooling")
     role: ClassVar[str] = "sender"
     CS: ClassVar[tuple[float, ...]] = (0.001, 0.01, 0.1, 1.0)
@@ -9934,27 +9947,10 @@ class ProbeMethod(Method):
         return [Answer(words[argmax(row)], row) for row in rows]
 
 
-@METHODS.register("probe", "linear_probe")
-class SenderProbe(ProbeMethod):
-    """Linear probe on the sender, same train rows: at the bridge's layers, or --probe_layers."""
-
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where there are classes, labelled train rows and a sender."""
-        return bool(setup.part.words and setup.splits["train"]) and type(setup.sender) is not ByteReader
-
-
-@METHODS.register("probe:receiver")
-class ReceiverProbe(ProbeMethod):
-    """Linear probe on the receiver: what it knows of the text itself."""
-
-    usual = False
-    role = "receiver"
-
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where there are classes and labelled train rows."""
-        return bool(setup.part.words and setup.splits["train"])
+add_variant(
+    "probe:receiver", ProbeMethod, "Linear probe on the receiver: what it knows of the text itself.",
+    usual=False, role="receiver", needs=("classes", "train rows"),
+)  # fmt: skip
 
 
 class ReadingMethod(Method):
@@ -9995,32 +9991,16 @@ class ReadingMethod(Method):
         return [replace(answer, tokens=len(lm.ids(text))) for answer, text in zip(found, contexts, strict=True)]
 
 
-class SpokenMethod(ReadingMethod):
-    """One that needs a sender which can answer or write."""
-
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where the sender is a language model."""
-        return isinstance(setup.sender, LM)
-
-
-@METHODS.register("zeroshot:sender", "text:sender")
-class SenderAlone(SpokenMethod):
-    """The sender reads the full text and answers itself."""
-
-    role = "sender"
+add_variant(
+    "zeroshot:sender", ReadingMethod, "The sender reads the full text and answers itself.", "text:sender",
+    role="sender", needs=("sender",),
+)  # fmt: skip
 
 
 class FewShot(ReadingMethod):
     """Some train rows with their answers stand in front of the text."""
 
-    seeded = True
-    own = ("shots",)
-
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where there are train rows and such a model."""
-        return bool(setup.splits["train"]) and (cls.role == "receiver" or isinstance(setup.sender, LM))
+    seeded, own, needs = True, ("shots",), ("train rows",)
 
     @functools.cached_property
     def shown(self) -> str:
@@ -10053,26 +10033,20 @@ class FewShot(ReadingMethod):
         return [self.shown + text for text in super().prompts(examples, contexts)]
 
 
-@METHODS.register("fewshot:receiver")
-class FewShotReceiver(FewShot):
-    """The receiver reads some train rows with their answers, then the full text."""
-
-
-@METHODS.register("fewshot:sender")
-class FewShotSender(FewShot):
-    """The sender does the same."""
-
-    role = "sender"
+add_variant("fewshot:receiver", FewShot, "The receiver reads some train rows with their answers, then the full text.")
+add_variant("fewshot:sender", FewShot, "The sender does the same.", role="sender", needs=("train rows", "sender"))
 
 
 @METHODS.register("sender_label")
-class SenderLabel(SpokenMethod):
+class SenderLabel(ReadingMethod):
     """The sender answers, and its answer is all the receiver reads."""
+
+    needs = ("sender",)
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """A class word where there are such, else the sender's words."""
         words = self.context.setup.part.words
-        said = SenderAlone(self.context).answers(examples)
+        said = METHODS["zeroshot:sender"](self.context).answers(examples)
         return [
             words[argmax(answer.scores, e.options)] if words else answer.text
             for answer, e in zip(said, examples, strict=True)
@@ -10086,15 +10060,16 @@ class SenderLabel(SpokenMethod):
 RELAY_BUDGETS = (1, 2, 4, 8, 16, 50)
 
 
-class TextRelay(SpokenMethod):
+class TextRelay(ReadingMethod):
     """The sender writes a note for the receiver, who reads its first tokens."""
 
+    needs = ("sender",)
     tokens: ClassVar[int] = 0
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
         """Up to --relay_tokens."""
-        return isinstance(setup.sender, LM) and cls.tokens <= settings.relay_tokens
+        return super().suits(setup, settings) and cls.tokens <= settings.relay_tokens
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """The beginning of each note."""
@@ -10102,42 +10077,23 @@ class TextRelay(SpokenMethod):
         return [tokenizer.decode(row[: self.tokens]).strip() for row in self.context.notes(examples)]
 
 
-def add_relay(tokens: int) -> None:
-    """Register the relay of so many tokens."""
-    text = f"The sender, told the task, writes a note; the receiver reads it up to token {tokens}."
-    METHODS.register(f"text_relay:{tokens}")(
-        type(f"TextRelay{tokens}", (TextRelay,), {"tokens": tokens, "__doc__": text})
-    )
-
-
 for relay_budget in RELAY_BUDGETS:
-    add_relay(relay_budget)
+    add_variant(
+        f"text_relay:{relay_budget}", TextRelay, tokens=relay_budget,
+        text=f"The sender, told the task, writes a note; the receiver reads it up to token {relay_budget}.",
+    )  # fmt: skip
 
 
-@METHODS.register("token_budget:tail")
-class TokenBudgetTail(TokenBudget):
-    """The text's last receiver tokens, as many as there are latents; the question is kept."""
-
-    usual, keep = False, "tail"
-
-
-@METHODS.register("token_budget:both")
-class TokenBudgetBoth(TokenBudget):
-    """The text's first and last receiver tokens, as many as there are latents; the question is kept."""
-
-    usual, keep = False, "both"
+BUDGET = "receiver tokens, as many as there are latents; the question is kept."
+add_variant("token_budget:tail", TokenBudget, f"The text's last {BUDGET}", usual=False, keep="tail")
+add_variant("token_budget:both", TokenBudget, f"The text's first and last {BUDGET}", usual=False, keep="both")
 
 
 @METHODS.register("byte_budget")
 class ByteBudget(ReadingMethod):
     """The text's first bytes, as many as the bridge's message or --byte_budget has; the question is kept."""
 
-    own = ("byte_budget",)
-
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where there is a message or a number."""
-        return settings.byte_budget is not None or isinstance(settings, EvalSettings)
+    own, needs = ("byte_budget",), ("bytes",)
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """Whole characters only; a question that latents would have to hold counts."""
@@ -10149,7 +10105,7 @@ class ByteBudget(ReadingMethod):
         return found
 
 
-class Compressed(SpokenMethod):
+class Compressed(ReadingMethod):
     """Another model leaves words out of the text, down to a budget; override ``compress``."""
 
     own: ClassVar[tuple[str, ...]] = (*TokenBudget.own, "compressor")
@@ -10157,8 +10113,9 @@ class Compressed(SpokenMethod):
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
         """Where a causal model is there and answers are free; else only when it is named."""
-        named = METHODS.name_of(next(n for n, m in METHODS.items() if m is cls)) in (settings.methods or ())
-        return (isinstance(setup.sender, LM) or settings.compressor is not None) and (named or not setup.part.words)
+        named = next(name for name, part in METHODS.items() if part is cls) in (settings.methods or ())
+        model = isinstance(setup.sender, LM) or settings.compressor is not None
+        return super().suits(setup, settings) and model and (named or not setup.part.words)
 
     @functools.cached_property
     def model(self) -> LM:
@@ -10298,10 +10255,7 @@ def prompt_compressor(lm: LM) -> Any:
 class LLMLingua(Compressed):
     """LLMLingua's own package with the sender as its model; a rate is searched that meets the budget."""
 
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where the package is installed."""
-        return super().suits(setup, settings) and importlib.util.find_spec("llmlingua") is not None
+    needs: ClassVar[tuple[str, ...]] = ("llmlingua",)
 
     @functools.cached_property
     def compressor(self) -> Any:
@@ -10342,6 +10296,8 @@ class LLMLingua(Compressed):
 class LongLLMLingua(LLMLingua):
     """The same, asked with the question (LongLLMLingua; Jiang et al. 2024)."""
 
+    needs = ("llmlingua", "questions")
+
     def how(self, example: Example, rate: float) -> dict[str, Any]:
         """Its authors' options; rates spread around the asked one by no more than that, or small budgets are not met."""
         return {
@@ -10355,22 +10311,12 @@ class LongLLMLingua(LLMLingua):
         found = lines if len(lines) > 1 else re.split(r"(?<=[.!?])\s+", context)
         return [piece for piece in map(str.strip, found) if piece]
 
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where questions are asked."""
-        return super().suits(setup, settings) and all(example.question for example in setup.splits["evaluated"])
-
 
 @METHODS.register("llmlingua2")
 class LLMLingua2(LLMLingua):
     """LLMLingua-2 (Pan et al. 2024): a token classifier, whose weights --llmlingua2_model names."""
 
-    own = (*LLMLingua.own, "llmlingua2_model")
-
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where its weights are named."""
-        return settings.llmlingua2_model is not None and super().suits(setup, settings)
+    own, needs = (*LLMLingua.own, "llmlingua2_model"), ("llmlingua", "llmlingua2_model")
 
     @functools.cached_property
     def compressor(self) -> Any:
@@ -10406,17 +10352,17 @@ class LLMLingua2(LLMLingua):
 
 
 @METHODS.register("ensemble")
-class Ensemble(SpokenMethod):
+class Ensemble(ReadingMethod):
     """Both models read the full text, and their class probabilities are multiplied (joint rescoring)."""
 
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where there are classes."""
-        return super().suits(setup, settings) and bool(setup.part.words)
+    needs = ("sender", "classes")
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Sums of normalised log-likelihoods."""
-        both = [self.receiver.answers(examples, None, text=True), SenderAlone(self.context).answers(examples)]
+        both = [
+            self.receiver.answers(examples, None, text=True),
+            METHODS["zeroshot:sender"](self.context).answers(examples),
+        ]
         words, found = self.context.setup.part.words, []
         for e, *pair in zip(examples, *both, strict=True):
             scores = sum(torch.tensor(answer.scores[: e.options or len(words)]).log_softmax(-1) for answer in pair)
@@ -10427,7 +10373,7 @@ class Ensemble(SpokenMethod):
 
 
 @METHODS.register("kv_cache")
-class KVTransfer(SpokenMethod):
+class KVTransfer(ReadingMethod):
     """The receiver goes on from the sender's keys and values; both of one tokenizer and shape."""
 
     @classmethod
@@ -10468,7 +10414,7 @@ def load_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tenso
 class TunedMethod(ReadingMethod):
     """Something small is trained in the receiver on the train rows; override ``begin`` and ``soft``."""
 
-    seeded = trained = True
+    seeded, trained, needs = True, True, ("train rows",)
     own: ClassVar[tuple[str, ...]] = ("rival_steps", "rival_epochs", "rival_lrs", "rival_tries", "rival_batch")
     rates: ClassVar[tuple[float, ...]] = ()
     relative: ClassVar[bool] = False
@@ -10477,11 +10423,6 @@ class TunedMethod(ReadingMethod):
     """Whether the text is read at all."""
     diverged = False
     """Whether no learning rate led anywhere."""
-
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where there are train rows."""
-        return bool(setup.splits["train"])
 
     def begin(self) -> dict[str, nn.Parameter]:
         """Fresh parameters."""
@@ -10678,12 +10619,10 @@ class PromptTuning(TunedMethod):
         return SoftPrompt(embeds.expand(count, -1, -1))
 
 
-@METHODS.register("control:prompt_tuning")
-class PromptTuningAlone(PromptTuning):
-    """The same soft tokens trained without the text: what knowing the shares of the answers gives."""
-
-    control = True
-    reads = False
+add_variant(
+    "control:prompt_tuning", PromptTuning, "The same soft tokens trained without the text: what knowing the shares of the "
+    "answers gives.", control=True, reads=False,
+)  # fmt: skip
 
 
 class Told(Silent):
@@ -10701,16 +10640,10 @@ class TrainedBridge(Method):
     """A bridge of another kind, trained in a folder of its own on the same rows, in ``eval`` with the steps of the bridge
     beside it (where ``rival_steps`` are not given); override ``changes``."""
 
-    usual = bridged = False
-    seeded = trained = True
-    own = ("rival_steps", "rival_epochs", "rival_lrs", "soft_tokens")
+    usual, bridged, seeded, trained = False, False, True, True
+    own, needs = ("rival_steps", "rival_epochs", "rival_lrs", "soft_tokens"), ("sender", "train rows")
     dropped: ClassVar[frozenset[str]] = frozenset()
     """Settings of the bridge beside it that this one leaves at their defaults."""
-
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where there is a sender and train rows."""
-        return isinstance(setup.sender, LM) and bool(setup.splits["train"])
 
     def changes(self) -> dict[str, Any]:
         """What differs from a usual bridge."""
@@ -10799,12 +10732,7 @@ class LinearBridge(TrainedBridge):
 class SameLabel(Method):
     """The message of another example with the same answer: what travels beyond the answer would be lost."""
 
-    usual = False
-
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where there are classes."""
-        return bool(setup.part.words)
+    usual, needs = False, ("classes",)
 
     @functools.cached_property
     def partner(self) -> list[int]:
@@ -10827,14 +10755,8 @@ class SameLabel(Method):
 class WrongTask(Method):
     """The message of a bridge that was trained on another task: --wrong_task RUN."""
 
-    control = True
-    bridged = False
-    own = ("wrong_task",)
-
-    @classmethod
-    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where such a run is named."""
-        return settings.wrong_task is not None
+    control, bridged = True, False
+    own = needs = ("wrong_task",)
 
     @functools.cached_property
     def inner(self) -> BridgeMethod:
