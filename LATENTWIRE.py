@@ -8185,29 +8185,38 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     return latents, torch.arange(latents.shape[1])[None] < lengths[:, None]
 
 
-class EvalContext:
+class EvalContext(Silent):
     """What the methods of one evaluation work with: its examples, both ends, and the rows that a rival may learn from.
 
-    ``first`` is the receiver in whose space copied latents are written; the sender's side knows its embeddings.
+    ``first`` is the receiver in whose space copied latents are written; the sender's side knows its embeddings. A training
+    inside the evaluation reports to this context: its progress is passed on, its words are not.
     """
 
+    home: Path
+    """Where the evaluation is kept."""
+    report: Report | None
+    """Who is told of progress, if anybody."""
+    signals: Sequence[int]
+
     def __init__(
-        self,
-        setup: Setup,
-        settings: TrainSettings,
-        asked: AskedSettings,
-        receiver: Receiver,
-        first: LM | None = None,
+        self, setup: Setup, settings: TrainSettings, asked: AskedSettings, receiver: Receiver, first: LM | None = None
     ) -> None:
         self.setup, self.settings, self.asked, self.receiver, self.first = setup, settings, asked, receiver, first
-        self.seed = asked.seed
-        self.examples = setup.splits["evaluated"]
+        self.seed, self.examples = asked.seed, setup.splits["evaluated"]
         self.position = {example.id: i for i, example in enumerate(self.examples)}
-        self.tick: Callable[[str, int, int], None] = lambda job, done, total: None
-        self.home = Path()
-        self.signals: Sequence[int] = ()
+        self.home, self.report, self.signals = Path(), None, ()
         self.written: dict[str, TokenIds] = {}
         self.skipped: dict[str, str] = {}
+
+    def tick(self, job: str, done: int, total: int, note: str = "") -> None:
+        """Pass on how far a job is; a noted signal stops it here, at the next word."""
+        if self.report is None:
+            return
+        self.report.tick(job, done, total)
+        if SIGNALS.place:
+            SIGNALS.place = self.home, f"{done} of {total} ({job})"
+        if self.signals and done < total:
+            raise Interrupted(self.home, f"{done} of {total} ({job})", self.signals[0])
 
     def text(self, example: Example) -> str:
         """What the sender reads."""
@@ -8860,10 +8869,13 @@ def answers_digest(rows: Iterable[tuple[str, Sequence[str], int | None]]) -> str
     return digest_of(sorted([key, list(gold), label] for key, gold, label in rows))
 
 
-def check_kept(path: Path, rows: Iterable[Mapping[str, Any]], examples: Iterable[Example]) -> None:
+RowsByExample = dict[str, dict[str, dict[str, Any]]]  # records by method and id
+
+
+def check_kept(path: Path, rows: RowsByExample, examples: Iterable[Example]) -> None:
     """Refuse records of this very program that lost their sums, or whose gold answer is not the example's."""
     gold = {example.id: list(example.answers) for example in examples}
-    for row in rows:
+    for row in itertools.chain(*(own.values() for own in rows.values())):
         wrong = "" if "sum" in row else "lost its sum"
         if row["gold"] != gold.get(row["id"], row["gold"]):
             wrong = "has another gold answer than the data"
@@ -8879,22 +8891,18 @@ def compute_rows(
     """Answer all ``examples``, short texts first; one that fails is a row with its error, never a missing row."""
     part, said = method.context.setup.part, method.context.receiver.prompting.answer_token_ids
     for group in batches(sorted(examples, key=lambda e: len(e.context)), size):
-        started, rows, reason = time.perf_counter(), [], ""
-        with short_of_memory() as short:
-            try:
-                sizes = [min(len(said(gold)) for gold in e.answers) for e in group]
-                rows = [record_of(part, *row) for row in zip(group, method.answers(group), sizes, strict=True)]
-            except (AttributeError, *UNFIT) as error:
-                if out_of_memory(error):
-                    raise
-                reason = f"{type(error).__name__}: {error}"
-        if (short or reason) and len(group) > 1:  # of a batch only the rows that fail alone have failed
+        started, reason = time.perf_counter(), ""
+        try:
+            sizes = [min(len(said(gold)) for gold in e.answers) for e in group]
+            rows = [record_of(part, *row) for row in zip(group, method.answers(group), sizes, strict=True)]
+        except (AttributeError, MemoryError, *UNFIT) as error:
+            reason = f"{type(error).__name__}: {error}"
+        if reason and len(group) > 1:  # of a batch only the rows that fail alone have failed
             compute_rows(method, group, math.ceil(len(group) / 2), save)
             continue
-        if short or reason:
-            reason = reason or short[0]
-            rows = [{"id": e.id, "gold": list(e.answers), "error": reason} for e in group]
-            rows = [row | ({"label": e.label} if part.words else {}) for row, e in zip(rows, group, strict=True)]
+        if reason:
+            labels = {"label": group[0].label} if part.words else {}
+            rows = [{"id": group[0].id, "gold": list(group[0].answers), "error": reason, **labels}]
         seconds = (time.perf_counter() - started) / len(group)
         save([{**row, "seconds": seconds} for row in rows])
 
@@ -8938,16 +8946,21 @@ def macro_f1(rows: Sequence[Mapping[str, Any]]) -> float | None:
     return float(f1_score(gold, said, average="macro", labels=sorted({*gold} - {-1}), zero_division=0.0))
 
 
+def interval_over(values: Scores, rows: Sequence[Mapping[str, Any]], seed: int) -> list[float]:
+    """95 % interval of the mean of scores (n,) of these rows; where they share one context nothing is known of others."""
+    clusters = clusters_of(rows)
+    if clusters is not None and len(set(clusters)) < 2:
+        return [0.0, 1.0]
+    return list(bootstrap_interval(values, seed, clusters=clusters))
+
+
 def summarize(rows: Sequence[Mapping[str, Any]], headline: str, seed: int) -> dict[str, Any]:
     """Metrics of one method; ``ci`` is the 95 % interval of the headline metric."""
     fields = {name: field_of(name) for name in METRICS} | {"first_token_accuracy": "first_correct"}
     fields |= {name: name for name in ("nll_per_token", "bytes", "tokens")}
-    summary: dict[str, Any] = {name: average(rows, field) for name, field in fields.items()}
-    summary |= {"macro_f1": macro_f1(rows), "errors": sum("error" in row for row in rows)}
-    values, clusters = headline_values(rows, headline), clusters_of(rows)
-    if clusters is not None and len(set(clusters)) < 2:
-        return summary | {"ci": [0.0, 1.0]}  # nothing is known of other contexts
-    return summary | {"ci": list(bootstrap_interval(values, seed, clusters=clusters))}
+    means = {name: average(rows, field) for name, field in fields.items()}
+    counts = {"macro_f1": macro_f1(rows), "errors": sum("error" in row for row in rows)}
+    return means | counts | {"ci": interval_over(headline_values(rows, headline), rows, seed)}
 
 
 def untested(
@@ -9133,12 +9146,8 @@ def evaluated_rows(
     if not rows:
         raise LatentWireError(f"--split {settings.split}: no rows; leave out --dataset or evaluate the test split")
     overlap = overlapping([home.sender_text(e) for e in own["train"]], [part.sender_text(e) for e in rows], source)
-    usable = same and data_digest(own["train"]) == digest
-    return (
-        {"train": own["train"] if usable else [], "validation": own["validation"], "evaluated": rows},
-        source,
-        overlap,
-    )
+    train = own["train"] if same and data_digest(own["train"]) == digest else []
+    return {"train": train, "validation": own["validation"], "evaluated": rows}, source, overlap
 
 
 def open_context(settings: EvalSettings, checkpoint: Checkpoint, ear: int = 0) -> EvalContext:
@@ -9153,10 +9162,9 @@ def open_context(settings: EvalSettings, checkpoint: Checkpoint, ear: int = 0) -
     sender = open_reader(run)
     names = [one.name for one in bridge.shape.ears]
     receiver = load_lm(names[ear], run, run.offline, run.receiver_device)
-    other = ear and bridge.wants_heard
-    first = (
-        load_lm(names[0], run, run.offline, run.receiver_device) if other else receiver if bridge.wants_heard else None
-    )
+    first = receiver if bridge.wants_heard else None
+    if first and ear:
+        first = load_lm(names[0], run, run.offline, run.receiver_device)
     checkpoint.check(sender, receiver)
     checkpoint.lend_lora(sender, receiver, ear)
     anchor = task["anchor"] if part.name == task["name"] or not part.name else part.anchor
@@ -9187,20 +9195,14 @@ def named_methods(words: Iterable[str]) -> set[str]:
 
 def results_file(folder: Path, settings: EvalSettings, context: EvalContext) -> Path:
     """``results.json`` for the run's own test rows, else named by data set or split; never another bridge's file."""
-    name, home = context.setup.part.name or "own", folder / "config.json"
-    trained = json.loads(home.read_text(encoding="utf-8")).get("dataset") if home.exists() else context.settings.dataset
-    other = (
-        f"-{name}" if context.settings.dataset != trained else "-validation" if settings.split == "validation" else ""
-    )
+    run, codec, home = context.settings, context.bridge.shape.codec, folder / "config.json"
+    trained = json_in(home).get("dataset") if home.exists() else run.dataset
+    rows = "-validation" if settings.split == "validation" else ""
+    other = f"-{context.setup.part.name or 'own'}" if run.dataset != trained else rows
     heard = re.sub(r"[^\w.-]+", "_", f"-{context.setup.receiver.name}") if context.receiver.ear else ""
-    codec = context.bridge.shape.codec
-    path = (
-        folder / f"results{other}{heard}{'' if codec == CODECS.name_of(context.settings.codec) else f'-{codec}'}.json"
-    )
-    if path.exists():
-        bridge = json_in(path).get("provenance", {}).get("bridge")
-        if bridge != context.bridge.fingerprint():
-            raise LatentWireError(f"{path} holds results of another bridge; choose another --output_dir")
+    path = folder / f"results{other}{heard}{'' if codec == CODECS.name_of(run.codec) else f'-{codec}'}.json"
+    if path.exists() and json_in(path).get("provenance", {}).get("bridge") != context.bridge.fingerprint():
+        raise LatentWireError(f"{path} holds results of another bridge; choose another --output_dir")
     return path
 
 
@@ -9232,7 +9234,7 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
     asked_where = settings.output_dir or settings.checkpoint
     with catching_signals() as signals, breakable(asked_where, "the beginning of the evaluation"):
         prepare_cuda(settings)
-        around = report, signals, environment()
+        made_with = environment()
         if settings.checkpoint is None:
             raise LatentWireError(
                 "--checkpoint is missing; give the run folder that 'train' printed, such as runs/sst2"
@@ -9245,8 +9247,9 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
         where, done, contexts = settings.output_dir or folder_of_run(checkpoint.folder), [], []
         for ear in ears:
             context = open_context(settings, checkpoint, ear)
+            context.home, context.report, context.signals = where, report, signals
             with turn_at(where / "records.jsonl", patient=False):
-                plan = planned_evaluation(settings, checkpoint, context, around)
+                plan = planned_evaluation(settings, checkpoint, context, made_with, report)
                 done.append((*measure(context, *plan, report), plan[-1]))
             contexts += [] if settings.sequential_eval else [context]
         first, _, output = done[0]
@@ -9254,8 +9257,7 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
             beside: dict[str, Any] = {"beside": [path.name for _, _, path in done]}
             if len(contexts) > 1 and all("bridge" in rows for _, rows, _ in done):
                 beside["joint"] = joint([rows["bridge"] for _, rows, _ in done], contexts, settings.seed)
-            kept = json_in(facts_file(output))
-            write_json(facts_file(output), kept | beside)
+            write_json(facts_file(output), json_in(facts_file(output)) | beside)
             first |= beside | {"receivers": told_of_receivers([results for results, _, _ in done])}
             write_json(output, first)
         return first
@@ -9283,28 +9285,20 @@ def joint(heard: Sequence[Sequence[Mapping[str, Any]]], contexts: Sequence[EvalC
         "oracle_correct": [max(row.get("gen_correct", 0.0) for row in rows) for rows in zip(*heard, strict=True)],
         "agreement": [float(len({normalize_answer(text) for text in row}) == 1) for row in texts],
     }
-    clusters = clusters_of(heard[0])
-    if clusters is not None and len(set(clusters)) < 2:  # nothing is known of other contexts
-        return {name: {"mean": sum(v) / len(v), "ci": [0.0, 1.0]} for name, v in values.items()}
-    intervals = {name: bootstrap_interval(v, seed, clusters=clusters) for name, v in values.items()}
-    return {name: {"mean": sum(v) / len(v), "ci": list(intervals[name])} for name, v in values.items()}
+    return {n: {"mean": sum(v) / len(v), "ci": interval_over(v, heard[0], seed)} for n, v in values.items()}
 
 
 def compression(context: EvalContext) -> dict[str, Any]:
     """Four ratios, original to sent, above 1 is smaller; the sequence ratio is the one that is claimed."""
     lm, texts = context.setup.receiver, [context.text(example) for example in context.examples]
-    tokens = sum(len(lm.ids(text)) for text in texts)
+    tokens, count = sum(len(lm.ids(text)) for text in texts), len(texts)
     latents, sent = sum(map(len, context.latents)), sum(map(len, context.messages))
     raw, packed = sum(len(t.encode()) for t in texts), sum(len(zlib.compress(t.encode(), 9)) for t in texts)
-    count = len(texts)
-    sizes = {
-        "tokens": tokens / count,
-        "latents": latents / count,
-        "utf8_bytes": raw / count,
-        "message_bytes": sent / count,
-    }
-    ratios = {"sequence": tokens / latents, "receiver_kv": tokens / latents, "bytes_vs_utf8": raw / sent}
-    return {"claimed": "sequence", **ratios, "bytes_vs_zlib": packed / sent, **sizes}
+    return {
+        "claimed": "sequence", "sequence": tokens / latents, "receiver_kv": tokens / latents,
+        "bytes_vs_utf8": raw / sent, "bytes_vs_zlib": packed / sent,
+        "tokens": tokens / count, "latents": latents / count, "utf8_bytes": raw / count, "message_bytes": sent / count,
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -9369,20 +9363,6 @@ def answer_message(
     return task["words"][argmax(answer.scores)] if task["words"] else answer.text
 
 
-def attend(context: EvalContext, where: Path, around: tuple[Report, Sequence[int], Mapping[str, Any]]) -> None:
-    """Tell an evaluation where it is kept and who listens; a noted signal stops it at the next word."""
-    report, signals, _ = around
-
-    def told(job: str, done: int, total: int) -> None:
-        report.tick(job, done, total)
-        if SIGNALS.place:
-            SIGNALS.place = where, f"{done} of {total} ({job})"
-        if signals and done < total:
-            raise Interrupted(where, f"{done} of {total} ({job})", signals[0])
-
-    context.home, context.tick, context.signals = where, told, signals
-
-
 def content_of(value: Any) -> str:
     """What a setting means for a method's rows: of a run given by its path, that run's bridge."""
     if not isinstance(value, Path) or not value.exists():
@@ -9416,8 +9396,18 @@ def record_keys(context: EvalContext, names: Sequence[str], bases: Mapping[bool,
     return keys
 
 
-def rows_at_hand(context: EvalContext, keys: Mapping[str, str], where: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Whole rows of the methods that ``keys`` name, by method and example; ``--fresh_eval`` puts them aside first.
+def rows_under(keys: Mapping[str, str], rows: Iterable[dict[str, Any]], failed: Container[str] = ()) -> RowsByExample:
+    """Records with the keys of these methods; of the methods ``failed`` also rows with an error that have no better one."""
+    found: RowsByExample = {name: {} for name in keys}
+    for row in rows:
+        name, own = row["method"], found.get(row["method"], {})
+        if keys.get(name) == row["key"] and ("error" not in row or (name in failed and row["id"] not in own)):
+            own[row["id"]] = row
+    return found
+
+
+def rows_at_hand(context: EvalContext, keys: Mapping[str, str], where: Path) -> RowsByExample:
+    """Whole rows of the methods that ``keys`` name; ``--fresh_eval`` puts them aside first.
 
     Of methods without a bridge, rows of the same run with another seed are taken over.
     """
@@ -9431,72 +9421,59 @@ def rows_at_hand(context: EvalContext, keys: Mapping[str, str], where: Path) -> 
             append_rows(where / "records-replaced.jsonl", again)  # nothing that was saved is lost
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
             write_json(begun, keys)
-    old = [row for row in kept if "error" not in row and keys.get(row["method"]) == row["key"]]
-    check_kept(path, old, context.examples)
-    by_method: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in keys}
-    for row in old:
-        by_method[row["method"]][row["id"]] = row
-    taken = []
+    by_method = rows_under(keys, kept)
+    check_kept(path, by_method, context.examples)
+    taken: RowsByExample = {}
     for row in [] if fresh else rows_of_other_seeds(where):
         name = row["method"]
         if keys.get(name) == row["key"] and not METHODS[name].bridged and row["id"] not in by_method[name]:
-            by_method[name][row["id"]] = row
-            taken.append(row)
+            by_method[name][row["id"]] = taken.setdefault(name, {})[row["id"]] = row
     if taken:
         check_kept(where.parent, taken, context.examples)
-        append_rows(path, taken)
-        keep_details(where, {row["key"] for row in taken})
+        append_rows(path, itertools.chain(*(own.values() for own in taken.values())))
+        told = {key: one for folder in other_seeds(where) for key, one in details_in(folder).items()}
+        if told := {keys[name]: told[keys[name]] for name in taken if keys[name] in told}:
+            write_json(where / "details.json", told | details_in(where))
     return by_method
 
 
-def run_methods(
-    context: EvalContext, names: Sequence[str], bases: Mapping[bool, str], where: Path
-) -> dict[str, list[dict[str, Any]]]:
-    """Rows by method, in the order of the examples; finished rows are never computed again."""
-    examples, asked = context.examples, context.asked
+def keep(method: Method, key: str, done: dict[str, dict[str, Any]], where: Path, rows: Sequence[Row]) -> None:
+    """Add a method's rows to ``done`` and to the records in ``where``.
+
+    What it tells about itself stands there before them, since whole rows are never computed again.
+    """
+    known, told = details_in(where), {"method": method.name, **(method.details or {})}
+    if method.details is not None and known.get(key) != told:
+        write_json(where / "details.json", known | {key: told})
+    if rows:
+        full = [sealed({"key": key, "method": method.name, **row}) for row in rows]
+        append_rows(where / "records.jsonl", full)
+        done.update({row["id"]: row for row in full})
+        method.context.tick(f"evaluating {method.name}", len(done), len(method.context.examples))
+
+
+def run_methods(context: EvalContext, keys: Mapping[str, str], where: Path) -> dict[str, list[dict[str, Any]]]:
+    """Rows by method, each with its record key, in the order of the examples; finished rows are never computed again."""
+    examples, asked, by_method = context.examples, context.asked, rows_at_hand(context, keys, where)
+    named = {METHODS.name_of(word) for word in asked.methods or () if word in METHODS}
     context.skipped = {}
-    keys = record_keys(context, names, bases)
-    by_method = rows_at_hand(context, keys, where)
-    noted: dict[str, Any] = {}
-    at_work: dict[str, Method] = {}
-
-    def note(name: str) -> None:
-        """What a method tells about itself stands there before its rows do, since whole rows are never computed again."""
-        told = at_work[name].details
-        if told is not None and noted.get(name) is not told:
-            noted[name] = told
-            write_json(where / "details.json", details_in(where) | {keys[name]: {"method": name, **told}})
-
-    for name in names:
-        done = by_method[name]
-        todo = [e for e in examples if e.id not in done]
-        if not todo:
+    for name, done in by_method.items():
+        if not (todo := [example for example in examples if example.id not in done]):
             continue
-
-        def save(rows: list[dict[str, Any]], name: str = name, done: dict[str, dict[str, Any]] = done) -> None:
-            full = [sealed({"key": keys[name], "method": name, **row}) for row in rows]
-            note(name)
-            append_rows(where / "records.jsonl", full)
-            done.update({row["id"]: row for row in full})
-            context.tick(f"evaluating {name}", len(done), len(examples))
-
         try:
-            at_work[name] = method = METHODS[name](context)
+            method = METHODS[name](context)
             try:
-                compute_rows(method, todo, asked.batch_size, save)
+                compute_rows(method, todo, asked.batch_size, functools.partial(keep, method, keys[name], done, where))
             finally:
                 method.end()
         except LatentWireError as error:
-            unfit = isinstance(error, UnfitRows) and asked.methods is None
-            if not unfit and (
-                asked.methods is None or name in map(METHODS.name_of, filter(METHODS.__contains__, asked.methods))
-            ):
+            if name in named or (asked.methods is None and not isinstance(error, UnfitRows)):
                 raise
             context.skipped[name] = str(error)  # of a group that was asked for, it cannot run on these rows
             continue
-        note(name)
+        keep(method, keys[name], done, where, [])
     (where / "fresh_eval.json").unlink(missing_ok=True)
-    ran = [name for name in names if name not in context.skipped]
+    ran = [name for name in keys if name not in context.skipped]
     return {name: [by_method[name][example.id] for example in examples] for name in ran}
 
 
@@ -9509,14 +9486,6 @@ def details_in(where: Path) -> dict[str, Any]:
 def other_seeds(where: Path) -> list[Path]:
     """The folders beside ``seed<N>``."""
     return [p for p in sorted(where.parent.glob("seed*")) if p != where] if where.name.startswith("seed") else []
-
-
-def keep_details(where: Path, keys: set[str]) -> None:
-    """Take over what other seeds' methods told, where their rows were."""
-    found = map(details_in, other_seeds(where))
-    taken = {key: told for details in found for key, told in details.items() if key in keys}
-    if taken:
-        write_json(where / "details.json", taken | details_in(where))
 
 
 def rows_of_other_seeds(where: Path) -> Iterator[dict[str, Any]]:
@@ -9584,15 +9553,15 @@ def metric_facts(part: Task) -> dict[str, Any]:
     return {"metric": config} if config else {}
 
 
-def facts_of(context: EvalContext, names: Sequence[str], split: str, made_with: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of(context: EvalContext, split: str, made_with: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of an evaluation before its first row: task, data, models, provenance."""
     setup, part, settings = context.setup, context.setup.part, context.settings
-    receiver = setup.receiver
+    receiver, names = setup.receiver, [*made_with["record_keys"]]
     return nameless({
         "schema": 2, "dataset": part.name or str(settings.dataset), "split": split, "n": len(context.examples),
         "headline": part.headline, "overlap": setup.overlap, "protocol": settings.protocol, "words": list(part.words),
         "asked_apart": part.agnostic and any(e.question for e in context.examples),  # each method is told the question
-        "longest": context.receiver.max_new_tokens, "seed": context.seed, "order": list(names),
+        "longest": context.receiver.max_new_tokens, "seed": context.seed, "order": names,
         "kind": {name: Kind.of(name).kind for name in names}, "drawn": {name: Kind.of(name).drawn for name in names},
         **metric_facts(part), "answers": answers_digest((e.id, e.answers, e.label) for e in context.examples), "sealed": True,
         "provenance": {
@@ -9669,80 +9638,77 @@ def folder_of_run(checkpoint: Path) -> Path:
     return checkpoint.parents[1] if checkpoint.parent.name == "checkpoint" else checkpoint
 
 
-EvaluationPlan = tuple[Sequence[str], Mapping[bool, str], tuple[dict[str, Any], Mapping[str, Any]], Path]
-"""What ``measure`` needs: methods, record keys with a bridge and without, facts now and before, the file of the results."""
+EvaluationPlan = tuple[dict[str, Any], Mapping[str, Any], Path]
+"""What ``measure`` needs: an evaluation's facts, those of an earlier one that it goes on from, the file of the results."""
 
 
 def planned_evaluation(
-    settings: EvalSettings,
-    checkpoint: Checkpoint,
-    context: EvalContext,
-    around: tuple[Report, Sequence[int], Mapping[str, Any]],
+    settings: EvalSettings, checkpoint: Checkpoint, context: EvalContext, made_with: Mapping[str, Any], report: Report
 ) -> EvaluationPlan:
     """One receiver's part of an evaluation, up to its first answer."""
-    report, _, made_with = around
-    examples, folder = context.examples, checkpoint.folder
-    where = settings.output_dir or folder_of_run(folder)
-    with saving(where):
-        where.mkdir(parents=True, exist_ok=True)
-    attend(context, where, around)
-    if settings.codec and CODECS.name_of(settings.codec) == CODECS.name_of(context.settings.codec):
+    run, setup, codec = context.settings, context.setup, context.bridge.shape.codec
+    if settings.codec and CODECS.name_of(settings.codec) == CODECS.name_of(run.codec):
         settings = settings.model_copy(update={"codec": None})  # the run's own, said aloud
-    weights = context.bridge.fingerprint()
-    run_of = {name: value for name, value in context.settings.determining().items() if name != "seed"}
-    tuned = weights if context.settings.use_lora else ""
-    both = [context.bridge.shape.codec, settings.token_budget_k]
+    weights, both = context.bridge.fingerprint(), [codec, settings.token_budget_k]
+    run_of = {name: value for name, value in run.determining().items() if name != "seed"}
     key = record_base(context, made_with, weights, content_of(settings.prompt), settings.seed, *both)
-    alone = record_base(context, made_with, tuned, run_of, *both)  # all that counts where there is no bridge
-    usual, stopped, asked = (
-        results_file(where, settings, context),
-        unfinished(checkpoint),
-        asked_digest(run_of, settings),
-    )
-    output, earlier = beside_earlier(usual, len(examples), key, asked)
+    # all that counts where there is no bridge
+    alone = record_base(context, made_with, weights if run.use_lora else "", run_of, *both)
+    usual, asked = results_file(context.home, settings, context), asked_digest(run_of, settings)
+    stopped = unfinished(checkpoint)
+    output, earlier = beside_earlier(usual, len(context.examples), key, asked)
     if stopped:
         report.say(f"careful: {stopped}")
     if output != usual:
         report.say(f"{usual} holds an evaluation of more rows or other settings; this one goes to {output.name}")
     report.say(
-        f"evaluating {folder} with {context.setup.receiver.name}: {len(examples)} rows of {context.setup.source}, "
-        f"{context.setup.overlap} of them also in the training rows; record key {key}"
+        f"evaluating {checkpoint.folder} with {setup.receiver.name}: {len(context.examples)} rows of {setup.source}, "
+        f"{setup.overlap} of them also in the training rows; record key {key}"
     )
-    names = chosen_methods(settings, context.setup)
-    bases = {True: key, False: alone}
-    made_with = {**made_with, "checkpoint": str(folder), "record_key": key}
-    made_with |= {"record_keys": record_keys(context, names, bases), "asked": asked}
-    with threads_for(context.setup.sender, context.setup.receiver):
+    keys = record_keys(context, chosen_methods(settings, setup), {True: key, False: alone})
+    made_with = {
+        **made_with,
+        "checkpoint": str(checkpoint.folder),
+        "record_key": key,
+        "record_keys": keys,
+        "asked": asked,
+    }
+    with threads_for(setup.sender, setup.receiver):
         report.say(f"{context.store.truncated:.1%} of the texts were cut; {len(context.messages)} messages to send")
-        facts = facts_of(context, names, settings.split, made_with | bridge_facts(context, checkpoint.state))
+        facts = facts_of(context, settings.split, made_with | bridge_facts(context, checkpoint.state))
         facts |= {"compression": compression(context), "finished": not stopped, "unfinished": stopped}
         facts |= {"reconstruction": written_back(context)} if settings.bleu else {}
-        if settings.artifacts and "bridge" in names and output.name == "results.json":
-            save_artifacts(context, where / "artifacts.safetensors", settings.artifacts)
-    return names, bases, (facts, earlier), output
+        if settings.artifacts and "bridge" in keys and output.name == "results.json":
+            save_artifacts(context, context.home / "artifacts.safetensors", settings.artifacts)
+    return facts, earlier, output
 
 
 def measure(
-    context: EvalContext,
-    names: Sequence[str],
-    bases: Mapping[bool, str],
-    known: tuple[dict[str, Any], Mapping[str, Any]],
-    output: Path,
-    report: Report,
+    context: EvalContext, facts: dict[str, Any], earlier: Mapping[str, Any], output: Path, report: Report
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Run methods, keep records and facts in the folder of ``output``, and write there the results made of them.
 
-    ``known`` are the facts of this evaluation and those of an earlier one that asked the same, whose methods stay.
+    ``earlier`` are the facts of an evaluation that asked the same, whose methods stay.
     """
-    facts, earlier = known
+    keys = facts["provenance"]["record_keys"]
     if not output.exists():  # an earlier evaluation stays whole until this one is
         write_json(facts_file(output), facts)
     with threads_for(context.setup.sender, context.setup.receiver):
-        rows = run_methods(context, names, bases, output.parent)
-    facts |= left_aside(context, names, report)
+        rows = run_methods(context, keys, output.parent)
+    for name, why in context.skipped.items():
+        report.say(f"{name} cannot run here: {why}")
+    if not rows:
+        name = next(iter(keys))
+        raise LatentWireError(f"no method ran; {name}: {context.skipped[name]}")
+    facts |= {"order": [*rows], "skipped": context.skipped}
     if kept := kept_rows(output.parent, context.examples, earlier, rows):
         rows = {name: (rows | kept)[name] for name in in_order([*rows, *kept])}
-        facts = with_methods(facts, earlier, kept, [*rows])
+        known = {name: earlier["provenance"]["record_keys"][name] for name in kept}
+        for field in ("kind", "drawn"):
+            facts[field] = facts[field] | {
+                name: earlier[field][name] for name in kept if name in earlier.get(field, {})
+            }
+        facts |= {"order": [*rows], "provenance": facts["provenance"] | {"record_keys": keys | known}}
     write_json(facts_file(output), facts)
     results = results_from(facts, rows, details_in(output.parent))
     write_json(output, results)
@@ -9759,13 +9725,9 @@ def kept_rows(
     path, keys = where / "records.jsonl", earlier.get("provenance", {}).get("record_keys", {})
     wanted = {name: keys[name] for name in earlier.get("order", ()) if name in keys and name not in {*ran}}
     controls = {name for name, kind in kinds_of(earlier, wanted).items() if kind.control}
-    rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in wanted}
-    for row in records_in(path) if wanted else ():
-        name, own = row["method"], rows.get(row["method"], {})
-        if wanted.get(name) == row["key"] and ("error" not in row or (name in controls and row["id"] not in own)):
-            own[row["id"]] = row
+    rows = rows_under(wanted, records_in(path) if wanted else (), failed=controls)
     if earlier.get("sealed"):
-        check_kept(path, (row for own in rows.values() for row in own.values()), examples)
+        check_kept(path, rows, examples)
     whole = {name: own for name, own in rows.items() if all(example.id in own for example in examples)}
     if lost := [name for name in controls if name not in whole]:
         raise LatentWireError(
@@ -9773,17 +9735,6 @@ def kept_rows(
             f"name it as well: --methods {','.join([*ran, *lost])}"
         )
     return {name: [own[example.id] for example in examples] for name, own in whole.items()}
-
-
-def with_methods(
-    facts: Mapping[str, Any], earlier: Mapping[str, Any], kept: Iterable[str], order: Sequence[str]
-) -> dict[str, Any]:
-    """An evaluation's facts with the methods ``kept`` of an earlier one."""
-    names, made = [*kept], facts["provenance"]
-    keys = {name: earlier["provenance"]["record_keys"][name] for name in names}
-    added = {field: facts[field] | {n: earlier.get(field, {}).get(n) for n in names if n in earlier.get(field, {})}
-             for field in ("kind", "drawn")}  # fmt: skip
-    return {**facts, **added, "order": list(order), "provenance": {**made, "record_keys": made["record_keys"] | keys}}
 
 
 def save_artifacts(context: EvalContext, path: Path, count: int, looked_at: int = 20) -> None:
@@ -9825,15 +9776,6 @@ def asked_digest(run_of: Mapping[str, Any], asked: AskedSettings) -> str:
     other = {"seed", "seeds", "methods", "checkpoint", "receivers", "num_samples", "bleu", "sequential_eval", "datasets",
              "dataset", "prompt", "wrong_task"}  # fmt: skip
     return digest_of([run_of, {name: value for name, value in asked.determining().items() if name not in other}])
-
-
-def left_aside(context: EvalContext, names: Sequence[str], report: Report) -> dict[str, Any]:
-    """The methods that ran, as facts, and why others of a group could not; these are told."""
-    for name, why in context.skipped.items():
-        report.say(f"{name} cannot run here: {why}")
-    if all(name in context.skipped for name in names):
-        raise LatentWireError(f"no method ran; {names[0]}: {context.skipped[names[0]]}")
-    return {"order": [name for name in names if name not in context.skipped], "skipped": context.skipped}
 
 
 def bridge_facts(context: EvalContext, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -10625,17 +10567,6 @@ add_variant(
 )  # fmt: skip
 
 
-class Told(Silent):
-    """A Report that passes progress on."""
-
-    def __init__(self, told: Callable[[str, int, int], None]) -> None:
-        self.told = told
-
-    def tick(self, job: str, done: int, total: int, note: str = "") -> None:
-        """Progress of a job."""
-        self.told(job, done, total)
-
-
 class TrainedBridge(Method):
     """A bridge of another kind, trained in a folder of its own on the same rows, in ``eval`` with the steps of the bridge
     beside it (where ``rival_steps`` are not given); override ``changes``."""
@@ -10698,7 +10629,7 @@ class TrainedBridge(Method):
             "latent_len": context.slots, "output_dir": folder, "auto_resume": True, "resume": None, "seeds": None,
             "samples": len(rows), "seed": context.seed,
         }  # fmt: skip
-        train_in(World(), TrainSettings(**(base | self.changes())), Told(context.tick))
+        train_in(World(), TrainSettings(**(base | self.changes())), context)
         return folder
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
@@ -10814,25 +10745,23 @@ def context_of(settings: BaselineSettings, dataset: str, seed: int) -> EvalConte
 
 
 def planned_rivals(
-    context: EvalContext, names: Sequence[str], where: Path, around: tuple[Report, Sequence[int], Mapping[str, Any]]
+    context: EvalContext, names: Sequence[str], made_with: Mapping[str, Any], report: Report
 ) -> EvaluationPlan:
     """One data set and seed, up to the first answer."""
-    report, _, made_with = around
-    setup, asked = context.setup, context.asked
-    attend(context, where, around)
-    key = record_base(context, made_with, context.settings.max_tokens)
-    report.say(f"{setup.part.name or context.settings.dataset}: {len(context.examples)} rows of {setup.source}, "
-               f"{len(setup.splits['train'])} train rows; {len(names)} methods into {where}")  # fmt: skip
-    bases = {True: key, False: key}
+    setup, asked, run = context.setup, context.asked, context.settings
+    key = record_base(context, made_with, run.max_tokens)
+    report.say(f"{setup.part.name or run.dataset}: {len(context.examples)} rows of {setup.source}, "
+               f"{len(setup.splits['train'])} train rows; {len(names)} methods into {context.home}")  # fmt: skip
     own = {
-        "record_key": key, "record_keys": record_keys(context, names, bases), "sender": setup.sender.identity(),
-        "asked": asked_digest({k: v for k, v in context.settings.determining().items() if k != "seed"}, asked),
+        "record_key": key, "record_keys": record_keys(context, names, {True: key, False: key}),
+        "sender": setup.sender.identity(),
+        "asked": asked_digest({k: v for k, v in run.determining().items() if k != "seed"}, asked),
         "task": setup.describe(context.receiver.prompting.anchor), "latent_len": context.slots, "layers": None,
         "settings": asked.model_dump(mode="json"),
     }  # fmt: skip
-    facts = facts_of(context, names, "test", {**made_with, **own})
+    facts = facts_of(context, "test", {**made_with, **own})
     facts["provenance"]["seed_of_training"] = context.seed
-    return names, bases, (facts, {}), where / "results.json"
+    return facts, {}, context.home / "results.json"
 
 
 def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
@@ -10868,8 +10797,9 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
                 where = base / f"seed{seed}" if len(seeds) > 1 else base
                 with saving(where):
                     where.mkdir(parents=True, exist_ok=True)
+                context.home, context.report, context.signals = where, report, signals
                 with turn_at(where / "records.jsonl", patient=False):
-                    plan = planned_rivals(context, names, where, (report, signals, made_with))
+                    plan = planned_rivals(context, names, made_with, report)
                     runs.append(measure(context, *plan, report)[0])
     if not runs:
         raise LatentWireError(f"none of {', '.join(sorted(named))} can run on {datasets[0]}; see 'list methods'")

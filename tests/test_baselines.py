@@ -1085,12 +1085,12 @@ def test_a_kill_between_methods_keeps_the_rows(baseline, monkeypatch, computed):
 
 def test_a_signal_stops_at_the_next_word_and_leaves_the_receiver_whole(toy, tmp_path):
     contest = asking(toy, rival_steps=4, batch_size=8)
-    lw.attend(contest, tmp_path, (lw.Silent(), [15], {}))
+    contest.home, contest.report, contest.signals = tmp_path, lw.Silent(), [15]
     with pytest.raises(lw.Interrupted):
-        lw.run_methods(contest, ["text"], "key", tmp_path)
+        lw.run_methods(contest, {"text": "key"}, tmp_path)
     assert len(lw.read_rows(tmp_path / "records.jsonl")) == 8
     with pytest.raises(lw.Interrupted):
-        lw.run_methods(contest, ["lora"], "key", tmp_path)
+        lw.run_methods(contest, {"lora": "key"}, tmp_path)
     assert toy.setup.receiver.tuned == [] and toy.setup.receiver.lora == {}
 
 
@@ -1135,9 +1135,9 @@ def test_a_changed_setting_computes_again_what_it_changes_and_nothing_else(chang
         {"id": e.id, "gold": [*e.answers], "label": e.label, "prediction": e.label, "correct": True} for e in rows
     ]))  # fmt: skip
     contexts = asking(toy), asking(toy, **change)
-    for context in contexts:
-        lw.run_methods(context, UNBRIDGED, "key", tmp_path)
     before, after = (lw.record_keys(context, UNBRIDGED, "key") for context in contexts)
+    for context, keys in zip(contexts, (before, after), strict=True):
+        lw.run_methods(context, keys, tmp_path)
     assert {name for name in UNBRIDGED if before[name] != after[name]} == wanted
     rows = Counter(row["method"] for row in lw.read_rows(tmp_path / "records.jsonl"))
     assert {name for name, count in rows.items() if count == 2 * len(toy.examples)} == wanted
