@@ -8081,8 +8081,7 @@ class Answer:
     nll_per_token: float | None = None
     first_correct: bool | None = None
     nbytes: int = 0
-    tokens: int | None = None
-    """Receiver tokens, or soft tokens, that stand for the text."""
+    tokens: int | None = None  # receiver tokens, or soft tokens, that stand for the text
 
 
 class Receiver:
@@ -8093,12 +8092,9 @@ class Receiver:
     """
 
     def __init__(
-        self,
-        prompting: Prompting,
-        bridge: Bridge | None = None,
-        max_new_tokens: int | None = None,
+        self, prompting: Prompting, bridge: Bridge | None = None, max_new_tokens: int | None = None,
         how: DecodeSettings | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.prompting, self.how, self.lm = prompting, how or DecodeSettings(), prompting.receiver
         self.max_new_tokens = max_new_tokens or prompting.longest
         self.bridge = bridge
@@ -8106,6 +8102,7 @@ class Receiver:
         self.name = bridge.language(self.ear) if bridge else ""
         self.known: dict[tuple[Any, ...], Answer] = {}
 
+    @torch.no_grad()
     def open(self, data: Sequence[bytes]) -> SoftPrompt:
         """Messages written by this very bridge → one batch of soft prompts (B, K, D_r)."""
         assert self.bridge is not None
@@ -8128,7 +8125,6 @@ class Receiver:
             self.known |= zip(fresh, found, strict=True)
         return [self.known[key] for key in keys]
 
-    @torch.no_grad()
     def listen(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool) -> list[Answer]:
         """Answers to messages that were never heard before."""
         soft = self.open(data) if data is not None else None
@@ -8138,34 +8134,24 @@ class Receiver:
         counts = [soft.embeds.shape[1]] * len(found) if soft.mask is None else soft.mask.sum(1).tolist()
         return [replace(answer, tokens=int(count)) for answer, count in zip(found, counts, strict=True)]
 
-    @torch.no_grad()
     def respond(self, packed: Packed, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
         """What the receiver says to prompts, each of some bytes."""
         return self.go_on(self.lm.prefill(packed), examples, sizes)
 
-    @torch.no_grad()
     def go_on(self, prefill: Prefill, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
         """The same after a prompt that was read already."""
         end = [self.lm.tokenizer.eos_token_id]  # what an empty answer is
         gold = [self.prompting.gold_ids(example.answers[0]) or end for example in examples]
         labels = self.prompting.label_ids
-        candidates = [[*labels, ids] for ids in gold]
-        raw = self.lm.score(prefill, candidates)
+        raw = self.lm.score(prefill, [[*labels, ids] for ids in gold])
         firsts = prefill.logits.argmax(-1).tolist()
         draws = [int(digest_of([e.id, e.context, e.question, "draw"]), 16) for e in examples]
         texts = self.lm.generate(prefill, self.max_new_tokens, self.how, draws)
-        return [
-            Answer(
-                texts[b],
-                tuple(by_length_of(labels, raw[b][:-1])),
-                -raw[b][-1] / len(gold[b]),
-                firsts[b] == gold[b][0],
-                sizes[b] if sizes else 0,
-            )
-            for b in range(len(examples))
-        ]
+        scores = [tuple(by_length_of(labels, row[:-1])) for row in raw]
+        nats = [-row[-1] / len(ids) for row, ids in zip(raw, gold, strict=True)]
+        right = [first == ids[0] for first, ids in zip(firsts, gold, strict=True)]
+        return [*map(Answer, texts, scores, nats, right, sizes or [0] * len(examples))]
 
-    @torch.no_grad()
     def rescore(
         self, examples: Sequence[Example], data: Sequence[bytes], texts: Sequence[Sequence[str]]
     ) -> list[list[float]]:
@@ -8192,19 +8178,15 @@ class EvalContext(Silent):
     inside the evaluation reports to this context: its progress is passed on, its words are not.
     """
 
-    home: Path
-    """Where the evaluation is kept."""
-    report: Report | None
-    """Who is told of progress, if anybody."""
-    signals: Sequence[int]
-
     def __init__(
         self, setup: Setup, settings: TrainSettings, asked: AskedSettings, receiver: Receiver, first: LM | None = None
     ) -> None:
         self.setup, self.settings, self.asked, self.receiver, self.first = setup, settings, asked, receiver, first
         self.seed, self.examples = asked.seed, setup.splits["evaluated"]
         self.position = {example.id: i for i, example in enumerate(self.examples)}
-        self.home, self.report, self.signals = Path(), None, ()
+        self.home = Path()  # where the evaluation is kept
+        self.report: Report | None = None  # who is told of progress, if anybody
+        self.signals: Sequence[int] = ()
         self.written: dict[str, TokenIds] = {}
         self.skipped: dict[str, str] = {}
 
@@ -8268,12 +8250,6 @@ class EvalContext(Silent):
         if self.receiver.bridge and not self.asked.token_budget_k:
             return len(self.latents[self.position[example.id]])
         return self.asked.token_budget_k or self.slots
-
-    def room(self, example: Example) -> int:
-        """The part of them that the context may take; a question that latents would have to hold counts."""
-        part, lm = self.setup.part, self.setup.receiver
-        asked = 0 if part.agnostic else len(lm.ids(part.receiver_text(replace(example, context=""))))
-        return max(1, self.kept(example) - asked)
 
     @torch.no_grad()
     def notes(self, examples: Sequence[Example]) -> list[TokenIds]:
@@ -8357,20 +8333,13 @@ class Method:
     """Settings that it brings: a class of its own in its place, whose fields become flags."""
 
     control: ClassVar[bool] = False
-    usual: ClassVar[bool] = True
-    """Whether it runs when no methods are named."""
-    bridged: ClassVar[bool] = True
-    """Whether it needs a trained bridge."""
-    trained: ClassVar[bool] = False
-    """Whether it learns from train rows: a broken one fails the run."""
-    seeded: ClassVar[bool] = False
-    """Whether the seed changes it."""
-    own: ClassVar[tuple[str, ...]] = ()
-    """The settings of an evaluation that change its answers."""
-    needs: ClassVar[tuple[str, ...]] = ()
-    """What an evaluation must have, in the words of ``at_hand``."""
-    details: Mapping[str, Any] | None = None
-    """What it has to say about itself once it has answered."""
+    usual: ClassVar[bool] = True  # whether it runs when no methods are named
+    bridged: ClassVar[bool] = True  # whether it needs a trained bridge
+    trained: ClassVar[bool] = False  # whether it learns from train rows: a broken one fails the run
+    seeded: ClassVar[bool] = False  # whether the seed changes it
+    own: ClassVar[tuple[str, ...]] = ()  # the settings of an evaluation that change its answers
+    needs: ClassVar[tuple[str, ...]] = ()  # what an evaluation must have, in the words of ``at_hand``
+    details: Row | None = None  # what it has to say about itself once it has answered
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
@@ -8402,6 +8371,7 @@ PLAIN_NAMES = {
     "control:shuffled": "another text's latents", "control:mean": "mean latents", "control:gaussian": "random latents",
     "control:none": "receiver alone", "control:prompt": "trained prompt, no source", "token_budget": "text cut to K tokens",
     "embed:raw": "text embeddings", "embed:anchor": "text embeddings, anchor", "embed:adapter": "text through adapter",
+    "constant": "best constant answer",
 }  # fmt: skip
 
 METHODS: Registry[type[Method]] = Registry("methods", "method", Method, AskedSettings)
@@ -8479,8 +8449,7 @@ class GaussianControl(Method):
 class NoSourceControl(Method):
     """The receiver alone: anchor, no soft prompt, no text."""
 
-    control = True
-    bridged = False
+    control, bridged = True, False
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Anchor only."""
@@ -8496,51 +8465,28 @@ class PromptControl(Method):
     @functools.cached_property
     def receiver(self) -> Receiver:
         """The same receiver with that run's bridge."""
-        asked = self.context.asked
-        assert isinstance(asked, EvalSettings)
-        assert asked.prompt is not None
+        asked, own = self.context.asked, self.context.receiver
+        assert isinstance(asked, EvalSettings) and asked.prompt
         checkpoint = Checkpoint.open(asked.prompt)
         if checkpoint.settings.encoder != "constant":
             raise LatentWireError(f"--prompt {asked.prompt} reads its source; train it with --encoder constant")
-        own = self.context.receiver
         return Receiver(own.prompting, checkpoint.bridge().to(own.lm.device), own.max_new_tokens, own.how)
 
+    @torch.no_grad()
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """The one message that prompt is."""
-        reader = ByteReader(self.context.setup.receiver.device)
-        with torch.no_grad():
-            assert self.receiver.bridge is not None
-            sender = Sender(reader, self.receiver.bridge, 1)
-            data = sender.message([""], self.receiver.name, self.receiver.ear).to_bytes()
-        return self.receiver.answers(examples, [data] * len(examples))
-
-
-class TokenMethod(Method):
-    """The receiver reads some tokens of the text instead of latents; override ``ids``."""
-
-    bridged = False
-
-    def ids(self, example: Example) -> TokenIds:
-        """Receiver tokens."""
-        return self.context.setup.receiver.ids(self.context.setup.part.receiver_text(example))
-
-    def answers(self, examples: Sequence[Example]) -> list[Answer]:
-        """After BOS, these tokens and the anchor."""
-        receiver = self.context.receiver
-        prompting, anchor = receiver.prompting, receiver.prompting.ending()
-        rows = [self.ids(example) for example in examples]
-        packed = prompting.joined(None, [[*row, *anchor] for row in rows], None, left=True)
-        sizes = [len(self.context.setup.receiver.tokenizer.decode(row).encode()) for row in rows]
-        found = receiver.respond(packed, examples, sizes)
-        return [replace(answer, tokens=len(row)) for answer, row in zip(found, rows, strict=True)]
+        receiver = self.receiver
+        assert receiver.bridge is not None
+        sender = Sender(ByteReader(receiver.lm.device), receiver.bridge, 1)
+        data = sender.message([""], receiver.name, receiver.ear).to_bytes()
+        return receiver.answers(examples, [data] * len(examples))
 
 
 @METHODS.register("token_budget")
-class TokenBudget(TokenMethod):
+class TokenBudget(Method):
     """The text's first receiver tokens, as many as there are latents; the question is kept."""
 
-    own = ("token_budget_k", "budget_ratio", "soft_tokens")
-    keep: ClassVar[str] = "head"
+    bridged, own, keep = False, ("token_budget_k", "budget_ratio", "soft_tokens"), "head"
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
@@ -8548,7 +8494,7 @@ class TokenBudget(TokenMethod):
         return not setup.part.words or any(name.startswith("token_budget") for name in settings.methods or ())
 
     def ids(self, example: Example) -> TokenIds:
-        """The context's head, then the question, in K tokens together."""
+        """What is read of the text: the context's head, then the question, in K receiver tokens together."""
         context, part = self.context, self.context.setup.part
         part = part.of(example) if isinstance(part, Mixture) else part
         count = context.kept(example)
@@ -8559,14 +8505,21 @@ class TokenBudget(TokenMethod):
             return [*cut_ids(head, count, self.keep), *tail]
         return [*cut_ids(head, max(0, count - len(tail)), self.keep), *tail[:count]]
 
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """After BOS, these tokens and the anchor."""
+        receiver, rows = self.context.receiver, [self.ids(example) for example in examples]
+        anchor = receiver.prompting.ending()
+        packed = receiver.prompting.joined(None, [[*row, *anchor] for row in rows], None, left=True)
+        sizes = [len(receiver.lm.tokenizer.decode(row).encode()) for row in rows]
+        found = receiver.respond(packed, examples, sizes)
+        return [replace(answer, tokens=len(row)) for answer, row in zip(found, rows, strict=True)]
+
 
 class EmbedMethod(Method):
     """The full text as a soft prompt of its own input embeddings: what reading embeddings costs by itself."""
 
-    usual = False
-    anchored = True
-    adapted = False
-    """Whether BOS stands where the bridge learned with it, not in front as before a text."""
+    usual, anchored = False, True
+    adapted = False  # whether BOS stands where the bridge learned with it, not in front as before a text
 
     def soft(self, examples: Sequence[Example]) -> SoftPrompt:
         """The receiver's own embeddings (B, T, D_r)."""
@@ -8574,13 +8527,13 @@ class EmbedMethod(Method):
         heard = lm.heard([part.receiver_text(example) for example in examples])
         return SoftPrompt(heard.embeds, heard.mask)
 
+    @torch.no_grad()
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """With or without the anchor behind it."""
         receiver, lm = self.context.receiver, self.context.setup.receiver
         after = [receiver.prompting.ending() if self.anchored else lm.ids("\n")] * len(examples)
         prompting = receiver.prompting if self.adapted else replace(receiver.prompting, bos_after=False)
-        with torch.no_grad():
-            return receiver.respond(prompting.joined(self.soft(examples), after, None, left=True), examples)
+        return receiver.respond(prompting.joined(self.soft(examples), after, None, left=True), examples)
 
 
 add_variant("embed:raw", EmbedMethod, "Full text as embeddings, no anchor.", "raw", anchored=False)
@@ -8622,11 +8575,9 @@ class TextMethod(Method):
         return [replace(a, nbytes=size, tokens=n) for a, size, n in zip(found, sizes, counts, strict=True)]
 
 
-CONSTANT = "constant"
-"""The best constant answer, which stands beside the controls in every comparison of a bridge."""
-LEAST_ROWS = 50
-"""Test rows without which nothing is said about communication, or about what a rival has learned."""
-PLAIN_NAMES[CONSTANT] = "best constant answer"
+RowsOf = Mapping[str, Sequence[Row]]  # the records of each method
+CONSTANT = "constant"  # the best constant answer, which stands beside the controls in every comparison of a bridge
+LEAST_ROWS = 50  # test rows without which nothing is said about communication, or about what a rival has learned
 
 
 @dataclass(frozen=True)
@@ -8634,21 +8585,18 @@ class Kind:
     """What a method is, kept with its evaluation, so that a plug-in's is judged alike where the plug-in is not loaded."""
 
     kind: Literal["bridge", "control", "trained", "rival", "unknown"]
+    # whose seed makes another repetition of it: that of the bridge's training, the rival's own, or no seed does
     drawn: Literal["bridge", "own", "none"] = "bridge"
-    """Whose seed makes another repetition of it: that of the bridge's training, the rival's own, or no seed does."""
 
     @classmethod
     def of(cls, name: str) -> Kind:
         """A registered method's; of any other one nothing is known."""
-        if name == CONSTANT:
-            return cls("control", "none")
-        if name not in METHODS:
-            return cls("unknown")
+        if name == CONSTANT or name not in METHODS:
+            return cls("control", "none") if name == CONSTANT else cls("unknown")
         part = METHODS[name]
+        other: Any = "bridge" if name == "bridge" else "trained" if part.trained else "rival"
         drawn: Any = "bridge" if part.bridged else "own" if part.seeded else "none"
-        if name == "bridge" or part.control:
-            return cls("control" if part.control else "bridge", drawn)
-        return cls("trained" if part.trained else "rival", drawn)
+        return cls("control" if part.control else other, drawn)
 
     @property
     def control(self) -> bool:
@@ -8656,7 +8604,7 @@ class Kind:
         return self.kind == "control"
 
 
-def kinds_of(facts: Mapping[str, Any], names: Iterable[str]) -> dict[str, Kind]:
+def kinds_of(facts: Row, names: Iterable[str]) -> dict[str, Kind]:
     """What each method of an evaluation is: as registered here, else as its facts say."""
     kept, drawn = facts.get("kind", {}), facts.get("drawn", {})
     return {n: Kind(kept[n], drawn.get(n, "bridge")) if n in kept and n not in METHODS else Kind.of(n) for n in names}
@@ -8818,10 +8766,10 @@ class Record(BaseModel):
         return self
 
 
-def sealed(row: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(row: Row) -> dict[str, Any]:
     """A record with its sum (CRC-32 of its JSON), by which a later change of it is seen."""
-    plain_row = {name: value for name, value in row.items() if name != "sum"}
-    return plain_row | {"sum": f"{zlib.crc32(json.dumps(plain_row, sort_keys=True).encode()):08x}"}
+    bare = {name: value for name, value in row.items() if name != "sum"}
+    return bare | {"sum": f"{zlib.crc32(json.dumps(bare, sort_keys=True).encode()):08x}"}
 
 
 def records_in(path: Path, own: bool = False) -> list[dict[str, Any]]:
@@ -8831,6 +8779,7 @@ def records_in(path: Path, own: bool = False) -> list[dict[str, Any]]:
     failed and a whole one, the later counts.
     """
     rows, kept, summed = [], dict[tuple[str, str, str], dict[str, Any]](), dict[str, bool]()
+    aside = {"seconds": None, "sum": None}  # the time that equal rows took may differ
     for number, row in enumerate(read_rows(path, own), 1):
         where = f"{path} line {number}"
         if not isinstance(row, dict):
@@ -8848,7 +8797,7 @@ def records_in(path: Path, own: bool = False) -> list[dict[str, Any]]:
             raise LatentWireError(f"{where} lost its sum; remove that line, and eval computes it again")
         name = row["key"], row["method"], row["id"]
         before = kept.get(name)
-        if before and "error" not in row and "error" not in before and unlike(before, row):
+        if before and "error" not in row and "error" not in before and before | aside != row | aside:
             raise LatentWireError(
                 f"{where} contradicts an earlier line of example {row['id']!r} and method {row['method']}; remove one of them"
             )
@@ -8856,12 +8805,6 @@ def records_in(path: Path, own: bool = False) -> list[dict[str, Any]]:
             kept[name] = row
         rows.append(row)
     return rows
-
-
-def unlike(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two records say different things, the time they took aside."""
-    beside = ("seconds", "sum")
-    return {k: v for k, v in a.items() if k not in beside} != {k: v for k, v in b.items() if k not in beside}
 
 
 def answers_digest(rows: Iterable[tuple[str, Sequence[str], int | None]]) -> str:
@@ -8907,7 +8850,7 @@ def compute_rows(
         save([{**row, "seconds": seconds} for row in rows])
 
 
-def average(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
+def average(rows: Sequence[Row], name: str) -> float | None:
     """Mean of a field over the rows that have it; failed rows count as 0 for scores."""
     scored = name in ("first_correct", *map(field_of, METRICS))
     values = [0.0 if "error" in row and scored else row.get(name) for row in rows]
@@ -8915,18 +8858,18 @@ def average(rows: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return sum(kept) / len(kept) if kept else None
 
 
-def headline_values(rows: Sequence[Mapping[str, Any]], headline: str) -> list[float]:
+def headline_values(rows: Sequence[Row], headline: str) -> list[float]:
     """The deciding metric per example; a failed row scores 0."""
     return [float(row.get(field_of(headline), 0.0)) for row in rows]
 
 
-def clusters_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
+def clusters_of(rows: Sequence[Row]) -> list[str] | None:
     """The text of each row, where several rows share one."""
     names = [row.get("cluster", row["id"]) for row in rows]
     return names if len(set(names)) < len(names) else None
 
 
-def constant_values(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> tuple[str, list[float]]:
+def constant_values(rows: Sequence[Row], facts: Row) -> tuple[str, list[float]]:
     """(the best constant answer, its score on each row) by the deciding metric, from the gold answers that records hold.
 
     Chosen on the evaluated rows themselves, which favours it.
@@ -8934,19 +8877,18 @@ def constant_values(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any])
     return METRICS[facts["headline"]](DataSettings.build(facts.get("metric", {}))).constant(rows)
 
 
-def macro_f1(rows: Sequence[Mapping[str, Any]]) -> float | None:
+def macro_f1(rows: Sequence[Row]) -> float | None:
     """F1 of each class that occurs, averaged; a failed row is wrong."""
     if not any("prediction" in row for row in rows):
         return None
     from sklearn.metrics import f1_score
 
     known = {row["id"]: row["label"] for row in rows if "label" in row}
-    gold = [known.get(row["id"], -1) for row in rows]
-    said = [row.get("prediction", -1) for row in rows]
+    gold, said = [known.get(row["id"], -1) for row in rows], [row.get("prediction", -1) for row in rows]
     return float(f1_score(gold, said, average="macro", labels=sorted({*gold} - {-1}), zero_division=0.0))
 
 
-def interval_over(values: Scores, rows: Sequence[Mapping[str, Any]], seed: int) -> list[float]:
+def interval_over(values: Scores, rows: Sequence[Row], seed: int) -> list[float]:
     """95 % interval of the mean of scores (n,) of these rows; where they share one context nothing is known of others."""
     clusters = clusters_of(rows)
     if clusters is not None and len(set(clusters)) < 2:
@@ -8954,7 +8896,7 @@ def interval_over(values: Scores, rows: Sequence[Mapping[str, Any]], seed: int) 
     return list(bootstrap_interval(values, seed, clusters=clusters))
 
 
-def summarize(rows: Sequence[Mapping[str, Any]], headline: str, seed: int) -> dict[str, Any]:
+def summarize(rows: Sequence[Row], headline: str, seed: int) -> dict[str, Any]:
     """Metrics of one method; ``ci`` is the 95 % interval of the headline metric."""
     fields = {name: field_of(name) for name in METRICS} | {"first_token_accuracy": "first_correct"}
     fields |= {name: name for name in ("nll_per_token", "bytes", "tokens")}
@@ -8970,21 +8912,16 @@ def untested(
 
     ``overlap`` of the ``n`` rows stand in the training rows as well.
     """
-    missing = [unfinished] if unfinished else []
-    if overlap > n / 20:
-        missing.append(f"{overlap} of {n} test rows are training rows, at most one in twenty may be (evaluate others)")
-    if "control:shuffled" not in kinds:
-        missing.append("control:shuffled did not run (eval --checkpoint RUN --methods bridge,control)")
-    if n < LEAST_ROWS:
-        missing.append(
-            f"{n} test rows, at least {LEAST_ROWS} are needed (eval --checkpoint RUN --num_samples {LEAST_ROWS})"
-        )
-    if clusters is not None and len(set(clusters)) < 2:
-        missing.append("all rows share one context, so nothing is known of others")
     unknown = [name for name, kind in kinds.items() if kind.kind == "unknown"]
-    if unknown:
-        missing.append(f"what {', '.join(unknown)} is was never recorded (evaluate again with its --plugin)")
-    return missing
+    missing = {
+        unfinished: bool(unfinished),
+        f"{overlap} of {n} test rows are training rows, at most one in twenty may be (evaluate others)": overlap > n / 20,
+        "control:shuffled did not run (eval --checkpoint RUN --methods bridge,control)": "control:shuffled" not in kinds,
+        f"{n} test rows, at least {LEAST_ROWS} are needed (eval --checkpoint RUN --num_samples {LEAST_ROWS})": n < LEAST_ROWS,
+        "all rows share one context, so nothing is known of others": clusters is not None and len(set(clusters)) < 2,
+        f"what {', '.join(unknown)} is was never recorded (evaluate again with its --plugin)": bool(unknown),
+    }  # fmt: skip
+    return [text for text, so in missing.items() if so]
 
 
 def leaks_in(scores: Mapping[str, Scores], constant: Scores, p_of: Callable[[Scores, Scores], float]) -> list[str]:
@@ -8994,14 +8931,9 @@ def leaks_in(scores: Mapping[str, Scores], constant: Scores, p_of: Callable[[Sco
 
 
 def verdict_on(
-    headline: str,
-    means: Mapping[str, float],
-    tests: Tests,
-    same: Mapping[str, Hashable],
-    n: int,
-    missing: Sequence[str],
+    headline: str, means: Mapping[str, float], tests: Tests, same: Mapping[str, Hashable], n: int, missing: Sequence[str],
     leaks: Sequence[str],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Whether something came through (``communication``, None where that is not tested), ``missing`` and the ``verdict`` in words.
 
     ``means`` hold the bridge, every control that ran and the best constant answer, ``tests`` the p of the bridge against each
@@ -9031,24 +8963,22 @@ def best_of(headline: str, means: Mapping[str, float], kinds: Mapping[str, Kind]
     return f"best: {best}, {headline} {means[best]:.3f}"
 
 
-def compare(
-    by_method: Mapping[str, Sequence[Row]], headline: str, seed: int, facts: Row | None = None
-) -> dict[str, Any]:
+def compare(by_method: RowsOf, headline: str, seed: int, facts: Row | None = None) -> dict[str, Any]:
     """p of bridge against every other method and the best constant answer, and the verdict; ``facts`` are the evaluation's."""
-    facts = facts or {}
+    facts, unshown = facts or {}, {"communication": False}
     errors = [(name, row["error"]) for name, rows in by_method.items() for row in rows if "error" in row]
     if errors:
         failed = dict(collections.Counter(name for name, _ in errors))
         counts = ", ".join(f"{count} of {name}" for name, count in failed.items())
         verdict = f"not tested: rows failed ({counts}; first: {errors[0][1]}); the same command computes them again"
-        return {"communication": False, "failed": failed, "verdict": verdict}
+        return unshown | {"failed": failed, "verdict": verdict}
     if "bridge" not in by_method:
-        return {"communication": False, "verdict": "not tested: the bridge was not evaluated"}
+        return unshown | {"verdict": "not tested: the bridge was not evaluated"}
     n = facts.get("n", max(map(len, by_method.values())))
     short = [f"{name} has {len(rows)} of {n} rows" for name, rows in by_method.items() if len(rows) != n]
     if short:
         missing = [f"{', '.join(short)} (the same eval command computes what is missing)"]
-        return {"communication": False, "missing": missing, "verdict": f"not tested: {missing[0]}"}
+        return unshown | {"missing": missing, "verdict": f"not tested: {missing[0]}"}
     kinds, clusters = kinds_of(facts, by_method), clusters_of(by_method["bridge"])
     answer, constant = constant_values(by_method["bridge"], {"headline": headline, **(facts or {})})
     values = {name: headline_values(rows, headline) for name, rows in by_method.items()} | {CONSTANT: constant}
@@ -9064,11 +8994,10 @@ def compare(
     tests: dict[str, dict[str, Any]] = {name: {"p": p_values[name]} for name in (*controls, CONSTANT)}
     same = {name: tuple(values[name]) for name in tests}
     judged = verdict_on(headline, means, tests, same, len(constant), missing, leaks)
-    told: dict[str, Any] = {"p_bridge_vs": p_values, "best_constant": means[CONSTANT], "constant_answer": answer}
-    told["leaks"] = leaks
+    told = {"p_bridge_vs": p_values, "best_constant": means[CONSTANT], "constant_answer": answer, "leaks": leaks}
     if controls:
-        told["best_control"] = max(controls, key=means.__getitem__)
-        told["p"] = max(row["p_corrected"] for row in tests.values())
+        best, p = max(controls, key=means.__getitem__), max(row["p_corrected"] for row in tests.values())
+        told |= {"best_control": best, "p": p}
     return {**told, **judged, "communication": bool(judged["communication"])}
 
 
@@ -9114,12 +9043,10 @@ def data_key(settings: DataSettings) -> str:
 
 def overlapping(train: Sequence[str], evaluated: Sequence[str], source: str) -> int:
     """How many evaluated texts stand in the training rows as well; more than half of them are refused."""
-    known = {text.casefold() for text in train}
+    known, n = {text.casefold() for text in train}, len(evaluated)
     count = sum(text.casefold() in known for text in evaluated)
-    if count > len(evaluated) / 2:
-        raise LatentWireError(
-            f"{count} of {len(evaluated)} rows of {source} are training rows of this run; evaluate others"
-        )
+    if count > n / 2:
+        raise LatentWireError(f"{count} of {n} rows of {source} are training rows of this run; evaluate others")
     return count
 
 
@@ -9180,8 +9107,8 @@ def chosen_methods(settings: AskedSettings, setup: Setup) -> list[str]:
     """The methods to run, in registration order; those that need labelled train rows only where there are some."""
     wanted = named_methods(settings.methods) if settings.methods else {n for n, m in METHODS.items() if m.usual}
     bridged = isinstance(settings, EvalSettings)
-    names = [name for name in METHODS if name in wanted and (bridged or not METHODS[name].bridged)]
-    return [name for name in names if METHODS[name].suits(setup, settings)]
+    fitting = {name: part for name, part in METHODS.items() if name in wanted and (bridged or not part.bridged)}
+    return [name for name, part in fitting.items() if part.suits(setup, settings)]
 
 
 def named_methods(words: Iterable[str]) -> set[str]:
@@ -9225,20 +9152,15 @@ def beside_earlier(path: Path, n: int, key: str, asked: str) -> tuple[Path, dict
 
 
 def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
-    """Evaluate a checkpoint with its controls; finished rows are never computed again; → the results.
-
-    When a signal is noted it stops, with everything kept.
-    """
+    """Evaluate a checkpoint with its controls; what is finished stays, also at a signal, and is not computed again; → results."""
     if launched()[1] > 1:
         raise LatentWireError("eval works in one process; start it without torchrun and with one srun task")
+    if settings.checkpoint is None:
+        raise LatentWireError("--checkpoint is missing; give the run folder that 'train' printed, such as runs/sst2")
     asked_where = settings.output_dir or settings.checkpoint
     with catching_signals() as signals, breakable(asked_where, "the beginning of the evaluation"):
         prepare_cuda(settings)
         made_with = environment()
-        if settings.checkpoint is None:
-            raise LatentWireError(
-                "--checkpoint is missing; give the run folder that 'train' printed, such as runs/sst2"
-            )
         load_plugins(settings.plugin)
         checkpoint = Checkpoint.open(settings.checkpoint)
         named_methods(settings.methods or ())
@@ -9263,12 +9185,12 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
         return first
 
 
-def told_of_receivers(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def told_of_receivers(results: Sequence[Row]) -> dict[str, Any]:
     """What each receiver of the same latents reached, by its name."""
     return {r["provenance"]["receiver"]["name"]: {k: r[k] for k in ("methods", "verdict")} for r in results}
 
 
-def joint(heard: Sequence[Sequence[Mapping[str, Any]]], contexts: Sequence[EvalContext], seed: int) -> dict[str, Any]:
+def joint(heard: Sequence[Sequence[Row]], contexts: Sequence[EvalContext], seed: int) -> dict[str, Any]:
     """What several receivers of the same latents do together: rescoring, the best of them, and how often they agree.
 
     Each one's answer is scored by the sum of all receivers' log-likelihoods under their own messages.
@@ -9371,7 +9293,7 @@ def content_of(value: Any) -> str:
     return digest_of([state["shape"], state["sha256"]["bridge"]])
 
 
-def record_base(context: EvalContext, made_with: Mapping[str, Any], *more: Any) -> str:
+def record_base(context: EvalContext, made_with: Row, *more: Any) -> str:
     """Names what is behind every row of an evaluation: models, rows, prompts, decoding, this program, and ``more``."""
     setup, receiver = context.setup, context.receiver
     models = [setup.sender.identity(), setup.receiver.identity(), str(setup.receiver.dtype)]
@@ -9438,10 +9360,7 @@ def rows_at_hand(context: EvalContext, keys: Mapping[str, str], where: Path) -> 
 
 
 def keep(method: Method, key: str, done: dict[str, dict[str, Any]], where: Path, rows: Sequence[Row]) -> None:
-    """Add a method's rows to ``done`` and to the records in ``where``.
-
-    What it tells about itself stands there before them, since whole rows are never computed again.
-    """
+    """Add a method's rows to ``done`` and the records, after what it tells of itself: whole rows are never computed again."""
     known, told = details_in(where), {"method": method.name, **(method.details or {})}
     if method.details is not None and known.get(key) != told:
         write_json(where / "details.json", known | {key: told})
@@ -9496,8 +9415,7 @@ def rows_of_other_seeds(where: Path) -> Iterator[dict[str, Any]]:
 
 def no_better(rows: Sequence[Row], bars: Mapping[str, Scores], headline: str, seed: int) -> list[str]:
     """The bars (scores by name) that a trained method does not beat by a paired test; → what is wrong, in words."""
-    own, clusters = headline_values(rows, headline), clusters_of(rows)
-    found = []
+    own, clusters, found = headline_values(rows, headline), clusters_of(rows), []
     for name, bar in bars.items():
         p, _ = paired_p(own, bar, seed, clusters=clusters, graded=METRICS[headline].graded)
         if sum(own) <= sum(bar) or p >= 0.05:
@@ -9509,13 +9427,8 @@ def no_better(rows: Sequence[Row], bars: Mapping[str, Scores], headline: str, se
 NO_BETTER = "it was trained and is no better than"
 
 
-def gates(
-    kind: Kind, rows: Sequence[Mapping[str, Any]], words: Sequence[str], longest: int, trained: Sequence[str] = ()
-) -> list[str]:
-    """What shows that a method is broken, not beaten: worse than guessing, one class only, no words, gold cut off.
-
-    ``trained`` is what ``no_better`` says of one that learned.
-    """
+def gates(kind: Kind, rows: Sequence[Row], words: Sequence[str], longest: int) -> list[str]:
+    """What shows that a method is broken, not beaten: worse than guessing, one class only, no words, gold cut off."""
     if kind.control or len(rows) < 20 or any("error" in row for row in rows):
         return []
     found: list[str] = []
@@ -9534,7 +9447,7 @@ def gates(
         cut = sum(row["gold_tokens"] > longest for row in rows) / n
         if cut > 0.05:
             found.append(f"{cut:.1%} of the gold answers are longer than the {longest} tokens it may say")
-    return [*found, *trained]
+    return found
 
 
 def asked_alike(part: Task, prompting: Prompting) -> list[Any]:
@@ -9553,7 +9466,7 @@ def metric_facts(part: Task) -> dict[str, Any]:
     return {"metric": config} if config else {}
 
 
-def facts_of(context: EvalContext, split: str, made_with: Mapping[str, Any]) -> dict[str, Any]:
+def facts_of(context: EvalContext, split: str, made_with: Row) -> dict[str, Any]:
     """What is known of an evaluation before its first row: task, data, models, provenance."""
     setup, part, settings = context.setup, context.setup.part, context.settings
     receiver, names = setup.receiver, [*made_with["record_keys"]]
@@ -9572,26 +9485,22 @@ def facts_of(context: EvalContext, split: str, made_with: Mapping[str, Any]) -> 
     })  # fmt: skip
 
 
-def gated(facts: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[str]]:
+def gated(facts: Row, rows: RowsOf) -> dict[str, list[str]]:
     """The broken methods of an evaluation and what is wrong with each; a trained one must beat every constant answer."""
-    headline, kinds = facts["headline"], kinds_of(facts, rows)
-    found = {}
+    headline, kinds, found = facts["headline"], kinds_of(facts, rows), {}
+    silent = rows.get("control:none", ())
     for name, own in rows.items():
-        failed, bars = any("error" in row for row in own), dict[str, Sequence[float]]()
-        if kinds[name].kind == "trained" and len(own) >= LEAST_ROWS and not failed:
+        bars: dict[str, Sequence[float]] = {}
+        if kinds[name].kind == "trained" and len(own) >= LEAST_ROWS and not any("error" in row for row in own):
             bars[CONSTANT] = constant_values(own, facts)[1]
-            silent = rows.get("control:none", ())
             if headline == "f1" and len(silent) == len(own):
                 bars["control:none"] = headline_values(silent, headline)
-        wrong = no_better(own, bars, headline, facts["seed"])
-        if words := gates(kinds[name], own, facts["words"], facts["longest"], wrong):
-            found[name] = words
-    return found
+        wrong = gates(kinds[name], own, facts["words"], facts["longest"])
+        found[name] = wrong + no_better(own, bars, headline, facts["seed"])
+    return {name: words for name, words in found.items() if words}
 
 
-def results_from(
-    facts: Mapping[str, Any], rows: Mapping[str, Sequence[Mapping[str, Any]]], details: Mapping[str, Any]
-) -> dict[str, Any]:
+def results_from(facts: Row, rows: RowsOf, details: Row) -> dict[str, Any]:
     """What results.json says: all of it from the facts, the records, and what methods told about themselves."""
     headline, seed, made = facts["headline"], facts["seed"], facts["provenance"]
     rows = {name: sorted(own, key=lambda row: str(row["id"])) for name, own in rows.items()}  # pairs are of one example
@@ -9600,8 +9509,8 @@ def results_from(
     kinds, broken = kinds_of(facts, rows), gated(facts, rows)
     if "bridge" in made:
         told = compare(rows, headline, seed, facts)
-        against = told.get("p_bridge_vs", {})
-        told |= {"p_bridge_vs": {n: p for n, p in against.items() if n not in broken}} if against else {}
+        if against := told.get("p_bridge_vs"):
+            told["p_bridge_vs"] = {name: p for name, p in against.items() if name not in broken}
     else:
         means = {name: summary[headline] for name, summary in methods.items()}
         told = {"verdict": best_of(headline, means, kinds, broken)}
@@ -9614,10 +9523,15 @@ def results_from(
     }  # fmt: skip
 
 
+def folder_of_run(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint's."""
+    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoint" else checkpoint
+
+
 def unfinished(checkpoint: Checkpoint) -> str:
     """That a checkpoint's training has not reached its end, and how to go on; nothing where it has."""
     folder, state = checkpoint.folder, checkpoint.state
-    run = Run(folder.parents[1] if folder.parent.name == "checkpoint" else folder)
+    run = Run(folder_of_run(folder))
     if not run.config_path.exists():
         known = state.get("finished", False)
         return "" if known else f"{folder} does not say that its training was finished; evaluate the run folder itself"
@@ -9626,27 +9540,20 @@ def unfinished(checkpoint: Checkpoint) -> str:
     newest, steps = state["progress"]["step"], state["steps"]
     for path in Checkpoints(folder.parent).steps()[:1]:
         newest, steps = max(newest, int(path.name[5:])), json_in(path / "state.json").get("steps", steps)
-    grown = json_in(run.config_path).get("steps") not in (None, steps)
-    longer = f" --steps {steps}" if grown else ""
-    return (
-        f"training stopped at step {newest} of {steps} (go on: train --resume {shlex.quote(str(run.folder))}{longer})"
-    )
+    longer = f" --steps {steps}" if json_in(run.config_path).get("steps") not in (None, steps) else ""
+    go_on = f"train --resume {shlex.quote(str(run.folder))}{longer}"
+    return f"training stopped at step {newest} of {steps} (go on: {go_on})"
 
 
-def folder_of_run(checkpoint: Path) -> Path:
-    """The run folder of a checkpoint's."""
-    return checkpoint.parents[1] if checkpoint.parent.name == "checkpoint" else checkpoint
-
-
-EvaluationPlan = tuple[dict[str, Any], Mapping[str, Any], Path]
-"""What ``measure`` needs: an evaluation's facts, those of an earlier one that it goes on from, the file of the results."""
+# what ``measure`` needs: an evaluation's facts, those of an earlier one that it goes on from, the file of the results
+EvaluationPlan = tuple[dict[str, Any], Row, Path]
 
 
 def planned_evaluation(
-    settings: EvalSettings, checkpoint: Checkpoint, context: EvalContext, made_with: Mapping[str, Any], report: Report
+    settings: EvalSettings, checkpoint: Checkpoint, context: EvalContext, made_with: Row, report: Report
 ) -> EvaluationPlan:
     """One receiver's part of an evaluation, up to its first answer."""
-    run, setup, codec = context.settings, context.setup, context.bridge.shape.codec
+    run, setup, state, codec = context.settings, context.setup, checkpoint.state, context.bridge.shape.codec
     if settings.codec and CODECS.name_of(settings.codec) == CODECS.name_of(run.codec):
         settings = settings.model_copy(update={"codec": None})  # the run's own, said aloud
     weights, both = context.bridge.fingerprint(), [codec, settings.token_budget_k]
@@ -9666,16 +9573,15 @@ def planned_evaluation(
         f"{setup.overlap} of them also in the training rows; record key {key}"
     )
     keys = record_keys(context, chosen_methods(settings, setup), {True: key, False: alone})
-    made_with = {
-        **made_with,
-        "checkpoint": str(checkpoint.folder),
-        "record_key": key,
-        "record_keys": keys,
-        "asked": asked,
-    }
     with threads_for(setup.sender, setup.receiver):
         report.say(f"{context.store.truncated:.1%} of the texts were cut; {len(context.messages)} messages to send")
-        facts = facts_of(context, settings.split, made_with | bridge_facts(context, checkpoint.state))
+        about = {
+            "checkpoint": str(checkpoint.folder), "record_key": key, "record_keys": keys, "asked": asked,
+            "bridge": weights, "language": context.receiver.name, "codec": codec, "step": state["progress"]["step"],
+            "sender": state["sender"], "task": state["task"], "latent_len": context.bridge.shape.latent_len,
+            "layers": list(context.bridge.shape.layers), "sender_texts_cut": context.store.truncated,
+        }  # fmt: skip
+        facts = facts_of(context, settings.split, {**made_with, **about})
         facts |= {"compression": compression(context), "finished": not stopped, "unfinished": stopped}
         facts |= {"reconstruction": written_back(context)} if settings.bleu else {}
         if settings.artifacts and "bridge" in keys and output.name == "results.json":
@@ -9684,7 +9590,7 @@ def planned_evaluation(
 
 
 def measure(
-    context: EvalContext, facts: dict[str, Any], earlier: Mapping[str, Any], output: Path, report: Report
+    context: EvalContext, facts: dict[str, Any], earlier: Row, output: Path, report: Report
 ) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Run methods, keep records and facts in the folder of ``output``, and write there the results made of them.
 
@@ -9705,9 +9611,8 @@ def measure(
         rows = {name: (rows | kept)[name] for name in in_order([*rows, *kept])}
         known = {name: earlier["provenance"]["record_keys"][name] for name in kept}
         for field in ("kind", "drawn"):
-            facts[field] = facts[field] | {
-                name: earlier[field][name] for name in kept if name in earlier.get(field, {})
-            }
+            own = {name: earlier[field][name] for name in kept if name in earlier.get(field, {})}
+            facts[field] = facts[field] | own
         facts |= {"order": [*rows], "provenance": facts["provenance"] | {"record_keys": keys | known}}
     write_json(facts_file(output), facts)
     results = results_from(facts, rows, details_in(output.parent))
@@ -9716,12 +9621,9 @@ def measure(
 
 
 def kept_rows(
-    where: Path, examples: Sequence[Example], earlier: Mapping[str, Any], ran: Iterable[str]
+    where: Path, examples: Sequence[Example], earlier: Row, ran: Iterable[str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Whole rows of the methods that an earlier evaluation of the same question had, and this one was not asked for.
-
-    A control stays with its failed rows: the verdict may not forget it.
-    """
+    """Whole rows of an earlier evaluation's other methods; a control's failed ones as well, or the verdict would forget it."""
     path, keys = where / "records.jsonl", earlier.get("provenance", {}).get("record_keys", {})
     wanted = {name: keys[name] for name in earlier.get("order", ()) if name in keys and name not in {*ran}}
     controls = {name for name, kind in kinds_of(earlier, wanted).items() if kind.control}
@@ -9756,14 +9658,11 @@ def save_artifacts(context: EvalContext, path: Path, count: int, looked_at: int 
 
     blocks = [module for module in context.bridge.modules() if isinstance(module, ResamplerBlock)]
     if blocks and isinstance(context.setup.sender, LM):
-        hooks = [block.look.register_forward_hook(look, with_kwargs=True) for block in blocks]
-        try:
-            texts = [context.text(example) for example in examples]
-            with torch.no_grad():
-                context.writer.message(texts, context.receiver.name, context.receiver.ear)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        texts = [context.text(example) for example in examples]
+        with contextlib.ExitStack() as hooks, torch.no_grad():
+            for block in blocks:
+                hooks.callback(block.look.register_forward_hook(look, with_kwargs=True).remove)
+            context.writer.message(texts, context.receiver.name, context.receiver.ear)
         spans = context.writer.spans(texts)
         about["tokens"] = [[text[a:b] for a, b in own] for text, own in zip(texts, spans, strict=True)]
         parts = [torch.stack([*one], 1) for one in batches(seen, context.bridge.shape.depth)]  # shared and private
@@ -9771,22 +9670,11 @@ def save_artifacts(context: EvalContext, path: Path, count: int, looked_at: int 
     write_atomic(path, save(tensors, {"about": json.dumps(about)}))
 
 
-def asked_digest(run_of: Mapping[str, Any], asked: AskedSettings) -> str:
+def asked_digest(run_of: Row, asked: AskedSettings) -> str:
     """Every setting behind an evaluation's numbers but seeds, rows and methods: what seeds of one result have in common."""
     other = {"seed", "seeds", "methods", "checkpoint", "receivers", "num_samples", "bleu", "sequential_eval", "datasets",
              "dataset", "prompt", "wrong_task"}  # fmt: skip
     return digest_of([run_of, {name: value for name, value in asked.determining().items() if name not in other}])
-
-
-def bridge_facts(context: EvalContext, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Provenance of a trained bridge."""
-    bridge = context.bridge
-    return {
-        "bridge": bridge.fingerprint(), "language": context.receiver.name, "codec": bridge.shape.codec,
-        "step": state["progress"]["step"], "sender": state["sender"], "task": state["task"],
-        "latent_len": bridge.shape.latent_len, "layers": list(bridge.shape.layers),
-        "sender_texts_cut": context.store.truncated,
-    }  # fmt: skip
 
 
 # §12 BASELINES: every rival, as a Method
@@ -9804,18 +9692,12 @@ class ProbeMethod(Method):
     own = ("probe_layers", "pooling")
     role: ClassVar[str] = "sender"
     CS: ClassVar[tuple[float, ...]] = (0.001, 0.01, 0.1, 1.0)
-    MOST_BYTES: ClassVar[int] = 4_000_000_000
-    """Features above this are reduced to 512 principal components, batch by batch."""
-
-    @property
-    def reader(self) -> Reader:
-        """Whose states are probed."""
-        return self.context.setup.receiver if self.role == "receiver" else self.context.setup.sender
+    MOST_BYTES: ClassVar[int] = 4_000_000_000  # larger features are reduced to 512 principal components, batch by batch
 
     @functools.cached_property
     def layers(self) -> list[tuple[int, ...]]:
         """Sets of layers to try; the bridge's own count as one set, side by side."""
-        asked, reader = self.context.asked.probe_layers, self.reader
+        asked, reader = self.context.asked.probe_layers, getattr(self.context.setup, self.role)
         if not asked and self.context.receiver.bridge and self.role == "sender":
             return [self.context.bridge.shape.layers]
         assert isinstance(reader, LM)
@@ -9835,21 +9717,16 @@ class ProbeMethod(Method):
     def stores(self) -> dict[tuple[int, ...], tuple[StateStore, StateStore]]:
         """States of the train rows and of the evaluated ones, by layers."""
         both = self.context.setup.splits["train"], self.context.examples
-        states = functools.partial(self.context.states_of, reader=self.reader)
+        states = functools.partial(self.context.states_of, reader=getattr(self.context.setup, self.role))
         return {layers: (states(both[0], layers), states(both[1], layers)) for layers in self.layers}
 
     @functools.cached_property
     def best(self) -> tuple[Any, tuple[int, ...], str]:
         """The fitted pipeline of the best set of layers and pooling by cross-validation on train."""
-        from sklearn.decomposition import IncrementalPCA
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.metrics import f1_score
-        from sklearn.model_selection import GridSearchCV
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
+        from sklearn import decomposition, linear_model, metrics, model_selection, pipeline, preprocessing
 
-        train, told = self.context.setup.splits["train"], []
-        labels = [example.label for example in train]
+        train, told, found = self.context.setup.splits["train"], [], []
+        labels, gold = [example.label for example in train], [example.label for example in self.context.examples]
         counts = collections.Counter(labels[:10_000])
         folds = min(3, sorted(counts.values())[-2]) if len(counts) > 1 else 0
         if folds < 2:
@@ -9857,25 +9734,23 @@ class ProbeMethod(Method):
                 f"{self.name}: only one class has two of the {len(train)} train rows, so it cannot be cross-validated"
             )
         tried = [i for i, label in enumerate(labels[:10_000]) if counts[label] >= folds]  # every fold holds each class
-        found = []
-        for number, (layers, pooling) in enumerate(
-            plan := [*itertools.product(self.layers, self.context.asked.pooling)]
-        ):
+        plan = [*itertools.product(self.layers, self.context.asked.pooling)]
+        for number, (layers, pooling) in enumerate(plan, 1):
             x = self.features(train, layers, pooling)
-            large = [IncrementalPCA(min(512, len(train) // 8))] if x.nbytes > self.MOST_BYTES else []
-            pipeline = make_pipeline(StandardScaler(), *large, LogisticRegression(max_iter=1000))
-            search = GridSearchCV(pipeline, {"logisticregression__C": self.CS}, cv=folds)
+            large = [decomposition.IncrementalPCA(min(512, len(train) // 8))] if x.nbytes > self.MOST_BYTES else []
+            regression = linear_model.LogisticRegression(max_iter=1000)
+            steps = pipeline.make_pipeline(preprocessing.StandardScaler(), *large, regression)
+            search = model_selection.GridSearchCV(steps, {"logisticregression__C": self.CS}, cv=folds)
             search.fit(x[tried], [labels[i] for i in tried])
             fitted = search.best_estimator_.fit(x, labels)
             said = fitted.predict(self.features(self.context.examples, layers, pooling))
-            gold = [example.label for example in self.context.examples]
             told.append({
                 "layers": list(layers), "pooling": pooling, "C": search.best_params_["logisticregression__C"],
-                "cross_validation": float(search.best_score_), "macro_f1": float(f1_score(gold, said, average="macro")),
-                "accuracy": float((said == gold).mean()),
+                "cross_validation": float(search.best_score_),
+                "macro_f1": float(metrics.f1_score(gold, said, average="macro")), "accuracy": float((said == gold).mean()),
             })  # fmt: skip
             found.append((fitted, layers, pooling))
-            self.context.tick(self.name, number + 1, len(plan))
+            self.context.tick(self.name, number, len(plan))
         self.details = {"tried": told}
         return found[max(range(len(found)), key=lambda i: told[i]["cross_validation"])]
 
@@ -9898,8 +9773,7 @@ add_variant(
 class ReadingMethod(Method):
     """A model reads words and answers. Override ``contexts``, what it reads in place of the text."""
 
-    usual = False
-    bridged = False
+    usual, bridged = False, False
     role: ClassVar[str] = "receiver"
 
     @functools.cached_property
@@ -9948,24 +9822,17 @@ class FewShot(ReadingMethod):
     def shown(self) -> str:
         """Equally many of each class, at least one, in random order; none of them is cut."""
         part, train, lm = self.context.setup.part, self.context.setup.splits["train"], self.receiver.lm
-        rng = random.Random(self.context.seed)
-        limit, shots = self.context.settings.max_tokens, self.context.asked.shots
+        rng, limit, shots = random.Random(self.context.seed), self.context.settings.max_tokens, self.context.asked.shots
         ordered = [e for e in rng.sample(train, len(train)) if len(lm.ids(e.context)) <= limit]
+        groups = {"": ordered[:shots]}
         if part.words:
-            each = math.ceil(shots / len(part.words))
-            groups = [[e for e in ordered if e.label == label][:each] for label in range(len(part.words))]
-            missing = [
-                part.words[label] for label in {e.label for e in train} if label is not None and not groups[label]
-            ]
-            if missing:
-                raise LatentWireError(
-                    f"fewshot: no train row of {missing[0]!r} of at most {limit} tokens; raise --max_tokens"
-                )
-            chosen = [e for group in groups for e in group]
-        else:
-            chosen = ordered[:shots]
-        if not chosen:
-            raise LatentWireError(f"fewshot: no train row of at most {limit} tokens; raise --max_tokens")
+            each, known = math.ceil(shots / len(part.words)), {e.label for e in train}
+            fitting = {label: [e for e in ordered if e.label == label][:each] for label in range(len(part.words))}
+            groups = {f"of {part.words[label]!r} ": rows for label, rows in fitting.items() if label in known}
+        for whose, rows in groups.items():
+            if not rows:
+                raise LatentWireError(f"fewshot: no train row {whose}of at most {limit} tokens; raise --max_tokens")
+        chosen = [e for rows in groups.values() for e in rows]
         rng.shuffle(chosen)
         anchor = self.receiver.prompting.anchor
         return "".join(f"{part.receiver_text(e)}{anchor} {e.answers[0]}\n\n" for e in chosen)
@@ -9987,26 +9854,19 @@ class SenderLabel(ReadingMethod):
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """A class word where there are such, else the sender's words."""
-        words = self.context.setup.part.words
-        said = METHODS["zeroshot:sender"](self.context).answers(examples)
-        return [
-            words[argmax(answer.scores, e.options)] if words else answer.text
-            for answer, e in zip(said, examples, strict=True)
-        ]
+        words, said = self.context.setup.part.words, METHODS["zeroshot:sender"](self.context).answers(examples)
+        pairs = zip(said, examples, strict=True)
+        return [words[argmax(answer.scores, e.options)] if words else answer.text for answer, e in pairs]
 
     def prompts(self, examples: Sequence[Example], contexts: Sequence[str]) -> list[str]:
         """In a sentence: "Review: negative" alone lets Gemma-3-270M say positive."""
         return super().prompts(examples, [f"The answer is {word}." for word in contexts])
 
 
-RELAY_BUDGETS = (1, 2, 4, 8, 16, 50)
-
-
 class TextRelay(ReadingMethod):
     """The sender writes a note for the receiver, who reads its first tokens."""
 
-    needs = ("sender",)
-    tokens: ClassVar[int] = 0
+    needs, tokens = ("sender",), 0
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
@@ -10019,7 +9879,7 @@ class TextRelay(ReadingMethod):
         return [tokenizer.decode(row[: self.tokens]).strip() for row in self.context.notes(examples)]
 
 
-for relay_budget in RELAY_BUDGETS:
+for relay_budget in (1, 2, 4, 8, 16, 50):
     add_variant(
         f"text_relay:{relay_budget}", TextRelay, tokens=relay_budget,
         text=f"The sender, told the task, writes a note; the receiver reads it up to token {relay_budget}.",
@@ -10039,10 +9899,10 @@ class ByteBudget(ReadingMethod):
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """Whole characters only; a question that latents would have to hold counts."""
-        found = []
+        context, found = self.context, []
         for example in examples:
-            asked = 0 if self.context.setup.part.agnostic else len(example.question.encode())
-            count = self.context.asked.byte_budget or len(self.context.messages[self.context.position[example.id]])
+            asked = 0 if context.setup.part.agnostic else len(example.question.encode())
+            count = context.asked.byte_budget or len(context.messages[context.position[example.id]])
             found.append(example.context.encode()[: max(0, count - asked)].decode(errors="ignore"))
         return found
 
@@ -10070,13 +9930,14 @@ class Compressed(ReadingMethod):
         raise NotImplementedError
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
-        """Each context, compressed; one that fits already is left as it is."""
-        lm = self.receiver.lm
-        rooms = [self.context.room(example) for example in examples]
-        return [
-            e.context if len(lm.ids(e.context)) <= room else self.compress(e, room)
-            for e, room in zip(examples, rooms, strict=True)
-        ]
+        """Each context, compressed to its budget, in which a question that latents would have to hold counts; one that fits
+        already is left as it is."""
+        part, lm, found = self.context.setup.part, self.receiver.lm, []
+        for e in examples:
+            asked = 0 if part.agnostic else len(lm.ids(part.receiver_text(replace(e, context=""))))
+            room = max(1, self.context.kept(e) - asked)
+            found.append(e.context if len(lm.ids(e.context)) <= room else self.compress(e, room))
+        return found
 
 
 @METHODS.register("selective")
@@ -10101,11 +9962,9 @@ class Selective(Compressed):
             chosen = {at for i in order[:count] for at in range(*spans[i])}  # several tokens may share one character
             return "".join(example.context[at] for at in sorted(chosen)).strip()
 
-        low, high = 0, len(ids)
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if len(reader.ids(kept(middle))) <= budget else (low, middle - 1)
-        return kept(low)
+        counts = range(len(ids), 0, -1)
+        dropped = bisect.bisect_left(counts, True, key=lambda count: len(reader.ids(kept(count))) <= budget)
+        return kept(len(ids) - dropped)
 
 
 class CompressorMends:
@@ -10146,14 +10005,12 @@ class CompressorMends:
         past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
         end = min(asked.get("end") or input_ids.shape[1], past + self.max_position_embeddings)
         cache = DynamicCache(ddp_cache_data=past_key_values)  # without config: no layer slides, nothing is dropped
-        out = self.model(
-            input_ids[:, past:end], attention_mask=attention_mask[:, :end], past_key_values=cache, use_cache=True
-        )
+        before = {"attention_mask": attention_mask[:, :end], "past_key_values": cache}
+        out = self.model(input_ids[:, past:end], **before, use_cache=True)
         logits, labels = out.logits[..., :-1, :], input_ids[..., past + 1 : end]
         real = (attention_mask[:, past:end] == 1)[..., :-1].reshape(-1)
-        nats = F.cross_entropy(
-            logits.reshape(-1, logits.size(-1))[real].float(), labels.reshape(-1)[real], reduction="none"
-        )
+        logits = logits.reshape(-1, logits.size(-1))[real].float()
+        nats = F.cross_entropy(logits, labels.reshape(-1)[real], reduction="none")
         at = asked.get("condition_pos_id", 0)
         sides = {"before": slice(at), "after": slice(at, None)}
         nats = nats[sides.get(asked.get("condition_mode", ""), slice(None))]
@@ -10180,17 +10037,21 @@ class CompressorMends:
         return super().get_compressed_input(loss, input_ids, attention_mask, reach, iterative_size, **rest)  # type: ignore[misc]
 
 
+@contextlib.contextmanager
+def llmlingua_counting(encode: Callable[..., Any]) -> Iterator[Any]:
+    """The package llmlingua, which inside the block counts by this function and downloads no tokenizer for it."""
+    from unittest.mock import patch
+
+    package, counter = require("llmlingua.prompt_compressor", "llmlingua"), types.SimpleNamespace(encode=encode)
+    with patch.object(package.tiktoken, "encoding_for_model", lambda *_: counter):
+        yield package
+
+
 def prompt_compressor(lm: LM) -> Any:
     """The package's compressor, mended."""
-    package = require("llmlingua.prompt_compressor", "llmlingua")
-    counter = type("Counter", (), {"encode": staticmethod(lambda text, **_: lm.ids(text))})
-    kind = type("Compressor", (CompressorMends, package.PromptCompressor), {"lm": lm})
-    original = package.tiktoken.encoding_for_model
-    package.tiktoken.encoding_for_model = lambda *_: counter
-    try:
+    with llmlingua_counting(lambda text, **_: lm.ids(text)) as package:
+        kind = type("Compressor", (CompressorMends, package.PromptCompressor), {"lm": lm})
         return kind(lm.name, str(lm.device))
-    finally:
-        package.tiktoken.encoding_for_model = original
 
 
 @METHODS.register("llmlingua")
@@ -10205,13 +10066,13 @@ class LLMLingua(Compressed):
         return prompt_compressor(self.model)
 
     def once(self, example: Example, rate: float) -> str:
-        """The context at one nominal rate; the question steers, but is left out."""
-        how = {"rate": rate, "iterative_size": 0, "concate_question": False, **self.how(example, rate)}
+        """The context at one nominal rate."""
+        how = {"rate": rate, **self.how(example, rate)}
         return str(self.compressor.compress_prompt(self.pieces(example.context), **how)["compressed_prompt"]).strip()
 
     def how(self, example: Example, rate: float) -> dict[str, Any]:
-        """Options beyond the package's own."""
-        return {}
+        """The package's options; the question may steer, but is left out."""
+        return {"iterative_size": 0, "concate_question": False}
 
     def pieces(self, context: str) -> list[str]:
         """What the package sees as documents."""
@@ -10242,7 +10103,7 @@ class LongLLMLingua(LLMLingua):
 
     def how(self, example: Example, rate: float) -> dict[str, Any]:
         """Its authors' options; rates spread around the asked one by no more than that, or small budgets are not met."""
-        return {
+        return super().how(example, rate) | {
             "question": example.question, "rank_method": "longllmlingua", "condition_in_question": "after_condition",
             "condition_compare": True, "reorder_context": "sort", "dynamic_context_compression_ratio": min(0.3, rate),
         }  # fmt: skip
@@ -10271,26 +10132,21 @@ class LLMLingua2(LLMLingua):
                 f"--llmlingua2_model {name}: its path must hold xlm-roberta-large or bert-base-multilingual-cased, by "
                 "which llmlingua tells tokenizers apart"
             )
-        before = random.getstate(), numpy.random.get_state(), cudnn.deterministic, cudnn.benchmark
-        hashing = {key: os.environ[key] for key in ("PYTHONHASHSEED",) if key in os.environ}
-        package = require("llmlingua.prompt_compressor", "llmlingua")
-        counter = type("Counter", (), {"encode": staticmethod(str.split)})
-        original, package.tiktoken.encoding_for_model = package.tiktoken.encoding_for_model, lambda *_: counter
+        before = random.getstate(), numpy.random.get_state(), cudnn.deterministic, cudnn.benchmark, dict(os.environ)
         how = {"trust_remote_code": False, "local_files_only": self.context.settings.offline}
         try:
-            with torch.random.fork_rng(range(torch.cuda.device_count())):
+            with llmlingua_counting(str.split) as package, torch.random.fork_rng(range(torch.cuda.device_count())):
                 return package.PromptCompressor(name, str(self.receiver.lm.device), how, use_llmlingua2=True)
         finally:
-            package.tiktoken.encoding_for_model = original
             random.setstate(before[0])
             numpy.random.set_state(before[1])
-            cudnn.deterministic, cudnn.benchmark = before[2:]
+            cudnn.deterministic, cudnn.benchmark = before[2:4]
             os.environ.pop("PYTHONHASHSEED", None)
-            os.environ.update(hashing)
+            os.environ.update(before[4])
 
-    def once(self, example: Example, rate: float) -> str:
-        """The context at one nominal rate."""
-        return str(self.compressor.compress_prompt([example.context], rate=rate)["compressed_prompt"]).strip()
+    def how(self, example: Example, rate: float) -> dict[str, Any]:
+        """None beside the rate."""
+        return {}
 
 
 @METHODS.register("ensemble")
@@ -10301,16 +10157,13 @@ class Ensemble(ReadingMethod):
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Sums of normalised log-likelihoods."""
-        both = [
-            self.receiver.answers(examples, None, text=True),
-            METHODS["zeroshot:sender"](self.context).answers(examples),
-        ]
         words, found = self.context.setup.part.words, []
-        for e, *pair in zip(examples, *both, strict=True):
-            scores = sum(torch.tensor(answer.scores[: e.options or len(words)]).log_softmax(-1) for answer in pair)
-            assert isinstance(scores, Tensor)
-            said, read = words[argmax(scores.tolist())], pair[1]
-            found.append(Answer(said, tuple(scores.tolist()), nbytes=read.nbytes, tokens=read.tokens))
+        own = self.receiver.answers(examples, None, text=True)
+        others = METHODS["zeroshot:sender"](self.context).answers(examples)
+        for e, *pair in zip(examples, own, others, strict=True):
+            each = [torch.tensor(answer.scores[: e.options or len(words)]).log_softmax(-1) for answer in pair]
+            scores, read = sum(each[1:], each[0]).tolist(), pair[1]
+            found.append(Answer(words[argmax(scores)], tuple(scores), nbytes=read.nbytes, tokens=read.tokens))
         return found
 
 
@@ -10321,36 +10174,24 @@ class KVTransfer(ReadingMethod):
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
         """Where the receiver can read the sender's cache at all."""
-        sender, receiver = setup.sender, setup.receiver
-        if not isinstance(sender, LM) or not isinstance(receiver, LM):
+        if not isinstance(setup.sender, LM):
             return False
+        own, other, probe = setup.sender.config, setup.receiver.config, "The quick brown fox: 12 + 30 = 42."
         sizes = ("num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size", "model_type")
-        alike = all(getattr(sender.config, n, None) == getattr(receiver.config, n, None) for n in sizes)
-        probe = "The quick brown fox: 12 + 30 = 42."
-        return alike and sender.ids(probe) == receiver.ids(probe)
+        alike = all(getattr(own, name, None) == getattr(other, name, None) for name in sizes)
+        return alike and setup.sender.ids(probe) == setup.receiver.ids(probe)
 
+    @torch.no_grad()
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Only the anchor is the receiver's own reading."""
-        context, lm = self.context, self.context.setup.receiver
-        texts = [context.setup.part.receiver_text(example) for example in examples]
-        ending = self.receiver.prompting.ending()
-        with torch.no_grad():
-            rows = [context.speaker.ids(text) for text in texts]
-            read = context.speaker.prefill(lay_out(context.speaker, None, rows, before=lm.bos, left=True))
-            ids = torch.tensor([ending] * len(rows), device=lm.device)
-            ready = lm.extend(read, ids, torch.ones_like(ids, dtype=torch.bool))
+        lm, speaker, part = self.context.setup.receiver, self.context.speaker, self.context.setup.part
+        rows = [speaker.ids(part.receiver_text(example)) for example in examples]
+        read = speaker.prefill(lay_out(speaker, None, rows, before=lm.bos, left=True))
+        ids = torch.tensor([self.receiver.prompting.ending()] * len(rows), device=lm.device)
+        ready = lm.extend(read, ids, torch.ones_like(ids, dtype=torch.bool))
         size = sum(2 * k.shape[1] * k.shape[3] * k.element_size() for k in (layer.keys for layer in read.cache.layers))
-        found = self.receiver.go_on(ready, examples)
-        return [
-            replace(answer, tokens=len(row), nbytes=size * len(row)) for answer, row in zip(found, rows, strict=True)
-        ]
-
-
-@torch.no_grad()
-def load_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Give parameters the values that are kept under their names."""
-    for name, value in values.items():
-        parameters[name].copy_(value)
+        found = zip(self.receiver.go_on(ready, examples), rows, strict=True)
+        return [replace(answer, tokens=len(row), nbytes=size * len(row)) for answer, row in found]
 
 
 class TunedMethod(ReadingMethod):
@@ -10359,12 +10200,10 @@ class TunedMethod(ReadingMethod):
     seeded, trained, needs = True, True, ("train rows",)
     own: ClassVar[tuple[str, ...]] = ("rival_steps", "rival_epochs", "rival_lrs", "rival_tries", "rival_batch")
     rates: ClassVar[tuple[float, ...]] = ()
+    # whether they count in RMS of an embedding: AdamW moves a number by about its rate, whatever the number's size
     relative: ClassVar[bool] = False
-    """Whether ``rates`` count in RMS of an embedding: AdamW moves a number by about its rate, whatever the number's size."""
-    reads: ClassVar[bool] = True
-    """Whether the text is read at all."""
-    diverged = False
-    """Whether no learning rate led anywhere."""
+    reads: ClassVar[bool] = True  # whether the text is read at all
+    diverged = False  # whether no learning rate led anywhere
 
     def begin(self) -> dict[str, nn.Parameter]:
         """Fresh parameters."""
@@ -10380,8 +10219,7 @@ class TunedMethod(ReadingMethod):
 
     def loss(self, examples: Sequence[Example]) -> Tensor:
         """Cross-entropy of the answer alone."""
-        found = supervise(self.receiver.lm, self.pack(examples, answers=True), tuned=True)
-        return found.mean_per_row()
+        return supervise(self.receiver.lm, self.pack(examples, answers=True), tuned=True).mean_per_row()
 
     def course(self, steps: int, size: int) -> Iterator[Sequence[Example]]:
         """A batch for each step, of texts of like length: half of a random batch would be padding.
@@ -10402,45 +10240,40 @@ class TunedMethod(ReadingMethod):
         setup, asked = self.context.setup, self.context.asked
         models = [setup.sender.identity(), setup.receiver.identity(), str(setup.receiver.dtype), self.context.seed]
         rows = [data_digest(setup.splits[name]) for name in ("train", "validation")]
-        how = [
-            asked_alike(setup.part, self.receiver.prompting),
-            {name: str(getattr(asked, name)) for name in self.own},
-        ]
+        own = {name: str(getattr(asked, name)) for name in self.own}
+        how = [asked_alike(setup.part, self.receiver.prompting), own]
         key = digest_of([self.name, rate, list(plan), models, rows, how, sha256_of(Path(__file__))])
         return Checkpoints(self.context.home / f"{self.name.replace(':', '_')}-{key}" / "checkpoint", keep=1)
 
     def fit(self, rate: float) -> tuple[float, dict[str, Tensor]]:
-        """One training; → its lowest validation loss (the last training loss where no rows are held out), and when."""
-        context, asked = self.context, self.context.asked
-        rows = context.setup.splits["train"]
+        """One training; → its lowest validation loss (the last training loss where no rows are held out), and its values."""
+        context, rows = self.context, self.context.setup.splits["train"]
         few = max(32, min(200, len(rows) // 4))  # choosing costs less than learning
         held = sorted(context.setup.splits["validation"][:few], key=lambda example: len(context.text(example)))
         seed_everything(context.seed)
         parameters = self.begin()
         optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
-        size = min(asked.rival_batch, len(rows))
-        steps = context.rival_steps(size)
-        plan = OptimSettings(lr=rate)
+        size = min(context.asked.rival_batch, len(rows))
+        steps, plan = context.rival_steps(size), OptimSettings(lr=rate)
         place = self.kept_in(rate, [steps, size]) if context.home != Path() else None
-        best, last, done, checked, saved = math.inf, math.inf, 0, 0, 0
-        kept = dict[str, Tensor]()
+        best, last, done, checked, kept = math.inf, math.inf, 0, 0, dict[str, Tensor]()
 
         def save() -> None:
-            if place is None:
-                return
-            tensors: dict[str, dict[str, Any]] = {"now": parameters, "kept": kept}
-            tensors["optimizer"] = optimizer_tensors(optimizer)
-            state = {"done": done, "checked": checked, "best": repr(best), "last": repr(last)}
-            place.save(done, {name: group for name, group in tensors.items() if group}, state)
+            """Keep what was learned so far."""
+            if place and done:
+                tensors: dict[str, Any] = {"now": parameters, "kept": kept, "optimizer": optimizer_tensors(optimizer)}
+                state = {"done": done, "checked": checked, "best": repr(best), "last": repr(last)}
+                place.save(done, {name: group for name, group in tensors.items() if group}, state)
 
         if begun := place and place.newest(Silent(), SavedRival):
             tensors, state = begun
             done, checked, best, last = state["done"], state["checked"], float(state["best"]), float(state["last"])
-            kept, saved = dict(tensors.get("kept", {})), done
+            kept = dict(tensors.get("kept", {}))
             restore_optimizer(optimizer, tensors["optimizer"])
-            load_into(parameters, tensors["now"])
+            for name, value in tensors["now"].items():
+                parameters[name].data.copy_(value)
         try:
-            for step, picked in enumerate(self.course(steps, size), 1):
+            for step, picked in itertools.islice(enumerate(self.course(steps, size), 1), max(0, done - 1), None):
                 if step > done:
                     for group in optimizer.param_groups:
                         group["lr"] = learning_rate(plan, step, steps)
@@ -10452,8 +10285,6 @@ class TunedMethod(ReadingMethod):
                         optimizer.step()
                         done, last = step, float(loss.detach())
                 if step > checked and (step % max(1, math.ceil(steps / 4)) == 0 or step == steps):
-                    if step < done:
-                        continue
                     with torch.no_grad():
                         losses = [float(self.loss(group)) * len(group) for group in batches(held, size)]
                     found = sum(losses) / len(held) if held else last
@@ -10462,33 +10293,27 @@ class TunedMethod(ReadingMethod):
                         if found < best or not kept:
                             best, kept = min(best, found), {name: p.detach().clone() for name, p in parameters.items()}
                         save()
-                        saved = done
                 self.context.tick(f"{self.name} at {rate:g}", step, steps)
         except Interrupted:
-            if done > saved:
-                save()
+            save()
             raise
         return best, kept
 
     @functools.cached_property
     def tuned(self) -> dict[str, nn.Parameter]:
         """The parameters of the best learning rate, in place."""
-        asked = self.context.asked
-        unit = self.receiver.lm.embed_rms if self.relative else 1.0
-        own = [rate * unit for rate in self.rates[: asked.rival_tries]]
-        tried = {} if self.diverged else {rate: self.fit(rate) for rate in asked.rival_lrs or own}
+        asked, unit = self.context.asked, self.receiver.lm.embed_rms if self.relative else 1.0
+        rates = asked.rival_lrs or [rate * unit for rate in self.rates[: asked.rival_tries]]
+        tried = {} if self.diverged else {rate: self.fit(rate) for rate in rates}
         best = min(tried, key=lambda rate: tried[rate][0], default=math.nan)
         if self.diverged or not math.isfinite(tried[best][0]):
             self.diverged = True  # the next batch does not train it again
             raise RuntimeError("training diverged at every learning rate; give smaller ones with --rival_lrs")
-        self.details = {
-            "learning_rate": best,
-            "validation_loss": {
-                f"{rate:g}": loss if math.isfinite(loss) else None for rate, (loss, _) in tried.items()
-            },
-        }
+        losses = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, (loss, _) in tried.items()}
+        self.details = {"learning_rate": best, "validation_loss": losses}
         parameters = self.begin()
-        load_into(parameters, tried[best][1])
+        for name, value in tried[best][1].items():
+            parameters[name].data.copy_(value)
         return parameters
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
@@ -10507,14 +10332,12 @@ class TunedMethod(ReadingMethod):
 class LoraRival(TunedMethod):
     """The receiver reads the full text, with low-rank adapters (peft) trained on the answer."""
 
-    own = (*TunedMethod.own, "rank")
-    rates = (3e-4, 1e-3, 1e-4)
+    own, rates, added = (*TunedMethod.own, "rank"), (3e-4, 1e-3, 1e-4), False
 
     def begin(self) -> dict[str, nn.Parameter]:
         """Adapters in every linear layer; they start as zero."""
         self.end()
-        rank = self.context.asked.rank
-        lm = self.receiver.lm
+        rank, lm = self.context.asked.rank, self.receiver.lm
         if lm.tuned:
             raise LatentWireError("lora: this receiver has trained adapters already; use the baseline command")
         lm.add_lora(FeatureSettings(use_lora=True, lora_r=rank, lora_alpha=2 * rank, lora_dropout=0.0), always=False)
@@ -10523,7 +10346,7 @@ class LoraRival(TunedMethod):
 
     def end(self) -> None:
         """Take them out again."""
-        if getattr(self, "added", False):
+        if self.added:
             self.receiver.lm.drop_lora()
             self.added = False
 
@@ -10543,14 +10366,11 @@ class PromptTuning(TunedMethod):
         from peft.tuners.prompt_tuning import PromptEmbedding
 
         lm, part, count = self.receiver.lm, self.context.setup.part, self.context.slots
-        kind = PromptTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=count, token_dim=lm.width, num_transformer_submodules=1
-        )
+        sizes: dict[str, Any] = {"num_virtual_tokens": count, "token_dim": lm.width, "num_transformer_submodules": 1}
+        kind = PromptTuningConfig(task_type="CAUSAL_LM", **sizes)
         self.prompt = PromptEmbedding(kind, lm.table).to(lm.device).float()
-        words = (
-            f"Answer with one of: {', '.join(part.words)}. " if part.words else "Answer the question in a few words. "
-        )
-        ids = (lm.ids(words) * count)[:count]
+        aim = f"Answer with one of: {', '.join(part.words)}. " if part.words else "Answer the question in a few words. "
+        ids = (lm.ids(aim) * count)[:count]
         with torch.no_grad():
             self.prompt.embedding.weight.copy_(lm.embed(torch.tensor(ids, device=lm.device)))
         return dict(self.prompt.named_parameters())
@@ -10569,51 +10389,40 @@ add_variant(
 
 class TrainedBridge(Method):
     """A bridge of another kind, trained in a folder of its own on the same rows, in ``eval`` with the steps of the bridge
-    beside it (where ``rival_steps`` are not given); override ``changes``."""
+    beside it (where ``rival_steps`` are not given); ``changed`` or ``changes`` say what differs from a usual one."""
 
     usual, bridged, seeded, trained = False, False, True, True
     own, needs = ("rival_steps", "rival_epochs", "rival_lrs", "soft_tokens"), ("sender", "train rows")
-    dropped: ClassVar[frozenset[str]] = frozenset()
-    """Settings of the bridge beside it that this one leaves at their defaults."""
+    changed: ClassVar[Row] = {}
+    dropped: ClassVar[frozenset[str]] = frozenset()  # settings of the bridge beside it that stay at their defaults here
 
     def changes(self) -> dict[str, Any]:
         """What differs from a usual bridge."""
-        raise NotImplementedError
+        return dict(self.changed)
 
     @functools.cached_property
     def inner(self) -> Method:
         """The trained bridge as a method; of several learning rates, the one that a run would have kept by validation."""
-        asked = self.context.asked
+        asked, name = self.context.asked, self.name
         rates: list[float | None] = [*asked.rival_lrs] if asked.rival_lrs else [None]
         if len(rates) > 1 and not self.context.setup.splits["validation"]:
-            raise LatentWireError(
-                f"{self.name}: no validation rows to choose among --rival_lrs; name one learning rate"
-            )
+            raise LatentWireError(f"{name}: no validation rows to choose among --rival_lrs; name one learning rate")
         tried = {rate: self.trained_at(rate) for rate in rates}
-        found = {
-            rate: Progress(**load_checkpoint(folder / "checkpoint" / "best")[1]["progress"])
-            for rate, folder in tried.items()
-        }
+        bests = {rate: load_checkpoint(folder / "checkpoint" / "best")[1]["progress"] for rate, folder in tried.items()}
+        found = {rate: Progress(**progress) for rate, progress in bests.items()}
         best = max(found, key=lambda rate: found[rate].mark)
         if asked.rival_lrs:
-            validation = {
-                f"{rate:g}": {
-                    name: value for name, value in progress.best_validation.items() if name.startswith("val_")
-                }
-                for rate, progress in found.items()
-            }
+            told = {f"{rate:g}": progress.best_validation for rate, progress in found.items()}
+            validation = {rate: {n: v for n, v in own.items() if n.startswith("val_")} for rate, own in told.items()}
             self.details = {"learning_rate": best, "validation": validation}
-        folder = tried[best]
-        check = EvalSettings(**asked.model_dump(include=set(AskedSettings.fields()), exclude={"methods"}, exclude_unset=True),
-                             checkpoint=folder)  # fmt: skip
-        context = open_context(check, Checkpoint.open(folder))
-        context.home = folder
+        own = asked.model_dump(include=set(AskedSettings.fields()), exclude={"methods"}, exclude_unset=True)
+        context = open_context(EvalSettings(**own, checkpoint=tried[best]), Checkpoint.open(tried[best]))
+        context.home = tried[best]
         return BridgeMethod(context)
 
     def trained_at(self, rate: float | None) -> Path:
         """The folder of a finished training at this learning rate (default: the run's own)."""
-        context = self.context
-        asked, rows = context.asked, context.setup.splits["train"]
+        context, asked, rows = self.context, self.context.asked, self.context.setup.splits["train"]
         size = min(32, len(rows))
         length: dict[str, Any] = {}  # beside a bridge as long as that one
         if context.settings.batch_size == "auto":
@@ -10646,24 +10455,20 @@ class SameModelBridge(TrainedBridge):
         return {"sender": self.context.setup.receiver.name, "receivers": None}
 
 
-@METHODS.register("linear_bridge")
-class LinearBridge(TrainedBridge):
-    """Means of sender states through linear maps and their norms alone: what attention adds to a bridge."""
-
-    dropped = frozenset({*BridgeSettings.fields(), *FeatureSettings.fields(), "gist_weight"}) - {
-        "layers", "normalize", "codec", "anchor_text", "anchor_mode"
-    }  # fmt: skip
-
-    def changes(self) -> dict[str, Any]:
-        """No attention, no activation function."""
-        return {"encoder": "hidden", "pooler": "mean", "init": "none", "adapter": "linear", "d_z": 256}
+add_variant(
+    "linear_bridge", TrainedBridge,
+    "Means of sender states through linear maps and their norms alone: what attention adds to a bridge.",
+    changed={"encoder": "hidden", "pooler": "mean", "init": "none", "adapter": "linear", "d_z": 256},
+    dropped=frozenset({*BridgeSettings.fields(), *FeatureSettings.fields(), "gist_weight"})
+    - {"layers", "normalize", "codec", "anchor_text", "anchor_mode"},
+)  # fmt: skip
 
 
 @METHODS.register("same_label")
-class SameLabel(Method):
+class SameLabel(ShuffledControl):
     """The message of another example with the same answer: what travels beyond the answer would be lost."""
 
-    usual, needs = False, ("classes",)
+    control, usual, needs = False, False, ("classes",)
 
     @functools.cached_property
     def partner(self) -> list[int]:
@@ -10677,10 +10482,6 @@ class SameLabel(Method):
                 found[here] = there
         return found
 
-    def message(self, example: Example) -> bytes:
-        """Its partner's."""
-        return self.context.messages[self.partner[self.context.position[example.id]]]
-
 
 @METHODS.register("control:wrong_task")
 class WrongTask(Method):
@@ -10690,28 +10491,28 @@ class WrongTask(Method):
     own = needs = ("wrong_task",)
 
     @functools.cached_property
-    def inner(self) -> BridgeMethod:
+    def inner(self) -> Method:
         """That bridge with this task's rows and words."""
-        assert self.context.asked.wrong_task is not None
-        checkpoint, setup = Checkpoint.open(self.context.asked.wrong_task), self.context.setup
+        asked, setup, own = self.context.asked, self.context.setup, self.context.receiver
+        assert asked.wrong_task is not None
+        checkpoint = Checkpoint.open(asked.wrong_task)
         bridge, name = checkpoint.bridge(), checkpoint.state["task"]["name"]
         if name == (setup.part.name or str(setup.part.settings.dataset)):
             raise LatentWireError(f"--wrong_task {checkpoint.folder} was trained on {name}, the task itself")
         checkpoint.check(setup.sender, setup.receiver)
         if isinstance(setup.sender, LM) and max(bridge.shape.layers) > setup.sender.top:
             setup = replace(setup, sender=self.context.speaker)
-        own = self.context.receiver
         receiver = Receiver(own.prompting, bridge.to(setup.receiver.device), own.max_new_tokens, own.how)
         first = setup.receiver if bridge.wants_heard else None
-        return BridgeMethod(EvalContext(setup, checkpoint.settings, self.context.asked, receiver, first))
+        return BridgeMethod(EvalContext(setup, checkpoint.settings, asked, receiver, first))
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """What that message says here."""
         return self.inner.answers(examples)
 
 
+# what ``baseline`` takes on a CPU where nothing else is said: fifteen minutes for a pair of small models
 LAPTOP = {"samples": 320, "rival_tries": 2, "relay_tokens": 16}
-"""What ``baseline`` takes on a CPU where nothing else is said: fifteen minutes for a pair of small models."""
 
 
 def sized(settings: BaselineSettings, report: Report) -> BaselineSettings:
@@ -10744,9 +10545,7 @@ def context_of(settings: BaselineSettings, dataset: str, seed: int) -> EvalConte
     return EvalContext(setup, run, settings.model_copy(update={"seed": seed}), end)
 
 
-def planned_rivals(
-    context: EvalContext, names: Sequence[str], made_with: Mapping[str, Any], report: Report
-) -> EvaluationPlan:
+def planned_rivals(context: EvalContext, names: Sequence[str], made_with: Row, report: Report) -> EvaluationPlan:
     """One data set and seed, up to the first answer."""
     setup, asked, run = context.setup, context.asked, context.settings
     key = record_base(context, made_with, run.max_tokens)
@@ -10768,14 +10567,13 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
     """Rivals on one or several data sets; what a seed changes once for each seed, the rest once; → summary with all runs."""
     prepare_cuda(settings)
     load_plugins(settings.plugin)
-    named = named_methods(settings.methods or ["all"])
-    for word in settings.methods or ():
-        alone = sorted(named_methods([word]))
-        if all(METHODS[name].bridged for name in alone):
-            raise LatentWireError(
-                f"{alone[0]} needs a bridge; evaluate it with eval --checkpoint RUN --methods {alone[0]}"
-            )
-    settings = sized(settings.model_copy(update={"methods": settings.methods or ["all"]}), report)
+    words = settings.methods or ["all"]
+    named = named_methods(words)
+    for group in map(named_methods, ([word] for word in words)):
+        if all(METHODS[name].bridged for name in group):
+            name = min(group)
+            raise LatentWireError(f"{name} needs a bridge; evaluate it with eval --checkpoint RUN --methods {name}")
+    settings = sized(settings.model_copy(update={"methods": words}), report)
     datasets = [*dict.fromkeys(settings.datasets or [settings.dataset or ""])]
     seeds = [*dict.fromkeys(settings.seeds or [settings.seed])]
     if not datasets[0]:
@@ -10786,7 +10584,7 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
             base = settings.output_dir / re.sub(r"[^\w.-]+", "_", dataset) if settings.datasets else settings.output_dir
             context = context_of(settings, dataset, seeds[0])
             suited = chosen_methods(settings, context.setup)
-            left = [w for w in settings.methods or () if w in METHODS and METHODS.name_of(w) not in suited]
+            left = [word for word in words if word in METHODS and METHODS.name_of(word) not in suited]
             if left and suited:
                 report.say(f"{', '.join(left)} cannot run on {dataset}; see 'list methods'")
             for seed in seeds:
@@ -10799,8 +10597,7 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
                     where.mkdir(parents=True, exist_ok=True)
                 context.home, context.report, context.signals = where, report, signals
                 with turn_at(where / "records.jsonl", patient=False):
-                    plan = planned_rivals(context, names, made_with, report)
-                    runs.append(measure(context, *plan, report)[0])
+                    runs.append(measure(context, *planned_rivals(context, names, made_with, report), report)[0])
     if not runs:
         raise LatentWireError(f"none of {', '.join(sorted(named))} can run on {datasets[0]}; see 'list methods'")
     return {"runs": runs}

@@ -488,7 +488,7 @@ def test_an_experiment_still_takes_several_data_sets_as_a_grid(say):
 
 
 @pytest.mark.parametrize("budget", [None, 1, 20, 25, 40, 200])
-def test_a_token_budget_is_kept_and_so_is_the_question(budget, duo):
+def test_a_token_budget_is_kept_and_so_is_the_question(budget, duo, monkeypatch):
     for receiver in PAIR:
         channel = channel_of(duo, receiver, token_budget_k=budget)
         lm, count = channel.setup.receiver, budget or 6
@@ -500,7 +500,8 @@ def test_a_token_budget_is_kept_and_so_is_the_question(budget, duo):
             assert ids[-len(question) :] == question or (count < len(question) and ids == question[:count])
             head = max(0, len(ids) - len(question))
             assert ids[:head] == lm.ids(example.context)[:head]
-    text = lw.TokenMethod(channel).answers(channel.examples)
+    monkeypatch.setattr(lw.TokenBudget, "ids", lambda self, example: lm.ids(channel.setup.part.receiver_text(example)))
+    text = lw.TokenBudget(channel).answers(channel.examples)
     assert [a.text for a in text] == [a.text for a in lw.TextMethod(channel).answers(channel.examples)]
 
 
