@@ -101,13 +101,12 @@ from urllib.parse import urlparse
 __version__ = "0.1.0"
 __all__ = [
     "ADAPTERS", "BENCHMARKS", "CODECS", "ENCODERS", "FEATURES", "LMS", "LOSSES", "METHODS", "METRICS", "POOLERS", "PRESETS",
-    "SUITES", "TASKS", "Adapter", "Answer", "Benchmark", "Classification", "ComparisonReport", "Encoder", "Example", "Feature",
-    "LatentWireError", "Loss", "Message", "Method", "Metric", "Pooler", "Receiver", "Registry", "Sender", "Settings",
-    "SoftPrompt", "States", "Task", "answer_message", "baseline_run", "comprehensive_comparison_report", "encode_text",
-    "eval_main", "load_lm", "main", "make_task", "open_bridge", "open_evaluation", "setting", "task", "train_main",
-    "write_report",
+    "SUITES", "TASKS", "Answer", "Benchmark", "Classification", "ComparisonReport", "Example", "LatentWireError", "Loss",
+    "Message", "Method", "Metric", "Receiver", "Registry", "Sender", "Settings", "SoftPrompt", "States", "Task",
+    "answer_message", "baseline_run", "comprehensive_comparison_report", "encode_text", "eval_main", "load_lm", "main",
+    "make_task", "open_bridge", "open_evaluation", "setting", "task", "train_main", "write_report",
 ]  # fmt: skip
-"""What is meant for others; the rest may change from release to release."""
+"""What is meant for others, with the base classes of what the registries hold; the rest may change from release to release."""
 
 Part = TypeVar("Part")
 TEXT_ONLY_COMMANDS = ("list", "show", "slurm", "status", "aggregate", "compare")
