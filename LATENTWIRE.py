@@ -4645,8 +4645,7 @@ class Codec:
 
     dtype: torch.dtype
     top: int = 0
-    halves: bool = False
-    """Two numbers to a byte."""
+    halves: bool = False  # two numbers to a byte
 
     def pack(self, latents: Tensor) -> dict[str, Tensor]:
         """The tensors that travel."""
@@ -4709,9 +4708,8 @@ class Wanted:
             raise LatentWireError(f"message was written by bridge {bridge}, this is {self.bridge}; use its checkpoint")
         fits = self.count is None or shape[1] == self.count or (self.free and shape[1] < self.count)
         if not fits or (shape[0], shape[2]) != (1, self.width):
-            raise LatentWireError(
-                f"message holds latents of shape {shape}, this bridge reads (1, {self.count or 'any'}, {self.width})"
-            )
+            read = f"(1, {self.count or 'any'}, {self.width})"
+            raise LatentWireError(f"message holds latents of shape {shape}, this bridge reads {read}")
 
 
 TENSOR_TYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
@@ -4734,10 +4732,8 @@ class Message:
     MAGIC: ClassVar[bytes] = b"LWIR"
     VERSION: ClassVar[int] = 2
     HEADER: ClassVar[struct.Struct] = struct.Struct("<4sHIQ")
-    MOST: ClassVar[int] = 65536
-    """Bytes of the safetensors header; ours have two hundred."""
-    WIDEST: ClassVar[int] = 4096
-    """Width of turned latents that are unpacked without knowing what is wanted: the turn takes width² numbers."""
+    MOST: ClassVar[int] = 65536  # bytes of the safetensors header; ours have two hundred
+    WIDEST: ClassVar[int] = 4096  # of latents turned without knowing what is wanted: the turn takes width² numbers
 
     def to_bytes(self) -> bytes:
         """Everything the receiver gets."""
@@ -4747,13 +4743,12 @@ class Message:
             raise LatentWireError("a message with empty slots cannot travel; send its rows()")
         if not self.bridge:
             raise LatentWireError("a message needs the name of its language: encode(states, bridge.language(0))")
-        packed = CODECS[self.codec]().pack(self.latents.detach().float().cpu())
+        codec = CODECS[self.codec]()
+        packed = codec.pack(self.latents.detach().float().cpu())
         if not all(tensor.isfinite().all() for tensor in (self.latents, *packed.values())):
             raise LatentWireError(f"latents do not fit codec {self.codec}: not finite; use --codec fp32")
-        said = {"codec": self.codec, "bridge": self.bridge}
-        if CODECS[self.codec]().halves:
-            said["width"] = str(self.latents.shape[-1])
-        notes = json.dumps(said)  # one key: the order of several is not fixed
+        width = {"width": str(self.latents.shape[-1])} if codec.halves else {}
+        notes = json.dumps({"codec": self.codec, "bridge": self.bridge, **width})  # one key: order is not kept
         body = save({name: t.contiguous() for name, t in packed.items()}, metadata={"message": notes})
         return self.HEADER.pack(self.MAGIC, self.VERSION, zlib.crc32(body), len(body)) + body
 
@@ -4770,9 +4765,8 @@ class Message:
         _, version, checksum, length = cls.HEADER.unpack_from(data)
         body = data[cls.HEADER.size :]
         if version != cls.VERSION:
-            raise LatentWireError(
-                f"message version {version}, this program reads {cls.VERSION}; use the writer's release"
-            )
+            known = f"this program reads {cls.VERSION}"
+            raise LatentWireError(f"message version {version}, {known}; use the writer's release")
         if len(body) != length:
             raise LatentWireError(f"message is truncated or has a tail: {len(body)} bytes of {length}")
         if zlib.crc32(body) != checksum:
@@ -4850,8 +4844,7 @@ class ReceiverSpec:
     rms: float
     layers: int
     kv: int
-    readers: tuple[int, ...]
-    """Blocks with a latent adapter."""
+    readers: tuple[int, ...]  # blocks with a latent adapter
 
     @classmethod
     def of(cls, lm: LM, own: PartSettings) -> ReceiverSpec:
@@ -4933,7 +4926,7 @@ class Encoder(nn.Module):
     reads: ClassVar[Literal["sender", "bytes", "sentence"]] = "sender"
     """What it is given: hidden states of the sender, the text's bytes, or a frozen sentence encoder's states."""
     contextual: ClassVar[bool] = False
-    """Whether a token's feature has seen the other tokens, so that poolers need not mix them."""
+    """Whether a token's feature has seen the others, so that poolers need not mix them."""
 
     def forward(self, states: States) -> Tensor:
         """States (B, L, T, D_s), or four bytes a token (B, 1, T, 4), with their mask (B, T) → features (B, T, W)."""
@@ -5099,11 +5092,10 @@ class Windows:
         starts = outer[..., 0].scatter_reduce(1, index, spans[..., 0], "amin")
         ends = outer[..., 1].scatter_reduce(1, index, spans[..., 1], "amax")
         borders = torch.stack([starts, ends], -1)[:, 1:]  # (B, K, 2)
-        shares = [
-            (index[:, None] == places[:, None] + 1).float() if spans is t else share_in(borders, t, m)
-            for t, m in (own, *([other] if other else []))
-        ]
-        return cls(shares[0], shares[1] if other else None, places < wanted.clamp(min=1), borders)
+        units = (index[:, None] == places[:, None] + 1).float()
+        tokens = units if own[0] is spans else share_in(borders, *own)
+        heard = other and (units if other[0] is spans else share_in(borders, *other))
+        return cls(tokens, heard, places < wanted.clamp(min=1), borders)
 
 
 def share_in(windows: Tensor, spans: Tensor, mask: Tensor) -> Tensor:
@@ -5165,10 +5157,8 @@ class Pooler(nn.Module):
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
-        self.recompute = False
-        """Whether training computes activations again instead of keeping them."""
-        self.private: Any = ()
-        """What learns with one receiver alone, a module for each."""
+        self.recompute = False  # whether training computes activations again instead of keeping them
+        self.private: Any = ()  # what learns with one receiver alone, a module for each
 
     def forward(self, tokens: Tensor, mask: Tensor, windows: Windows | None = None, ear: int = 0) -> Pooled:
         """tokens (B, T, W), mask (B, T), what ``per_window`` asks for, the receiver's number → latents (B, K, W).
@@ -5201,11 +5191,10 @@ class Resampler(Pooler):
         mean = (tokens * weights).sum(1) / weights.sum(1)  # (B, W)
         latents = self.queries + self.mean_gain * mean[:, None]
         keys = self.norm(tokens)
+        again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
         for block in self.blocks:
-            if self.recompute and self.training:
-                latents = torch.utils.checkpoint.checkpoint(block, latents, keys, mask, use_reentrant=False)
-            else:
-                latents = block(latents, keys, mask)
+            read = functools.partial(again, block) if self.recompute and self.training else block
+            latents = read(latents, keys, mask)
         return latents, None
 
 
@@ -5281,25 +5270,22 @@ class StartPath(nn.Module):
 
     def copied(self, states: States, windows: Windows, weights: Tensor | None = None) -> Tensor:
         """Latents (B, K, D_w) that hold the first receiver's embeddings, tokens weighted by those of the encoder (B, T)."""
-        assert states.heard is not None
-        assert states.spans is not None
-        assert windows.heard is not None
-        shares = windows.heard
+        heard, shares, real = states.heard, windows.heard, states.mask.float()
+        assert heard is not None and states.spans is not None and shares is not None
         if weights is not None:
-            heard, real = states.heard, states.mask.float()
-            # 3 where three tokens share one letter's bytes, 0 where none
-            total = covered_by(states.spans, real, heard.spans)
+            total = covered_by(
+                states.spans, real, heard.spans
+            )  # 3 where three tokens share one letter's bytes, 0 where none
             own = covered_by(states.spans, weights * real, heard.spans)
             shares = shares * ((own + (1 - total).clamp(min=0)) / total.clamp(min=1))[:, None]  # (B, K, J)
-        return (weighted_mean(shares, states.heard.embeds) - self.mean) @ self.down / self.size
+        return (weighted_mean(shares, heard.embeds) - self.mean) @ self.down / self.size
 
     def forward(self, states: States, windows: Windows, encoder: Encoder, latents: Tensor, weights: Tensor) -> Tensor:
         """Start latents (B, K, D_w), each scaled by a gate that starts at 1."""
+        gain = 1 + self.gate(latents)
         if self.ridge is None:
-            start = self.copied(states, windows, weights)
-        else:
-            start = self.ridge(weighted_mean(windows.tokens * weights[:, None], encoder.features(states)))
-        return start * (1 + self.gate(latents))
+            return self.copied(states, windows, weights) * gain
+        return self.ridge(weighted_mean(windows.tokens * weights[:, None], encoder.features(states))) * gain
 
 
 class Adapter(nn.Module):
@@ -5326,8 +5312,7 @@ class Adapter(nn.Module):
         self.mode = shape.calibration if shape.init == "none" else "none"
         self.target = (shape.prefix_target_rms if self.mode == "fixed" else ear.rms) * shape.prefix_gain
         self.register_buffer("seen_rms", torch.zeros(()))
-        self.noted: list[float] = [0.0, 0.0]
-        """Sum and count of the RMS of this step's prompts, for --calibration train_stats."""
+        self.noted: list[float] = [0.0, 0.0]  # sum and count of this step's prompts' RMS, for --calibration train_stats
 
     def new_map(self, wire: int, width: int) -> nn.Module:
         """What a subclass gives: a module from latents (B, K, D_w) to vectors (B, K, D_r); with --init a linear one."""
@@ -5389,10 +5374,9 @@ class MlpAdapter(Adapter):
 
     def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__(shape, ear)
-        inner = shape.d_z * shape.hidden_mult
-        self.more = nn.Sequential(
-            nn.LayerNorm(shape.d_z), nn.Linear(shape.d_z, inner), nn.GELU(), zeroed(nn.Linear(inner, ear.width))
-        )
+        width, inner = shape.d_z, shape.d_z * shape.hidden_mult
+        layers = nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), zeroed(nn.Linear(inner, ear.width))
+        self.more = nn.Sequential(*layers)
 
     def raw(self, latents: Tensor) -> Tensor:
         return super().raw(latents) + self.more(latents)
@@ -5473,13 +5457,10 @@ class KeyValues(Feature):
         from peft import PrefixTuningConfig
         from peft.tuners.prefix_tuning import PrefixEncoder
 
+        count, projected = self.config.prefix_tokens, self.config.prefix_projection
         sizes: dict[str, Any] = {"token_dim": ear.kv, "num_layers": ear.layers, "encoder_hidden_size": ear.kv}
-        config = PrefixTuningConfig(
-            num_virtual_tokens=self.config.prefix_tokens, prefix_projection=self.config.prefix_projection, **sizes
-        )
-        encoder = PrefixEncoder(config)
-        last = encoder.transform[-1] if self.config.prefix_projection else encoder.embedding
-        for parameter in last.parameters():
+        encoder = PrefixEncoder(PrefixTuningConfig(num_virtual_tokens=count, prefix_projection=projected, **sizes))
+        for parameter in (encoder.transform[-1] if projected else encoder.embedding).parameters():
             nn.init.zeros_(parameter)
         return encoder
 
@@ -5551,14 +5532,10 @@ class GistHead(Feature):
 
     def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(shape.gist_target_len, shape.d_z) * 0.02)
-        self.look = nn.MultiheadAttention(shape.d_z, 1, batch_first=True)
-        self.think = nn.Sequential(
-            nn.LayerNorm(shape.d_z),
-            nn.Linear(shape.d_z, shape.gist_hidden),
-            nn.GELU(),
-            nn.Linear(shape.gist_hidden, ear.width),
-        )
+        width, inner = shape.d_z, shape.gist_hidden
+        self.queries = nn.Parameter(torch.randn(shape.gist_target_len, width) * 0.02)
+        self.look = nn.MultiheadAttention(width, 1, batch_first=True)
+        self.think = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, ear.width))
 
     def forward(self, latents: Tensor, mask: Any, keys: Sequence[int] = ()) -> Tensor:
         """latents (B, K, D_w) → (B, G, D_r)."""
@@ -5602,11 +5579,10 @@ class Refiner(Feature):
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
-        if shape.d_z % shape.latent_refiner_heads:
-            raise LatentWireError(
-                f"--d_z {shape.d_z} is not divisible by --latent_refiner_heads {shape.latent_refiner_heads}"
-            )
-        self.blocks = transformer(shape.d_z, shape.latent_refiner_heads, shape.latent_refiner_layers)
+        width, heads = shape.d_z, shape.latent_refiner_heads
+        if width % heads:
+            raise LatentWireError(f"--d_z {width} is not divisible by --latent_refiner_heads {heads}")
+        self.blocks = transformer(width, heads, shape.latent_refiner_layers)
         self.blocks.norm = None
         for block in self.blocks.layers:
             zeroed(block.self_attn.out_proj)
@@ -5619,8 +5595,7 @@ class Refiner(Feature):
 class Bridge(nn.Module):
     """The only thing that is trained: encoder and pooler write the Message, each receiver's part reads it; float32."""
 
-    OWN: ClassVar[tuple[str, ...]] = ("ears.", "pooler.private.")
-    """Tensors of one receiver."""
+    OWN: ClassVar[tuple[str, ...]] = ("ears.", "pooler.private.")  # tensors of one receiver
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
@@ -5634,19 +5609,11 @@ class Bridge(nn.Module):
         self.refining = take(self, "message", shape)
         self.ears: Any = nn.ModuleList(ReceiverHead(shape, ear) for ear in shape.ears)
         self.ratio: float | None = shape.ratio[-1] if shape.ratio else None
-        self.quantize = False
-        """Whether latents pass through the codec in training."""
-
-    @property
-    def wants_windows(self) -> bool:
-        """Whether states need character spans."""
-        return self.pooler.per_window
-
-    @property
-    def wants_heard(self) -> bool:
-        """Whether the sender's side needs the first receiver's tokenizer and embeddings."""
+        self.quantize = False  # whether latents pass through the codec in training
+        self.wants_windows = self.pooler.per_window  # whether states need character spans
         copies = self.start is not None and self.start.ridge is None
-        return self.wants_windows and (copies or self.shape.windows_on == "receiver")
+        # Whether the sender's side needs the first receiver's tokenizer and embeddings.
+        self.wants_heard = self.wants_windows and (copies or shape.windows_on == "receiver")
 
     def windows(self, states: States, ratio: float | None = None) -> Windows:
         """The windows that the pooler means one latent of; ``ratio`` overrides."""
@@ -5656,8 +5623,8 @@ class Bridge(nn.Module):
         """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w); ``ear`` matters where latents are private."""
         windows = self.windows(states) if self.wants_windows else None
         latents, mask = self.write(states, windows, ear), windows.mask if windows else None
-        latents = CODECS[self.shape.codec]().through(latents) if self.quantize else latents
-        return Message(latents, self.shape.codec, name, mask)
+        codec = self.shape.codec
+        return Message(CODECS[codec]().through(latents) if self.quantize else latents, codec, name, mask)
 
     def write(self, states: States, windows: Windows | None, ear: int = 0) -> Tensor:
         """Latents (B, K, D_w) before any codec."""
@@ -5796,36 +5763,18 @@ class StateStore:
         return torch.stack([piece.flatten() for piece in pieces])
 
 
-@dataclass(frozen=True)
 class Reading:
-    """A sender's run over texts whose states lie one after the other in one table (N, layers, D)."""
+    """A sender's run over texts of at most ``limit`` tokens; their states lie one after the other in a table (N, layers, D)."""
 
-    sender: Reader
-    layers: Sequence[int]
-    rows: Sequence[TokenIds]
-    truncated: float
-    """The share of texts that were cut."""
-
-    @classmethod
-    def of(cls, sender: Reader, texts: Sequence[str], layers: Sequence[int], limit: int) -> Reading:
-        """Texts as at most ``limit`` tokens."""
-        cut = sum(len(sender_ids(sender, text, limit + 1)) > limit for text in texts) / len(texts)
-        return cls(sender, layers, [sender_ids(sender, text, limit) for text in texts], cut)
-
-    @functools.cached_property
-    def offsets(self) -> Tensor:
-        """Where each text begins in the table, and where the last one ends."""
-        return torch.tensor([0, *(len(row) for row in self.rows)]).cumsum(0)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """The table's."""
-        return int(self.offsets[-1]), len(self.layers), self.sender.width
-
-    @functools.cached_property
-    def groups(self) -> list[list[int]]:
-        """Texts that are read together."""
-        return list(by_length(self.rows, tokens=4096))
+    def __init__(self, sender: Reader, texts: Sequence[str], layers: Sequence[int], limit: int) -> None:
+        self.sender, self.layers = sender, layers
+        self.rows = [sender_ids(sender, text, limit) for text in texts]
+        self.truncated = sum(len(sender_ids(sender, text, limit + 1)) > limit for text in texts) / len(texts)
+        self.offsets = torch.tensor([0, *map(len, self.rows)]).cumsum(
+            0
+        )  # where each text begins, where the last one ends
+        self.shape = (int(self.offsets[-1]), len(layers), sender.width)  # the table's
+        self.groups = list(by_length(self.rows, tokens=4096))  # texts that are read together
 
     def fill(self, flat: Tensor, group: Sequence[int]) -> None:
         """The states of some texts, into the table; where memory is short, in halves."""
@@ -5834,12 +5783,10 @@ class Reading:
             for i, hidden in zip(group, states.hidden.cpu(), strict=True):
                 flat[self.offsets[i] : self.offsets[i + 1]] = hidden[:, : len(self.rows[i])].transpose(0, 1)
         if short and len(group) == 1:
-            raise LatentWireError(
-                "the sender has no memory for one text; use a smaller --max_tokens or --sender_device"
-            )
-        if short:
-            for half in batches(group, math.ceil(len(group) / 2)):
-                self.fill(flat, half)
+            how = "use a smaller --max_tokens or --sender_device"
+            raise LatentWireError(f"the sender has no memory for one text; {how}")
+        for half in batches(group, math.ceil(len(group) / 2)) if short else ():
+            self.fill(flat, half)
 
     def mark(self, flat: Tensor, group: Sequence[int]) -> bytes:
         """SHA-256 of what the table holds of some texts."""
@@ -5850,15 +5797,9 @@ class Reading:
 
 
 def collect_states(
-    sender: Reader,
-    texts: Iterable[str],
-    layers: Sequence[int],
-    limit: int,
-    where: str,
-    tick: Callable[[int, int], None],
-    owner: Path = Path(),
-    world: World = World(),
-) -> StateStore:
+    sender: Reader, texts: Iterable[str], layers: Sequence[int], limit: int, where: str, tick: Callable[[int, int], None],
+    owner: Path = Path(), world: World = World(),
+) -> StateStore:  # fmt: skip
     """Run the sender once per distinct text, shortest first, only up to the layer needed; reuse the disk's copy.
 
     On disk the states are one memory-mapped file, so that they may be larger than memory. All processes fill it
@@ -5867,7 +5808,7 @@ def collect_states(
     distinct = sorted(set(texts))
     index = {text: row for row, text in enumerate(distinct)}
     if where == "memory" or sender.lora or sender.dtype == torch.uint8:  # cheap, or not the model of that name
-        reading = Reading.of(sender, distinct, layers, limit)
+        reading = Reading(sender, distinct, layers, limit)
         flat = torch.empty(reading.shape, dtype=sender.dtype)
         for count, group in enumerate(reading.groups, 1):
             reading.fill(flat, group)
@@ -5882,11 +5823,12 @@ def collect_states(
         return kept or lost_store(folder)
     turn = turn_at(folder, patient=True) if world.is_main else contextlib.nullcontext(False)
     with contextlib.ExitStack() as stack:
-        locked = wait_together(lambda: stack.enter_context(turn), world, owner)
+        with ending_together(world, owner):
+            locked = stack.enter_context(turn)
         kept = stored() if locked else None  # made meanwhile
         if world.broadcast(kept is not None):
             return kept or stored() or lost_store(folder)
-        reading = Reading.of(sender, distinct, layers, limit)
+        reading = Reading(sender, distinct, layers, limit)
         own = "" if world.broadcast(locked) else f"-{digest_of(str(owner.resolve()))}"
         partial = folder.with_name(f".{key}.partial{own}")
         if world.is_main:
@@ -5904,12 +5846,8 @@ def keep_states(partial: Path, folder: Path, reading: Reading, stored: Callable[
     """Put filled states in the place where they are looked for, unless another run was faster."""
     if not all(any(one) for one in batches((partial / "done.bin").read_bytes(), 32)):
         raise LatentWireError("another process stopped before its sender states were done; go on with --auto_resume")
-    notes = {
-        "shape": reading.shape,
-        "offsets": reading.offsets.tolist(),
-        "truncated": reading.truncated,
-        "sha256": sum_of(partial / "states.bin"),
-    }
+    notes = {"shape": reading.shape, "offsets": reading.offsets.tolist(), "truncated": reading.truncated}
+    notes["sha256"] = sum_of(partial / "states.bin")
     with saving(folder):
         (partial / "notes.json").write_text(json.dumps(notes | {"digest": digest_of(notes)}), encoding="utf-8")
         sync(partial / "notes.json")
@@ -5920,17 +5858,17 @@ def keep_states(partial: Path, folder: Path, reading: Reading, stored: Callable[
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def wait_together(wait: Callable[[], bool], world: World, owner: Path) -> bool:
-    """What the leader waits for, while the others wait for the leader; a signal ends it for all of them."""
-    found, stopped = False, 0
+@contextlib.contextmanager
+def ending_together(world: World, owner: Path) -> Iterator[None]:
+    """Processes leave this block together; a signal ends it for all of them."""
+    stopped: Interrupted | None = None
     try:
         with breakable(owner, "the sender states"):
-            found = wait()
+            yield
     except Interrupted as stop:
-        stopped = stop.number
-    if number := int(world.all_reduce_max(stopped)[0]):
-        raise Interrupted(owner, "the sender states", number)
-    return found
+        stopped = stop
+    if number := int(world.all_reduce_max(stopped.number if stopped else 0)[0]):
+        raise stopped or Interrupted(owner, "the sender states", number)
 
 
 def lost_store(folder: Path) -> StateStore:
@@ -5942,34 +5880,23 @@ def fill_states(partial: Path, reading: Reading, tick: Callable[[int, int], None
     """This process's share of the groups of which ``done.bin`` does not hold the right sum yet; held once on disk."""
     place, size = str(partial / "states.bin"), math.prod(reading.shape)
     flat = torch.from_file(place, shared=True, size=size, dtype=reading.sender.dtype).view(reading.shape)
-    marks = batches((partial / "done.bin").read_bytes(), 32)
-    missing = [
-        number
-        for number, kept in enumerate(marks)
-        if not any(kept) or kept != reading.mark(flat, reading.groups[number])
-    ]
+    marks = enumerate(batches((partial / "done.bin").read_bytes(), 32))
+    missing = [n for n, kept in marks if not any(kept) or kept != reading.mark(flat, reading.groups[n])]
     world.broadcast(None)  # nobody marks before all have read
-    todo = world.share_of(missing)
-    with (partial / "states.bin").open("rb") as states, (partial / "done.bin").open("r+b", buffering=0) as done:
-        fresh: dict[int, bytes] = {}
-        started, stopped = time.monotonic(), None
+    todo, fresh, started = world.share_of(missing), dict[int, bytes](), time.monotonic()
+    files = (partial / "states.bin").open("rb"), (partial / "done.bin").open("r+b", buffering=0)
+    with files[0] as states, files[1] as done, ending_together(world, owner):
         try:
-            with breakable(owner, "the sender states"):
-                for count, number in enumerate(todo, 1):
-                    reading.fill(flat, reading.groups[number])
-                    fresh[number] = reading.mark(flat, reading.groups[number])
-                    tick(count, len(todo))
-                    if time.monotonic() - started > 10:
-                        with unbroken():
-                            started = mark_done(states, done, fresh)
-        except Interrupted as stop:
-            stopped = stop
+            for count, number in enumerate(todo, 1):
+                reading.fill(flat, reading.groups[number])
+                fresh[number] = reading.mark(flat, reading.groups[number])
+                tick(count, len(todo))
+                if time.monotonic() - started > 10:
+                    with unbroken():
+                        started = mark_done(states, done, fresh)
         finally:
             with unbroken():
                 mark_done(states, done, fresh)
-    number = int(world.all_reduce_max(stopped.number if stopped else 0)[0])
-    if number:
-        raise stopped or Interrupted(owner, "the sender states", number)
 
 
 def mark_done(states: Any, done: Any, fresh: dict[int, bytes]) -> float:
@@ -5984,9 +5911,8 @@ def mark_done(states: Any, done: Any, fresh: dict[int, bytes]) -> float:
 
 def new_states(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, groups: int) -> None:
     """An empty ``states.bin``, unless it was begun; room is taken first, since a map cannot say 'disk full'."""
-    path, need = folder / "states.bin", math.prod(shape) * dtype.itemsize
-    done = folder / "done.bin"
-    if path.is_file() and path.stat().st_size == need and done.is_file() and done.stat().st_size == 32 * groups:
+    path, done, need = folder / "states.bin", folder / "done.bin", math.prod(shape) * dtype.itemsize
+    if all(file.is_file() and file.stat().st_size == size for file, size in ((path, need), (done, 32 * groups))):
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
