@@ -3418,10 +3418,9 @@ class Alias:
 
     def installed(self) -> bool:
         """Whether all pieces are here."""
-        try:
+        with contextlib.suppress(LatentWireError):
             return bool(self.pieces())
-        except LatentWireError:
-            return False
+        return False
 
 
 def add_constant(among: Registry[Any], value: Any, text: str, *names: str) -> None:
@@ -3504,10 +3503,9 @@ def tiny_gemma() -> tuple[Any, Any]:
 
 def json_or_none(path: Path) -> Any:
     """A JSON file's value; None where it is not there or damaged."""
-    try:
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
+    return None
 
 
 def dense_sums(folder: Path) -> dict[str, str]:
@@ -4135,24 +4133,21 @@ class LM:
 
         Keys and values change where they are projected, so the model itself rotates, normalises and caches them.
         """
-        hooks = []
-        before, self.dropping = self.dropping, dropping
-        if soft is not None and soft.changes is not None and at is not None:
-            for number, block in enumerate(self.blocks):
-                for which, name in enumerate(("k_proj", "v_proj")):
-                    add = functools.partial(add_at, soft.changes[:, :, number, which], at)  # (B, K, D_kv)
-                    hooks.append(getattr(block.self_attn, name).register_forward_hook(add))
-        if soft is not None:
-            for number, reader in soft.readers.items():
-                hooks.append(self.blocks[number].register_forward_hook(functools.partial(read_by, reader, soft)))
         for part in self.tuned:  # peft's own switch also freezes
             part._disable_adapters = not (self.always_tuned or soft is not None or tuned)
-        try:
+        with contextlib.ExitStack() as ends:
+            ends.callback(setattr, self, "dropping", self.dropping)
+            self.dropping = dropping
+            if soft is not None and soft.changes is not None and at is not None:
+                for number, block in enumerate(self.blocks):
+                    for which, name in enumerate(("k_proj", "v_proj")):
+                        add = functools.partial(add_at, soft.changes[:, :, number, which], at)  # (B, K, D_kv)
+                        ends.enter_context(getattr(block.self_attn, name).register_forward_hook(add))
+            if soft is not None:
+                for number, reader in soft.readers.items():
+                    read = functools.partial(read_by, reader, soft)
+                    ends.enter_context(self.blocks[number].register_forward_hook(read))
             yield
-        finally:
-            self.dropping = before
-            for hook in hooks:
-                hook.remove()
 
     def chat_frame(self) -> tuple[TokenIds, TokenIds]:
         """Ids that the chat template puts before a user's words, without BOS, and after them up to the answer."""
@@ -4221,9 +4216,7 @@ class LM:
     def forward(self, packed: Packed, tuned: bool = False, **options: Any) -> Any:
         """The backbone's output on a packed batch; positions are explicit, since padding may be on either side."""
         for block in self.blocks if self.recompute else ():
-            block.training = (
-                torch.is_grad_enabled()
-            )  # the library recomputes, and drops the cache, where a block trains
+            block.training = torch.is_grad_enabled()  # where a block trains, the library recomputes and drops the cache
         self.now = packed.soft, packed.at, tuned, (packed.mask, packed.keys)
         given = {"attention_mask": packed.mask.long(), "position_ids": packed.positions, **options}
         with self.reading(*self.now):
@@ -4290,15 +4283,11 @@ class LM:
             if index == max(layers):
                 raise StopForward
 
-        below = {layer: functools.partial(watch, layer) for layer in layers if layer < self.n_layers}
-        hooks = [self.blocks[i].register_forward_pre_hook(hook, with_kwargs=True) for i, hook in below.items()]
-        try:
+        with contextlib.ExitStack() as hooks, contextlib.suppress(StopForward):
+            for layer in {layer for layer in layers if layer < self.n_layers}:
+                hook = functools.partial(watch, layer)
+                hooks.enter_context(self.blocks[layer].register_forward_pre_hook(hook, with_kwargs=True))
             seen[self.n_layers] = self.forward(packed, use_cache=False).last_hidden_state
-        except StopForward:
-            seen.pop(self.n_layers, None)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return [seen[layer].to(self.device) for layer in layers]
 
     @torch.no_grad()
@@ -4448,7 +4437,7 @@ class ByteReader:
     PATCH: ClassVar[int] = 4
     width, dtype, pad, most = 4, torch.uint8, 2**32 - 1, LM.MOST
     bos: TokenIds = []  # noqa: RUF012  a sentence encoder has one
-    name, keep = "bytes", "head"
+    name, family, revision, keep = "bytes", "bytes", f"utf-8, {PATCH} bytes a token", "head"
     lora: ClassVar[dict[str, nn.Parameter]] = {}
 
     def __init__(self, device: torch.device) -> None:
@@ -4456,7 +4445,7 @@ class ByteReader:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint remembers of it."""
-        return {"name": self.name, "family": "bytes", "revision": f"utf-8, {self.PATCH} bytes a token"}
+        return {"name": self.name, "family": self.family, "revision": self.revision}
 
     def ids(self, text: str) -> TokenIds:
         """Numbers of four bytes each."""
@@ -4501,7 +4490,7 @@ class SentenceReader(ByteReader):
         except model_errors() as error:
             raise LatentWireError(f"--sentence_model: {model_advice(name, error, local)}") from None
         self.model: Any = model.to(device).eval().requires_grad_(False)
-        self.name, self.dtype = name, torch.float32
+        self.name, self.family, self.dtype = name, self.model.config.model_type, torch.float32
         self.pad = self.tokenizer.pad_token_id or 0
         self.bos: TokenIds = [] if self.tokenizer.cls_token_id is None else [self.tokenizer.cls_token_id]
         self.end: TokenIds = [] if self.tokenizer.sep_token_id is None else [self.tokenizer.sep_token_id]
@@ -4509,10 +4498,6 @@ class SentenceReader(ByteReader):
         padding = getattr(table, "padding_idx", None)  # RoBERTa's and MPNet's positions begin behind it
         self.most = positions - (0 if padding is None else padding + 1) - len(self.end)
         self.revision = folder_revision(Path(name)) if Path(name).is_dir() else str(model.config._commit_hash)
-
-    def identity(self) -> dict[str, Any]:
-        """What a checkpoint remembers of it."""
-        return {"name": self.name, "family": self.model.config.model_type, "revision": self.revision}
 
     def ids(self, text: str) -> TokenIds:
         """Token ids without special tokens."""
@@ -4684,13 +4669,8 @@ CODECS: Registry[Callable[[], Codec]] = Registry("codecs", "codec")
 add_constant(CODECS, Codec(torch.float32), "Four bytes a number.", "fp32", "float32", "32")
 add_constant(CODECS, Codec(torch.float16), "Two bytes a number (default).", "fp16", "float16", "16")
 add_constant(CODECS, Codec(torch.int8, 127), "One byte a number, and two for the scale of each latent.", "int8", "8")
-add_constant(
-    CODECS,
-    Codec(torch.uint8, 7, True),
-    "Half a byte a number, and two bytes for the scale of each latent.",
-    "int4",
-    "4",
-)
+add_constant(CODECS, Codec(torch.uint8, 7, True),
+             "Half a byte a number, and two bytes for the scale of each latent.", "int4", "4")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -5273,9 +5253,8 @@ class StartPath(nn.Module):
         heard, shares, real = states.heard, windows.heard, states.mask.float()
         assert heard is not None and states.spans is not None and shares is not None
         if weights is not None:
-            total = covered_by(
-                states.spans, real, heard.spans
-            )  # 3 where three tokens share one letter's bytes, 0 where none
+            # 3 where three tokens share one letter's bytes, 0 where none
+            total = covered_by(states.spans, real, heard.spans)
             own = covered_by(states.spans, weights * real, heard.spans)
             shares = shares * ((own + (1 - total).clamp(min=0)) / total.clamp(min=1))[:, None]  # (B, K, J)
         return (weighted_mean(shares, heard.embeds) - self.mean) @ self.down / self.size
@@ -5736,13 +5715,15 @@ class StateStore:
     truncated: float
     source: str
 
+    def of(self, text: str) -> Tensor:
+        """States of one text (tokens, L, D_s)."""
+        return self.flat[self.offsets[self.index[text]] : self.offsets[self.index[text] + 1]]
+
     def batch(self, texts: Sequence[str], device: torch.device) -> States:
         """States of ``texts``, right-padded: hidden (B, L, T, D_s)."""
-        rows = [self.index[text] for text in texts]
-        pieces = [self.flat[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        pieces = [self.of(text) for text in texts]
         hidden = nn.utils.rnn.pad_sequence(pieces, batch_first=True)  # (B, T, L, D_s)
-        lengths = torch.tensor([len(piece) for piece in pieces])
-        mask = torch.arange(hidden.shape[1])[None] < lengths[:, None]
+        mask = torch.arange(hidden.shape[1]) < torch.tensor([[len(piece)] for piece in pieces])
         return States(hidden.transpose(1, 2).to(device), mask.to(device))
 
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -5758,9 +5739,7 @@ class StateStore:
     def pooled(self, texts: Sequence[str], how: str = "mean") -> Tensor:
         """Mean, last or first state of each text, layers side by side: (B, L·D_s), what the linear probe sees."""
         part = {"mean": slice(None), "last": slice(-1, None), "first": slice(1)}[how]
-        rows = [self.index[text] for text in texts]
-        pieces = [self.flat[self.offsets[row] : self.offsets[row + 1]][part].float().mean(0) for row in rows]
-        return torch.stack([piece.flatten() for piece in pieces])
+        return torch.stack([self.of(text)[part].float().mean(0).flatten() for text in texts])
 
 
 class Reading:
@@ -5770,9 +5749,7 @@ class Reading:
         self.sender, self.layers = sender, layers
         self.rows = [sender_ids(sender, text, limit) for text in texts]
         self.truncated = sum(len(sender_ids(sender, text, limit + 1)) > limit for text in texts) / len(texts)
-        self.offsets = torch.tensor([0, *map(len, self.rows)]).cumsum(
-            0
-        )  # where each text begins, where the last one ends
+        self.offsets = torch.tensor([0, *map(len, self.rows)]).cumsum(0)  # where texts begin, and the last one ends
         self.shape = (int(self.offsets[-1]), len(layers), sender.width)  # the table's
         self.groups = list(by_length(self.rows, tokens=4096))  # texts that are read together
 
@@ -5878,14 +5855,13 @@ def lost_store(folder: Path) -> StateStore:
 
 def fill_states(partial: Path, reading: Reading, tick: Callable[[int, int], None], world: World, owner: Path) -> None:
     """This process's share of the groups of which ``done.bin`` does not hold the right sum yet; held once on disk."""
-    place, size = str(partial / "states.bin"), math.prod(reading.shape)
-    flat = torch.from_file(place, shared=True, size=size, dtype=reading.sender.dtype).view(reading.shape)
-    marks = enumerate(batches((partial / "done.bin").read_bytes(), 32))
+    table, sums, size = partial / "states.bin", partial / "done.bin", math.prod(reading.shape)
+    flat = torch.from_file(str(table), shared=True, size=size, dtype=reading.sender.dtype).view(reading.shape)
+    marks = enumerate(batches(sums.read_bytes(), 32))
     missing = [n for n, kept in marks if not any(kept) or kept != reading.mark(flat, reading.groups[n])]
     world.broadcast(None)  # nobody marks before all have read
     todo, fresh, started = world.share_of(missing), dict[int, bytes](), time.monotonic()
-    files = (partial / "states.bin").open("rb"), (partial / "done.bin").open("r+b", buffering=0)
-    with files[0] as states, files[1] as done, ending_together(world, owner):
+    with table.open("rb") as states, sums.open("r+b", buffering=0) as done, ending_together(world, owner):
         try:
             for count, number in enumerate(todo, 1):
                 reading.fill(flat, reading.groups[number])
