@@ -4448,14 +4448,15 @@ class ByteReader:
         return {"name": self.name, "family": self.family, "revision": self.revision}
 
     def ids(self, text: str) -> TokenIds:
-        """Numbers of four bytes each."""
-        data = text.encode("utf-8", "replace")
-        return [int.from_bytes(data[i : i + 4].ljust(4, b"\xff")) for i in range(0, len(data), 4)]
+        """Ids without special tokens."""
+        return self.pieces(text)[0]
 
     def pieces(self, text: str) -> tuple[TokenIds, list[tuple[int, int]]]:
-        """The same, and the characters to which the bytes belong."""
+        """Numbers of four bytes each, and the characters to which the bytes belong."""
+        data = text.encode("utf-8", "replace")
         owner = [i for i, letter in enumerate(text) for _ in letter.encode("utf-8", "replace")]
-        return self.ids(text), [(group[0], group[-1] + 1) for group in batches(owner, self.PATCH)]
+        ids = [int.from_bytes(data[i : i + 4].ljust(4, b"\xff")) for i in range(0, len(data), 4)]
+        return ids, [(group[0], group[-1] + 1) for group in batches(owner, self.PATCH)]
 
     def layer_index(self, text: str) -> int:
         """There is one layer: the bytes."""
@@ -4499,12 +4500,8 @@ class SentenceReader(ByteReader):
         self.most = positions - (0 if padding is None else padding + 1) - len(self.end)
         self.revision = folder_revision(Path(name)) if Path(name).is_dir() else str(model.config._commit_hash)
 
-    def ids(self, text: str) -> TokenIds:
-        """Token ids without special tokens."""
-        return self.pieces(text)[0]
-
     def pieces(self, text: str) -> tuple[TokenIds, list[tuple[int, int]]]:
-        """Ids and character spans."""
+        """Ids without special tokens, and their character spans."""
         found = self.tokenizer(text, **AS_TEXT, return_offsets_mapping=True)
         return found.input_ids, found.offset_mapping
 
