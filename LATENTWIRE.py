@@ -3770,20 +3770,16 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
-    with contextlib.suppress(OSError):
-        return bool(re.search(r"avx512_bf16|amx_bf16|\bbf16\b", Path("/proc/cpuinfo").read_text()))
-    return False
-
-
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` → bfloat16 where the hardware has it, else float16 on CUDA and float32 elsewhere."""
+    """``auto`` → bfloat16 where the hardware multiplies it, else float16 on CUDA and float32, faster then, elsewhere."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+    with contextlib.suppress(OSError):
+        if device.type == "cpu" and re.search(r"avx512_bf16|amx_bf16|\bbf16\b", Path("/proc/cpuinfo").read_text()):
+            return torch.bfloat16
+    return torch.float32
 
 
 def model_advice(name: str, error: BaseException, offline: bool) -> str:
