@@ -6774,9 +6774,8 @@ class Trainer:
         self, examples: Sequence[Example], ear: int = 0, places: Sequence[int] = (), clock: Clock = lambda *_: None
     ) -> ForwardContext:
         """Examples on their way into a receiver; a row's place in the training stream decides its dropout."""
-        texts = [self.part.sender_text(example) for example in examples]
         keys = tuple(int(digest_of([self.settings.seed, place, "dropout"]), 16) for place in places)
-        states = self.writer.states(texts, keys)
+        states = self.writer.states([self.part.sender_text(example) for example in examples], keys)
         clock("sender")
         message = self.bridge.encode(states, ear=ear)
         clock("encoder", message.latents, "adapter")
@@ -6818,8 +6817,7 @@ class Trainer:
             length = self.steps // 4 if "a" in stages_of(settings) else 0
         if step <= length:
             return step % 2 == 1
-        draw = int(digest_of([settings.seed, step, "text"]), 16) % 10_000
-        return draw < 10_000 * settings.warmup_tail_prob
+        return int(digest_of([settings.seed, step, "text"]), 16) % 10_000 < 10_000 * settings.warmup_tail_prob
 
     def scheduled(self, step: int) -> TrainSettings:
         """Settings as they are at a step; the bridge's ratio and quantisation follow theirs."""
