@@ -6472,17 +6472,13 @@ def offloaded_adamw(groups: Sequence[Mapping[str, Any]], **options: Any) -> torc
         for served, master in masters.items():
             master.grad = None if served.grad is None else served.grad.cpu()
 
-    def bring_back(*_: Any) -> None:
-        for served, master in masters.items():
-            served.data.copy_(master.data)
-
-    def take(*_: Any) -> None:
-        for served, master in masters.items():
-            master.data.copy_(served.data)
+    def copy(sources: Iterable[Tensor], targets: Iterable[Tensor], *_: Any) -> None:
+        for source, target in zip(sources, targets, strict=True):
+            target.data.copy_(source.data)
 
     optimizer.register_step_pre_hook(fetch)
-    optimizer.register_step_post_hook(bring_back)
-    optimizer.register_load_state_dict_post_hook(take)
+    optimizer.register_step_post_hook(functools.partial(copy, masters.values(), masters.keys()))
+    optimizer.register_load_state_dict_post_hook(functools.partial(copy, masters.keys(), masters.values()))
     return optimizer
 
 
@@ -6587,8 +6583,7 @@ class Sender:
     """
 
     def __init__(self, reader: Reader, bridge: Bridge, limit: int, first: LM | None = None, live: bool = False) -> None:
-        self.reader, self.bridge, self.limit, self.live = reader, bridge, limit, live
-        self.first = first
+        self.reader, self.bridge, self.limit, self.first, self.live = reader, bridge, limit, first, live
         self.store: StateStore | None = None
 
     @property
