@@ -10422,20 +10422,18 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
 
 # §13 BENCHMARKS: latency, throughput, memory and growth of every way, against the device's own limits
 
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama-3.1-8b": ("LlamaConfig", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}),
-    "mistral-7b": ("MistralConfig", {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-                   "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32768, "sliding_window": None}),
-    "qwen2.5-7b": ("Qwen2Config", {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
-                   "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064}),
-    "llama-3.2-1b": ("LlamaConfig", {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-                     "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True}),
-    "qwen2.5-1.5b": ("Qwen2Config", {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-                     "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}),
-    "smollm2-135m": ("LlamaConfig", {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                     "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}),
-}  # fmt: skip
+    name: (kind, {**dict(zip(SHAPE, sizes, strict=True)), **more})
+    for name, kind, sizes, more in (
+        ("llama-3.1-8b", "LlamaConfig", (4096, 14336, 32, 32, 8), {"vocab_size": 128256}),
+        ("mistral-7b", "MistralConfig", (4096, 14336, 32, 32, 8), {"vocab_size": 32768, "sliding_window": None}),
+        ("qwen2.5-7b", "Qwen2Config", (3584, 18944, 28, 28, 4), {"vocab_size": 152064}),
+        ("llama-3.2-1b", "LlamaConfig", (2048, 8192, 16, 32, 8), {"vocab_size": 128256, "tie_word_embeddings": True}),
+        ("qwen2.5-1.5b", "Qwen2Config", (1536, 8960, 28, 12, 2), {"vocab_size": 151936, "tie_word_embeddings": True}),
+        ("smollm2-135m", "LlamaConfig", (576, 1536, 30, 9, 3), {"vocab_size": 49152, "tie_word_embeddings": True}),
+    )
+}
 """Shapes of well-known models as their config.json has them: what --random_weights builds without a download."""
 LEAST_TRIALS = 10
 CACHED = "bridge:cached"
@@ -11593,10 +11591,9 @@ def side_remarks(results: Mapping[str, Any]) -> list[str]:
 
 def comparison_table(tests: Tests, title: str = "", note: str = "") -> TextTable:
     """Method, difference in points, interval, p, corrected p, effect size."""
-    rows = [
-        [PLAIN_NAMES.get(name, name), f"{100 * row['difference']:+.1f}", "{:+.1f} to {:+.1f}".format(*(100 * x for x in row["ci"])),
-         written_p(row["p"]), written_p(row["p_corrected"]), in_short(row["cohens_d"])] for name, row in tests.items()
-    ]  # fmt: skip
+    rows = [[PLAIN_NAMES.get(name, name), f"{100 * row['difference']:+.1f}",
+             "{:+.1f} to {:+.1f}".format(*(100 * x for x in row["ci"])), written_p(row["p"]),
+             written_p(row["p_corrected"]), in_short(row["cohens_d"])] for name, row in tests.items()]  # fmt: skip
     return TextTable(("minus", "points", "95 % CI", "p", "corrected", "d"), rows, title, note)
 
 
