@@ -4825,44 +4825,36 @@ class ReceiverSpec:
 
 @dataclass(frozen=True)
 class BridgeShape:
-    """Everything that fixes a bridge's tensors: stored with it, so that it opens from its path alone.
-
-    All fields of ``own``, the settings of bridge and features, can be read here as well.
-    """
+    """Everything that fixes a bridge's tensors: stored with it, so that it opens from its path alone."""
 
     sender_width: int
     layers: tuple[int, ...]
     ears: tuple[ReceiverSpec, ...]
-    own: PartSettings
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "own":
-            raise AttributeError(name)
-        return getattr(self.own, name)
+    settings: PartSettings
+    """Those of bridge and features; ``layers`` above says what its layers came to."""
 
     @classmethod
     def of(cls, settings: BridgeSettings, sender: Reader, *receivers: LM) -> BridgeShape:
         """The shape that settings and models ask for."""
-        layers = tuple(sender.layer_index(text) for text in settings.layers)
-        own = cls.parts_of(settings)
-        if own.latent_private_len >= own.latent_len:
+        layers, kept = tuple(sender.layer_index(text) for text in settings.layers), cls.parts_of(settings)
+        if kept.latent_private_len >= kept.latent_len:
             raise LatentWireError("--latent_private_len leaves no shared latents; give --latent_shared_len")
-        layers = layers if ENCODERS[own.encoder].reads == "sender" else (0,)
-        return cls(sender.width, layers, tuple(ReceiverSpec.of(lm, own) for lm in receivers), own)
+        layers = layers if ENCODERS[kept.encoder].reads == "sender" else (0,)
+        return cls(sender.width, layers, tuple(ReceiverSpec.of(lm, kept) for lm in receivers), kept)
 
     @staticmethod
     def parts_of(settings: BridgeSettings) -> PartSettings:
         """The settings that a shape keeps, which are all but the layers."""
-        own = PartSettings(**settings.model_dump(include=set(PartSettings.fields()) - {"layers"}))
-        if own.latent_shared_len:
-            own = own.model_copy(update={"latent_len": own.latent_shared_len + own.latent_private_len})
-        return own
+        kept = PartSettings(**settings.model_dump(include=set(PartSettings.fields()) - {"layers"}))
+        if kept.latent_shared_len:
+            kept = kept.model_copy(update={"latent_len": kept.latent_shared_len + kept.latent_private_len})
+        return kept
 
     def saved(self) -> dict[str, Any]:
         """As JSON."""
         ears = [asdict(ear) for ear in self.ears]
-        own = self.own.model_dump(mode="json", exclude={"layers"})
-        return {"sender_width": self.sender_width, "layers": self.layers, "ears": ears, **own}
+        settings = self.settings.model_dump(mode="json", exclude={"layers"})
+        return {"sender_width": self.sender_width, "layers": self.layers, "ears": ears, **settings}
 
     @classmethod
     def load(cls, saved: Mapping[str, Any]) -> BridgeShape:
@@ -4921,8 +4913,8 @@ class HiddenEncoder(Encoder):
         self.register_buffer("mean", torch.zeros(len(shape.layers), shape.sender_width))
         self.register_buffer("deviation", torch.ones(len(shape.layers), shape.sender_width))
         self.mix = nn.Parameter(torch.zeros(len(shape.layers)))
-        self.project = nn.Linear(shape.sender_width, shape.width)
-        self.dropout = RowDropout(shape.dropout)
+        self.project = nn.Linear(shape.sender_width, shape.settings.width)
+        self.dropout = RowDropout(shape.settings.dropout)
 
     def calibrate(self, statistics: Callable[[], tuple[Tensor, Tensor]]) -> None:
         mean, deviation = statistics()
@@ -4972,8 +4964,8 @@ class ByteEncoder(Encoder):
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
         self.letters = nn.Embedding(256, 64)
-        self.join = nn.Linear(4 * 64, shape.width)
-        self.blocks = transformer(shape.width, shape.heads, shape.depth)
+        self.join = nn.Linear(4 * 64, shape.settings.width)
+        self.blocks = transformer(shape.settings.width, shape.settings.heads, shape.settings.depth)
 
     def features(self, states: States) -> Tensor:
         """Each token from its own bytes only (B, T, W)."""
@@ -5010,7 +5002,7 @@ class ConstantEncoder(Encoder):
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
-        self.width = shape.width
+        self.width = shape.settings.width
 
     def forward(self, states: States) -> Tensor:
         return torch.zeros(*states.mask.shape, self.width, device=states.mask.device)
@@ -5143,11 +5135,13 @@ class Resampler(Pooler):
 
     def __init__(self, shape: BridgeShape, latent_len: int | None = None) -> None:
         super().__init__(shape)
-        count = latent_len or shape.latent_len
-        self.queries = nn.Parameter(torch.randn(count, shape.width) * 0.5)
-        self.blocks = nn.ModuleList(ResamplerBlock(shape.width, shape.heads) for _ in range(shape.depth))
-        self.norm = nn.LayerNorm(shape.width)
-        self.mean_gain = nn.Parameter(torch.ones(count, shape.width))
+        count = latent_len or shape.settings.latent_len
+        self.queries = nn.Parameter(torch.randn(count, shape.settings.width) * 0.5)
+        self.blocks = nn.ModuleList(
+            ResamplerBlock(shape.settings.width, shape.settings.heads) for _ in range(shape.settings.depth)
+        )
+        self.norm = nn.LayerNorm(shape.settings.width)
+        self.mean_gain = nn.Parameter(torch.ones(count, shape.settings.width))
 
     def forward(self, tokens: Tensor, mask: Tensor, windows: Windows | None = None, ear: int = 0) -> Pooled:
         weights = mask[..., None].float()
@@ -5168,8 +5162,8 @@ class SharedPrivate(Pooler):
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__(shape)
-        own = shape.latent_private_len
-        self.shared = Resampler(shape, shape.latent_len - own)
+        own = shape.settings.latent_private_len
+        self.shared = Resampler(shape, shape.settings.latent_len - own)
         self.private = nn.ModuleList(Resampler(shape, own) for _ in shape.ears if own)
 
     def forward(self, tokens: Tensor, mask: Tensor, windows: Windows | None = None, ear: int = 0) -> Pooled:
@@ -5188,9 +5182,9 @@ class WindowPooler(Pooler):
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__(shape)
-        mixed = ENCODERS[shape.encoder].contextual
-        self.blocks = None if mixed else transformer(shape.width, shape.heads, shape.depth)
-        self.salience = zeroed(nn.Linear(shape.width, 1))
+        mixed = ENCODERS[shape.settings.encoder].contextual
+        self.blocks = None if mixed else transformer(shape.settings.width, shape.settings.heads, shape.settings.depth)
+        self.salience = zeroed(nn.Linear(shape.settings.width, 1))
 
     def forward(self, tokens: Tensor, mask: Tensor, windows: Windows | None = None, ear: int = 0) -> Pooled:
         assert windows is not None
@@ -5226,11 +5220,11 @@ class StartPath(nn.Module):
         super().__init__()
         width = shape.ears[0].width
         self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("down", torch.eye(width, shape.d_z))
+        self.register_buffer("down", torch.eye(width, shape.settings.d_z))
         self.register_buffer("size", torch.tensor(shape.ears[0].rms))
-        self.gate = zeroed(nn.Linear(shape.width, 1))
-        count = len(shape.layers) * shape.sender_width if shape.encoder != "byte" else shape.width
-        self.ridge = nn.Linear(count, shape.d_z) if shape.init == "ridge" else None
+        self.gate = zeroed(nn.Linear(shape.settings.width, 1))
+        count = len(shape.layers) * shape.sender_width if shape.settings.encoder != "byte" else shape.settings.width
+        self.ridge = nn.Linear(count, shape.settings.d_z) if shape.settings.init == "ridge" else None
 
     def copied(self, states: States, windows: Windows, weights: Tensor | None = None) -> Tensor:
         """Latents (B, K, D_w) that hold the first receiver's embeddings, tokens weighted by those of the encoder (B, T)."""
@@ -5264,16 +5258,18 @@ class Adapter(nn.Module):
 
     def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
-        self.map: Any = self.new_map(shape.d_z, ear.width)
-        slots = torch.zeros if shape.init != "none" else torch.randn
-        counted = shape.adapter_metadata and not shape.ratio
-        self.slots = nn.Parameter(slots(shape.latent_len, ear.width) * 0.02) if counted else None
+        self.map: Any = self.new_map(shape.settings.d_z, ear.width)
+        slots = torch.zeros if shape.settings.init != "none" else torch.randn
+        counted = shape.settings.adapter_metadata and not shape.settings.ratio
+        self.slots = nn.Parameter(slots(shape.settings.latent_len, ear.width) * 0.02) if counted else None
         self.scale = nn.Parameter(torch.ones(()))
-        self.film = zeroed(nn.Linear(shape.d_z, 2 * ear.width)) if shape.film else None
+        self.film = zeroed(nn.Linear(shape.settings.d_z, 2 * ear.width)) if shape.settings.film else None
         colour = torch.stack([torch.zeros(ear.width), torch.ones(ear.width)])
-        self.colour = nn.Parameter(colour) if shape.colorize else None
-        self.mode = shape.calibration if shape.init == "none" else "none"
-        self.target = (shape.prefix_target_rms if self.mode == "fixed" else ear.rms) * shape.prefix_gain
+        self.colour = nn.Parameter(colour) if shape.settings.colorize else None
+        self.mode = shape.settings.calibration if shape.settings.init == "none" else "none"
+        self.target = (
+            shape.settings.prefix_target_rms if self.mode == "fixed" else ear.rms
+        ) * shape.settings.prefix_gain
         self.register_buffer("seen_rms", torch.zeros(()))
         self.noted: list[float] = [0.0, 0.0]  # sum and count of this step's prompts' RMS, for --calibration train_stats
 
@@ -5337,7 +5333,8 @@ class MlpAdapter(Adapter):
 
     def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__(shape, ear)
-        width, inner = shape.d_z, shape.d_z * shape.hidden_mult
+        self.config = self.Config.of(shape.settings)
+        width, inner = shape.settings.d_z, shape.settings.d_z * self.config.hidden_mult
         layers = nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), zeroed(nn.Linear(inner, ear.width))
         self.more = nn.Sequential(*layers)
 
@@ -5374,7 +5371,11 @@ FEATURES: Registry[type[Feature]] = Registry("features", "feature", Feature, Fea
 def take(home: nn.Module, place: str, shape: BridgeShape, *ear: ReceiverSpec) -> list[str]:
     """Give a module the features of a place that the settings ask for; → their names."""
     kinds = {name: kind for name, kind in FEATURES.items() if kind.place == place}
-    asked = [name for name, kind in kinds.items() if not kind.switches or any(getattr(shape, s) for s in kind.switches)]
+    asked = [
+        name
+        for name, kind in kinds.items()
+        if not kind.switches or any(getattr(shape.settings, s) for s in kind.switches)
+    ]
     for name in asked:
         setattr(home, name, kinds[name](shape, *ear))
     return asked
@@ -5401,18 +5402,18 @@ class KeyValues(Feature):
 
     def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
-        self.size, own = (ear.layers, 2, ear.kv), self.Config.of(shape.own)
+        self.size, own = (ear.layers, 2, ear.kv), self.Config.of(shape.settings)
         self.config = own
-        count, width = math.prod(self.size), shape.d_z
+        count, width = math.prod(self.size), shape.settings.d_z
         inner = own.coprocessor_width
         self.deep = nn.Sequential(
             nn.LayerNorm(width), RowDropout(own.deep_prefix_dropout), zeroed(nn.Linear(width, count, bias=False))
-        ) if shape.use_deep_prefix else None  # fmt: skip
+        ) if shape.settings.use_deep_prefix else None  # fmt: skip
         self.coprocessor = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, inner), nn.GELU(),
             zeroed(nn.Linear(inner, own.coprocessor_len * count, bias=False)),
-        ) if shape.use_coprocessor else None  # fmt: skip
-        self.prefix = self.new_prefix(ear) if shape.use_prefix else None
+        ) if shape.settings.use_coprocessor else None  # fmt: skip
+        self.prefix = self.new_prefix(ear) if shape.settings.use_prefix else None
 
     def new_prefix(self, ear: ReceiverSpec) -> nn.Module:
         """peft's prefix encoder, its last layer zero."""
@@ -5460,10 +5461,14 @@ class LatentAdapter(Feature):
 
     def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
-        inner, self.heads = 64 * shape.latent_adapter_heads, shape.latent_adapter_heads
-        self.norms = nn.ModuleList([nn.LayerNorm(ear.width), nn.LayerNorm(shape.d_z)])
+        self.config = self.Config.of(shape.settings)
+        inner, self.heads = 64 * self.config.latent_adapter_heads, self.config.latent_adapter_heads
+        self.norms = nn.ModuleList([nn.LayerNorm(ear.width), nn.LayerNorm(shape.settings.d_z)])
         self.query = nn.Linear(ear.width, inner, bias=False)
-        self.key, self.value = nn.Linear(shape.d_z, inner, bias=False), nn.Linear(shape.d_z, inner, bias=False)
+        self.key, self.value = (
+            nn.Linear(shape.settings.d_z, inner, bias=False),
+            nn.Linear(shape.settings.d_z, inner, bias=False),
+        )
         self.out = nn.Sequential(nn.Linear(inner, inner), nn.GELU(), nn.Linear(inner, ear.width))
         self.gate = nn.Parameter(torch.zeros(()))
 
@@ -5495,8 +5500,9 @@ class GistHead(Feature):
 
     def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
-        width, inner = shape.d_z, shape.gist_hidden
-        self.queries = nn.Parameter(torch.randn(shape.gist_target_len, width) * 0.02)
+        self.config = self.Config.of(shape.settings)
+        width, inner = shape.settings.d_z, self.config.gist_hidden
+        self.queries = nn.Parameter(torch.randn(self.config.gist_target_len, width) * 0.02)
         self.look = nn.MultiheadAttention(width, 1, batch_first=True)
         self.think = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, ear.width))
 
@@ -5512,7 +5518,7 @@ class ReceiverHead(nn.Module):
 
     def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
-        self.adapter = ADAPTERS[shape.adapter](shape, ear)
+        self.adapter = ADAPTERS[shape.settings.adapter](shape, ear)
         self.gist: Any = None
         self.changing = take(self, "keys", shape, ear)
         self.readers = nn.ModuleDict({str(block): LatentAdapter(shape, ear) for block in ear.readers})
@@ -5542,10 +5548,11 @@ class Refiner(Feature):
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
-        width, heads = shape.d_z, shape.latent_refiner_heads
+        self.config = self.Config.of(shape.settings)
+        width, heads = shape.settings.d_z, self.config.latent_refiner_heads
         if width % heads:
             raise LatentWireError(f"--d_z {width} is not divisible by --latent_refiner_heads {heads}")
-        self.blocks = transformer(width, heads, shape.latent_refiner_layers)
+        self.blocks = transformer(width, heads, self.config.latent_refiner_layers)
         self.blocks.norm = None
         for block in self.blocks.layers:
             zeroed(block.self_attn.out_proj)
@@ -5563,30 +5570,34 @@ class Bridge(nn.Module):
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
         self.shape = shape
-        self.encoder = ENCODERS[shape.encoder](shape)
-        self.pooler = POOLERS[shape.pooler](shape)
-        last = nn.Linear(shape.width, shape.d_z)
-        self.start = StartPath(shape) if shape.init != "none" else None
-        self.to_wire = nn.Sequential(nn.LayerNorm(shape.width), zeroed(last) if self.start is not None else last)
-        self.wire_norm = nn.LayerNorm(shape.d_z, elementwise_affine=False)  # latents of unit size survive any codec
+        self.encoder = ENCODERS[shape.settings.encoder](shape)
+        self.pooler = POOLERS[shape.settings.pooler](shape)
+        last = nn.Linear(shape.settings.width, shape.settings.d_z)
+        self.start = StartPath(shape) if shape.settings.init != "none" else None
+        self.to_wire = nn.Sequential(
+            nn.LayerNorm(shape.settings.width), zeroed(last) if self.start is not None else last
+        )
+        self.wire_norm = nn.LayerNorm(
+            shape.settings.d_z, elementwise_affine=False
+        )  # latents of unit size survive any codec
         self.refining = take(self, "message", shape)
         self.ears: Any = nn.ModuleList(ReceiverHead(shape, ear) for ear in shape.ears)
-        self.ratio: float | None = shape.ratio[-1] if shape.ratio else None
+        self.ratio: float | None = shape.settings.ratio[-1] if shape.settings.ratio else None
         self.quantize = False  # whether latents pass through the codec in training
         self.wants_windows = self.pooler.per_window  # whether states need character spans
         copies = self.start is not None and self.start.ridge is None
         # Whether the sender's side needs the first receiver's tokenizer and embeddings.
-        self.wants_heard = self.wants_windows and (copies or shape.windows_on == "receiver")
+        self.wants_heard = self.wants_windows and (copies or shape.settings.windows_on == "receiver")
 
     def windows(self, states: States, ratio: float | None = None) -> Windows:
         """The windows that the pooler means one latent of; ``ratio`` overrides."""
-        return Windows.cut(states, self.shape.windows_on, self.shape.latent_len, ratio or self.ratio)
+        return Windows.cut(states, self.shape.settings.windows_on, self.shape.settings.latent_len, ratio or self.ratio)
 
     def encode(self, states: States, name: str = "", ear: int = 0) -> Message:
         """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w); ``ear`` matters where latents are private."""
         windows = self.windows(states) if self.wants_windows else None
         latents, mask = self.write(states, windows, ear), windows.mask if windows else None
-        codec = self.shape.codec
+        codec = self.shape.settings.codec
         return Message(CODECS[codec]().through(latents) if self.quantize else latents, codec, name, mask)
 
     def write(self, states: States, windows: Windows | None, ear: int = 0) -> Tensor:
@@ -5626,10 +5637,10 @@ class Bridge(nn.Module):
         self.eval()
         if 0 in fresh:
             heard = torch.cat([tokens[0].embeds[tokens[0].mask] for _, tokens in seen])
-            if self.shape.d_z < heard.shape[1]:
+            if self.shape.settings.d_z < heard.shape[1]:
                 path.mean.copy_(heard.mean(0))
                 spread = (heard - path.mean).double()  # eigh has all components, however few tokens there are
-                path.down.copy_(torch.linalg.eigh(spread.T @ spread)[1].flip(1)[:, : self.shape.d_z])
+                path.down.copy_(torch.linalg.eigh(spread.T @ spread)[1].flip(1)[:, : self.shape.settings.d_z])
             path.size.copy_(((heard - path.mean) @ path.down).square().mean().sqrt())
             self.ears[0].adapter.start(path.down * path.size, path.mean)
         cuts = [self.windows(states, 1.0 if 0 in fresh else None) for states, _ in seen]
@@ -5657,7 +5668,7 @@ class Bridge(nn.Module):
 
     def language(self, ear: int) -> str:
         """Names what a receiver's messages are written in: the weights that write, and whose private latents are there."""
-        return self.fingerprint(shared=True) + (f"-{ear}" if self.shape.latent_private_len else "")
+        return self.fingerprint(shared=True) + (f"-{ear}" if self.shape.settings.latent_private_len else "")
 
 
 def ridge_map(x: Tensor, y: Tensor, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
@@ -6267,7 +6278,7 @@ class GistError(Loss):
         wanted, mask = batch.embedded([batch.receiver.ids(text)[: made.shape[1]] for text in batch.texts])
         if keys:  # drawn for the longest target, so that a row's own follow from its key alone
             draws = [torch.rand(made.shape[1], generator=torch.Generator().manual_seed(key ^ 2)) for key in keys]
-            kept = torch.stack(draws)[:, : mask.shape[1]] >= batch.bridge.shape.gist_mask_prob
+            kept = torch.stack(draws)[:, : mask.shape[1]] >= head.config.gist_mask_prob
             mask = mask & kept.to(mask.device)
         return distance(made[:, : wanted.shape[1]], wanted, "mse", mask)
 
@@ -7496,7 +7507,12 @@ def shape_in(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BridgeS
         raise ValueError("the bridge has other receivers")
     if max(shape.layers) > state["sender"].get("layers", math.inf):
         raise ValueError(f"it reads layer {max(shape.layers)} of {state['sender']['layers']}")
-    loops = (shape.depth, shape.latent_refiner_layers, len(shape.ears), *(len(ear.readers) for ear in shape.ears))
+    loops = (
+        shape.settings.depth,
+        Refiner.Config.of(shape.settings).latent_refiner_layers,
+        len(shape.ears),
+        *(len(ear.readers) for ear in shape.ears),
+    )
     if max(loops) > len(tensors):  # building costs time even without memory
         raise ValueError(f"{max(loops)} parts of {len(tensors)} tensors")
     with torch.device("meta"):
@@ -7571,7 +7587,7 @@ class Checkpoint:
             shape = shape_in(self.state, self.tensors["bridge"])
             trained = TrainSettings(**{**self.state["settings"], **TRUST})
             own = BridgeShape.parts_of(trained)
-            differing = [name for name in PartSettings.fields() if getattr(own, name) != getattr(shape.own, name)]
+            differing = [name for name in PartSettings.fields() if getattr(own, name) != getattr(shape.settings, name)]
             if differing:
                 raise ValueError(f"its shape and its settings differ in {', '.join(differing)}")
         except (AttributeError, LatentWireError, *UNFIT) as error:
@@ -7924,8 +7940,8 @@ class Receiver:
         """Messages written by this very bridge → one batch of soft prompts (B, K, D_r)."""
         assert self.bridge is not None
         shape, free = self.bridge.shape, self.bridge.wants_windows
-        count = None if free and self.bridge.ratio else shape.latent_len
-        wanted = Wanted(self.name, shape.d_z, count, free)
+        count = None if free and self.bridge.ratio else shape.settings.latent_len
+        wanted = Wanted(self.name, shape.settings.d_z, count, free)
         messages = [Message.from_bytes(item, wanted) for item in data]
         latents, mask = padded([message.latents[0] for message in messages])
         return self.bridge.decode(replace(messages[0], latents=latents, mask=mask if free else None), self.ear)
@@ -8125,7 +8141,7 @@ class EvalContext(Silent):
 
     def wrap(self, latents: Tensor) -> bytes:
         """Other latents (K, D_w) through the same door."""
-        return Message(latents[None], self.bridge.shape.codec, self.receiver.name).to_bytes()
+        return Message(latents[None], self.bridge.shape.settings.codec, self.receiver.name).to_bytes()
 
 
 def at_hand(setup: Setup, asked: AskedSettings) -> set[str]:
@@ -8370,10 +8386,10 @@ class EmbedAdapter(EmbedMethod):
         """As many even means as there are latents."""
         found, bridge = super().soft(examples), self.context.bridge
         assert found.mask is not None
-        count = min(bridge.shape.latent_len, found.embeds.shape[1])
+        count = min(bridge.shape.settings.latent_len, found.embeds.shape[1])
         shares = partition_mask(found.mask, count, count).float()
-        latents = weighted_mean(shares, found.embeds)[..., : bridge.shape.d_z]
-        latents = F.pad(latents, (0, bridge.shape.d_z - latents.shape[-1]))
+        latents = weighted_mean(shares, found.embeds)[..., : bridge.shape.settings.d_z]
+        latents = F.pad(latents, (0, bridge.shape.settings.d_z - latents.shape[-1]))
         return bridge.ears[self.context.receiver.ear](F.layer_norm(latents, latents.shape[-1:]), shares.sum(-1) > 0)
 
 
@@ -8821,7 +8837,7 @@ def compare(by_method: RowsOf, headline: str, seed: int, facts: Row | None = Non
 def check_asked(settings: EvalSettings, trained: TrainSettings, bridge: Bridge, sender: Reader, anchor: str) -> None:
     """Flags that repeat what the checkpoint knows may never contradict it."""
     shape = bridge.shape
-    known = {"soft_tokens": shape.latent_len, "calibration": shape.calibration, "anchor_text": anchor}
+    known = {"soft_tokens": shape.settings.latent_len, "calibration": shape.settings.calibration, "anchor_text": anchor}
     for name, value in known.items():
         asked_for = getattr(settings, name)
         if asked_for is not None and str(asked_for).rstrip(" ") != str(value):
@@ -8898,8 +8914,8 @@ def open_context(settings: EvalSettings, checkpoint: Checkpoint, ear: int = 0) -
     """Bridge, models and rows for an evaluation with one of its receivers."""
     bridge, trained, task = checkpoint.bridge(), checkpoint.settings, checkpoint.state["task"]
     if settings.codec:
-        own = bridge.shape.own.model_copy(update={"codec": CODECS.name_of(settings.codec)})
-        bridge.shape = replace(bridge.shape, own=own)
+        own = bridge.shape.settings.model_copy(update={"codec": CODECS.name_of(settings.codec)})
+        bridge.shape = replace(bridge.shape, settings=own)
     run = evaluated_settings(settings, trained, task["words"])
     part = make_task(run)
     splits, source, overlap = evaluated_rows(settings, part, run, trained, task["train_digest"])
@@ -8939,7 +8955,7 @@ def named_methods(words: Iterable[str]) -> set[str]:
 
 def results_file(folder: Path, settings: EvalSettings, context: EvalContext) -> Path:
     """``results.json`` for the run's own test rows, else named by data set or split; never another bridge's file."""
-    run, codec, home = context.settings, context.bridge.shape.codec, folder / "config.json"
+    run, codec, home = context.settings, context.bridge.shape.settings.codec, folder / "config.json"
     trained = json_in(home).get("dataset") if home.exists() else run.dataset
     rows = "-validation" if settings.split == "validation" else ""
     other = f"-{context.setup.part.name or 'own'}" if run.dataset != trained else rows
@@ -9370,7 +9386,7 @@ def planned_evaluation(
     settings: EvalSettings, checkpoint: Checkpoint, context: EvalContext, made_with: Row, report: Report
 ) -> EvaluationPlan:
     """One receiver's part of an evaluation, up to its first answer."""
-    run, setup, state, codec = context.settings, context.setup, checkpoint.state, context.bridge.shape.codec
+    run, setup, state, codec = context.settings, context.setup, checkpoint.state, context.bridge.shape.settings.codec
     if settings.codec and CODECS.name_of(settings.codec) == CODECS.name_of(run.codec):
         settings = settings.model_copy(update={"codec": None})  # the run's own, said aloud
     weights, both = context.bridge.fingerprint(), [codec, settings.token_budget_k]
@@ -9395,7 +9411,7 @@ def planned_evaluation(
         about = {
             "checkpoint": str(checkpoint.folder), "record_key": key, "record_keys": keys, "asked": asked,
             "bridge": weights, "language": context.receiver.name, "codec": codec, "step": state["progress"]["step"],
-            "sender": state["sender"], "task": state["task"], "latent_len": context.bridge.shape.latent_len,
+            "sender": state["sender"], "task": state["task"], "latent_len": context.bridge.shape.settings.latent_len,
             "layers": list(context.bridge.shape.layers), "sender_texts_cut": context.store.truncated,
         }  # fmt: skip
         facts = facts_of(context, settings.split, {**made_with, **about})
@@ -9482,7 +9498,9 @@ def save_artifacts(context: EvalContext, path: Path, count: int, looked_at: int 
             context.writer.message(texts, context.receiver.name, context.receiver.ear)
         spans = context.writer.spans(texts)
         about["tokens"] = [[text[a:b] for a, b in own] for text, own in zip(texts, spans, strict=True)]
-        parts = [torch.stack([*one], 1) for one in batches(seen, context.bridge.shape.depth)]  # shared and private
+        parts = [
+            torch.stack([*one], 1) for one in batches(seen, context.bridge.shape.settings.depth)
+        ]  # shared and private
         tensors["attention"] = torch.cat(parts, 3).half().cpu()
     write_atomic(path, save(tensors, {"about": json.dumps(about)}))
 
@@ -10568,7 +10586,7 @@ class Bench:
         self.asked, self.stores = asked, dict[tuple[str, ...], StateStore]()
         self.timed = Timed(own.prompting, own.bridge, own.max_new_tokens, own.how)
         self.settings = context.settings.model_copy(update={"state_cache": "memory", "max_tokens": 10**6})
-        self.evaluation = context.asked.model_copy(update={"token_budget_k": self.bridge.shape.latent_len})
+        self.evaluation = context.asked.model_copy(update={"token_budget_k": self.bridge.shape.settings.latent_len})
         # what the bridge reads may be a sender of its own: without the blocks above, with LoRA where it was trained so
         self.models = dict.fromkeys((self.sender, setup.sender, self.receiver))
         for lm in self.models:
@@ -10915,7 +10933,7 @@ def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
         results: dict[str, Any] = nameless({
             "schema": 1, "sender": bench.sender.identity(), "receiver": bench.receiver.identity(), "dtype": str(dtype),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, "engine": "eager",
-            "limits": limits, "input_tokens": asked.input_tokens, "soft_tokens": bench.bridge.shape.latent_len,
+            "limits": limits, "input_tokens": asked.input_tokens, "soft_tokens": bench.bridge.shape.settings.latent_len,
             "layers": bench.bridge.shape.layers,
             "provenance": environment() | {"settings": asked.model_dump(mode="json")},
         })  # fmt: skip

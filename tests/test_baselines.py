@@ -764,7 +764,7 @@ def test_a_trained_bridge_is_trained_with_the_seed_it_is_asked(toy, tmp_path):
         contest.home = tmp_path / str(seed)
         inner = lw.METHODS["linear_bridge"](contest).inner
         seeds.append(inner.context.settings.seed)
-        assert inner.context.bridge.shape.latent_len == 3 and inner.context.setup.sender.name == "tiny-llama"
+        assert inner.context.bridge.shape.settings.latent_len == 3 and inner.context.setup.sender.name == "tiny-llama"
         assert inner.context.examples == toy.examples
         assert {e.id for e in inner.context.setup.splits["train"]} <= {e.id for e in toy.setup.splits["train"]}
         languages.add(inner.context.bridge.fingerprint())
@@ -1259,7 +1259,7 @@ def test_without_names_an_evaluation_runs_its_usual_methods(channel):
 def test_beside_a_bridge_budgets_are_those_of_its_message(channel):
     example = channel.examples[0]
     long = replace(example, context="ab" * 2000)
-    assert channel.kept(example) == channel.bridge.shape.latent_len == channel.slots
+    assert channel.kept(example) == channel.bridge.shape.settings.latent_len == channel.slots
     size = len(channel.messages[channel.position[example.id]])
     assert lw.METHODS["byte_budget"](channel).contexts([long]) == [long.context[:size]]
     assert channel.speaker is not channel.setup.sender or len(channel.setup.sender.blocks) == 2

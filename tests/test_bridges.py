@@ -144,7 +144,9 @@ def test_tokenizers_that_trim_offsets_lose_no_token(on: str) -> None:
     assert (2, 2) in made.receiver.tokenizer("a  b", return_offsets_mapping=True).offset_mapping
     spans = made.receiver.pieces("two  blanks")[1]
     assert [b for _, b in spans] == [a for a, _ in spans[1:]] + [11] and all(a < b for a, b in spans)
-    made.bridge.shape = replace(made.bridge.shape, own=made.bridge.shape.own.model_copy(update={"windows_on": on}))
+    made.bridge.shape = replace(
+        made.bridge.shape, settings=made.bridge.shape.settings.model_copy(update={"windows_on": on})
+    )
     made.prepare()
     made.bridge.eval()
     if on == "receiver":

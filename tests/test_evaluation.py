@@ -181,7 +181,11 @@ def test_probe_equals_scikit_learn_called_directly(channel):
 
 def test_bytes_are_those_of_the_message(channel):
     answer = lw.BridgeMethod(channel).answers(channel.examples[:1])[0]
-    assert answer.nbytes == len(channel.messages[0]) > channel.bridge.shape.latent_len * channel.bridge.shape.d_z * 2
+    assert (
+        answer.nbytes
+        == len(channel.messages[0])
+        > channel.bridge.shape.settings.latent_len * channel.bridge.shape.settings.d_z * 2
+    )
 
 
 @pytest.mark.parametrize(

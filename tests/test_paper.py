@@ -944,7 +944,7 @@ def test_artefacts_are_the_messages_and_where_they_looked(real):
         sent = lw.Message.from_bytes(channel.messages[i]).latents[0].float().numpy()
         np.testing.assert_allclose(arrays["latents"][i], sent, atol=2e-3)
     maps = arrays["attention"]
-    assert maps.shape[:1] == (20,) and maps.shape[3] == channel.bridge.shape.latent_len
+    assert maps.shape[:1] == (20,) and maps.shape[3] == channel.bridge.shape.settings.latent_len
     for i, tokens in enumerate(about["tokens"]):
         assert "".join(tokens) == channel.text(channel.examples[i])
         np.testing.assert_allclose(maps[i, :, :, :, : len(tokens)].sum(-1), 1, atol=2e-3)

@@ -41,7 +41,7 @@ class Halved(lw.HiddenEncoder):
 
     def __init__(self, shape):
         super().__init__(shape)
-        self.shrink = self.Config.of(shape.own).shrink
+        self.shrink = self.Config.of(shape.settings).shrink
 
     def forward(self, states):
         return super().forward(states) * self.shrink
@@ -58,8 +58,8 @@ class Strided(lw.Pooler):
 
     def __init__(self, shape):
         super().__init__(shape)
-        self.stride = self.Config.of(shape.own).stride
-        self.slots = nn.Parameter(torch.randn(shape.latent_len, shape.width))
+        self.stride = self.Config.of(shape.settings).stride
+        self.slots = nn.Parameter(torch.randn(shape.settings.latent_len, shape.settings.width))
 
     def forward(self, tokens, mask, windows=None, ear=0):
         tokens, mask = tokens[:, :: self.stride], mask[:, :: self.stride, None].float()
@@ -77,7 +77,7 @@ class Gated(lw.Adapter):
 
     def __init__(self, shape, ear):
         super().__init__(shape, ear)
-        self.gate = nn.Parameter(torch.tensor(self.Config.of(shape.own).gate_start))
+        self.gate = nn.Parameter(torch.tensor(self.Config.of(shape.settings).gate_start))
 
     def raw(self, latents):
         return super().raw(latents) * self.gate
@@ -97,7 +97,7 @@ class Shift(lw.Feature):
 
     def __init__(self, shape):
         super().__init__()
-        self.by = nn.Parameter(torch.full((shape.d_z,), self.Config.of(shape.own).shift_start))
+        self.by = nn.Parameter(torch.full((shape.settings.d_z,), self.Config.of(shape.settings).shift_start))
 
     def forward(self, latents, mask, keys=()):
         return latents + self.by

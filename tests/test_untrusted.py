@@ -849,7 +849,7 @@ class Mine(lw.Pooler):
 
     def __init__(self, shape):
         super().__init__(shape)
-        self.own = nn.Parameter(lw.torch.randn(shape.latent_len, shape.width))
+        self.own = nn.Parameter(lw.torch.randn(shape.settings.latent_len, shape.settings.width))
 
     def forward(self, tokens, mask, windows=None, ear=0):
         weights = mask[..., None].float()
