@@ -8661,9 +8661,7 @@ def check_kept(path: Path, rows: RowsByExample, examples: Iterable[Example]) -> 
             )
 
 
-def compute_rows(
-    method: Method, examples: Sequence[Example], size: int, save: Callable[[list[dict[str, Any]]], None]
-) -> None:
+def compute_rows(method: Method, examples: Sequence[Example], size: int, save: Callable[[list[Row]], Any]) -> None:
     """Answer all ``examples``, short texts first; one that fails is a row with its error, never a missing row."""
     part, said = method.context.setup.part, method.context.receiver.prompting.answer_token_ids
     for group in batches(sorted(examples, key=lambda e: len(e.context)), size):
@@ -9204,7 +9202,7 @@ def keep(method: Method, key: str, done: dict[str, dict[str, Any]], where: Path,
         method.context.tick(f"evaluating {method.name}", len(done), len(method.context.examples))
 
 
-def run_methods(context: EvalContext, keys: Mapping[str, str], where: Path) -> dict[str, list[dict[str, Any]]]:
+def run_methods(context: EvalContext, keys: Mapping[str, str], where: Path) -> RowsOf:
     """Rows by method, each with its record key, in the order of the examples; finished rows are never computed again."""
     examples, asked, by_method = context.examples, context.asked, rows_at_hand(context, keys, where)
     named = {METHODS.name_of(word) for word in asked.methods or () if word in METHODS}
@@ -9378,14 +9376,10 @@ def unfinished(checkpoint: Checkpoint) -> str:
     return f"training stopped at step {newest} of {steps} (go on: {go_on})"
 
 
-# what ``measure`` needs: an evaluation's facts, those of an earlier one that it goes on from, the file of the results
-EvaluationPlan = tuple[dict[str, Any], Row, Path]
-
-
 def planned_evaluation(
     settings: EvalSettings, checkpoint: Checkpoint, context: EvalContext, made_with: Row, report: Report
-) -> EvaluationPlan:
-    """One receiver's part of an evaluation, up to its first answer."""
+) -> tuple[dict[str, Any], Row, Path]:
+    """One receiver's part of an evaluation, up to its first answer: its facts, those of one before that it adds to, its file."""
     run, setup, state, codec = context.settings, context.setup, checkpoint.state, context.bridge.shape.settings.codec
     if settings.codec and CODECS.name_of(settings.codec) == CODECS.name_of(run.codec):
         settings = settings.model_copy(update={"codec": None})  # the run's own, said aloud
@@ -9424,7 +9418,7 @@ def planned_evaluation(
 
 def measure(
     context: EvalContext, facts: dict[str, Any], earlier: Row, output: Path, report: Report
-) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+) -> tuple[dict[str, Any], RowsOf]:
     """Run methods, keep records and facts in the folder of ``output``, and write there the results made of them.
 
     ``earlier`` are the facts of an evaluation that asked the same, whose methods stay.
@@ -9441,7 +9435,8 @@ def measure(
         raise LatentWireError(f"no method ran; {name}: {context.skipped[name]}")
     facts |= {"order": [*rows], "skipped": context.skipped}
     if kept := kept_rows(output.parent, context.examples, earlier, rows):
-        rows = {name: (rows | kept)[name] for name in in_order([*rows, *kept])}
+        both = {**rows, **kept}
+        rows = {name: both[name] for name in in_order(both)}
         known = {name: earlier["provenance"]["record_keys"][name] for name in kept}
         for field in ("kind", "drawn"):
             own = {name: earlier[field][name] for name in kept if name in earlier.get(field, {})}
@@ -9453,9 +9448,7 @@ def measure(
     return results, rows
 
 
-def kept_rows(
-    where: Path, examples: Sequence[Example], earlier: Row, ran: Iterable[str]
-) -> dict[str, list[dict[str, Any]]]:
+def kept_rows(where: Path, examples: Sequence[Example], earlier: Row, ran: Iterable[str]) -> RowsOf:
     """Whole rows of an earlier evaluation's other methods; a control's failed ones as well, or the verdict would forget it."""
     path, keys = where / "records.jsonl", earlier.get("provenance", {}).get("record_keys", {})
     wanted = {name: keys[name] for name in earlier.get("order", ()) if name in keys and name not in {*ran}}
@@ -9522,9 +9515,8 @@ class ProbeMethod(Method):
     Logistic regression on standardised states; C and the best layer and pooling by cross-validation.
     """
 
-    bridged, trained = False, True
+    bridged, trained, own = False, True, ("probe_layers", "pooling")
     needs: ClassVar[tuple[str, ...]] = ("classes", "train rows", "states")
-    own = ("probe_layers", "pooling")
     role: ClassVar[str] = "sender"
     CS: ClassVar[tuple[float, ...]] = (0.001, 0.01, 0.1, 1.0)
     MOST_BYTES: ClassVar[int] = 4_000_000_000  # larger features are reduced to 512 principal components, batch by batch
@@ -10190,8 +10182,7 @@ class LoraRival(TunedMethod):
 class PromptTuning(TunedMethod):
     """K trained soft tokens (Lester et al. 2021) before the full text: the answer's form is learned."""
 
-    rates, relative = (1e-1, 3e-1, 3e-2), True
-    own = (*TunedMethod.own, "soft_tokens")
+    rates, relative, own = (1e-1, 3e-1, 3e-2), True, (*TunedMethod.own, "soft_tokens")
     prompt: Any = None
 
     def begin(self) -> dict[str, nn.Parameter]:
@@ -10380,8 +10371,10 @@ def context_of(settings: BaselineSettings, dataset: str, seed: int) -> EvalConte
     return EvalContext(setup, run, settings.model_copy(update={"seed": seed}), end)
 
 
-def planned_rivals(context: EvalContext, names: Sequence[str], made_with: Row, report: Report) -> EvaluationPlan:
-    """One data set and seed, up to the first answer."""
+def planned_rivals(
+    context: EvalContext, names: Sequence[str], made_with: Row, report: Report
+) -> tuple[dict[str, Any], Row, Path]:
+    """One data set and seed, up to the first answer: facts, none of before, and the file of the results."""
     setup, asked, run = context.setup, context.asked, context.settings
     key = record_base(context, made_with, run.max_tokens)
     report.say(f"{setup.part.name or run.dataset}: {len(context.examples)} rows of {setup.source}, "
