@@ -9886,20 +9886,16 @@ class LLMLingua(Compressed):
     """LLMLingua's own package with the sender as its model; a rate is searched that meets the budget."""
 
     needs: ClassVar[tuple[str, ...]] = ("llmlingua",)
+    options: ClassVar[Row] = {"iterative_size": 0, "concate_question": False}  # a question may steer, but is left out
 
     @functools.cached_property
     def compressor(self) -> Any:
         """The package's object."""
         return prompt_compressor(self.model)
 
-    def once(self, example: Example, rate: float) -> str:
-        """The context at one nominal rate."""
-        how = {"rate": rate, **self.how(example, rate)}
-        return str(self.compressor.compress_prompt(self.pieces(example.context), **how)["compressed_prompt"]).strip()
-
     def how(self, example: Example, rate: float) -> dict[str, Any]:
-        """The package's options; the question may steer, but is left out."""
-        return {"iterative_size": 0, "concate_question": False}
+        """The package's options."""
+        return dict(self.options)
 
     def pieces(self, context: str) -> list[str]:
         """What the package sees as documents."""
@@ -9911,7 +9907,8 @@ class LLMLingua(Compressed):
         low, under, high, over = 0.0, -float(budget), 1.0, float(len(lm.ids(example.context)) - budget)
         for _ in range(8):
             rate = low + (high - low) * under / (under - over)
-            text = self.once(example, rate)
+            told = self.compressor.compress_prompt(self.pieces(example.context), rate=rate, **self.how(example, rate))
+            text = str(told["compressed_prompt"]).strip()
             gap = len(lm.ids(text)) - budget
             found.append((abs(gap), text))
             if abs(gap) <= 0.05 * budget:
@@ -9946,7 +9943,7 @@ class LongLLMLingua(LLMLingua):
 class LLMLingua2(LLMLingua):
     """LLMLingua-2 (Pan et al. 2024): a token classifier, whose weights --llmlingua2_model names."""
 
-    own, needs = (*LLMLingua.own, "llmlingua2_model"), ("llmlingua", "llmlingua2_model")
+    own, needs, options = (*LLMLingua.own, "llmlingua2_model"), ("llmlingua", "llmlingua2_model"), {}
 
     @functools.cached_property
     def compressor(self) -> Any:
@@ -9970,10 +9967,6 @@ class LLMLingua2(LLMLingua):
             cudnn.deterministic, cudnn.benchmark = before[2:4]
             os.environ.pop("PYTHONHASHSEED", None)
             os.environ.update(before[4])
-
-    def how(self, example: Example, rate: float) -> dict[str, Any]:
-        """None beside the rate."""
-        return {}
 
 
 @METHODS.register("ensemble")
@@ -10215,16 +10208,18 @@ add_variant(
 
 class TrainedBridge(Method):
     """A bridge of another kind, trained in a folder of its own on the same rows, in ``eval`` with the steps of the bridge
-    beside it (where ``rival_steps`` are not given); ``changed`` or ``changes`` say what differs from a usual one."""
+    beside it (where ``rival_steps`` are not given)."""
 
     usual, bridged, seeded, trained = False, False, True, True
     own, needs = ("rival_steps", "rival_epochs", "rival_lrs", "soft_tokens"), ("sender", "train rows")
-    changed: ClassVar[Row] = {}
+    from_receiver: ClassVar[bool] = False  # whether the receiver reads, too
+    changed: ClassVar[Row] = {}  # settings that differ from a usual bridge
     dropped: ClassVar[frozenset[str]] = frozenset()  # settings of the bridge beside it that stay at their defaults here
 
     def changes(self) -> dict[str, Any]:
         """What differs from a usual bridge."""
-        return dict(self.changed)
+        sender = {"sender": self.context.setup.receiver.name, "receivers": None} if self.from_receiver else {}
+        return {**sender, **self.changed}
 
     @functools.cached_property
     def inner(self) -> Method:
@@ -10272,15 +10267,10 @@ class TrainedBridge(Method):
         return self.inner.answers(examples)
 
 
-@METHODS.register("same_model_bridge")
-class SameModelBridge(TrainedBridge):
-    """A bridge from the receiver to itself: what crossing over to another model family costs."""
-
-    def changes(self) -> dict[str, Any]:
-        """The receiver reads."""
-        return {"sender": self.context.setup.receiver.name, "receivers": None}
-
-
+add_variant(
+    "same_model_bridge", TrainedBridge, "A bridge from the receiver to itself: what crossing over to another model family costs.",
+    from_receiver=True,
+)  # fmt: skip
 add_variant(
     "linear_bridge", TrainedBridge,
     "Means of sender states through linear maps and their norms alone: what attention adds to a bridge.",
