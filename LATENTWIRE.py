@@ -3198,19 +3198,20 @@ class OwnFile(Task):
             return tuple(dict.fromkeys(self.meaning.values()))
         if names := self.table.names.get(self.used["label"]):
             return names
-        few = len(words) <= max(min(20, len(values) // 5), min(1000, len(values) // 10))
-        if few and distinct:
-            if len(distinct) > 20 and distinct[-1] - distinct[0] >= 2 * len(distinct) + 1:  # sums, years: no classes
-                return ()
-            truths = all(isinstance(v, bool) or str(v).strip().casefold() in ("true", "false") for v in values)
-            shown = ["false", "true"][: len(distinct)] if truths else [f"{n:g}" for n in distinct]
-            ends = ", ".join(shown if len(shown) <= 12 else [*shown[:5], "...", shown[-1]])
-            example = ",".join(["negative", "positive"] if len(distinct) == 2 else ["first", "second", "third", "..."])
-            raise LatentWireError(
-                f"{self.path}: the labels are numbers ({ends}); say what they mean in their order, "
-                f"such as --labels {example}, or one by one, such as --labels {shown[0]}=...,{shown[-1]}=..."
-            )
-        return tuple(sorted(words)) if few else ()
+        if len(words) > max(min(20, len(values) // 5), min(1000, len(values) // 10)):
+            return ()
+        if not distinct:
+            return tuple(sorted(words))
+        if len(distinct) > 20 and distinct[-1] - distinct[0] >= 2 * len(distinct) + 1:  # sums and years are no classes
+            return ()
+        truths = all(str(value).strip().casefold() in ("true", "false") for value in values)
+        shown = ["false", "true"][: len(distinct)] if truths else [f"{n:g}" for n in distinct]
+        ends = ", ".join(shown if len(shown) <= 12 else [*shown[:5], "...", shown[-1]])
+        example = "negative,positive" if len(distinct) == 2 else "first,second,third,..."
+        raise LatentWireError(
+            f"{self.path}: the labels are numbers ({ends}); say what they mean in their order, "
+            f"such as --labels {example}, or one by one, such as --labels {shown[0]}=...,{shown[-1]}=..."
+        )
 
     def mapped(self, asked: Sequence[str], numbers: Sequence[float], words: Iterable[str]) -> dict[str, str]:
         """What each label of the file means: ``--labels`` in the order of the values, or value by value."""
