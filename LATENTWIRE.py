@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "torch>=2.8,<3", "transformers>=5.0,<6", "datasets>=4.0", "safetensors>=0.5", "gguf>=0.17",
-#   "tokenizers>=0.21", "accelerate>=1.10", "peft>=0.17",
+#   "tokenizers>=0.21", "accelerate>=1.10", "psutil>=6", "peft>=0.17",
 #   "pydantic>=2.11", "typer>=0.20", "rich>=14", "pyyaml>=6", "numpy>=2", "scipy>=1.15", "scikit-learn>=1.6",
 #   "pandas>=2.2", "statsmodels>=0.14",
 #   "matplotlib>=3.10", "jinja2>=3.1", "pyarrow>=20",
