@@ -10444,7 +10444,7 @@ USUAL_ARMS = ("bridge", CACHED, "text", "text_relay:1", "text_relay:8", "text_re
 
 
 def random_lm(name: str, settings: ModelSettings) -> LM:
-    """A model of a known shape with random weights, made on its device; it has byte tokens and says nothing of use."""
+    """A model of a shape in ``ARCHITECTURES``, with random weights and byte tokens; another name is a LatentWireError."""
     if name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise LatentWireError(f"--random_weights {name}: unknown{suggest(name, ARCHITECTURES)} (known: {known})")
@@ -10467,49 +10467,49 @@ class Pass:
     heads: float = 1
 
     def cost(self) -> tuple[float, float]:
-        """(bytes of weights read, operations): each weight once, two per weight and token; attention adds below 1 %."""
+        """(bytes of weights read, FLOP): each weight once, two FLOP per weight and token; attention adds below 1 %."""
         weights = [p for block in self.lm.blocks[: self.blocks] for p in block.parameters()]
         tables = [self.lm.head.weight] if self.heads else []
-        work = self.tokens * sum(p.numel() for p in weights) + self.heads * sum(p.numel() for p in tables)
-        return sum(p.nbytes for p in (*weights, *tables)), 2.0 * self.rows * work
+        flop = self.tokens * sum(p.numel() for p in weights) + self.heads * sum(p.numel() for p in tables)
+        return sum(p.nbytes for p in (*weights, *tables)), 2.0 * self.rows * flop
 
     def floor(self, limits: Mapping[str, float]) -> float:
-        """Seconds below which it cannot go: reading its weights or multiplying, whichever takes longer (roofline)."""
-        size, work = self.cost()
-        return max(size / limits["bytes_per_s"], work / limits["flop_per_s"])
+        """Seconds that it takes at least: of reading weights and multiplying the longer (roofline; Williams et al. 2009)."""
+        weight_bytes, flop = self.cost()
+        return max(weight_bytes / limits["bytes_per_s"], flop / limits["flop_per_s"])
 
 
-def once(run: Callable[[], Any]) -> float:
+def seconds_of(run: Callable[[], Any]) -> float:
     """Seconds of a call, the devices' queues empty before and after."""
     started = synchronized_time()
     run()
     return synchronized_time() - started
 
 
-def race(runs: Mapping[str, Callable[[], Any]], asked: BenchmarkSettings) -> dict[str, list[float]]:
+def race(runs: Mapping[str, Callable[[], Any]], settings: BenchmarkSettings) -> dict[str, list[float]]:
     """Seconds of each trial; all take turns and are slowed alike. --max_seconds ends a slow one, but not before ten."""
     for run in runs.values():
-        for _ in range(asked.warmup):
+        for _ in range(settings.warmup):
             run()
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(asked.num_trials):
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(settings.num_trials):
         for name, run in runs.items():
-            if len(found[name]) < LEAST_TRIALS or sum(found[name]) < asked.max_seconds:
-                found[name].append(once(run))
-    return found
+            if len(seconds[name]) < LEAST_TRIALS or sum(seconds[name]) < settings.max_seconds:
+                seconds[name].append(seconds_of(run))
+    return seconds
 
 
 @functools.cache
 def device_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes moved per second by a matrix-vector product, a sum or a copy, the fastest; operations per second of a product."""
+    """``bytes_per_s`` of the fastest of a matrix-vector product, a sum and a copy; ``flop_per_s`` of a matrix product."""
     rows, side = (262144, 8192) if device.type == "cuda" else (16384, 2048)
-    table, one = torch.ones(rows, 4096, device=device), torch.ones(4096, 1, device=device)
-    copied, size = torch.empty_like(table), table.numel() * table.element_size()
-    moves: list[tuple[int, Callable[[], Any]]] = [(size, lambda: table @ one), (size, lambda: table.sum()),
-                                                  (2 * size, lambda: copied.copy_(table))]  # fmt: skip
-    moving = max(count / min(once(work) for _ in range(8)) for count, work in moves)
+    matrix, vector = torch.ones(rows, 4096, device=device), torch.ones(4096, 1, device=device)
+    target, size = torch.empty_like(matrix), matrix.numel() * matrix.element_size()
+    moves: list[tuple[int, Callable[[], Any]]] = [(size, lambda: matrix @ vector), (size, lambda: matrix.sum()),
+                                                  (2 * size, lambda: target.copy_(matrix))]  # fmt: skip
+    bytes_per_s = max(count / min(seconds_of(work) for _ in range(8)) for count, work in moves)
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in "ab")
-    return {"bytes_per_s": moving, "flop_per_s": 2.0 * side**3 / min(once(lambda: a @ b) for _ in range(8))}
+    return {"bytes_per_s": bytes_per_s, "flop_per_s": 2.0 * side**3 / min(seconds_of(lambda: a @ b) for _ in range(8))}
 
 
 def arm_of(name: str) -> type[Method]:
@@ -10517,28 +10517,28 @@ def arm_of(name: str) -> type[Method]:
     return METHODS[name.removesuffix(":cached")]
 
 
-def arm_names(asked: BenchmarkSettings) -> list[str]:
+def arm_names(settings: BenchmarkSettings) -> list[str]:
     """What was asked for, else the usual arms; ``relay:8`` means ``text_relay:8``."""
-    words = [re.sub("^relay:", "text_relay:", word) for word in asked.arms or USUAL_ARMS]
-    return [word if word == CACHED else METHODS.name_of(word) for word in words]
+    names = [re.sub("^relay:", "text_relay:", name) for name in settings.arms or USUAL_ARMS]
+    return [name if name == CACHED else METHODS.name_of(name) for name in names]
 
 
-def arms_of(asked: BenchmarkSettings, setup: Setup) -> list[str]:
-    """Those of them that can run here: nothing is trained, and the receiver answers."""
-    names = arm_names(asked)
-    settings, suited = EvalSettings(methods=names), list[str]()
-    for name, part in zip(names, map(arm_of, names), strict=True):
-        if part.suits(setup, settings) and not part.trained and getattr(part, "role", "receiver") == "receiver":
-            suited.append(name)
-        elif asked.arms:
+def arms_of(settings: BenchmarkSettings, setup: Setup) -> list[str]:
+    """Those of them that can run here: nothing is trained, and the receiver answers. Raises where a named one cannot."""
+    names = arm_names(settings)
+    evaluation, arms = EvalSettings(methods=names), list[str]()
+    for name, method in zip(names, map(arm_of, names), strict=True):
+        if method.suits(setup, evaluation) and not method.trained and getattr(method, "role", "receiver") == "receiver":
+            arms.append(name)
+        elif settings.arms:
             raise LatentWireError(f"--arms {name}: this benchmark cannot time it; see 'list methods'")
-    return suited
+    return arms
 
 
 class Timed(Receiver):
     """A receiver whose answers are all of one length, also those to messages that it has heard before."""
 
-    answer: int | None = None
+    answer_tokens: int | None = None
     """Tokens to generate; 0 scores the class words by their first tokens, None answers as evaluation does."""
 
     def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
@@ -10548,10 +10548,10 @@ class Timed(Receiver):
     def go_on(self, prefill: Prefill, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
         """Scored or generated, not both."""
         labels = self.prompting.label_ids
-        if self.answer is None:
+        if self.answer_tokens is None:
             return super().go_on(prefill, examples, sizes)
-        if self.answer:
-            self.lm.generate(prefill, self.answer, line=False)
+        if self.answer_tokens:
+            self.lm.generate(prefill, self.answer_tokens, line=False)
         else:
             self.lm.score(prefill, [[ids[:1] for ids in labels]] * len(examples))
         return [Answer("", (0.0,) * len(labels))] * len(examples)
@@ -10560,17 +10560,18 @@ class Timed(Receiver):
 class Bench:
     """A bridge between two models, open as evaluation opens it, and texts of one length for every method."""
 
-    def __init__(self, context: EvalContext, asked: BenchmarkSettings) -> None:
-        own, setup = context.receiver, context.setup
+    def __init__(self, context: EvalContext, settings: BenchmarkSettings) -> None:
+        listener, setup = context.receiver, context.setup
         assert isinstance(setup.sender, LM)
-        self.context, self.part, self.bridge, self.arms = context, setup.part, context.bridge, arms_of(asked, setup)
+        self.context, self.task, self.bridge, self.arms = context, setup.part, context.bridge, arms_of(settings, setup)
         self.sender, self.receiver = context.speaker, setup.receiver
-        if not self.part.words:  # there is nothing to score
-            asked = asked.model_copy(update={"answer_tokens": [*dict.fromkeys(n or 1 for n in asked.answer_tokens)]})
-        self.asked, self.stores = asked, dict[tuple[str, ...], StateStore]()
-        self.timed = Timed(own.prompting, own.bridge, own.max_new_tokens, own.how)
-        self.settings = context.settings.model_copy(update={"state_cache": "memory", "max_tokens": 10**6})
-        self.evaluation = context.asked.model_copy(update={"token_budget_k": self.bridge.shape.settings.latent_len})
+        if not self.task.words:  # there is nothing to score
+            lengths = [*dict.fromkeys(length or 1 for length in settings.answer_tokens)]
+            settings = settings.model_copy(update={"answer_tokens": lengths})
+        self.settings, self.stores = settings, dict[tuple[str, ...], StateStore]()
+        self.timed = Timed(listener.prompting, listener.bridge, listener.max_new_tokens, listener.how)
+        self.run_settings = context.settings.model_copy(update={"state_cache": "memory", "max_tokens": 10**6})
+        self.eval_settings = context.asked.model_copy(update={"token_budget_k": self.bridge.shape.settings.latent_len})
         # what the bridge reads may be a sender of its own: without the blocks above, with LoRA where it was trained so
         self.models = dict.fromkeys((self.sender, setup.sender, self.receiver))
         for lm in self.models:
@@ -10582,106 +10583,109 @@ class Bench:
         return device_limits(self.receiver.device, self.receiver.dtype)
 
     @functools.cached_property
-    def words(self) -> TokenIds:
+    def token_ids(self) -> TokenIds:
         """Sender tokens of the task's test rows, one text after the other."""
-        rows, _ = test_split(self.part, 500)
-        return self.sender.ids(" ".join(self.part.sender_text(example) for example in rows))
+        rows, _ = test_split(self.task, 500)
+        return self.sender.ids(" ".join(self.task.sender_text(example) for example in rows))
 
     def texts(self, count: int, tokens: int | None = None) -> list[str]:
         """So many texts of about so many sender tokens each; short data are used again."""
-        length = tokens or self.asked.input_tokens
-        taken = [*itertools.islice(itertools.cycle(self.words), count * length)]
-        return [self.sender.tokenizer.decode(taken[i * length : (i + 1) * length]) for i in range(count)]
+        length = tokens or self.settings.input_tokens
+        ids = [*itertools.islice(itertools.cycle(self.token_ids), count * length)]
+        return [self.sender.tokenizer.decode(ids[i * length : (i + 1) * length]) for i in range(count)]
 
     def examples(self, texts: Sequence[str]) -> list[Example]:
         """The texts as test rows."""
-        answer = self.part.words[0] if self.part.words else "yes"
+        answer = self.task.words[0] if self.task.words else "yes"
         return [Example(id=str(i), context=text, question="", answers=(answer,)) for i, text in enumerate(texts)]
 
-    def method(self, arm: str, texts: Sequence[str], answer: int | None = None) -> Method:
-        """A method as an evaluation of these texts begins with it, knowing nothing of them; ``answer`` as Timed has it."""
-        part, key, self.timed.answer = arm_of(arm), tuple(texts), answer
+    def method(self, arm: str, texts: Sequence[str], answer_tokens: int | None = None) -> Method:
+        """A method as an evaluation of these texts begins with it, knowing nothing of them; ``answer_tokens`` as in Timed."""
+        kind, key, self.timed.answer_tokens = arm_of(arm), tuple(texts), answer_tokens
         splits = {**self.context.setup.splits, "evaluated": self.examples(texts)}
-        asked = self.evaluation.model_copy(update={"relay_tokens": getattr(part, "tokens", 0) or 1})
+        settings = self.eval_settings.model_copy(update={"relay_tokens": getattr(kind, "tokens", 0) or 1})
         setup = replace(self.context.setup, splits=splits)
-        context = EvalContext(setup, self.settings, asked, self.timed, self.context.first)
+        context = EvalContext(setup, self.run_settings, settings, self.timed, self.context.first)
         context.speaker = self.sender
         if arm == CACHED:
             context.store = self.stores[key] = self.stores.get(key) or context.store
-        return part(context)
+        return kind(context)
 
     @torch.no_grad()
-    def run(self, arm: str, texts: Sequence[str], answer: int) -> None:
+    def run(self, arm: str, texts: Sequence[str], answer_tokens: int) -> None:
         """From texts to answers."""
-        method = self.method(arm, texts, answer)
+        method = self.method(arm, texts, answer_tokens)
         method.answers(method.context.examples)
 
-    def observed(self, arm: str, texts: Sequence[str], answer: int) -> tuple[list[Pass], dict[str, float]]:
+    def observed(self, arm: str, texts: Sequence[str], answer_tokens: int) -> tuple[list[Pass], dict[str, float]]:
         """The forward passes of a run, and the seconds of its parts: sender, bridge, receiver."""
-        costs, seen = Costs(), list[Pass]()
+        costs, passes = Costs(), list[Pass]()
         clock = costs.start()
 
         def begin(*_: Any) -> None:
             if arm_of(arm).bridged and "bridge" not in costs.seconds:
                 clock("bridge")
 
-        def end(lm: LM, module: Any, args: Any, named: dict[str, Any], output: Any) -> None:
+        def end(lm: LM, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             if module is lm.head:
-                seen[-1] = replace(seen[-1], heads=seen[-1].heads + output[..., 0].numel() / seen[-1].rows)
+                passes[-1] = replace(passes[-1], heads=passes[-1].heads + output[..., 0].numel() / passes[-1].rows)
             else:
-                given = next(x for x in (named.get("inputs_embeds"), named.get("input_ids"), *args) if x is not None)
+                inputs = next(x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if x is not None)
                 stopped = output is None  # where the bridge reads
                 blocks = max(self.bridge.shape.layers) if stopped else lm.n_layers
-                seen.append(Pass(lm, given.shape[0], given.shape[1], blocks, heads=0))
+                passes.append(Pass(lm, inputs.shape[0], inputs.shape[1], blocks, heads=0))
             if lm is not self.receiver:
                 clock("sender")
 
         with contextlib.ExitStack() as hooks:
             hooks.callback(self.receiver.backbone.register_forward_pre_hook(begin).remove)
-            for lm, part in itertools.product(self.models, ("backbone", "head")):
+            for lm, name in itertools.product(self.models, ("backbone", "head")):
                 hook = functools.partial(end, lm)
-                hooks.callback(getattr(lm, part).register_forward_hook(hook, with_kwargs=True, always_call=True).remove)
-            self.run(arm, texts, answer)
+                hooks.callback(getattr(lm, name).register_forward_hook(hook, with_kwargs=True, always_call=True).remove)
+            self.run(arm, texts, answer_tokens)
         clock("receiver")
-        return seen, costs.seconds
+        return passes, costs.seconds
 
     def floor(self, arm: str, passes: Iterable[Pass]) -> float:
         """Roofline of these passes in seconds, with the bridge's own weights read once."""
-        own = sum(p.nbytes for p in self.bridge.parameters()) if arm_of(arm).bridged else 0
-        return sum(one.floor(self.limits) for one in passes) + own / self.limits["bytes_per_s"]
+        bridge_bytes = sum(p.nbytes for p in self.bridge.parameters()) if arm_of(arm).bridged else 0
+        return sum(pass_.floor(self.limits) for pass_ in passes) + bridge_bytes / self.limits["bytes_per_s"]
 
 
-def bench_of(asked: BenchmarkSettings) -> Bench:
-    """The models and bridge of a checkpoint; else named ones, or random ones of known shapes, and an untrained bridge."""
-    load_plugins(asked.plugin)
-    arm_names(asked)  # a slip is told before anything is loaded
-    own = {name: getattr(asked, name) for name in (*DataSettings.fields(), *ModelSettings.fields())}
-    if asked.checkpoint is not None:
-        given = {name: getattr(asked, name) for name in (*own, "soft_tokens") if name in asked.model_fields_set}
-        check = EvalSettings(checkpoint=asked.checkpoint, source_layer=asked.layers, num_samples=2, **given)
+def bench_of(settings: BenchmarkSettings) -> Bench:
+    """The models and bridge of a checkpoint; else named ones, or random ones of known shapes, and an untrained bridge.
+
+    Raises ``LatentWireError`` where models are named beside a checkpoint, or its sender is no language model.
+    """
+    load_plugins(settings.plugin)
+    arm_names(settings)  # a slip is told before anything is loaded
+    flags = {name: getattr(settings, name) for name in (*DataSettings.fields(), *ModelSettings.fields())}
+    if settings.checkpoint is not None:
+        given = {name: getattr(settings, name) for name in (*flags, "soft_tokens") if name in settings.model_fields_set}
+        check = EvalSettings(checkpoint=settings.checkpoint, source_layer=settings.layers, num_samples=2, **given)
         for role in ("sender", "receiver", "random_weights"):
-            if getattr(asked, role):
+            if getattr(settings, role):
                 raise LatentWireError(f"--{role} and --checkpoint: the checkpoint knows its models; give one of them")
-        context = open_context(check, Checkpoint.open(asked.checkpoint))
+        context = open_context(check, Checkpoint.open(settings.checkpoint))
         if not isinstance(context.setup.sender, LM):
-            raise LatentWireError(f"--checkpoint {asked.checkpoint} has no sender model that could write a note")
-        return Bench(context, asked)
-    own |= {"dataset": asked.dataset or "toy", "sender": asked.sender, "receiver": asked.receiver}
-    own |= {"layers": asked.layers} if asked.layers else {}
-    run = TrainSettings(**own, latent_len=asked.soft_tokens, encoder="hidden")
-    if asked.random_weights:
-        sender, receiver = (random_lm(name, asked) for name in (asked.random_weights * 2)[:2])
+            raise LatentWireError(f"--checkpoint {settings.checkpoint} has no sender model that could write a note")
+        return Bench(context, settings)
+    flags |= {"dataset": settings.dataset or "toy", "sender": settings.sender, "receiver": settings.receiver}
+    flags |= {"layers": settings.layers} if settings.layers else {}
+    run = TrainSettings(**flags, latent_len=settings.soft_tokens, encoder="hidden")
+    if settings.random_weights:
+        sender, receiver = (random_lm(name, settings) for name in (settings.random_weights * 2)[:2])
     else:
-        first, second, _ = pick_models(run)
-        sender = load_lm(first, run, run.offline, run.sender_device)
-        receiver = load_lm(second, run, run.offline, run.receiver_device)
+        sender_name, receiver_name, _ = pick_models(run)
+        sender = load_lm(sender_name, run, run.offline, run.sender_device)
+        receiver = load_lm(receiver_name, run, run.offline, run.receiver_device)
     run = run.model_copy(update={"sender": sender.name, "receiver": receiver.name})
-    part, run = make_task(run), resolve(run)[0]
-    torch.manual_seed(asked.seed)
+    task, run = make_task(run), resolve(run)[0]
+    torch.manual_seed(settings.seed)
     bridge = Bridge(BridgeShape.of(run, sender, receiver)).to(receiver.device).eval()
-    setup = Setup(sender, receiver, part, {"train": [], "validation": [], "evaluated": []}, "")
-    end, heard = Receiver(prompting_of(run, part, receiver), bridge), receiver if bridge.wants_heard else None
-    return Bench(EvalContext(setup, run, EvalSettings(), end, heard), asked)
+    setup = Setup(sender, receiver, task, {"train": [], "validation": [], "evaluated": []}, "")
+    listener, first_lm = Receiver(prompting_of(run, task, receiver), bridge), receiver if bridge.wants_heard else None
+    return Bench(EvalContext(setup, run, EvalSettings(), listener, first_lm), settings)
 
 
 class Benchmark:
@@ -10691,23 +10695,23 @@ class Benchmark:
     """Settings that it brings: a class of its own in its place, whose fields become flags."""
 
     def __init__(self, bench: Bench) -> None:
-        self.bench, self.asked = bench, bench.asked
-        self.config: Any = self.Config.of(bench.asked)
+        self.bench, self.settings = bench, bench.settings
+        self.config: Any = self.Config.of(bench.settings)
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """The rows of its table, numbers or words by column; a column named ``..._ms`` holds milliseconds."""
+        """The rows of its table, numbers or words by column; ``..._ms`` is in milliseconds, ``..._mb`` in 10⁶ bytes."""
         raise NotImplementedError
 
 
 BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmarks", "benchmark", Benchmark, BenchmarkSettings)
 
 
-def timing(arm: str, size: int, answer: int, seconds: Sequence[float], floor: float) -> dict[str, Any]:
-    """One row of a table."""
-    middle, high = median(seconds), sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
-    return {"arm": arm, "batch": size, "answer_tokens": answer, "median_ms": 1e3 * middle, "p95_ms": 1e3 * high,
-            "trials": len(seconds), "floor_ms": 1e3 * floor, "roofline": floor / middle,
-            "texts_per_s": size / middle}  # fmt: skip
+def timing(arm: str, batch: int, answer_tokens: int, seconds: Sequence[float], floor: float) -> dict[str, Any]:
+    """One row of a table from the seconds of each trial and the seconds of the roofline; ``texts_per_s`` is by the median."""
+    median_s, p95_s = median(seconds), sorted(seconds)[math.ceil(0.95 * len(seconds)) - 1]
+    return {"arm": arm, "batch": batch, "answer_tokens": answer_tokens, "median_ms": 1e3 * median_s, "p95_ms": 1e3 * p95_s,
+            "trials": len(seconds), "floor_ms": 1e3 * floor, "roofline": floor / median_s,
+            "texts_per_s": batch / median_s}  # fmt: skip
 
 
 @BENCHMARKS.register("latency")
@@ -10717,12 +10721,13 @@ class Latency(Benchmark):
     def rows(self) -> Iterator[dict[str, Any]]:
         bench = self.bench
         texts = bench.texts(1)
-        for answer in self.asked.answer_tokens:
-            runs = {arm: functools.partial(bench.run, arm, texts, answer) for arm in bench.arms}
-            for arm, seconds in race(runs, self.asked).items():
-                seen = [bench.observed(arm, texts, answer) for _ in range(min(10, self.asked.num_trials))]
-                parts = {part: 1e3 * median([own[part] for _, own in seen]) for part in seen[0][1]}
-                yield timing(arm, 1, answer, seconds, bench.floor(arm, seen[0][0])) | {"parts_ms": parts}
+        for answer_tokens in self.settings.answer_tokens:
+            runs = {arm: functools.partial(bench.run, arm, texts, answer_tokens) for arm in bench.arms}
+            for arm, seconds in race(runs, self.settings).items():
+                trials = [bench.observed(arm, texts, answer_tokens) for _ in range(min(10, self.settings.num_trials))]
+                passes, phases = trials[0]
+                parts = {phase: 1e3 * median([times[phase] for _, times in trials]) for phase in phases}
+                yield timing(arm, 1, answer_tokens, seconds, bench.floor(arm, passes)) | {"parts_ms": parts}
 
 
 @BENCHMARKS.register("batched", "throughput")
@@ -10731,28 +10736,28 @@ class Throughput(Benchmark):
 
     def rows(self) -> Iterator[dict[str, Any]]:
         bench = self.bench
-        asked = self.asked
-        answer, texts = asked.answer_tokens[0], bench.texts(max(asked.num_samples, *asked.batch_sizes))
-        for size in asked.batch_sizes:
+        settings = self.settings
+        tokens, texts = settings.answer_tokens[0], bench.texts(max(settings.num_samples, *settings.batch_sizes))
+        for size in settings.batch_sizes:
             groups = [[*group] for group in batches(texts, size) if len(group) == size]
-            own = asked.model_copy(update={"num_trials": max(LEAST_TRIALS, len(groups)), "warmup": len(groups)})
+            trials = {"num_trials": max(LEAST_TRIALS, len(groups)), "warmup": len(groups)}
             turns = {arm: itertools.cycle(groups) for arm in bench.arms}
-            runs = {arm: (lambda arm=arm, turn=turn: bench.run(arm, next(turn), answer)) for arm, turn in turns.items()}
-            for arm, seconds in race(runs, own).items():
-                yield timing(arm, size, answer, seconds, bench.floor(arm, bench.observed(arm, groups[-1], answer)[0]))
+            runs = {arm: (lambda arm=arm, turn=turn: bench.run(arm, next(turn), tokens)) for arm, turn in turns.items()}
+            for arm, seconds in race(runs, settings.model_copy(update=trials)).items():
+                yield timing(arm, size, tokens, seconds, bench.floor(arm, bench.observed(arm, groups[-1], tokens)[0]))
 
 
 @torch.no_grad()
 def decoding_seconds(lm: LM, prefill: Prefill, count: int = 32) -> list[float]:
-    """Seconds of each of so many tokens that are written after a prompt, which stays as it is."""
-    state, found = prefill.rows(torch.arange(len(prefill.mask), device=lm.device)), []
+    """Seconds of each of ``count`` tokens, a forward of (B, 1) each, written after a prompt, which stays as it is."""
+    state, seconds = prefill.rows(torch.arange(len(prefill.mask), device=lm.device)), []
     token = torch.full((len(state.mask), 1), lm.pad, device=lm.device)
     real = torch.ones_like(token, dtype=torch.bool)
     for _ in range(count):
         started = synchronized_time()
         state = lm.extend(state, token, real)
-        found.append(synchronized_time() - started)
-    return found
+        seconds.append(synchronized_time() - started)
+    return seconds
 
 
 @BENCHMARKS.register("decoding")
@@ -10761,7 +10766,7 @@ class Decoding(Benchmark):
 
     def rows(self) -> Iterator[dict[str, Any]]:
         bench = self.bench
-        for lm, size in itertools.product((bench.sender, bench.receiver), self.asked.batch_sizes):
+        for lm, size in itertools.product((bench.sender, bench.receiver), self.settings.batch_sizes):
             ids = [lm.ids(text) for text in bench.texts(size)]
             prefill = lm.prefill(lay_out(lm, None, ids, before=lm.bos, left=True))
             decoding_seconds(lm, prefill)
@@ -10772,21 +10777,21 @@ class Decoding(Benchmark):
 
 
 def peak_of(work: Callable[[], Any], device: torch.device) -> float | None:
-    """Megabytes that a call takes at its peak above what was there before; None where the system does not tell."""
+    """Peak of a call above what was there before, in 10⁶ bytes of the device or process; None where the system won't tell."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_allocated(device)
     else:
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system
-        held = resident("VmRSS") or 0
-        if not held or resident("VmHWM") is None:
+        before = resident("VmRSS") or 0
+        if not before or resident("VmHWM") is None:
             return None
         Path("/proc/self/clear_refs").write_text("5")  # the peak from here on; see proc(5)
     work()
-    return (peak_memory(device) - held) / 1e6
+    return (peak_memory(device) - before) / 1e6
 
 
 @BENCHMARKS.register("memory")
@@ -10795,14 +10800,14 @@ class Memory(Benchmark):
 
     def rows(self) -> Iterator[dict[str, Any]]:
         bench = self.bench
-        for arm, size in itertools.product(bench.arms, self.asked.batch_sizes):
-            given = arm, bench.texts(size), self.asked.answer_tokens[0]
+        for arm, size in itertools.product(bench.arms, self.settings.batch_sizes):
+            arguments = arm, bench.texts(size), self.settings.answer_tokens[0]
             modules = [bench.receiver.model, *([bench.bridge] if arm_of(arm).bridged else [])]
-            for one in bench.observed(*given)[0]:
-                modules += [one.lm.model] if one.heads else [one.lm.table, *one.lm.blocks[: one.blocks]]
-            needed = sum(p.nbytes for p in {p for module in modules for p in module.parameters()})
-            peak = peak_of(functools.partial(bench.run, *given), bench.receiver.device)
-            yield {"arm": arm, "batch": size, "weights_mb": needed / 1e6, "peak_above_mb": peak}
+            for pass_ in bench.observed(*arguments)[0]:
+                modules += [pass_.lm.model] if pass_.heads else [pass_.lm.table, *pass_.lm.blocks[: pass_.blocks]]
+            weight_bytes = sum(p.nbytes for p in {p for module in modules for p in module.parameters()})
+            peak = peak_of(functools.partial(bench.run, *arguments), bench.receiver.device)
+            yield {"arm": arm, "batch": size, "weights_mb": weight_bytes / 1e6, "peak_above_mb": peak}
 
 
 @BENCHMARKS.register("training")
@@ -10818,29 +10823,29 @@ class TrainingStep(Benchmark):
             packed = bench.timed.prompting.pack(
                 bridge.decode(bridge.encode(states)), bench.examples(texts), answers=True
             )
-            found = supervise(lm, packed)
-            F.cross_entropy(found.logits, found.targets).backward()
+            supervised = supervise(lm, packed)
+            F.cross_entropy(supervised.logits, supervised.targets).backward()
             optimizer.step()
             optimizer.zero_grad()
             return packed.mask.shape[1]
 
-        for size in self.asked.batch_sizes:
+        for size in self.settings.batch_sizes:
             texts = bench.texts(size)
             states = bench.method("bridge", texts).context.writer.states(texts)
             run = functools.partial(step, states, texts)
             tokens = run()
-            seconds = median(race({"step": run}, self.asked)["step"])
-            work = 2 * Pass(lm, size, tokens, lm.n_layers, heads=2).cost()[1]  # forward, and the activations' gradient
+            seconds = median(race({"step": run}, self.settings)["step"])
+            flop = 2 * Pass(lm, size, tokens, lm.n_layers, heads=2).cost()[1]  # forward, and the activations' gradient
             yield {
                 "batch": size, "tokens": tokens, "median_ms": 1e3 * seconds, "rows_per_s": size / seconds,
-                "matmul_share": work / seconds / bench.limits["flop_per_s"], "peak_above_mb": peak_of(run, lm.device),
+                "matmul_share": flop / seconds / bench.limits["flop_per_s"], "peak_above_mb": peak_of(run, lm.device),
             }  # fmt: skip
 
 
 def growth_curves(bench: Bench) -> dict[str, dict[int, Callable[[], Any]]]:
     """What may grow → how far → the work: texts with caching and answers as ``eval`` goes through them, the rest four."""
-    four = bench.texts(4)
-    examples = bench.examples(four)
+    four_texts = bench.texts(4)
+    examples = bench.examples(four_texts)
 
     def answer_all(texts: Sequence[str]) -> None:
         method = bench.method("bridge", texts)
@@ -10849,17 +10854,17 @@ def growth_curves(bench: Bench) -> dict[str, dict[int, Callable[[], Any]]]:
 
     @torch.no_grad()
     def hear(count: int | None = None, receivers: int = 1) -> None:
-        sent = bench.method("bridge", four).context.messages
+        messages = bench.method("bridge", four_texts).context.messages
         for _ in range(receivers):
-            soft = bench.timed.open(sent).embeds
+            soft = bench.timed.open(messages).embeds
             soft = soft.repeat(1, math.ceil((count or 1) / soft.shape[1]), 1)[:, :count]
             bench.receiver.prefill(bench.timed.prompting.pack(SoftPrompt(soft), examples))
 
-    here = functools.partial
-    return {"texts": {n: here(answer_all, bench.texts(n)) for n in (16, 32, 64, 128, 256)},
-            "input tokens": {n: here(bench.run, "bridge", bench.texts(4, n), 1) for n in (32, 64, 128, 256, 512)},
-            "soft tokens": {n: here(hear, n) for n in (8, 16, 32, 64, 128, 256)},
-            "receivers": {n: here(hear, None, n) for n in (1, 2, 4, 8)}}  # fmt: skip
+    partial = functools.partial
+    return {"texts": {n: partial(answer_all, bench.texts(n)) for n in (16, 32, 64, 128, 256)},
+            "input tokens": {n: partial(bench.run, "bridge", bench.texts(4, n), 1) for n in (32, 64, 128, 256, 512)},
+            "soft tokens": {n: partial(hear, n) for n in (8, 16, 32, 64, 128, 256)},
+            "receivers": {n: partial(hear, None, n) for n in (1, 2, 4, 8)}}  # fmt: skip
 
 
 @BENCHMARKS.register("growth")
@@ -10872,67 +10877,67 @@ class Growth(Benchmark):
 
     def rows(self) -> Iterator[dict[str, Any]]:
         bench = self.bench
-        few = self.asked.model_copy(update={"num_trials": min(self.asked.num_trials, 7), "warmup": 1})
-        for what, runs in growth_curves(bench).items():
-            times = race({str(size): run for size, run in runs.items()}, few)
-            seconds = [*map(median, times.values())]
+        race_settings = self.settings.model_copy(update={"num_trials": min(self.settings.num_trials, 7), "warmup": 1})
+        for quantity, runs in growth_curves(bench).items():
+            trials = race({str(size): run for size, run in runs.items()}, race_settings)
+            medians = [*map(median, trials.values())]
             peaks = [peak_of(run, bench.receiver.device) for run in runs.values()]
-            slopes = {"exponent": slope([*runs], seconds), "memory_exponent": slope([*runs], peaks)}
-            for size, middle, peak in zip(runs, seconds, peaks, strict=True):
-                yield {"of": what, "size": size, "median_ms": 1e3 * middle, "peak_above_mb": peak, **slopes}
+            slopes = {"exponent": slope([*runs], medians), "memory_exponent": slope([*runs], peaks)}
+            for size, seconds, peak in zip(runs, medians, peaks, strict=True):
+                yield {"of": quantity, "size": size, "median_ms": 1e3 * seconds, "peak_above_mb": peak, **slopes}
 
 
 def slope(sizes: Sequence[int], values: Sequence[float | None]) -> float | None:
     """Of log value over log size, in the upper half; None where fewer than two values are above zero there."""
-    seen = [(math.log(x), math.log(y)) for x, y in zip(sizes, values, strict=True) if y and y > 0]
-    upper = seen[max(0, len(seen) // 2 - 1) :]
+    points = [(math.log(x), math.log(y)) for x, y in zip(sizes, values, strict=True) if y and y > 0]
+    upper = points[max(0, len(points) // 2 - 1) :]
     return linear_regression(*zip(*upper, strict=True)).slope if len(upper) > 1 else None
 
 
 def unfinished_benchmark(path: Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """What a benchmark that was told to stop had measured: of the same question, on the same machine, by this program."""
     earlier = json_object(path) if path.exists() else {}
-    made, now = earlier.get("provenance", {}), results["provenance"]
+    old, new = earlier.get("provenance", {}), results["provenance"]
     alike = all(earlier.get(name) == results[name] for name in results if name not in ("limits", "provenance"))
-    alike = alike and all(made.get(name) == now[name] for name in ("source_sha256", "host", "packages", "settings"))
+    alike = alike and all(old.get(name) == new[name] for name in ("source_sha256", "host", "packages", "settings"))
     return earlier if earlier.get("unfinished") and alike else {}
 
 
-def chosen_benchmarks(asked: BenchmarkSettings) -> list[str]:
+def chosen_benchmarks(settings: BenchmarkSettings) -> list[str]:
     """What to measure, in the registry's order."""
-    named = {BENCHMARKS.name_of(word) for word in asked.benchmark if word != "all"}
-    return [name for name in BENCHMARKS if name in named or "all" in asked.benchmark]
+    named = {BENCHMARKS.name_of(word) for word in settings.benchmark if word != "all"}
+    return [name for name in BENCHMARKS if name in named or "all" in settings.benchmark]
 
 
-def benchmark_run(asked: BenchmarkSettings, report: Report) -> dict[str, Any]:
+def benchmark_run(settings: BenchmarkSettings, report: Report) -> dict[str, Any]:
     """What was asked for, measured alike in one process → benchmark.json in the output folder; a signal ends it."""
-    with catching_signals(), breakable(asked.output_dir, "the beginning of the benchmark"):
-        prepare_cuda(asked)
-        wanted, bench = chosen_benchmarks(asked), bench_of(asked)
-        asked, device, dtype, limits = bench.asked, bench.receiver.device, bench.receiver.dtype, bench.limits
+    with catching_signals(), breakable(settings.output_dir, "the beginning of the benchmark"):
+        prepare_cuda(settings)
+        names, bench = chosen_benchmarks(settings), bench_of(settings)
+        settings, device, dtype, limits = bench.settings, bench.receiver.device, bench.receiver.dtype, bench.limits
         report.say(f"{bench.sender.name} → {bench.receiver.name}, {dtype} on {device}")
-        reached = f"{limits['bytes_per_s'] / 1e9:.0f} GB/s, {limits['flop_per_s'] / 1e12:.2f} TFLOP/s"
-        report.say(f"measured limits: {reached}")
+        rates = f"{limits['bytes_per_s'] / 1e9:.0f} GB/s, {limits['flop_per_s'] / 1e12:.2f} TFLOP/s"
+        report.say(f"measured limits: {rates}")
         cpu = f"CPU, {torch.get_num_threads()} threads"
         results: dict[str, Any] = nameless({
             "schema": 1, "sender": bench.sender.identity(), "receiver": bench.receiver.identity(), "dtype": str(dtype),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu, "engine": "eager",
-            "limits": limits, "input_tokens": asked.input_tokens, "soft_tokens": bench.bridge.shape.settings.latent_len,
+            "limits": limits, "input_tokens": settings.input_tokens, "soft_tokens": bench.bridge.shape.settings.latent_len,
             "layers": bench.bridge.shape.layers,
-            "provenance": environment() | {"settings": asked.model_dump(mode="json")},
+            "provenance": environment() | {"settings": settings.model_dump(mode="json")},
         })  # fmt: skip
-        path = asked.output_dir / "benchmark.json"
+        path = settings.output_dir / "benchmark.json"
         earlier = unfinished_benchmark(path, results)
-        results |= {name: earlier[name] for name in ("limits", *wanted) if name in earlier}
-        for number, name in enumerate(wanted):
+        results |= {name: earlier[name] for name in ("limits", *names) if name in earlier}
+        for number, name in enumerate(names):
             if name in earlier:
                 report.say(f"{name} was measured before it was stopped")
                 continue
             report.say(f"measuring {name}")
-            SIGNALS.place = asked.output_dir, name
+            SIGNALS.place = settings.output_dir, name
             results[name] = nameless([*BENCHMARKS[name](bench).rows()])
-            left = {"unfinished": wanted[number + 1 :]} if wanted[number + 1 :] else {}
-            write_json(path, results | left)
+            rest = {"unfinished": names[number + 1 :]} if names[number + 1 :] else {}
+            write_json(path, results | rest)
         return results
 
 

@@ -132,7 +132,7 @@ def test_a_pass_costs_its_weights_once_and_two_operations_per_weight_and_token()
 def test_all_take_turns_and_a_slow_one_stops_after_ten(monkeypatch):
     calls: list[str] = []
     seconds = {"slow": 3.0, "fast": 0.1}
-    monkeypatch.setattr(lw, "once", lambda run: run())
+    monkeypatch.setattr(lw, "seconds_of", lambda run: run())
     runs = {name: lambda name=name: calls.append(name) or seconds[name] for name in seconds}
     found = lw.race(runs, asked("--num_trials", "12", "--warmup", "2", "--max_seconds", "10"))
     assert calls[:4] == ["slow", "slow", "fast", "fast"]
@@ -154,9 +154,9 @@ def test_peak_memory_is_what_a_call_takes():
 def test_limits_are_of_a_real_device():
     limits = lw.device_limits(torch.device("cpu"), torch.float32)
     table, one = torch.ones(8192, 4096), torch.ones(4096, 1)
-    assert limits["bytes_per_s"] > 0.5 * table.numel() * 4 / min(lw.once(lambda: table @ one) for _ in range(5))
+    assert limits["bytes_per_s"] > 0.5 * table.numel() * 4 / min(lw.seconds_of(lambda: table @ one) for _ in range(5))
     a = torch.randn(512, 512)
-    assert limits["flop_per_s"] > 0.5 * 2 * 512**3 / min(lw.once(lambda: a @ a) for _ in range(5))
+    assert limits["flop_per_s"] > 0.5 * 2 * 512**3 / min(lw.seconds_of(lambda: a @ a) for _ in range(5))
     assert limits["bytes_per_s"] < 2e12 and limits["flop_per_s"] < 1e14  # of one CPU core
 
 
@@ -243,7 +243,7 @@ def test_a_cached_arm_never_reads_in_a_trial(monkeypatch):
         during.append(len(read) - before)
         return 1.0
 
-    monkeypatch.setattr(lw, "once", once)
+    monkeypatch.setattr(lw, "seconds_of", once)
     bench.limits = {"bytes_per_s": 1e9, "flop_per_s": 1e9}
     assert [row["arm"] for row in lw.BENCHMARKS["batched"](bench).rows()] == ["bridge:cached"]
     assert len(during) == 12 and not any(during)
@@ -439,7 +439,7 @@ def test_no_row_rests_on_fewer_than_ten_trials():
     runs = {"slow": lambda: None}
     asked = lw.BenchmarkSettings(num_trials=50, warmup=0, max_seconds=0.001)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lw, "once", lambda run: next(seconds))
+        patch.setattr(lw, "seconds_of", lambda run: next(seconds))
         found = lw.race(runs, asked)["slow"]
     assert len(found) == 10
     row = lw.timing("slow", 4, 0, found, 0.5)
