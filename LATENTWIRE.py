@@ -10977,57 +10977,57 @@ class Evaluation:
     @functools.cached_property
     def gap(self) -> str:
         """What is missing or failed, or nothing."""
-        for name, own in self.rows.items():
-            failed = sum("error" in row for row in own.values())
-            if failed or len(own) != self.facts["n"]:
+        for name, by_id in self.rows.items():
+            failed = sum("error" in row for row in by_id.values())
+            if failed or len(by_id) != self.facts["n"]:
                 errors = f", {failed} of them failed" if failed else ""
-                return f"{name} has {len(own)} of {self.facts['n']} rows{errors}"
+                return f"{name} has {len(by_id)} of {self.facts['n']} rows{errors}"
         return "" if self.rows else "no method"
 
     @functools.cached_property
     def results(self) -> dict[str, Any]:
         """results.json, made anew from the records."""
-        rows = {name: [*own.values()] for name, own in self.rows.items()}
-        found = results_from(self.facts, rows, details_in(self.file.parent))
+        rows = {name: [*by_id.values()] for name, by_id in self.rows.items()}
+        results = results_from(self.facts, rows, details_in(self.file.parent))
         if "beside" in self.facts:
             files = [self.file.with_name(name) for name in self.facts["beside"][1:]]
             others = [open_evaluation(file) for file in files if facts_file(file).is_file()]
-            whole = [other for other in others if not other.gap and other.facts["n"] == self.facts["n"]]
-            found["receivers"] = told_of_receivers([found, *(other.results for other in whole)])
-            if len(whole) < len(files):  # one was evaluated otherwise since
-                found.pop("joint", None)
-        return found
+            complete = [other for other in others if not other.gap and other.facts["n"] == self.facts["n"]]
+            results["receivers"] = told_of_receivers([results, *(other.results for other in complete)])
+            if len(complete) < len(files):  # one was evaluated otherwise since
+                results.pop("joint", None)
+        return results
 
     @functools.cached_property
     def scores(self) -> dict[str, dict[str, float]]:
         """The deciding metric by method and example; of failed rows 0."""
-        found, headline = {}, self.facts["headline"]
-        for name, own in self.rows.items():
-            found[name] = dict(zip(map(sys.intern, own), headline_values([*own.values()], headline), strict=True))
-        return found
+        scores, headline = {}, self.facts["headline"]
+        for name, by_id in self.rows.items():
+            scores[name] = dict(zip(map(sys.intern, by_id), headline_values([*by_id.values()], headline), strict=True))
+        return scores
 
     @functools.cached_property
     def examples(self) -> dict[str, tuple[str, float]]:
         """The context of each example, and what the best constant answer scores on it."""
-        own: dict[str, dict[str, Any]] = next(iter(self.rows.values()), {})
-        scores = constant_values([*own.values()], self.facts)[1]
-        return {name: (row.get("cluster", name), x) for (name, row), x in zip(own.items(), scores, strict=True)}
+        by_id: dict[str, dict[str, Any]] = next(iter(self.rows.values()), {})
+        scores = constant_values([*by_id.values()], self.facts)[1]
+        return {name: (row.get("cluster", name), x) for (name, row), x in zip(by_id.items(), scores, strict=True)}
 
     @functools.cached_property
     def version(self) -> dict[str, Any]:
         """Protocol, prompts, data and models, the models by digest: what one group's evaluations must agree in."""
-        made = self.facts["provenance"] | {"protocol": self.facts["protocol"]}
+        facts = self.facts["provenance"] | {"protocol": self.facts["protocol"]}
         names = ("protocol", "prompts", "data_digest", "sender", "receiver", "dtype")
-        return {n: digest_of(made[n]) if n in ("sender", "receiver") else made.get(n) for n in names}
+        return {n: digest_of(facts[n]) if n in ("sender", "receiver") else facts.get(n) for n in names}
 
     @functools.cached_property
     def key(self) -> dict[str, Any]:
         """What the runs of one group share: task, models, sizes, and every setting but the seed."""
-        facts, made = self.facts, self.facts["provenance"]
+        facts, provenance = self.facts, self.facts["provenance"]
         key = {"dataset": facts["dataset"], "split": facts["split"], "metric": facts["headline"], "n": facts["n"]}
-        key |= {role: made[role]["name"] for role in ("sender", "receiver")}
-        key |= {"latent_len": made.get("latent_len"), "layers": made.get("layers")}
-        return key | {"settings": made.get("asked") or digest_of(str(run_home(self.file.parent)))}  # of before
+        key |= {role: provenance[role]["name"] for role in ("sender", "receiver")}
+        key |= {"latent_len": provenance.get("latent_len"), "layers": provenance.get("layers")}
+        return key | {"settings": provenance.get("asked") or digest_of(str(run_home(self.file.parent)))}  # of before
 
     def seed(self, method: str) -> int | None:
         """Whose repetition a method's rows are: the bridge's training, the rival's own, or none where nothing is drawn."""
@@ -11042,12 +11042,12 @@ class Evaluation:
 
     def rebuild(self) -> None:
         """Write results.json where it does not say what the records say."""
-        told = (json.dumps(self.results, indent=2, default=str, allow_nan=False) + "\n").encode()
-        if not self.file.exists() or self.file.read_bytes() != told:
-            write_atomic(self.file, told)
+        data = (json.dumps(self.results, indent=2, default=str, allow_nan=False) + "\n").encode()
+        if not self.file.exists() or self.file.read_bytes() != data:
+            write_atomic(self.file, data)
 
 
-class Made(Saved):
+class Provenance(Saved):
     """How an evaluation was made, as far as numbers are looked up by it."""
 
     record_key: str
@@ -11084,7 +11084,7 @@ class Facts(Saved):
     kind: dict[str, Literal["bridge", "control", "trained", "rival", "unknown"]] = {}
     drawn: dict[str, Literal["bridge", "own", "none"]] = {}
     sealed: bool = False
-    provenance: Made
+    provenance: Provenance
 
 
 def open_evaluation(path: Path, read: Callable[[Path], list[dict[str, Any]]] = records_in) -> Evaluation:
@@ -11109,13 +11109,13 @@ def open_evaluation(path: Path, read: Callable[[Path], list[dict[str, Any]]] = r
         raise LatentWireError(
             f"{where}: no metric {facts['headline']!r} here; add the --plugin that it was evaluated with"
         )
-    made = facts["provenance"]
-    older = {"words": made.get("task", {}).get("words", []), "longest": math.inf, "seed": 42}
-    facts = older | {name: value for name, value in facts.items() if name not in DERIVED}
-    keys = made.get("record_keys", {})
+    provenance = facts["provenance"]
+    defaults = {"words": provenance.get("task", {}).get("words", []), "longest": math.inf, "seed": 42}
+    facts = defaults | {name: value for name, value in facts.items() if name not in DERIVED}
+    keys = provenance.get("record_keys", {})
     rows: dict[str, dict[str, dict[str, Any]]] = {name: {} for name in facts.get("order", keys)}
     for row in read(records):
-        if row["key"] == keys.get(row["method"], made["record_key"]) and (row["method"] in rows or not keys):
+        if row["key"] == keys.get(row["method"], provenance["record_key"]) and (row["method"] in rows or not keys):
             rows.setdefault(row["method"], {})[row["id"]] = row
     agree(records, facts, rows)
     return Evaluation(file, facts, rows)
@@ -11123,66 +11123,66 @@ def open_evaluation(path: Path, read: Callable[[Path], list[dict[str, Any]]] = r
 
 def agree(path: Path, facts: Mapping[str, Any], rows: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """Refuse records whose methods were asked different questions, or other ones than the evaluation's facts know."""
-    known: dict[str, Any] = {}
-    for name, own in rows.items():
+    answers: dict[str, Any] = {}
+    for name, by_id in rows.items():
         field = field_of(facts["headline"])
-        for key, row in own.items():
+        for key, row in by_id.items():
             record = f"{path}: the record of {name} on example {key!r}"
             if facts.get("sealed") and "sum" not in row:
                 raise LatentWireError(f"{record} has lost its sum; evaluate again")
             if "error" not in row and row.get(field) is None:
                 raise LatentWireError(f"{record} has no {field!r}; evaluate again")
-            wanted = known.setdefault(key, [row["gold"], None])
-            wanted[1] = row.get("label") if wanted[1] is None else wanted[1]
-            if wanted[0] != row["gold"] or row.get("label", wanted[1]) != wanted[1]:
-                asked = {own[key]["key"] for own in rows.values() if key in own}
+            answer = answers.setdefault(key, [row["gold"], None])
+            answer[1] = row.get("label") if answer[1] is None else answer[1]
+            if answer[0] != row["gold"] or row.get("label", answer[1]) != answer[1]:
+                keys = {by_id[key]["key"] for by_id in rows.values() if key in by_id}
                 numbered = enumerate(read_rows(path, own=False), 1)
-                lines = ", ".join(str(n) for n, one in numbered if one["id"] == key and one["key"] in asked)
-                other = f"has another answer for {name} than for other methods (lines {lines})"
-                raise LatentWireError(f"{path}: example {key!r} {other}; mend it")
-    whole = [own.keys() for own in rows.values() if len(own) == facts["n"]]
-    if any(ids != whole[0] for ids in whole):
+                lines = ", ".join(str(n) for n, written in numbered if written["id"] == key and written["key"] in keys)
+                reason = f"has another answer for {name} than for other methods (lines {lines})"
+                raise LatentWireError(f"{path}: example {key!r} {reason}; mend it")
+    complete = [by_id.keys() for by_id in rows.values() if len(by_id) == facts["n"]]
+    if any(ids != complete[0] for ids in complete):
         advice = "evaluate again into another --output_dir"
         raise LatentWireError(f"{path}: its methods answered different examples; {advice}")
-    told = facts.get("answers")
-    if told and whole and told != answers_digest((key, *known[key]) for key in whole[0]):
+    digest = facts.get("answers")
+    if digest and complete and digest != answers_digest((key, *answers[key]) for key in complete[0]):
         raise LatentWireError(f"{path}: the gold answers are not those of the evaluation; mend it or evaluate again")
 
 
 def evaluations_below(base: Path) -> list[Evaluation]:
     """Every evaluation in the folders below ``base``, or of the files that an ``aggregated_results.json`` names."""
     if base.is_file():
-        told = json_in(base)
-        if isinstance(told, dict) and "provenance" in told:
+        content = json_in(base)
+        if isinstance(content, dict) and "provenance" in content:
             return [open_evaluation(base).condense()]
-        if not isinstance(told, dict) or told.get("schema") != 2 or "groups" not in told:
+        if not isinstance(content, dict) or content.get("schema") != 2 or "groups" not in content:
             advice = "type: aggregate --base_dir RUNS"
             raise LatentWireError(f"{base} was not written by this version's 'aggregate'; {advice}")
         try:
-            files = [base.parent / run["file"] for group in told["groups"] for run in group["runs"]]
+            files = [base.parent / run["file"] for group in content["groups"] for run in group["runs"]]
         except (TypeError, KeyError, IndexError):
             raise LatentWireError(f"{base} does not name the files of its groups; aggregate again") from None
     else:
         facts = [p.with_name(p.name.replace("evaluation", "results", 1)) for p in base.rglob("evaluation*.json")]
         files = sorted({*base.rglob("results*.json"), *facts})
-    found, read = [], functools.lru_cache(1)(records_in)  # several results of one folder share its records
+    evaluations, read = [], functools.lru_cache(1)(records_in)  # several results of one folder share its records
     for file in files:
-        told = json_in(facts_file(file) if facts_file(file).exists() else file)
-        if isinstance(told, dict) and "provenance" in told:  # others sum up evaluations that are here as well
-            found.append(open_evaluation(file, read).condense())
-    if not found:
+        content = json_in(facts_file(file) if facts_file(file).exists() else file)
+        if isinstance(content, dict) and "provenance" in content:  # others sum up evaluations that are here as well
+            evaluations.append(open_evaluation(file, read).condense())
+    if not evaluations:
         raise LatentWireError(f"no results below {base}; run eval --checkpoint RUN first")
-    return found
+    return evaluations
 
 
 def recorded(path: Path, method: str) -> Evaluation:
     """The evaluation at ``path``, whole in one method at least."""
-    found = open_evaluation(path)
-    rows, folder = found.rows.get(method, {}), found.file.parent
+    evaluation = open_evaluation(path)
+    rows, folder = evaluation.rows.get(method, {}), evaluation.file.parent
     if not rows or any("error" in row for row in rows.values()):
-        told = f"{folder} has {'failed' if rows else 'no'} rows of method {method}"
-        raise LatentWireError(f"{told}; type: eval --checkpoint {shlex.quote(str(folder))}")
-    return found
+        reason = f"{folder} has {'failed' if rows else 'no'} rows of method {method}"
+        raise LatentWireError(f"{reason}; type: eval --checkpoint {shlex.quote(str(folder))}")
+    return evaluation
 
 
 def deviation(values: Sequence[float]) -> float | None:
@@ -11192,12 +11192,12 @@ def deviation(values: Sequence[float]) -> float | None:
 
 def scores_of(members: Sequence[Evaluation]) -> dict[str, dict[int | None, dict[str, float]]]:
     """Scores by method, seed and example, in the order of the registry; what no seed changes once."""
-    found: dict[str, dict[int | None, dict[str, float]]] = {}
+    scores: dict[str, dict[int | None, dict[str, float]]] = {}
     for name in in_order(name for member in members for name in member.rows):
         for member in members:
             if name in member.rows:
-                found.setdefault(name, {}).setdefault(member.seed(name), member.scores[name])
-    return found
+                scores.setdefault(name, {}).setdefault(member.seed(name), member.scores[name])
+    return scores
 
 
 @dataclass(frozen=True)
@@ -11228,8 +11228,8 @@ class ResultGroup:
     @functools.cached_property
     def kinds(self) -> dict[str, Kind]:
         """What each method is."""
-        told = {name: kind for m in self.members for name, kind in kinds_of(m.facts, m.rows).items()}
-        return {name: Kind.of(name) for name in (CONSTANT, *self.methods)} | told
+        kinds = {name: kind for m in self.members for name, kind in kinds_of(m.facts, m.rows).items()}
+        return {name: Kind.of(name) for name in (CONSTANT, *self.methods)} | kinds
 
     @functools.cached_property
     def broken(self) -> dict[str, str]:
@@ -11237,20 +11237,20 @@ class ResultGroup:
 
         One that was trained must beat what needs no text over all its seeds; for the rest a gate of one run decides.
         """
-        found = {}
+        broken = {}
         silent = ["control:none"] if self.key["metric"] == "f1" and "control:none" in self.methods else []
         for name in self.methods:
             gates = [m.results.get("gates", {}).get(name, {}).get("broken", []) for m in self.members]
             bars = [CONSTANT, *silent] if self.kinds[name].kind == "trained" and len(self.ids) >= LEAST_ROWS else []
-            kept = [[text for text in own if not (bars and text.startswith(NO_BETTER))] for own in gates]
-            told = next(filter(None, kept), [])
+            others = [[text for text in texts if not (bars and text.startswith(NO_BETTER))] for texts in gates]
+            reasons = next(filter(None, others), [])
             for bar in bars:
                 gap, p = (self.beside(name, bar)[key] for key in ("difference", "p"))
                 if gap <= 0 or p >= 0.05:
-                    told.append(f"{NO_BETTER} {PLAIN_NAMES.get(bar, bar)} ({100 * gap:+.1f} points, p {p:.2g})")
-            if told and name != "bridge":
-                found[name] = "; ".join(told)
-        return found
+                    reasons.append(f"{NO_BETTER} {PLAIN_NAMES.get(bar, bar)} ({100 * gap:+.1f} points, p {p:.2g})")
+            if reasons and name != "bridge":
+                broken[name] = "; ".join(reasons)
+        return broken
 
     def scores(self, method: str) -> Any:
         """(n, seeds) of a method; seeds that agree in every row are one."""
@@ -11258,25 +11258,25 @@ class ResultGroup:
 
         if method == CONSTANT:
             return np.array([[self.members[0].examples[name][1]] for name in self.ids])
-        rows = np.array([[own[name] for name in self.ids] for own in self.methods[method].values()]).T
+        rows = np.array([[scores[name] for name in self.ids] for scores in self.methods[method].values()]).T
         return rows[:, :1] if (rows == rows[:, :1]).all() else rows
 
     @functools.cached_property
     def summaries(self) -> dict[str, dict[str, Any]]:
         """Mean, deviation over seeds, 95 % interval and the seeds' values of every method."""
-        found = {}
+        summaries = {}
         for name, seeds in self.methods.items():
             rows = self.scores(name)
-            means = [sum(own.values()) / len(own) for own in seeds.values()]
+            means = [sum(scores.values()) / len(scores) for scores in seeds.values()]
             if self.clusters is not None and len(set(self.clusters)) < 2:
                 low, high = 0.0, 1.0  # nothing is known of other contexts
             elif rows.shape[1] > 1:
                 low, high = crossed_interval(rows, self.clusters)[:2]
             else:
                 low, high = bootstrap_interval(rows[:, 0].tolist(), clusters=self.clusters)
-            found[name] = {"mean": sum(means) / len(means), "sd": deviation(means), "ci": [max(0.0, low), min(1.0, high)],
+            summaries[name] = {"mean": sum(means) / len(means), "sd": deviation(means), "ci": [max(0.0, low), min(1.0, high)],
                            "values": means, "seeds": [seed for seed in seeds if seed is not None]}  # fmt: skip
-        return found
+        return summaries
 
     @functools.cached_property
     def means(self) -> dict[str, float]:
@@ -11297,22 +11297,22 @@ class ResultGroup:
             if a.shape[1] > 1 and b.shape[1] > 1:
                 mine, theirs = [*self.methods[name]], [*self.methods[other]]
                 both, count = [seed for seed in mine if seed in theirs], min(len(mine), len(theirs))
-                ranks = ([own.index(seed) for seed in dict.fromkeys([*both, *own])][:count] for own in (mine, theirs))
+                ranks = ([seeds.index(x) for x in dict.fromkeys([*both, *seeds])][:count] for seeds in (mine, theirs))
                 a, b = a[:, next(ranks)], b[:, next(ranks)]
-            found = battery(a.mean(1).tolist(), b.mean(1).tolist(), clusters=self.clusters)
+            test = battery(a.mean(1).tolist(), b.mean(1).tolist(), clusters=self.clusters)
             one_context = self.clusters is not None and len(set(self.clusters)) < 2
             if (a.shape[1] > 1 or b.shape[1] > 1) and not one_context:
                 single = a.shape[1] != b.shape[1] and (self.single_seed(name) or self.single_seed(other))
                 low, high, p = crossed_interval(a - b, self.clusters, single)
-                found |= {"ci": [low, high], "p": p, "test": "t, seeds and examples crossed"}
-            self.differences[name, other] = found | {"seeds": max(a.shape[1], b.shape[1])}
+                test |= {"ci": [low, high], "p": p, "test": "t, seeds and examples crossed"}
+            self.differences[name, other] = test | {"seeds": max(a.shape[1], b.shape[1])}
         return {**self.differences[name, other]}
 
     def judged(self, bars: Sequence[str]) -> dict[str, Any]:
         """``verdict_on`` the bridge over all seeds: beside ``bars``, the controls and the best constant answer."""
         bridged = [member.results for member in self.members if "bridge" in member.rows]
-        missing = [*dict.fromkeys(text for own in bridged for text in own.get("missing", ()))]
-        leaks = [*dict.fromkeys(name for own in bridged for name in own.get("leaks", ()))]
+        missing = [*dict.fromkeys(text for results in bridged for text in results.get("missing", ()))]
+        leaks = [*dict.fromkeys(name for results in bridged for name in results.get("leaks", ()))]
         means = self.means | {CONSTANT: float(self.scores(CONSTANT).mean())}
         tests = {name: self.beside("bridge", name) for name in bars}
         same = {name: self.scores(name).tobytes() for name in bars}
@@ -11363,17 +11363,17 @@ def result_groups(evaluations: Sequence[Evaluation]) -> tuple[list[ResultGroup],
     together.sort(key=lambda members: [members[0].key[name] for name in ("dataset", "latent_len", "n")])
     keys = [members[0].key for members in together]
     titles = [key["dataset"] for key in keys]
-    told = ("latent_len", "{} latents"), ("n", "n {}"), ("receiver", "to {}"), ("sender", "from {}"), ("split", "{}")
-    for name, words in told:  # as much as tells them apart
-        values = {title: {key[name] for key, own in zip(keys, titles, strict=True) if own == title} for title in titles}
+    marks = ("latent_len", "{} latents"), ("n", "n {}"), ("receiver", "to {}"), ("sender", "from {}"), ("split", "{}")
+    for name, words in marks:  # as much as tells them apart
+        values = {title: {key[name] for key, t in zip(keys, titles, strict=True) if t == title} for title in titles}
         titles = [f"{title}, {words.format(key[name])}" if len(values[title]) > 1 else title
                   for title, key in zip(titles, keys, strict=True)]  # fmt: skip
     homes = [run_home(members[0].file.parent) for members in together]
-    bases = {title: os.path.commonpath([home for home, own in zip(homes, titles, strict=True) if own == title])
+    bases = {title: os.path.commonpath([home for home, t in zip(homes, titles, strict=True) if t == title])
              for title in titles}  # fmt: skip
     titles = [f"{title}, {os.path.relpath(home, bases[title])}" if titles.count(title) > 1 else title
               for title, home in zip(titles, homes, strict=True)]  # fmt: skip
-    groups = [ResultGroup(*one, scores_of(one[-1])) for one in zip(titles, keys, together, strict=True)]
+    groups = [ResultGroup(*column, scores_of(column[-1])) for column in zip(titles, keys, together, strict=True)]
     return groups, [f"{e.file}: {e.gap}" for e in evaluations if e.gap]
 
 
@@ -11390,31 +11390,31 @@ def compared(
     bars = [*([CONSTANT] if first == "bridge" else []), *(name for name in known if group.kinds[name].control)]
     rivals = [name for name in known if name not in (first, *bars, *broken)]
     families = {"controls": [name for name in bars if name != first], "rivals": rivals}
-    found: dict[str, dict[str, Any]] = {}
+    comparisons: dict[str, dict[str, Any]] = {}
     tests, same = {}, {name: group.scores(name).tobytes() for names in families.values() for name in names}
     for family, names in families.items():
-        own, twins = {name: group.beside(first, name) for name in names}, dict[bytes, str]()
-        tests[family] = mark_corrected(own, correction, alpha, same)
-        for name, row in own.items():
+        rows, twins = {name: group.beside(first, name) for name in names}, dict[bytes, str]()
+        tests[family] = mark_corrected(rows, correction, alpha, same)
+        for name, row in rows.items():
             twin = twins.setdefault(same[name], name)
-            found[name] = row | {"family": family} | ({"same_as": twin} if twin != name else {})
-    seeds, n = max(len(told["values"]) for told in group.summaries.values()), len(group.ids)
-    trained = f"{seeds} seed{'s' if seeds > 1 else ''}"
+            comparisons[name] = row | {"family": family} | ({"same_as": twin} if twin != name else {})
+    seeds, n = max(len(summary["values"]) for summary in group.summaries.values()), len(group.ids)
+    seed_count = f"{seeds} seed{'s' if seeds > 1 else ''}"
     warnings = [f"n = {n} is small: below 100 rows only large differences can be seen"] if n < 100 else []
-    once = [name for name in found if seeds > 1 and group.single_seed(name)]
-    if once:
-        warnings.append(f"{', '.join(once)} ran with one seed: its deviation over seeds is taken from the bridge's")
+    single = [name for name in comparisons if seeds > 1 and group.single_seed(name)]
+    if single:
+        warnings.append(f"{', '.join(single)} ran with one seed: its deviation over seeds is taken from the bridge's")
     warnings += [f"{name} is broken and not compared: {why}" for name, why in broken.items()]
-    warnings += [f"{trained}: another training may give other numbers; take three or more"] if seeds < 3 else []
+    warnings += [f"{seed_count}: another training may give other numbers; take three or more"] if seeds < 3 else []
     if first == "bridge":
         judged = group.judged(families["controls"])
-        judged["verdict"] += "" if judged.pop("missing") else f", {trained}"
+        judged["verdict"] += "" if judged.pop("missing") else f", {seed_count}"
     else:
         best = best_of(group.key["metric"], group.means, group.kinds, group.broken)
         judged = {"communication": None, "verdict": best}
     return {"title": group.title, **group.key, "reference": first, "correction": correction, "alpha": alpha,
             "seeds": seeds, "clusters": len(set(group.clusters)) if group.clusters else None, "warnings": warnings,
-            "families": families, "tests": tests, "broken": broken, "methods": group.summaries, "comparisons": found,
+            "families": families, "tests": tests, "broken": broken, "methods": group.summaries, "comparisons": comparisons,
             **judged}  # fmt: skip
 
 
@@ -11429,26 +11429,26 @@ def one_group(path: Path) -> ResultGroup:
 
 def paired_experiments(first: Path, second: Path, correction: str) -> dict[str, Any]:
     """The first experiment's methods minus the second's, each method that both have, on the same rows."""
-    one, two = one_group(first), one_group(second)
-    differing = [name for name in ("dataset", "metric", "n") if one.key[name] != two.key[name]]
-    digests = {side.members[0].version["data_digest"] for side in (one, two)}
-    if not differing and ({*one.ids} != {*two.ids} or len(digests) > 1):
+    group1, group2 = one_group(first), one_group(second)
+    differing = [name for name in ("dataset", "metric", "n") if group1.key[name] != group2.key[name]]
+    digests = {side.members[0].version["data_digest"] for side in (group1, group2)}
+    if not differing and ({*group1.ids} != {*group2.ids} or len(digests) > 1):
         differing = ["test rows"]
     if differing:
         raise LatentWireError(f"{first} and {second} differ in {', '.join(differing)}: evaluate both on the same data")
-    names = {name: (f"{name} (1)", f"{name} (2)") for name in one.methods if name in two.methods}
+    names = {name: (f"{name} (1)", f"{name} (2)") for name in group1.methods if name in group2.methods}
     if not names:
         raise LatentWireError(f"{first} and {second} have no method in common")
-    scores = {own[i]: side.methods[name] for i, side in enumerate((one, two)) for name, own in names.items()}
-    group = ResultGroup(f"{first} and {second}", one.key, one.members, scores)
-    found = {name: group.beside(*own) for name, own in names.items()}
-    same = {name: tuple(group.scores(side).tobytes() for side in own) for name, own in names.items()}
+    scores = {pair[i]: side.methods[name] for i, side in enumerate((group1, group2)) for name, pair in names.items()}
+    group = ResultGroup(f"{first} and {second}", group1.key, group1.members, scores)
+    comparisons = {name: group.beside(*pair) for name, pair in names.items()}
+    same = {name: tuple(group.scores(side).tobytes() for side in pair) for name, pair in names.items()}
     for control in (True, False):  # two families, as everywhere
-        family = {name: found[name] for name in names if Kind.of(name).control == control}
+        family = {name: comparisons[name] for name in names if Kind.of(name).control == control}
         mark_corrected(family, correction, 0.05, same)
     means = {name: {"exp1": group.summaries[a], "exp2": group.summaries[b]} for name, (a, b) in names.items()}
     return {"schema": 1, "exp1": str(first), "exp2": str(second), **group.key, "correction": correction, "alpha": 0.05,
-            "means": means, "comparisons": found}  # fmt: skip
+            "means": means, "comparisons": comparisons}  # fmt: skip
 
 
 def head_to_head(latent: Path, text: Path) -> dict[str, Any]:
@@ -11460,18 +11460,18 @@ def head_to_head(latent: Path, text: Path) -> dict[str, Any]:
         questions = f"different questions ({len(ours)} and {len(theirs)} rows)"
         raise LatentWireError(f"{latent} and {text} answer {questions}; evaluate both on the same data")
     rows, n = {"bridge": [*ours.values()], "text": [theirs[name] for name in ours]}, len(ours)
-    a, b = (headline_values(own, headline) for own in rows.values())
+    a, b = (headline_values(method_rows, headline) for method_rows in rows.values())
     p, _ = paired_p(a, b, 42, clusters=clusters_of(rows["bridge"]), graded=METRICS[headline].graded)
     gap = 100 * (sum(a) - sum(b)) / n
     verdict = f"latents minus text: {gap:+.1f} points of {headline}, paired p {p:.2g}, n {n}"
-    summaries = {name: summarize(own, headline, 42) for name, own in rows.items()}
+    summaries = {name: summarize(method_rows, headline, 42) for name, method_rows in rows.items()}
     return {**bridge.facts, "n": n, "methods": summaries, "p_bridge_vs": {"text": p}, "verdict": verdict}
 
 
 def beside_base(folder: Path) -> dict[str, Any]:
     """What each run's change does to its bridge, example by example, beside the run named ``base`` on the same rows."""
-    home = recorded(folder / "base", "bridge")
-    facts, headline, base = home.facts, home.facts["headline"], home.scores["bridge"]
+    run = recorded(folder / "base", "bridge")
+    facts, headline, base = run.facts, run.facts["headline"], run.scores["bridge"]
     scores = {"base": base}
     for path in sorted(folder.glob("*/results.json")):
         other = recorded(path, "bridge")
@@ -11480,14 +11480,14 @@ def beside_base(folder: Path) -> dict[str, Any]:
         if other.scores["bridge"].keys() != base.keys():
             raise LatentWireError(f"{path.parent} was evaluated on other rows than {folder / 'base'}")
         scores[path.parent.name] = other.scores["bridge"]
-    group = ResultGroup("effects", home.key, [home], {name: {None: own} for name, own in scores.items()})
+    group = ResultGroup("effects", run.key, [run], {name: {None: values} for name, values in scores.items()})
     tests = {name: group.beside(name, "base") for name in scores if name != "base"}
     mark_corrected(tests, "bh", 0.05)  # q: Benjamini and Hochberg (1995), over all runs
-    told = {name: {headline: group.means[name], "difference": row["difference"], "ci": row["ci"], "p": row["p"],
+    effects = {name: {headline: group.means[name], "difference": row["difference"], "ci": row["ci"], "p": row["p"],
                    "q": row["p_corrected"]} for name, row in tests.items()}  # fmt: skip
-    made = {name: facts["provenance"][name] for name in ("sender", "receiver", "seed_of_training", "source_sha256")}
+    origin = {name: facts["provenance"][name] for name in ("sender", "receiver", "seed_of_training", "source_sha256")}
     return {"schema": 1, "dataset": facts["dataset"], "n": facts["n"], "headline": headline,
-            "base": home.results["methods"]["bridge"], "effects": told, "provenance": made}  # fmt: skip
+            "base": run.results["methods"]["bridge"], "effects": effects, "provenance": origin}  # fmt: skip
 
 
 def tex(text: Any) -> str:
@@ -11553,24 +11553,24 @@ def written_p(p: float | None) -> str:
     return "" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
-def cell(told: Mapping[str, Any] | None, broken: bool = False) -> str:
+def cell(summary: Mapping[str, Any] | None, broken: bool = False) -> str:
     """A mean in per cent and its deviation over seeds, or the interval of one run; marked where the method is broken."""
-    if told is None:
+    if summary is None:
         return "–"
-    (low, high), sd = told["ci"], told["sd"]
-    spread = f"± {100 * sd:.1f} ({len(told['values'])})" if sd else f"({100 * low:.1f}–{100 * high:.1f})"
-    return f"{100 * told['mean']:.1f} {spread}{' broken' if broken else ''}"
+    (low, high), sd = summary["ci"], summary["sd"]
+    spread = f"± {100 * sd:.1f} ({len(summary['values'])})" if sd else f"({100 * low:.1f}–{100 * high:.1f})"
+    return f"{100 * summary['mean']:.1f} {spread}{' broken' if broken else ''}"
 
 
 def results_table(results: Mapping[str, Any]) -> TextTable:
     """Method, headline with interval, generation, bytes, and p against the bridge; broken methods are marked."""
     rows, broken = [], {*results.get("gates", {})} - {"bridge"}
     for name, summary in results["methods"].items():
-        (low, high), said, tokens, size = (summary.get(key) for key in ("ci", "gen_accuracy", "tokens", "bytes"))
-        silent = said is None or name.partition(":")[0] in ("probe", "ensemble")
+        (low, high), generated, tokens, size = (summary.get(key) for key in ("ci", "gen_accuracy", "tokens", "bytes"))
+        silent = generated is None or name.partition(":")[0] in ("probe", "ensemble")
         p = None if name in broken else results.get("p_bridge_vs", {}).get(name)
         score, interval = f"{100 * summary[results['headline']]:.1f}", f"{100 * low:.1f}–{100 * high:.1f}"
-        rows.append([marked(name, broken), score, interval, "–" if silent else f"{100 * said:.1f}",
+        rows.append([marked(name, broken), score, interval, "–" if silent else f"{100 * generated:.1f}",
                      "–" if tokens is None else f"{tokens:.0f}", f"{size:.0f}" if size else "–", written_p(p)])  # fmt: skip
     kinds = kinds_of(results, results["methods"])
     heads = ("method", f"{results['headline']} %", "95 % CI", "said %", "tokens", "bytes", "p")
@@ -11589,8 +11589,8 @@ def side_remarks(results: Mapping[str, Any]) -> list[str]:
         )
     lines += [f"{name}: {other['verdict']}" for name, other in results.get("receivers", {}).items()]
     if "joint" in results:
-        said = ", ".join(f"{name.replace('_', ' ')} {value['mean']:.3f}" for name, value in results["joint"].items())
-        lines.append(f"receivers together: {said}")
+        text = ", ".join(f"{name.replace('_', ' ')} {value['mean']:.3f}" for name, value in results["joint"].items())
+        lines.append(f"receivers together: {text}")
     if "reconstruction" in results:
         lines.append(f"BLEU of texts written back: {results['reconstruction']['bleu']:.4f}")
     return lines
@@ -11609,18 +11609,18 @@ def statistical_report(
 ) -> str:
     """Every group's comparisons to ``output`` (JSON) and as text beside it; → the text."""
     groups = [group for group in groups if reference in group.methods] or groups if reference else groups
-    found, lines = [compared(group, reference, correction, alpha) for group in groups], []
-    for told in found:
-        tests = ", ".join(sorted({row["test"] for row in told["comparisons"].values()}))
-        sizes = ", ".join(f"{count} of {family}" for family, count in told["tests"].items() if count)
+    results, lines = [compared(group, reference, correction, alpha) for group in groups], []
+    for result in results:
+        tests = ", ".join(sorted({row["test"] for row in result["comparisons"].values()}))
+        sizes = ", ".join(f"{count} of {family}" for family, count in result["tests"].items() if count)
         lines += [
-            f"{told['title']}: {told['sender']} → {told['receiver']}, {told['metric']}, n {told['n']}",
-            f"  {told['verdict']}", *(f"  careful: {text}" for text in told["warnings"]),
-            f"  {told['reference']} minus others, in points; p of {tests}; corrected: {correction} over {sizes};",
-            "  d: Cohen's d of the paired differences", *comparison_table(told["comparisons"]).text(), "",
+            f"{result['title']}: {result['sender']} → {result['receiver']}, {result['metric']}, n {result['n']}",
+            f"  {result['verdict']}", *(f"  careful: {text}" for text in result["warnings"]),
+            f"  {result['reference']} minus others, in points; p of {tests}; corrected: {correction} over {sizes};",
+            "  d: Cohen's d of the paired differences", *comparison_table(result["comparisons"]).text(), "",
         ]  # fmt: skip
     text = "\n".join(lines)
-    write_json(output, {"schema": 1, "correction": correction, "alpha": alpha, "columns": found})
+    write_json(output, {"schema": 1, "correction": correction, "alpha": alpha, "columns": results})
     write_atomic(output.with_suffix(".txt"), text.encode())
     return text
 
@@ -11642,13 +11642,13 @@ def groups_table(groups: Sequence[ResultGroup]) -> str:
     """Markdown: a row per method, a column per data set; an arrow marks what is above the bridge."""
     tables = []
     for pair in dict.fromkeys((c.key["sender"], c.key["receiver"], c.key["split"]) for c in groups):
-        own = [c for c in groups if (c.key["sender"], c.key["receiver"], c.key["split"]) == pair]
-        sizes = ["" if ", n " in c.title else f", n {c.key['n']}" for c in own]
-        heads = [f"{c.title}, {c.key['metric']} %{size}" for c, size in zip(own, sizes, strict=True)]
+        alike = [c for c in groups if (c.key["sender"], c.key["receiver"], c.key["split"]) == pair]
+        sizes = ["" if ", n " in c.title else f", n {c.key['n']}" for c in alike]
+        heads = [f"{c.title}, {c.key['metric']} %{size}" for c, size in zip(alike, sizes, strict=True)]
         note = f"{md(pair[0])} → {md(pair[1])}; ± deviation over (so many) seeds, else the 95 % interval of one run"
-        note += "; ↑ above the bridge." if any("bridge" in c.methods for c in own) else "."
-        note += f" {BROKEN}" if any(c.broken for c in own) else ""
-        tables.append(f"{method_table(own, heads, arrows=True).markdown()}\n{note}\n")
+        note += "; ↑ above the bridge." if any("bridge" in c.methods for c in alike) else "."
+        note += f" {BROKEN}" if any(c.broken for c in alike) else ""
+        tables.append(f"{method_table(alike, heads, arrows=True).markdown()}\n{note}\n")
     return "\n".join(tables)
 
 
@@ -11699,15 +11699,15 @@ def aggregate(inputs: ReportInputs, base: Path, output: Path) -> Path:
         runs = []
         for member in group.members:
             member.rebuild()
-            made = member.facts["provenance"]
-            kept = {n: made.get(n) for n in ("command", "commit", "source_sha256", "data", "packages", "started")}
-            runs.append({"file": os.path.relpath(member.file, output), "seed": made.get("seed_of_training"),
-                         "verdict": member.results["verdict"], **member.version, **kept})  # fmt: skip
-        own = {"title": group.title, "runs": runs, "methods": group.summaries, "broken": group.broken}
-        entries.append(group.key | own)
-        rows += [{**group.key, "method": name, "mean": told["mean"], "sd": told["sd"], "ci_low": told["ci"][0],
-                  "ci_high": told["ci"][1], "runs": len(told["values"]), "broken": group.broken.get(name, "")}
-                 for name, told in group.summaries.items()]  # fmt: skip
+            origin = member.facts["provenance"]
+            shown = {n: origin.get(n) for n in ("command", "commit", "source_sha256", "data", "packages", "started")}
+            runs.append({"file": os.path.relpath(member.file, output), "seed": origin.get("seed_of_training"),
+                         "verdict": member.results["verdict"], **member.version, **shown})  # fmt: skip
+        entry = {"title": group.title, "runs": runs, "methods": group.summaries, "broken": group.broken}
+        entries.append(group.key | entry)
+        rows += [{**group.key, "method": name, "mean": summary["mean"], "sd": summary["sd"], "ci_low": summary["ci"][0],
+                  "ci_high": summary["ci"][1], "runs": len(summary["values"]), "broken": group.broken.get(name, "")}
+                 for name, summary in group.summaries.items()]  # fmt: skip
     heads = ["dataset", "models", "latents", "settings", "method", "metric", "mean ± sd", "runs"]
     lines = [[row["dataset"], f"{row['sender']} → {row['receiver']}", str(row["latent_len"]), row["settings"],
               row["method"] + (" (broken)" if row["broken"] else ""),
@@ -11730,7 +11730,7 @@ def fit(canvas: Any) -> None:
 
     for text in canvas.findobj(Text):
         text.set_parse_math(False)  # names are no formulas
-    logs = [axis for one in canvas.axes for axis in (one.xaxis, one.yaxis) if axis.get_scale() == "log"]
+    logs = [axis for ax in canvas.axes for axis in (ax.xaxis, ax.yaxis) if axis.get_scale() == "log"]
     for axis in logs:
         if not isinstance(axis.get_major_locator(), FixedLocator):
             low, high = sorted(axis.get_view_interval())
@@ -11754,18 +11754,18 @@ def fit(canvas: Any) -> None:
 
 def legend_below(columns: int, *axes: Any) -> None:
     """A legend of what one or several ``axes`` show, under their figure; in fewer columns where the names are long."""
-    found = {name: handle for one in axes for handle, name in zip(*one.get_legend_handles_labels(), strict=True)}
-    lines = [textwrap.fill(str(name), 52) for name in found]
-    longest = max((len(part) for line in lines for part in line.split("\n")), default=1)
+    handles = {name: handle for ax in axes for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    lines = [textwrap.fill(str(name), 52) for name in handles]
+    longest = max((len(row) for line in lines for row in line.split("\n")), default=1)
     style: Any = {"ncols": max(1, min(columns, 56 // (longest + 4))), "frameon": False, "fontsize": 7}
-    axes[0].figure.legend([*found.values()], lines, loc="outside lower center", **style)
+    axes[0].figure.legend([*handles.values()], lines, loc="outside lower center", **style)
 
 
-def whiskers(told: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[float]]]:
+def whiskers(summaries: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[float]]]:
     """Means in per cent, and how far their 95 % intervals reach below and above."""
-    means = [100 * own["mean"] for own in told]
-    below = [max(0.0, mean - 100 * own["ci"][0]) for mean, own in zip(means, told, strict=True)]
-    return means, [below, [max(0.0, 100 * own["ci"][1] - mean) for mean, own in zip(means, told, strict=True)]]
+    means = [100 * s["mean"] for s in summaries]
+    below = [max(0.0, mean - 100 * s["ci"][0]) for mean, s in zip(means, summaries, strict=True)]
+    return means, [below, [max(0.0, 100 * s["ci"][1] - mean) for mean, s in zip(means, summaries, strict=True)]]
 
 
 @contextlib.contextmanager
@@ -11779,8 +11779,8 @@ def figure(path: Path, height: float = 2.6, panels: tuple[int, int] = (1, 1)) ->
     with rc_context(style | {"lines.markersize": 4}):
         canvas = Figure(figsize=(3.4, height), layout="constrained")
         axes = canvas.subplots(*panels)
-        for one in canvas.axes:
-            one.spines[["top", "right"]].set_visible(False)
+        for ax in canvas.axes:
+            ax.spines[["top", "right"]].set_visible(False)
         yield axes
         fit(canvas)
         with saving(path):
@@ -11919,19 +11919,19 @@ def latents_figure(inputs: ReportInputs, path: Path) -> bool:
     points = points.reshape(len(points), -1)
     decomposition = require("sklearn.decomposition", "scikit-learn")
     manifold = require("sklearn.manifold", "scikit-learn")
-    flat = decomposition.PCA(min(50, *points.shape), svd_solver="full", random_state=0).fit(points)
-    low = flat.transform(points)
+    pca = decomposition.PCA(min(50, *points.shape), svd_solver="full", random_state=0).fit(points)
+    low = pca.transform(points)
     spread = manifold.TSNE(2, perplexity=min(30, (len(points) - 1) / 3), init="pca", random_state=0).fit_transform(low)
     kinds = [label for label in dict.fromkeys(about["labels"]) if label is not None]
     with figure(path, height=2.1, panels=(1, 2)) as axes:
-        for one, place, title in ((axes[0], spread, "t-SNE"), (axes[1], low, "PCA")):
+        for ax, xy, title in ((axes[0], spread, "t-SNE"), (axes[1], low, "PCA")):
             for kind in sorted(kinds) or [None]:
-                own = [i for i, label in enumerate(about["labels"]) if label == kind]
+                rows = [i for i, label in enumerate(about["labels"]) if label == kind]
                 word = about["words"][kind] if kind is not None else None
                 mark, color, _ = LOOKS[(kind or 0) % len(LOOKS)]
-                one.scatter(place[own, 0], place[own, 1], s=5, marker=mark, linewidths=0, color=color, label=word)
-            one.set(title=title, xticks=[], yticks=[])
-        share = 100 * flat.explained_variance_ratio_
+                ax.scatter(xy[rows, 0], xy[rows, 1], s=5, marker=mark, linewidths=0, color=color, label=word)
+            ax.set(title=title, xticks=[], yticks=[])
+        share = 100 * pca.explained_variance_ratio_
         axes[1].set(xlabel=f"first: {share[0]:.0f} % of variance", ylabel=f"second: {share[1]:.0f} %")
         if kinds:
             legend_below(3, axes[0])
@@ -11948,20 +11948,20 @@ def attention_figure(inputs: ReportInputs, path: Path) -> bool:
         return False
     maps = arrays["attention"]  # (n, blocks, heads, K, T)
     lengths = [len(tokens) for tokens in about["tokens"]]
-    shown = min(range(len(lengths)), key=lambda i: abs(lengths[i] - 16))
-    one, tokens = maps[shown, -1].mean(0)[:, : lengths[shown]], about["tokens"][shown]
+    index = min(range(len(lengths)), key=lambda i: abs(lengths[i] - 16))
+    attention, tokens = maps[index, -1].mean(0)[:, : lengths[index]], about["tokens"][index]
     share = np.where(maps > 0, maps, 1.0)
     entropy = -(maps * np.log(share)).sum(-1) / np.log(np.maximum(2, np.array(lengths)))[:, None, None, None]
     heads = entropy.mean((0, 3))  # (blocks, heads)
     with figure(path, height=3.2, panels=(2, 1)) as axes:
-        drawn = axes[0].imshow(one, aspect="auto", cmap="cividis", vmin=0)
-        axes[0].set(ylabel="latent", yticks=range(len(one)) if len(one) <= 8 else [])
+        image = axes[0].imshow(attention, aspect="auto", cmap="cividis", vmin=0)
+        axes[0].set(ylabel="latent", yticks=range(len(attention)) if len(attention) <= 8 else [])
         words = [text.replace("\n", " ").strip() or "·" for text in tokens]
         if len(words) <= 48:
             axes[0].set_xticks(range(len(words)), words, rotation=90, fontsize=6)
         else:
             axes[0].set(xlabel="token of the text")
-        axes[0].figure.colorbar(drawn, ax=axes[0], shrink=0.9)
+        axes[0].figure.colorbar(image, ax=axes[0], shrink=0.9)
         for block, (values, (mark, color, _)) in enumerate(zip(heads, itertools.cycle(LOOKS))):
             axes[1].plot(range(len(values)), values, f"{mark}-", color=color, label=f"block {block}")
         axes[1].set(xlabel=f"head; mean over {len(maps)} texts", ylabel="entropy / log T", ylim=(0, 1.05),
@@ -11975,21 +11975,21 @@ def tokens_figure(inputs: ReportInputs, path: Path) -> bool:
     """The bridge over the number of latents, a line for each data set."""
     several = len({(c.key["sender"], c.key["receiver"], c.key["split"]) for c in inputs.groups}) > 1
     groups = [group for group in inputs.groups if "bridge" in group.methods]
-    found: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    curves: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for group in groups:
         key = group.key
         name = f"{key['dataset']}, {key['sender']} → {key['receiver']}, {key['split']}" if several else key["dataset"]
-        found.setdefault(name, []).append((key["latent_len"], group.summaries["bridge"]))
-    found = {n: sorted(rows, key=lambda row: row[0]) for n, rows in found.items() if len({k for k, _ in rows}) > 1}
-    if not found:
+        curves.setdefault(name, []).append((key["latent_len"], group.summaries["bridge"]))
+    curves = {n: sorted(rows, key=lambda row: row[0]) for n, rows in curves.items() if len({k for k, _ in rows}) > 1}
+    if not curves:
         return False
     with figure(path) as axes:
-        for (name, rows), (mark, color, _) in zip(found.items(), itertools.cycle(LOOKS)):
-            sizes, told = zip(*rows, strict=True)
-            means, spans = whiskers(told)
+        for (name, rows), (mark, color, _) in zip(curves.items(), itertools.cycle(LOOKS)):
+            sizes, summaries = zip(*rows, strict=True)
+            means, spans = whiskers(summaries)
             axes.errorbar(sizes, means, yerr=spans, fmt=f"{mark}-", color=color, capsize=2, label=name)
         axes.set_xscale("log", base=2)
-        counts = sorted({k for rows in found.values() for k, _ in rows})
+        counts = sorted({k for rows in curves.values() for k, _ in rows})
         axes.set_xticks(counts, [str(k) for k in counts])
         axes.minorticks_off()
         score = listed(group.key["metric"] for group in groups)
@@ -12004,38 +12004,38 @@ def rates_of(group: ResultGroup) -> list[tuple[str, float, float, float]]:
     What reads the whole text without counting it (LoRA, prompt tuning, ensembles) stands where the full text does.
     """
     results = collections.ChainMap(*(member.results["methods"] for member in group.members))
-    text, found = results.get("text", {}), []
+    text, points = results.get("text", {}), []
     for name in group.methods:
         if name in results and name != "same_label" and not group.kinds[name].control:
             rates = [results[name].get(key) or text.get(key) for key in ("tokens", "bytes")]
             if all(rates):
-                found.append((name, float(rates[0]), float(rates[1]), 100 * group.means[name]))
-    return found
+                points.append((name, float(rates[0]), float(rates[1]), 100 * group.means[name]))
+    return points
 
 
 @FIGURES.register("pareto")
 def pareto_figure(inputs: ReportInputs, path: Path) -> bool:
     """Rate and quality: what stands for the text, in receiver tokens and in bytes, against the metric."""
-    panels = [(c, points) for c in inputs.groups if "bridge" in c.methods and len(points := rates_of(c)) > 2]
-    if not panels:
+    plotted = [(c, points) for c in inputs.groups if "bridge" in c.methods and len(points := rates_of(c)) > 2]
+    if not plotted:
         return False
     unsized = functools.partial(re.sub, r":\d+$", "")  # text_relay of text_relay:8
-    every = dict.fromkeys(unsized(name) for _, points in panels for name, *_ in points)
+    every = dict.fromkeys(unsized(name) for _, points in plotted for name, *_ in points)
     names = sorted(every, key=lambda name: name != "bridge")  # no rival has its colour
     look = {name: (MARKS[i % 8], SERIES[1 + (i + i // 24) % 6 if i else 0]) for i, name in enumerate(names)}
-    with figure(path, height=1.0 + 1.75 * len(panels) + 0.1 * len(names), panels=(len(panels), 2)) as axes:
-        for (group, points), row in zip(panels, axes if len(panels) > 1 else [axes], strict=True):
-            for one, at, label in ((row[0], 1, "receiver tokens"), (row[1], 2, "bytes")):
+    with figure(path, height=1.0 + 1.75 * len(plotted) + 0.1 * len(names), panels=(len(plotted), 2)) as axes:
+        for (group, points), row in zip(plotted, axes if len(plotted) > 1 else [axes], strict=True):
+            for ax, at, label in ((row[0], 1, "receiver tokens"), (row[1], 2, "bytes")):
                 for name, *rates, score in points:
                     family, style = unsized(name), "none" if name in group.broken else "full"
                     mark, color = look[family]
-                    called = PLAIN_NAMES.get(family, family)
-                    one.plot(rates[at - 1], score, mark, color=color, label=called, fillstyle=style)
-                whole = sorted((point[at], point[3]) for point in points if point[0] not in group.broken)
-                front = [point for i, point in enumerate(whole) if all(point[1] > other[1] for other in whole[:i])]
+                    title = PLAIN_NAMES.get(family, family)
+                    ax.plot(rates[at - 1], score, mark, color=color, label=title, fillstyle=style)
+                ordered = sorted((point[at], point[3]) for point in points if point[0] not in group.broken)
+                front = [point for i, point in enumerate(ordered) if all(point[1] > other[1] for other in ordered[:i])]
                 if front:
-                    one.plot(*zip(*front, strict=True), color="black", linewidth=0.6, drawstyle="steps-post", zorder=0)
-                one.set(xlabel=label, xscale="log")
+                    ax.plot(*zip(*front, strict=True), color="black", linewidth=0.6, drawstyle="steps-post", zorder=0)
+                ax.set(xlabel=label, xscale="log")
             row[0].set(ylabel=f"{group.key['metric']} (%)")
             row[0].set_title(f"{group.title}; line: best so far, hollow: broken", loc="left", fontsize=7)
         legend_below(2, *axes.flat)
@@ -12097,15 +12097,15 @@ def draw_figures(inputs: ReportInputs, folder: Path, only: Sequence[str] | None 
 
 def benchmark_tables(results: Mapping[str, Any]) -> Iterator[TextTable]:
     """A table of every part that was measured."""
-    for name, kept in results.items():
-        rows = [row for row in kept if isinstance(row, dict)] if isinstance(kept, list) else []
+    for name, entries in results.items():
+        rows = [row for row in entries if isinstance(row, dict)] if isinstance(entries, list) else []
         rows = [{key: value for key, value in row.items() if key != "trials"} for row in rows]
         if rows:
-            parts = [*dict.fromkeys(part for row in rows for part in row.get("parts_ms", ()))]
-            flat = [row | {f"{part}_ms": row.get("parts_ms", {}).get(part) for part in parts} for row in rows]
+            phases = [*dict.fromkeys(phase for row in rows for phase in row.get("parts_ms", ()))]
+            flat = [row | {f"{phase}_ms": row.get("parts_ms", {}).get(phase) for phase in phases} for row in rows]
             heads = [key for key in flat[0] if key != "parts_ms"]
-            told = [[in_short(row[key]) for key in heads] for row in flat]
-            yield TextTable([head.replace("_", " ") for head in heads], told, name)
+            cells = [[in_short(row[key]) for key in heads] for row in flat]
+            yield TextTable([head.replace("_", " ") for head in heads], cells, name)
 
 
 def log_curves(points: Sequence[tuple[str, float, float]], path: Path, across: str, up: str) -> None:
@@ -12114,7 +12114,7 @@ def log_curves(points: Sequence[tuple[str, float, float]], path: Path, across: s
         return
     with figure(path) as axes:
         for name in dict.fromkeys(name for name, _, _ in points):
-            axes.plot(*zip(*[(x, y) for own, x, y in points if own == name], strict=True), "o-", label=name)
+            axes.plot(*zip(*[(x, y) for curve, x, y in points if curve == name], strict=True), "o-", label=name)
         axes.set(xlabel=across, ylabel=up, xscale="log", yscale="log")
         axes.legend(frameon=False, fontsize=8)
 
@@ -12173,14 +12173,14 @@ are frozen. Grey rows carry nothing about the text: a bridge that does not beat 
 
 def run_facts(member: Evaluation, config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """Command, data, program and machine of an evaluation, and the settings that its run changed."""
-    made = member.facts["provenance"]
+    origin = member.facts["provenance"]
     names = ("command", "started", "commit", "source_sha256", "checkpoint", "data", "data_digest", "bridge", "step", "device",
              "dtype", "layers", "packages", "platform")  # fmt: skip
-    facts = [(k, shlex.join(made[k]) if k == "command" else made[k]) for k in names if made.get(k) is not None]
+    facts = [(k, shlex.join(origin[k]) if k == "command" else origin[k]) for k in names if origin.get(k) is not None]
     fields = TrainSettings.fields()
     changed = {k: v for k, v in config.items() if k in fields and v != fields[k].default}
-    told = ", ".join(f"{k} {nameless(v)}" for k, v in changed.items())
-    return [*nameless(facts), *([("settings", told)] if changed else [])]
+    text = ", ".join(f"{k} {nameless(v)}" for k, v in changed.items())
+    return [*nameless(facts), *([("settings", text)] if changed else [])]
 
 
 def report_tables(inputs: ReportInputs) -> list[TextTable]:
@@ -12195,10 +12195,10 @@ def report_tables(inputs: ReportInputs) -> list[TextTable]:
         table = method_table(groups, [f"{group.title}, {group.key['metric']} %" for group in groups])
         note = f"± over seeds, else the 95 % interval of one run.{broken}"
         tables = [replace(table, title="All of it", note=note)]
-    for own in inputs.comparisons:
-        counts = " and ".join(f"{count} of {family}" for family, count in own["tests"].items() if count)
-        note = f"{own['reference']} minus each; {own['correction']} within each family of tests ({counts}). "
-        tables.append(comparison_table(own["comparisons"], own["title"], note + "; ".join(own["warnings"])))
+    for result in inputs.comparisons:
+        counts = " and ".join(f"{count} of {family}" for family, count in result["tests"].items() if count)
+        note = f"{result['reference']} minus each; {result['correction']} within each family of tests ({counts}). "
+        tables.append(comparison_table(result["comparisons"], result["title"], note + "; ".join(result["warnings"])))
     return [table for table in tables if table.rows]
 
 
@@ -12214,9 +12214,9 @@ def write_report(folder: Path, inputs: ReportInputs | None = None) -> Path:
         member.rebuild()
     single = groups[0].members[0].results if len(groups) == len(groups[0].members) == 1 else None
     verdicts = []
-    for told in inputs.comparisons:
-        kind = "yes" if (single or told).get("communication") else "no" if told["reference"] == "bridge" else ""
-        verdicts.append((kind, single["verdict"] if single else f"{told['title']}: {told['verdict']}"))
+    for result in inputs.comparisons:
+        kind = "yes" if (single or result).get("communication") else "no" if result["reference"] == "bridge" else ""
+        verdicts.append((kind, single["verdict"] if single else f"{result['title']}: {result['verdict']}"))
     if len(groups) > 1:
         shown = sum(kind == "yes" for kind, _ in verdicts)
         verdicts.insert(0, ("", f"Communication shown in {shown} of {sum(bool(kind) for kind, _ in verdicts)} cases"))
@@ -12246,22 +12246,22 @@ def significantly_best(group: ResultGroup) -> str | None:
 @TABLES.register("numbers")
 def numbers_tex(inputs: ReportInputs) -> bytes:
     """Every number that the paper's text cites, as a macro."""
-    told, groups, configs = inputs.comparisons, inputs.groups, inputs.configs.values()
-    own = [member.facts["provenance"] for group in groups for member in group.members]
-    ahead = [any(r["significant"] and r["difference"] < 0 and r["family"] == "rivals" for r in one["comparisons"].values())
-             for one in told if one["reference"] == "bridge"]  # fmt: skip
+    results, groups, configs = inputs.comparisons, inputs.groups, inputs.configs.values()
+    origins = [member.facts["provenance"] for group in groups for member in group.members]
+    ahead = [any(r["significant"] and r["difference"] < 0 and r["family"] == "rivals" for r in result["comparisons"].values())
+             for result in results if result["reference"] == "bridge"]  # fmt: skip
     values = {
         "sender": listed(c.key["sender"] for c in groups), "receiver": listed(c.key["receiver"] for c in groups),
         "latents": listed(sorted({c.key["latent_len"] for c in groups})),
-        "seeds": listed(sorted({m["seed_of_training"] for m in own})),
-        "nseeds": len({m["seed_of_training"] for m in own}), "datasets": listed(c.key["dataset"] for c in groups),
-        "ndatasets": len({c.key["dataset"] for c in groups}), "nshown": sum(bool(one["communication"]) for one in told),
+        "seeds": listed(sorted({m["seed_of_training"] for m in origins})),
+        "nseeds": len({m["seed_of_training"] for m in origins}), "datasets": listed(c.key["dataset"] for c in groups),
+        "ndatasets": len({c.key["dataset"] for c in groups}), "nshown": sum(bool(result["communication"]) for result in results),
         "ncells": len(ahead), "nrivalsahead": sum(ahead), "nmethods": len({name for c in groups for name in c.methods}),
-        "nrecords": sum(len(own) for c in groups for seeds in c.methods.values() for own in seeds.values()),
-        "trainrows": listed(m["task"]["train_rows"] for m in own if "train_rows" in m.get("task", {})),
+        "nrecords": sum(len(scores) for c in groups for seeds in c.methods.values() for scores in seeds.values()),
+        "trainrows": listed(m["task"]["train_rows"] for m in origins if "train_rows" in m.get("task", {})),
         "steps": listed(run.get("steps") for run in configs), "testrows": listed(c.key["n"] for c in groups),
-        "device": listed(m["device"] for m in own), "dtype": listed(m["dtype"].removeprefix("torch.") for m in own),
-        "version": listed(m["latentwire"] for m in own), "source": listed(m["source_sha256"][:12] for m in own),
+        "device": listed(m["device"] for m in origins), "dtype": listed(m["dtype"].removeprefix("torch.") for m in origins),
+        "version": listed(m["latentwire"] for m in origins), "source": listed(m["source_sha256"][:12] for m in origins),
     }  # fmt: skip
     return "".join(rf"\lwset{{{name}}}{{{tex(value)}}}" + "\n" for name, value in values.items()).encode()
 
@@ -12269,18 +12269,18 @@ def numbers_tex(inputs: ReportInputs) -> bytes:
 @TABLES.register("results")
 def results_tex(inputs: ReportInputs) -> bytes:
     """A paragraph on each column."""
-    said = []
-    for group, one in zip(inputs.groups, inputs.comparisons, strict=True):
-        clear = {n: r["difference"] for n, r in one["comparisons"].items() if r["significant"]}
+    paragraphs = []
+    for group, result in zip(inputs.groups, inputs.comparisons, strict=True):
+        clear = {n: r["difference"] for n, r in result["comparisons"].items() if r["significant"]}
         ahead = [PLAIN_NAMES.get(n, n) for n, gap in clear.items() if gap < 0]
-        broken = [PLAIN_NAMES.get(n, n) for n in one["broken"]]
+        broken = [PLAIN_NAMES.get(n, n) for n in result["broken"]]
         behind = [PLAIN_NAMES.get(n, n) for n, gap in clear.items() if gap > 0 and not group.kinds[n].control]
-        text = f"{one['verdict']}. Significantly ahead of the bridge: {listed(ahead) or 'no method'}."
+        text = f"{result['verdict']}. Significantly ahead of the bridge: {listed(ahead) or 'no method'}."
         text += f" Significantly behind it, controls aside: {listed(behind)}." if behind else ""
         text += f" Broken here and not compared: {listed(broken)}." if broken else ""
-        if one["reference"] == "bridge":
-            said.append(rf"\paragraph{{{tex(group.title)}.}} {tex(text)}" + "\n")
-    return "\n".join(said).encode()
+        if result["reference"] == "bridge":
+            paragraphs.append(rf"\paragraph{{{tex(group.title)}.}} {tex(text)}" + "\n")
+    return "\n".join(paragraphs).encode()
 
 
 @TABLES.register("main_results")
@@ -12294,15 +12294,16 @@ def main_tex(inputs: ReportInputs) -> bytes:
 @TABLES.register("comparisons")
 def comparisons_tex(inputs: ReportInputs) -> bytes | None:
     """The bridge minus the chief rivals and every control; of many data sets the closest control alone."""
-    rows, kept = [], [one for one in inputs.comparisons if one["reference"] == "bridge"]
+    rows, bridged = [], [result for result in inputs.comparisons if result["reference"] == "bridge"]
     few = ("text", "probe", "lora", "prompt_tuning", "fewshot:receiver", "token_budget")
-    for one in kept:
-        tests, controls = one["comparisons"], one["families"]["controls"]
-        if len(kept) > 3:
+    chosen = CHIEF if len(bridged) <= 3 else few
+    for result in bridged:
+        tests, controls = result["comparisons"], result["families"]["controls"]
+        if len(bridged) > 3:
             controls = sorted(controls, key=lambda name: tests[name]["difference"])[:1]
-        shown = {*controls, *(name for name in one["families"]["rivals"] if name in (CHIEF if len(kept) <= 3 else few))}
+        shown = {*controls, *(name for name in result["families"]["rivals"] if name in chosen)}
         table = comparison_table({name: row for name, row in tests.items() if name in shown})
-        rows += [[one["title"], *row] for row in table.rows]
+        rows += [[result["title"], *row] for row in table.rows]
     return TextTable(["data set", *table.heads], rows).tex() if rows else None
 
 
@@ -12315,8 +12316,8 @@ def tokens_tex(inputs: ReportInputs) -> bytes | None:
         return None
     rows = []
     for name in dict.fromkeys(group.key["dataset"] for group in groups):
-        own = [group for group in groups if group.key["dataset"] == name]
-        cells = [(group.key["latent_len"], cell(group.summaries["bridge"])) for group in own]
+        alike = [group for group in groups if group.key["dataset"] == name]
+        cells = [(group.key["latent_len"], cell(group.summaries["bridge"])) for group in alike]
         rows.append([name, *(" / ".join(text for k, text in cells if k == size) or "–" for size in sizes)])
     return TextTable(["data set", *(f"{size} latents" for size in sizes)], rows).tex()
 
@@ -12333,8 +12334,8 @@ def setup_tex(inputs: ReportInputs) -> bytes | None:
     names = ("encoder", "pooler", "layers", "latent_len", "d_z", "samples", "steps", "batch_size", "lr", "seed",
              "protocol")  # fmt: skip
     configs = inputs.configs.values()
-    told = {name: listed(json.dumps(own[name]).strip('"') for own in configs if name in own) for name in names}
-    rows = [[name.replace("_", " "), values] for name, values in told.items() if values]
+    texts = {name: listed(json.dumps(run[name]).strip('"') for run in configs if name in run) for name in names}
+    rows = [[name.replace("_", " "), values] for name, values in texts.items() if values]
     return TextTable(["setting", "values"], rows).tex() if inputs.configs else None
 
 
@@ -12358,10 +12359,10 @@ def compile_paper(folder: Path) -> str:
                 f"texlive-latex-recommended, then the same command again")  # fmt: skip
     call = ["latexmk", "-g", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "-file-line-error", "main.tex"]
     env = {**os.environ, "SOURCE_DATE_EPOCH": "0", "FORCE_SOURCE_DATE": "1"}
-    done = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False, env=env, errors="replace")
-    if done.returncode:
-        errors = [line for line in done.stdout.splitlines() if re.match(r"^\S+:\d+: |^!", line)]
-        error = (errors or [done.stderr.strip()[-200:]])[0]
+    process = subprocess.run(call, cwd=folder, capture_output=True, text=True, check=False, env=env, errors="replace")
+    if process.returncode:
+        errors = [line for line in process.stdout.splitlines() if re.match(r"^\S+:\d+: |^!", line)]
+        error = (errors or [process.stderr.strip()[-200:]])[0]
         raise LatentWireError(f"latexmk failed in {folder}: {error}; see main.log")
     return str(folder / "main.pdf")
 
