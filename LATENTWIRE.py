@@ -11000,7 +11000,7 @@ class Evaluation:
 
     @functools.cached_property
     def scores(self) -> dict[str, dict[str, float]]:
-        """The deciding metric by method and example; of failed rows 0."""
+        """The deciding metric, 0 to 1, by method and example; of failed rows 0."""
         scores, headline = {}, self.facts["headline"]
         for name, by_id in self.rows.items():
             scores[name] = dict(zip(map(sys.intern, by_id), headline_values([*by_id.values()], headline), strict=True))
@@ -11150,7 +11150,7 @@ def agree(path: Path, facts: Mapping[str, Any], rows: Mapping[str, Mapping[str, 
 
 
 def evaluations_below(base: Path) -> list[Evaluation]:
-    """Every evaluation in the folders below ``base``, or of the files that an ``aggregated_results.json`` names."""
+    """Every evaluation below ``base``, or of the files that an ``aggregated_results.json`` names. Raises where there is none."""
     if base.is_file():
         content = json_in(base)
         if isinstance(content, dict) and "provenance" in content:
@@ -11176,7 +11176,7 @@ def evaluations_below(base: Path) -> list[Evaluation]:
 
 
 def recorded(path: Path, method: str) -> Evaluation:
-    """The evaluation at ``path``, whole in one method at least."""
+    """The evaluation at ``path``. Raises ``LatentWireError`` where ``method`` has no rows there, or failed ones."""
     evaluation = open_evaluation(path)
     rows, folder = evaluation.rows.get(method, {}), evaluation.file.parent
     if not rows or any("error" in row for row in rows.values()):
@@ -11253,7 +11253,7 @@ class ResultGroup:
         return broken
 
     def scores(self, method: str) -> Any:
-        """(n, seeds) of a method; seeds that agree in every row are one."""
+        """Scores of a method as an array (n, seeds), 0 to 1; seeds that agree in every row are one."""
         import numpy as np
 
         if method == CONSTANT:
@@ -11263,7 +11263,7 @@ class ResultGroup:
 
     @functools.cached_property
     def summaries(self) -> dict[str, dict[str, Any]]:
-        """Mean, deviation over seeds, 95 % interval and the seeds' values of every method."""
+        """Mean, deviation over seeds, 95 % interval and the seeds' values of every method, as shares of 1."""
         summaries = {}
         for name, seeds in self.methods.items():
             rows = self.scores(name)
@@ -11380,7 +11380,10 @@ def result_groups(evaluations: Sequence[Evaluation]) -> tuple[list[ResultGroup],
 def compared(
     group: ResultGroup, reference: str | None = None, correction: str = "holm", alpha: float = 0.05
 ) -> dict[str, Any]:
-    """The reference (the bridge where there is one) minus each other method, p corrected for their number; the verdict."""
+    """The reference (the bridge where there is one) minus each other method, p corrected for their number; the verdict.
+
+    Differences are shares of 1. Raises ``LatentWireError`` where no method is called ``reference``.
+    """
     known = [*group.methods]
     if reference is not None and reference not in known:
         advice = f"{suggest(reference, known)} ({', '.join(known)})"
@@ -11419,7 +11422,7 @@ def compared(
 
 
 def one_group(path: Path) -> ResultGroup:
-    """An experiment, a run or a folder of seeds, as a group."""
+    """An experiment, a run or a folder of seeds, as a group. Raises ``LatentWireError`` where it holds several results."""
     groups, left = result_groups(evaluations_below(path))
     if len(groups) != 1:
         why = f"cannot be one{f': {left[0]}' if left else ''}; name one run or one folder of seeds"
@@ -11428,7 +11431,7 @@ def one_group(path: Path) -> ResultGroup:
 
 
 def paired_experiments(first: Path, second: Path, correction: str) -> dict[str, Any]:
-    """The first experiment's methods minus the second's, each method that both have, on the same rows."""
+    """The first experiment's methods minus the second's, each that both have. Raises where their rows or metrics differ."""
     group1, group2 = one_group(first), one_group(second)
     differing = [name for name in ("dataset", "metric", "n") if group1.key[name] != group2.key[name]]
     digests = {side.members[0].version["data_digest"] for side in (group1, group2)}
@@ -11452,7 +11455,7 @@ def paired_experiments(first: Path, second: Path, correction: str) -> dict[str, 
 
 
 def head_to_head(latent: Path, text: Path) -> dict[str, Any]:
-    """One run's bridge against the text baseline of another or the same, example by example, as results."""
+    """One run's bridge against a run's text baseline, example by example, as results. Raises where their questions differ."""
     bridge, baseline = recorded(latent, "bridge"), recorded(text, "text")
     ours, theirs, headline = bridge.rows["bridge"], baseline.rows["text"], bridge.facts["headline"]
     golds = [{name: row["gold"] for name, row in rows.items()} for rows in (ours, theirs)]
@@ -11658,7 +11661,7 @@ def short(folder: Path, home: Path) -> str:
 
 
 def listed(values: Iterable[Any]) -> str:
-    """Different values in order, with commas."""
+    """Different values in their order, with commas."""
     return ", ".join(str(value) for value in dict.fromkeys(values))
 
 
@@ -11762,7 +11765,7 @@ def legend_below(columns: int, *axes: Any) -> None:
 
 
 def whiskers(summaries: Sequence[Mapping[str, Any]]) -> tuple[list[float], list[list[float]]]:
-    """Means in per cent, and how far their 95 % intervals reach below and above."""
+    """Means in per cent, and how far their 95 % intervals reach below and above, in points: what ``errorbar`` takes."""
     means = [100 * s["mean"] for s in summaries]
     below = [max(0.0, mean - 100 * s["ci"][0]) for mean, s in zip(means, summaries, strict=True)]
     return means, [below, [max(0.0, 100 * s["ci"][1] - mean) for mean, s in zip(means, summaries, strict=True)]]
@@ -11870,7 +11873,7 @@ def learning_figure(inputs: ReportInputs, path: Path) -> bool:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Running means over a fortieth of the values."""
+    """Running means of each value and those before it, over a fortieth of all; as many as there are values."""
     span = max(1, len(values) // 40)
     return [sum(values[max(0, i - span) : i + 1]) / len(values[max(0, i - span) : i + 1]) for i in range(len(values))]
 
@@ -11897,7 +11900,7 @@ def learning_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 @functools.lru_cache(maxsize=2)
 def opened_artifacts(path: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors as float32 arrays, and what is said about them; nothing where there is no file."""
+    """Float32 ``latents`` (N, K, D_w), ``mask`` (N, K), ``attention`` (n, blocks, heads, K, T), and facts; of None nothing."""
     from safetensors import safe_open
 
     if path is None:
@@ -12203,7 +12206,10 @@ def report_tables(inputs: ReportInputs) -> list[TextTable]:
 
 
 def write_report(folder: Path, inputs: ReportInputs | None = None) -> Path:
-    """``figures/`` and the self-contained ``report.html`` of a run, or of a folder of runs, from their records; → the page."""
+    """``figures/`` and the self-contained ``report.html`` of a run, or of a folder of runs, from their records; → the page.
+
+    Raises ``LatentWireError`` where no evaluation is whole.
+    """
     import base64
 
     inputs = inputs or ReportInputs.below(folder)
@@ -12353,7 +12359,7 @@ def write_tables(inputs: ReportInputs, folder: Path) -> list[Path]:
 
 
 def compile_paper(folder: Path) -> str:
-    """``main.pdf`` in ``folder`` by latexmk, the same bytes from the same files; → what to tell the user."""
+    """``main.pdf`` by latexmk, the same bytes from the same files; → what to tell the user. Raises where LaTeX fails."""
     if not shutil.which("latexmk"):
         return (f"{folder} is ready; latexmk is not here, so no PDF: apt-get install -y --no-install-recommends latexmk "
                 f"texlive-latex-recommended, then the same command again")  # fmt: skip
@@ -12398,7 +12404,7 @@ add_suite("effects", "Each feature, loss and schedule alone beside a plain bridg
     "dataset": "trec", "sender": "smollm2-135m", "receiver": "gemma-3-270m", "encoder": "hidden", "pooler": "window",
     "init": "copy", "adapter": "mlp", "latent_len": 4, "d_z": 256, "layers": ["0.5"], "steps": 150, "batch_size": 16,
     "val_samples": 64, "eval_every": 150, "samples": 2400,
-    "runs": [{"name": name, "overrides": own} for name, own in EFFECTS.items()],
+    "runs": [{"name": name, "overrides": changes} for name, changes in EFFECTS.items()],
 })  # fmt: skip
 
 add_suite("baseline", "One bridge beside every rival and control, on the same rows.", {
