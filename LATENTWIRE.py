@@ -12448,16 +12448,16 @@ def unfolded(layers: Layers, fixed: Iterable[str]) -> tuple[Layers, list[tuple[s
     runs: list[tuple[str, Mapping[str, Any]]] = []
     sweeps: dict[str, list[Any]] = {}
     for where, layer in layers.items():
-        base, more, own = layer.get("base_config"), layer.get("runs", []), layer.get("sweeps", {})
-        named = isinstance(more, list) and all(isinstance(run, Mapping) and run.get("name") for run in more)
-        if not named or not isinstance(own, Mapping):
-            known = 'runs look like [{"name": "a", "overrides": {"lora.r": 8}}], sweeps like {"lr": [1e-4, 1e-3]}'
-            raise LatentWireError(f"{where}: {known}")
+        base, variants, swept = layer.get("base_config"), layer.get("runs", []), layer.get("sweeps", {})
+        named = isinstance(variants, list) and all(isinstance(run, Mapping) and run.get("name") for run in variants)
+        if not named or not isinstance(swept, Mapping):
+            example = 'runs look like [{"name": "a", "overrides": {"lora.r": 8}}], sweeps like {"lr": [1e-4, 1e-3]}'
+            raise LatentWireError(f"{where}: {example}")
         below[f"base_config of {where}"] = config_values(str(base)) if base else {}
         below[f"base_overrides of {where}"] = overridden(layer.get("base_overrides", []))
         below[where] = {key: value for key, value in layer.items() if key not in PLAN}
-        runs += [(str(run["name"]), overridden(run.get("overrides", []))) for run in more]
-        sweeps |= {TrainSettings.field_for(key, where): v if isinstance(v, list) else [v] for key, v in own.items()}
+        runs += [(str(run["name"]), overridden(run.get("overrides", []))) for run in variants]
+        sweeps |= {TrainSettings.field_for(key, where): v if isinstance(v, list) else [v] for key, v in swept.items()}
     axes = {name: values for name, values in sweeps.items() if name not in fixed}
     points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())] if axes else []
     return below, [*runs, *((run_name(point), point) for point in points)] or [("", {})]
@@ -12466,10 +12466,10 @@ def unfolded(layers: Layers, fixed: Iterable[str]) -> tuple[Layers, list[tuple[s
 def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSettings]:
     """The runs of an experiment: those of its file, and train flags with several values (``--latent_len 16,32,64``)."""
     load_named_plugins(words)
-    given, shared = parse_flags(words, TrainSettings, SharedFlags, many=True)
+    flags, shared = parse_flags(words, TrainSettings, SharedFlags, many=True)
     fast = {"--fast_mode": FAST} if settings.fast_mode else {}
     layers: Layers = {**layers_below(SharedFlags.build(shared), suite_of(settings.name)), **fast}
-    fixed = TrainSettings.named(layers["--override"], "--override") | given
+    fixed = TrainSettings.named(layers["--override"], "--override") | flags
     below, variants = unfolded(layers, fixed)
     above = below.pop("--override")
     known = {name: value for where in below for name, value in TrainSettings.named(below[where], where).items()} | fixed
@@ -12480,22 +12480,22 @@ def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSet
         )
     seeds = known.get("seeds") or known.get("eval_seeds")
     seeded = "seed" in fixed or any("seed" in changes for _, changes in variants)
-    if seeds and (not seeded or "seeds" in given):
-        given["seed"] = ",".join(TrainSettings.natural("seeds", seeds))
+    if seeds and (not seeded or "seeds" in flags):
+        flags["seed"] = ",".join(TrainSettings.natural("seeds", seeds))
     single = {name for name, info in TrainSettings.fields().items() if takes_list(info.annotation)}
     single |= {"anchor_text", "text_column", "question_column", "label_column", "delimiter", "data_dir", "output_dir",
                "tag", "extend", "start_from", "resume"}  # fmt: skip
-    single |= {name for name in ("dataset",) if Path(given.get(name, "")).is_file()}
-    axes = {name: value.split(",") for name, value in given.items() if "," in value and name not in single}
+    single |= {name for name in ("dataset",) if Path(flags.get(name, "")).is_file()}
+    axes = {name: value.split(",") for name, value in flags.items() if "," in value and name not in single}
     runs, home = [], os.path.normpath(settings.folder)
-    for (title, changes), values in itertools.product(variants, itertools.product(*axes.values())):
-        point = dict(zip(axes, values, strict=True))
+    for (title, changes), choices in itertools.product(variants, itertools.product(*axes.values())):
+        point = dict(zip(axes, choices, strict=True))
         seed = f"seed{point['seed']}" if "seed" in point else ""  # runs that differ in nothing else share a folder
         name = "-".join(filter(None, (title, run_name({k: v for k, v in point.items() if k != "seed"}))))
         folder = settings.folder / name / seed
         if ".." in Path(name).parts or not Path(os.path.normpath(folder)).is_relative_to(home):
             raise LatentWireError(f"run {name!r} would lie outside {settings.folder}; give it a plain name")
-        run = TrainSettings.build({**given, **point}, {**below, f"run {title}": changes, "--override": above})
+        run = TrainSettings.build({**flags, **point}, {**below, f"run {title}": changes, "--override": above})
         update = {"output_dir": folder, "auto_resume": True, "seeds": None, "eval_seeds": None}
         runs.append(run.model_copy(update=update))
     if len({run.output_dir for run in runs}) < len(runs):
@@ -12503,43 +12503,43 @@ def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSet
     return runs
 
 
-def evaluation_of(run: TrainSettings, folder: Path | None, **asked: Any) -> EvalSettings:
+def evaluation_of(run: TrainSettings, folder: Path | None, **overrides: Any) -> EvalSettings:
     """How to evaluate a run on its own data and device."""
     copied = run.model_dump(include={"data_dir", "device", "offline", "plugin", "trust_remote_code"})
-    given = {name: value for name, value in asked.items() if value is not None}
-    return EvalSettings(checkpoint=folder, **copied, **given)
+    values = {name: value for name, value in overrides.items() if value is not None}
+    return EvalSettings(checkpoint=folder, **copied, **values)
 
 
-def asked_of(settings: ExperimentSettings, run: TrainSettings) -> dict[str, Any]:
+def evaluation_values(settings: ExperimentSettings, run: TrainSettings) -> dict[str, Any]:
     """What an experiment asks of each evaluation: its suite's wishes, smaller on a CPU and in fast mode; flags win."""
-    own = {**suite_of(settings.name).get("evaluation", {})}
-    if {"all", "lora", "prompt_tuning"} & {*own.get("methods", ())} and resolve_device(run.device).type == "cpu":
-        own |= {name: LAPTOP[name] for name in ("rival_tries", "relay_tokens")}
-    own |= {"seed": run.seed} | (FAST_EVAL if settings.fast_mode else {})
+    values = {**suite_of(settings.name).get("evaluation", {})}
+    if {"all", "lora", "prompt_tuning"} & {*values.get("methods", ())} and resolve_device(run.device).type == "cpu":
+        values |= {name: LAPTOP[name] for name in ("rival_tries", "relay_tokens")}
+    values |= {"seed": run.seed} | (FAST_EVAL if settings.fast_mode else {})
     flags = {"num_samples": settings.num_samples or run.eval_samples, "methods": settings.methods}
-    return own | {name: value for name, value in flags.items() if value is not None}
+    return values | {name: value for name, value in flags.items() if value is not None}
 
 
 def parameters_in(name: str | None) -> float:
     """Parameters of a model by its name (``smollm2-135m``, ``Llama-3.1-8B``); a hundred thousand of one without a size."""
-    found = re.findall(r"(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", (name or "").lower())
-    return float(found[-1][0]) * {"m": 1e6, "b": 1e9}[found[-1][1]] if found else 1e5
+    matches = re.findall(r"(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", (name or "").lower())
+    return float(matches[-1][0]) * {"m": 1e6, "b": 1e9}[matches[-1][1]] if matches else 1e5
 
 
-def cost_of(run: TrainSettings, asked: Mapping[str, Any]) -> tuple[str, float]:
+def cost_of(run: TrainSettings, evaluation: Mapping[str, Any]) -> tuple[str, float]:
     """About what a run takes: (text, operations), at 64 tokens a text, 1,000 test rows where all are asked for."""
     run = resolve(run)[0]
-    steps, n = DEFAULT_STEPS if run.steps is None else run.steps, asked.get("num_samples") or 1000
+    steps, n = DEFAULT_STEPS if run.steps is None else run.steps, evaluation.get("num_samples") or 1000
     if run.epochs and run.samples:
         steps = math.ceil(run.epochs * run.samples / run.rows_per_step)
     rows = steps * run.rows_per_step
-    methods = len(named_methods(asked.get("methods") or [name for name, m in METHODS.items() if m.usual]))
+    methods = len(named_methods(evaluation.get("methods") or [name for name, m in METHODS.items() if m.usual]))
     sender = parameters_in(run.sender) if run.encoder == "hidden" else 0.0
     receiver = sum(parameters_in(name) for name in run.receivers or [run.receiver or ""])
     flop = 2 * sender * 64 * (min(run.samples or rows, rows) + n) + 4 * receiver * (run.latent_len + 8) * rows
     flop += 2 * receiver * 64 * n * methods
     length = f"{run.epochs:g} epochs" if run.epochs else f"{steps:,} steps of {run.rows_per_step} rows"
-    tested = f"{n:,} test rows" if asked.get("num_samples") else f"all test rows (counted as {n:,})"
+    tested = f"{n:,} test rows" if evaluation.get("num_samples") else f"all test rows (counted as {n:,})"
     return f"{length}, {tested} x {methods} methods: about {flop:.1e} FLOP", flop
 
 
@@ -12556,12 +12556,12 @@ def described(settings: ExperimentSettings, words: Sequence[str]) -> Iterator[st
     device = resolve_device(runs[0].device)
     rate, total = device_limits(device, resolve_dtype(runs[0].dtype, device))["flop_per_s"], 0.0
     for run in runs:
-        asked = asked_of(settings, run)
-        text, flop = cost_of(run, asked)
+        values = evaluation_values(settings, run)
+        text, flop = cost_of(run, values)
         total += flop
         train = command_line("train", run.model_dump(mode="json", exclude_unset=True))
-        evaluation = evaluation_of(run, run.output_dir, **asked).model_dump(mode="json", exclude_defaults=True)
-        yield f"{train} && {command_line('eval', evaluation)}  # {text}"
+        flags = evaluation_of(run, run.output_dir, **values).model_dump(mode="json", exclude_defaults=True)
+        yield f"{train} && {command_line('eval', flags)}  # {text}"
     folder = str(settings.folder)
     for benchmark in [benchmark_of(settings, runs)] if suite_of(settings.name).get("benchmark") else []:
         yield command_line("benchmark", benchmark.model_dump(mode="json", exclude_defaults=True))
@@ -12574,8 +12574,8 @@ def described(settings: ExperimentSettings, words: Sequence[str]) -> Iterator[st
 
 def command_line(name: str, values: Mapping[str, Any]) -> str:
     """A sub-command and the flags that say ``values``, to type into a shell."""
-    kept = {key: value for key, value in values.items() if value not in (None, [])}
-    texts = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in kept.items()}
+    present = {key: value for key, value in values.items() if value not in (None, [])}
+    texts = {key: ",".join(map(str, value)) if isinstance(value, list) else value for key, value in present.items()}
     flags = [f"--{key}" if text is True else f"--{key}={text}" for key, text in texts.items()]
     return shlex.join(["python", Path(sys.argv[0]).name, name, *flags])
 
@@ -12602,7 +12602,7 @@ def run_experiment(settings: ExperimentSettings, words: Sequence[str], report: R
             if settings.stage in ("all", "train"):
                 train_run(run, report)
             if settings.stage in ("all", "eval"):
-                eval_run(evaluation_of(run, run.output_dir, **asked_of(settings, run)), report)
+                eval_run(evaluation_of(run, run.output_dir, **evaluation_values(settings, run)), report)
         except LatentWireError as error:
             failures[str(run.output_dir)] = str(error)
             report.say(f"failed: {error}")
@@ -12615,13 +12615,13 @@ def put_together(settings: ExperimentSettings, runs: Sequence[TrainSettings], re
     """Benchmark, aggregate, statistics and report of an experiment whose runs are done; → what failed."""
     failures: dict[str, str] = {}
     if suite_of(settings.name).get("benchmark"):
-        asked = benchmark_of(settings, runs)
+        benchmark = benchmark_of(settings, runs)
         try:
-            done = asked.output_dir / "benchmark.json"
-            if not done.exists() or json_object(done).get("unfinished"):
-                write_benchmark(benchmark_run(asked, report), asked.output_dir)
+            path = benchmark.output_dir / "benchmark.json"
+            if not path.exists() or json_object(path).get("unfinished"):
+                write_benchmark(benchmark_run(benchmark, report), benchmark.output_dir)
         except LatentWireError as error:
-            failures[str(asked.output_dir)] = str(error)
+            failures[str(benchmark.output_dir)] = str(error)
     inputs = ReportInputs.below(settings.folder)
     report.say(f"together: {aggregate(inputs, settings.folder, settings.folder)}")
     failures |= {str(Path(line.partition(":")[0]).parent): line for line in inputs.left}
@@ -12652,37 +12652,37 @@ def training_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
     flags, _ = parse_flags(words, TrainSettings, SharedFlags)
     words = [*words, *([] if train.dataset else ["--dataset", DEFAULT_DATASET])]
     folder = flags.get("output_dir", "runs/experiment_{job}")
-    own = []
+    seed_flags = []
     if settings.array_seeds:
-        folder, own = f"{folder}/seed{{seed}}", ["--seed", "{seed}"]
-    words = ["train", *words, "--output_dir", folder, *own, "--auto_resume"]
+        folder, seed_flags = f"{folder}/seed{{seed}}", ["--seed", "{seed}"]
+    words = ["train", *words, "--output_dir", folder, *seed_flags, "--auto_resume"]
     return [Stage("training", words, folder, len(settings.array_seeds or ()), parallel=True)]
 
 
 @JOBS.register("eval", "evaluation")
 def eval_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
     """Evaluate a checkpoint; without --checkpoint the run that finished last."""
-    asked, _ = settings_from(EvalSettings, words)
+    evaluation, _ = settings_from(EvalSettings, words)
     finished = sorted(Path("runs").glob("**/DONE"), key=os.path.getmtime)
-    if not asked.checkpoint and not finished:
+    if not evaluation.checkpoint and not finished:
         raise LatentWireError("--checkpoint is missing and no run below runs/ is finished; give the folder of a run")
-    checkpoint = str(asked.checkpoint or finished[-1].parent)
-    words = [*words, *([] if asked.checkpoint else ["--checkpoint", checkpoint])]
+    checkpoint = str(evaluation.checkpoint or finished[-1].parent)
+    words = [*words, *([] if evaluation.checkpoint else ["--checkpoint", checkpoint])]
     return [Stage("eval", ["eval", *words], checkpoint)]
 
 
 @JOBS.register("benchmark")
 def benchmark_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
     """Latency, throughput and memory on the cluster's own device."""
-    asked, _ = settings_from(BenchmarkSettings, words)
-    return [Stage("benchmark", ["benchmark", *words], str(asked.output_dir))]
+    benchmark, _ = settings_from(BenchmarkSettings, words)
+    return [Stage("benchmark", ["benchmark", *words], str(benchmark.output_dir))]
 
 
 @JOBS.register("baseline")
 def baseline_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
     """Rivals; a job that is stopped goes on where it was."""
-    asked, _ = settings_from(BaselineSettings, words)
-    return [Stage("baseline", ["baseline", *words], str(asked.output_dir))]
+    baseline, _ = settings_from(BaselineSettings, words)
+    return [Stage("baseline", ["baseline", *words], str(baseline.output_dir))]
 
 
 @JOBS.register("experiment")
@@ -12705,21 +12705,21 @@ def experiment_job(settings: SlurmSettings, words: list[str]) -> list[Stage]:
 
 def without_flag(words: Sequence[str], name: str) -> list[str]:
     """``words`` without a flag and its value, however it is spelled."""
-    kept, skip = [], False
+    remaining, skip = [], False
     for word in words:
         flag, _, value = word.partition("=")
-        ours = flag.startswith("--") and flag[2:].replace("-", "_") == name
-        if not ours and not skip:
-            kept.append(word)
-        skip = ours and not value
-    return kept
+        same = flag.startswith("--") and flag[2:].replace("-", "_") == name
+        if not same and not skip:
+            remaining.append(word)
+        skip = same and not value
+    return remaining
 
 
 def site_settings(home: Path, site: str | None = None) -> dict[str, str]:
     """A cluster's SBATCH_* defaults: slurm/site.env, a profile slurm/NAME.env, or a file."""
     site = site or os.environ.get("LATENTWIRE_SITE") or "site"
     path = home / "slurm" / f"{site}.env" if re.fullmatch(r"[\w-]+", site) else Path(site)
-    known = sorted(found.stem for found in (home / "slurm").glob("*.env"))
+    known = sorted(profile.stem for profile in (home / "slurm").glob("*.env"))
     if not known:
         raise LatentWireError(
             f"{home / 'slurm' / 'site.env'} is missing; 'slurm' needs the project's slurm/ folder beside {Path(__file__).name}"
@@ -12762,20 +12762,20 @@ def sbatch_call(settings: SlurmSettings, stage: Stage, after: str | None) -> tup
     home = Path(__file__).resolve().parent
     site = site_settings(home, settings.site)
     env = {name: value for name, value in site.items() if name not in os.environ}
-    known = site | dict(os.environ)
-    usual, kind = gpus_in(known.get("SBATCH_GPUS", ""))
+    variables = site | dict(os.environ)
+    usual, kind = gpus_in(variables.get("SBATCH_GPUS", ""))
     gpus = usual if settings.gpus is None else settings.gpus
     processes = max(1, gpus) if stage.parallel else 1
     launcher = settings.launcher if settings.launcher != "auto" else "srun" if processes > 1 else "direct"
     env |= {"LATENTWIRE_HOME": str(home), "LATENTWIRE_PYTHON": sys.executable, "LATENTWIRE_PROCESSES": str(processes),
             "LATENTWIRE_LAUNCHER": launcher, "LATENTWIRE_GIT_SYNC": "1" if settings.git_sync else "0",
             "LATENTWIRE_SEEDS": " ".join(map(str, settings.array_seeds or ()))}  # fmt: skip
-    asked = settings.model_dump(include={"time", "account", "partition", "mem", "qos", "constraint"}, exclude_none=True)
-    partition = asked.get("partition") or known.get("SBATCH_PARTITION") or "job"
+    flags = settings.model_dump(include={"time", "account", "partition", "mem", "qos", "constraint"}, exclude_none=True)
+    partition = flags.get("partition") or variables.get("SBATCH_PARTITION") or "job"
     log = f"runs/{partition}_{stage.name}_{'%A_%a' if stage.elements else '%j'}.log"
     options = [f"--job-name={stage.name}", f"--output={log}", f"--comment={stage.folder}"]
     options += ["--export=ALL"]  # a site may export nothing, SBATCH_EXPORT=NONE
-    options += [f"--{name}={value}" for name, value in asked.items()]
+    options += [f"--{name}={value}" for name, value in flags.items()]
     options += [f"--gpus={kind}:{gpus}" if kind else f"--gpus={gpus}"] if settings.gpus else []
     if gpus == 0:
         env["SBATCH_GPUS"] = ""
@@ -12783,8 +12783,8 @@ def sbatch_call(settings: SlurmSettings, stage: Stage, after: str | None) -> tup
     options += [f"--array=0-{stage.elements - 1}"] if stage.elements else []
     options += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
     # promised in words, which no site can drop; job.slurm compares
-    given = any(word.replace("-", "_").startswith("__world_size") for word in stage.words)
-    promise = ["--world_size", str(processes)] if processes > 1 and not given else []
+    sized = any(word.replace("-", "_").startswith("__world_size") for word in stage.words)
+    promise = ["--world_size", str(processes)] if processes > 1 and not sized else []
     return ["sbatch", "--parsable", *options, str(home / "slurm" / "job.slurm"), *stage.words, *promise], env
 
 
@@ -12806,11 +12806,11 @@ def submit(settings: SlurmSettings, words: list[str], dry_run: bool) -> Iterator
         with saving(Path("runs")):
             Path("runs").mkdir(exist_ok=True)  # SLURM fails a job without a word when its log's folder is missing
         environ = {name: value for name, value in {**os.environ, **env}.items() if value}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
-        if done.returncode:
+        process = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
+        if process.returncode:
             earlier = f" (job {after} is queued already: scancel {after})" if after else ""
-            raise LatentWireError(f"sbatch refused the job{earlier}: {' '.join(done.stderr.split())}")
-        after = done.stdout.strip().split(";")[0]
+            raise LatentWireError(f"sbatch refused the job{earlier}: {' '.join(process.stderr.split())}")
+        after = process.stdout.strip().split(";")[0]
         log = command[3].partition("=")[2].replace("%j", after).replace("%A", after).replace("%a", "<element>")
         yield f"job {after}: {stage.name} in {stage.folder.replace('{job}', after)}; follow it: tail -f {log}"
         yield "  " + shlex.join(word.replace("{job}", after) for word in stage.words)
@@ -12821,9 +12821,9 @@ def queued_jobs() -> list[dict[str, str]]:
     if not shutil.which("squeue"):
         return []
     names = ("job", "shown", "state", "name", "reason", "folder")
-    asked = ["squeue", "--me", "--noheader", "--array", "--format=%A|%i|%T|%j|%r|%k"]
-    done = subprocess.run(asked, capture_output=True, text=True, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.count("|") >= 5]
+    call = ["squeue", "--me", "--noheader", "--array", "--format=%A|%i|%T|%j|%r|%k"]
+    process = subprocess.run(call, capture_output=True, text=True, check=False)
+    lines = [line for line in process.stdout.splitlines() if line.count("|") >= 5]
     jobs = [dict(zip(names, line.split("|", 5), strict=True)) for line in lines]
     return [job | {"folder": job["folder"].replace("{job}", job["shown"].split("_")[0])} for job in jobs]
 
@@ -13009,7 +13009,7 @@ class RichReport(Report):
         self.console = Console(highlight=False, emoji=False, quiet=quiet)
         self.bars: Any = None
         self.jobs: dict[str, Any] = {}
-        self.told: dict[str, float] = {}
+        self.times: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         """One line."""
@@ -13021,12 +13021,12 @@ class RichReport(Report):
             self.live_tick(job, done, total, note)
             return
         now = time.monotonic()
-        started = self.told.setdefault(f"{job} began", now)
+        started = self.times.setdefault(f"{job} began", now)
         if done >= total:
-            self.told.pop(f"{job} began")
+            self.times.pop(f"{job} began")
             self.say(f"{job}: {done}/{total} {note}".rstrip())
-        elif now - self.told.get(job, started) >= 10:
-            self.told[job] = now
+        elif now - self.times.get(job, started) >= 10:
+            self.times[job] = now
             left = (now - started) / done * (total - done)
             self.say(f"{job}: {done}/{total} {note}, {left:.0f} s left".replace(" ,", ","))
 
@@ -13068,28 +13068,28 @@ class RichReport(Report):
         room = self.console.width - 1  # a table has one edge more than its columns have widths
         cells = [max(1, *(len(plain(row[i])) for row in table.rows)) for i in range(len(table.heads))]
         heads = [[len(word) for word in head.split(" ")] for head in table.heads]
-        whole = [2 + max(cell, sum(words) + len(words) - 1) for cell, words in zip(cells, heads, strict=True)]
+        full = [2 + max(cell, sum(words) + len(words) - 1) for cell, words in zip(cells, heads, strict=True)]
         widths = [2 + max(cell, *words) for cell, words in zip(cells, heads, strict=True)]
         widths[0] = min(widths[0], max(12, self.console.width // 2))
         widths[1:] = [min(width, max(3, room - widths[0])) for width in widths[1:]]
         for number, group in enumerate(column_groups(widths, room)):
             spare = room - sum(widths[i] for i in (0, *group))
-            shown = rich.table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left",
+            rich_table = rich.table.Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left",
                                      title=Text(plain(table.title)) if not number else None)  # fmt: skip
             for i in (0, *group):
-                more = min(max(0, spare), max(0, whole[i] - widths[i]))  # rich itself would shrink what has no room
-                spare, head = spare - more, Text(plain(table.heads[i]))
-                width = widths[i] + more - 2
-                shown.add_column(head, justify="right" if i else "left", overflow="fold", width=width)
+                extra = min(max(0, spare), max(0, full[i] - widths[i]))  # rich itself would shrink what has no room
+                spare, head = spare - extra, Text(plain(table.heads[i]))
+                width = widths[i] + extra - 2
+                rich_table.add_column(head, justify="right" if i else "left", overflow="fold", width=width)
             for row, kind in itertools.zip_longest(table.rows, table.kinds):
                 style = {"bridge": "bold", "control": "dim"}.get(kind, "")
-                shown.add_row(*(Text(plain(row[i])) for i in (0, *group)), style=style)
-            self.console.print(shown)
+                rich_table.add_row(*(Text(plain(row[i])) for i in (0, *group)), style=style)
+            self.console.print(rich_table)
 
     def table(self, results: Mapping[str, Any]) -> None:
         """The evaluation as a table, then the verdict."""
-        made = results["provenance"]
-        pair = f"{made['sender']['name']} → {made['receiver']['name']}"
+        provenance = results["provenance"]
+        pair = f"{provenance['sender']['name']} → {provenance['receiver']['name']}"
         title = f"{results['dataset']} ({results['split']}), n = {results['n']}: {pair}"
         table = results_table(results)
         self.rows(replace(table, title=title))
@@ -13101,19 +13101,19 @@ def resumed(settings: TrainSettings) -> TrainSettings:
     """Settings of ``--resume PATH``: the run's own, with what was given now on top; ``Run.check`` judges differences."""
     if settings.resume in (None, "yes"):
         return settings
-    place = Path(str(settings.resume))
-    homes = [folder for folder in (place, *list(place.parents)[:2]) if (folder / "config.json").is_file()]
+    path = Path(str(settings.resume))
+    homes = [folder for folder in (path, *list(path.parents)[:2]) if (folder / "config.json").is_file()]
     if not homes:
-        raise LatentWireError(f"--resume {place}: no run there (no config.json); give the folder that 'train' printed")
-    given = settings.model_dump(include=settings.model_fields_set - {"resume"})
-    own = {"resume": "yes", "output_dir": homes[0]}
+        raise LatentWireError(f"--resume {path}: no run there (no config.json); give the folder that 'train' printed")
+    flags = settings.model_dump(include=settings.model_fields_set - {"resume"})
+    fixed = {"resume": "yes", "output_dir": homes[0]}
     newest, saved = Checkpoints(homes[0] / "checkpoint").newest(Silent()), Run(homes[0]).saved()
     if newest:
-        load_plugins(given.get("plugin", ()))
+        load_plugins(flags.get("plugin", ()))
         ask_for_plugins(newest[1], homes[0])  # by content; the file may have another name by now
         saved = {name: value for name, value in saved.items() if name != "plugin"}
         saved |= {key: newest[1]["settings"][key] for key in ("steps", "epochs")}  # it may have grown
-    return TrainSettings.build({**given, **own}, {str(homes[0]): saved})
+    return TrainSettings.build({**flags, **fixed}, {str(homes[0]): saved})
 
 
 def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
@@ -13124,22 +13124,22 @@ def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
         resume, runs = settings.auto_resume or bool(settings.resume), []
         for seed in settings.seeds:
             report.say(f"seed {seed}")
-            own = {
+            update = {
                 "seed": seed,
                 "seeds": None,
                 "output_dir": base / f"seed{seed}",
                 "resume": None,
                 "auto_resume": resume,
             }
-            runs.append(train_settings(settings.model_copy(update=own), report))
+            runs.append(train_settings(settings.model_copy(update=update), report))
         return {"run": str(base), "runs": runs}
     stages, folder = stages_of(settings), settings.output_dir
     if stages == "c" and folder is None:
         raise LatentWireError("--stages C evaluates a run; say which with --output_dir")
     summary: dict[str, Any] = {"run": str(folder)} if stages == "c" else train_run(settings, report)
     if "c" in stages and launched()[0] == 0:
-        checked = evaluation_of(settings, Path(summary["run"]), num_samples=settings.eval_samples)
-        summary["results"] = eval_run(checked, report)
+        evaluation = evaluation_of(settings, Path(summary["run"]), num_samples=settings.eval_samples)
+        summary["results"] = eval_run(evaluation, report)
     return summary
 
 
@@ -13150,13 +13150,13 @@ def eval_settings(settings: EvalSettings, report: Report) -> dict[str, Any]:
     if not seeds:
         results = eval_run(settings, report)
         return results | {"latent": results["methods"].get("bridge"), "text": results["methods"].get("text")}
-    asked = [settings.model_copy(update={"checkpoint": home, "output_dir": out and out / home.name}) for home in seeds]
-    runs = [eval_run(one, report) for one in asked]
+    updates = [{"checkpoint": home, "output_dir": out and out / home.name} for home in seeds]
+    runs = [eval_run(settings.model_copy(update=update), report) for update in updates]
     merged: dict[str, Any] = {"schema": 1, "runs": runs, "seeds": [home.name for home in seeds], "methods": {}}
     for name in in_order(name for run in runs for name in run["methods"]):
         values = [run["methods"][name][run["headline"]] for run in runs if name in run["methods"]]
-        told = {"mean": sum(values) / len(values), "sd": deviation(values) or 0.0, "values": values}
-        merged["methods"][name] = told
+        summary = {"mean": sum(values) / len(values), "sd": deviation(values) or 0.0, "values": values}
+        merged["methods"][name] = summary
     write_json((out or folder or Path()) / "results.json", merged)
     return merged
 
@@ -13241,14 +13241,14 @@ def command(kind: type[Settings], panel: str, others: str = "", shared: bool = F
 def carry_out(context: typer.Context, words: Annotated[list[str] | None, typer.Argument()] = None) -> None:
     """Do what a command's words say, or say what they would do; the demo starts from its suite's values."""
     name = str(context.info_name)
-    one = COMMANDS[name]
-    if not one.shared:
-        one.body(plain_settings(one.kind, words or []))
+    command = COMMANDS[name]
+    if not command.shared:
+        command.body(plain_settings(command.kind, words or []))
         return
-    own, rest = divided(one.kind, words or []) if one.others else (words or [], [])
-    settings, shared = settings_from(one.kind, own, SUITES[name]() if name == "demo" else None)
-    if one.others:
-        one.body(settings, rest, shared.dry)
+    command_words, other_words = divided(command.kind, words or []) if command.others else (words or [], [])
+    settings, shared = settings_from(command.kind, command_words, SUITES[name]() if name == "demo" else None)
+    if command.others:
+        command.body(settings, other_words, shared.dry)
     elif shared.print_argv:
         print(command_line(name, settings.model_dump(mode="json", exclude_unset=True)))
     elif shared.dry_run_full or shared.dry_run == "full":
@@ -13257,7 +13257,7 @@ def carry_out(context: typer.Context, words: Annotated[list[str] | None, typer.A
         for line in foreseen(settings):
             tell(line)
     else:
-        one.body(settings)
+        command.body(settings)
 
 
 @command(TrainSettings, LEARN, shared=True)
@@ -13290,13 +13290,13 @@ def eval_command(settings: EvalSettings) -> None:
 def baseline_command(settings: BaselineSettings) -> None:
     """Every rival through the same door: baseline all --dataset sst2, baseline zeroshot fewshot --dataset trec"""
     with RichReport() as report:
-        found = baseline_run(settings, report)
-    for results in found["runs"]:
-        report.table(results)
+        results = baseline_run(settings, report)
+    for single in results["runs"]:
+        report.table(single)
     table = settings.output_dir / "table.md"
     write_atomic(table, groups_table(result_groups(evaluations_below(settings.output_dir))[0]).encode())
     report.say(f"the same as Markdown: {table}")
-    check_gates(found["runs"], report)
+    check_gates(results["runs"], report)
 
 
 @command(BenchmarkSettings, LEARN, shared=True)
@@ -13379,9 +13379,9 @@ class CompareSettings(PluginSettings):
 
 
 @command(CompareSettings, WRITE)
-def compare_command(asked: CompareSettings) -> None:
+def compare_command(settings: CompareSettings) -> None:
     """Latents against text, example by example: compare --latent runs/a --text runs/b"""
-    RichReport().table(head_to_head(asked.latent, asked.text))
+    RichReport().table(head_to_head(settings.latent, settings.text))
 
 
 def home_of(source: Path) -> Path:
@@ -13397,10 +13397,10 @@ class AggregateSettings(PluginSettings):
 
 
 @command(AggregateSettings, WRITE)
-def aggregate_command(asked: AggregateSettings) -> None:
+def aggregate_command(settings: AggregateSettings) -> None:
     """Put the results of all runs together: aggregate --base_dir runs --output_dir results"""
-    inputs = ReportInputs.below(asked.base_dir)
-    path = aggregate(inputs, asked.base_dir, asked.output_dir or home_of(asked.base_dir))
+    inputs = ReportInputs.below(settings.base_dir)
+    path = aggregate(inputs, settings.base_dir, settings.output_dir or home_of(settings.base_dir))
     tell(groups_table(inputs.groups).rstrip())
     tell(path)
     for line in inputs.left:
@@ -13424,15 +13424,15 @@ class StatsSettings(PluginSettings):
 
 
 @command(StatsSettings, WRITE)
-def stats_command(asked: StatsSettings) -> None:
+def stats_command(settings: StatsSettings) -> None:
     """Tests, intervals and effect sizes of all runs: stats --base_dir runs --correction holm"""
-    source = asked.results_path or asked.base_dir
+    source = settings.results_path or settings.base_dir
     groups, left = result_groups(evaluations_below(source))
-    output = (asked.output_path or (asked.output_dir or home_of(source)) / "statistical_report.json").with_suffix(
+    output = (settings.output_path or (settings.output_dir or home_of(source)) / "statistical_report.json").with_suffix(
         ".json"
     )
-    name = METHODS.name_of(asked.baseline) if asked.baseline else None
-    tell(statistical_report(groups, output, name, asked.correction, asked.alpha))
+    name = METHODS.name_of(settings.baseline) if settings.baseline else None
+    tell(statistical_report(groups, output, name, settings.correction, settings.alpha))
     for line in left:
         tell(f"left out: {line}")
     tell(f"the same as JSON and text: {output}")
@@ -13448,13 +13448,13 @@ class PairedSettings(PluginSettings):
 
 
 @command(PairedSettings, WRITE)
-def statistical_test_command(asked: PairedSettings) -> None:
+def statistical_test_command(settings: PairedSettings) -> None:
     """Two experiments, example by example: statistical_test --exp1 runs/a --exp2 runs/b"""
-    found = paired_experiments(asked.exp1, asked.exp2, asked.correction)
-    title = f"{asked.exp1} minus {asked.exp2}: {found['dataset']}, {found['metric']}, n = {found['n']}"
-    RichReport().rows(comparison_table(found["comparisons"], title))
-    if asked.output_path:
-        write_json(asked.output_path, found)
+    results = paired_experiments(settings.exp1, settings.exp2, settings.correction)
+    title = f"{settings.exp1} minus {settings.exp2}: {results['dataset']}, {results['metric']}, n = {results['n']}"
+    RichReport().rows(comparison_table(results["comparisons"], title))
+    if settings.output_path:
+        write_json(settings.output_path, results)
 
 
 class FiguresSettings(PluginSettings):
@@ -13471,23 +13471,23 @@ class FiguresSettings(PluginSettings):
 
 
 @command(FiguresSettings, WRITE)
-def figures_command(asked: FiguresSettings) -> None:
+def figures_command(settings: FiguresSettings) -> None:
     """Figures of all runs as PNG and PDF: figures --base_dir runs, figures --checkpoint runs/sst2 --num_samples 500"""
-    base = asked.output_dir / "evaluation" if asked.checkpoint else asked.base_dir
-    if asked.checkpoint:
-        own = ("checkpoint", "dataset", "data_dir", "num_samples", "plugin", "trust_remote_code")
-        given = asked.model_dump(include=set(own), exclude_none=True)
+    base = settings.output_dir / "evaluation" if settings.checkpoint else settings.base_dir
+    if settings.checkpoint:
+        names = ("checkpoint", "dataset", "data_dir", "num_samples", "plugin", "trust_remote_code")
+        values = settings.model_dump(include=set(names), exclude_none=True)
         with RichReport() as report:
-            eval_run(EvalSettings(**given, output_dir=base, methods=["bridge"]), report)
-    drawn, without = draw_figures(ReportInputs.below(base), asked.output_dir, asked.only or None)
+            eval_run(EvalSettings(**values, output_dir=base, methods=["bridge"]), report)
+    drawn, without = draw_figures(ReportInputs.below(base), settings.output_dir, settings.only or None)
     for path in drawn:
         tell(path)
     if without:
         print(f"nothing to draw for {', '.join(without)}")
-    if asked.only and not drawn:
-        wanted = asked.only[0]
+    if settings.only and not drawn:
+        first = settings.only[0]
         raise LatentWireError(
-            f"{base} has nothing to draw for {','.join(asked.only)}; show {wanted} says what it needs"
+            f"{base} has nothing to draw for {','.join(settings.only)}; show {first} says what it needs"
         )
 
 
@@ -13501,13 +13501,13 @@ class TablesSettings(PluginSettings):
 
 
 @command(TablesSettings, WRITE)
-def tables_command(asked: TablesSettings) -> None:
+def tables_command(settings: TablesSettings) -> None:
     """LaTeX tables, and every number of the paper as a macro: tables --base_dir runs/paper --output_dir latex/tables"""
-    inputs, output = ReportInputs.below(asked.results_path or asked.base_dir), asked.output_path
+    inputs, output = ReportInputs.below(settings.results_path or settings.base_dir), settings.output_path
     if output:
-        made = [text for name in TABLES if name not in ("numbers", "results") and (text := TABLES[name](inputs))]
-        write_atomic(output, b"\n".join(made))
-    for path in [output] if output else write_tables(inputs, asked.output_dir):
+        tables = [text for name in TABLES if name not in ("numbers", "results") and (text := TABLES[name](inputs))]
+        write_atomic(output, b"\n".join(tables))
+    for path in [output] if output else write_tables(inputs, settings.output_dir):
         tell(path)
 
 
@@ -13519,9 +13519,9 @@ class PaperSettings(PluginSettings):
 
 
 @command(PaperSettings, WRITE)
-def paper_command(asked: PaperSettings) -> None:
+def paper_command(settings: PaperSettings) -> None:
     """From a folder of runs to the paper's PDF: paper --base_dir runs/paper"""
-    source, base_dir, output_dir = Path(__file__).resolve().parent / "latex", asked.base_dir, asked.output_dir
+    source, base_dir, output_dir = Path(__file__).resolve().parent / "latex", settings.base_dir, settings.output_dir
     for name in ("main.tex", "references.bib"):
         if not (source / name).is_file():
             raise LatentWireError(
@@ -13552,14 +13552,14 @@ class StatusSettings(Settings):
 
 
 @command(StatusSettings, MANY)
-def status_command(asked: StatusSettings) -> None:
+def status_command(settings: StatusSettings) -> None:
     """Runs, how far they are, and their SLURM jobs: status, status runs/sweep"""
     jobs = queued_jobs()
-    rows = [run_status(Run(path.parent), jobs) for path in sorted(asked.base.rglob("config.json"))]
+    rows = [run_status(Run(path.parent), jobs) for path in sorted(settings.base.rglob("config.json"))]
     shown = {row[-1] for row in rows}
     rows += [[j["folder"], j["state"].lower(), "", j["reason"], j["shown"]] for j in jobs if j["shown"] not in shown]
     if not rows:
-        print(f"no runs below {asked.base} and no jobs in the queue")
+        print(f"no runs below {settings.base} and no jobs in the queue")
         return
     RichReport().rows(TextTable(("run", "state", "step", "validation", "job"), rows))
 
@@ -13600,17 +13600,19 @@ class EncodeSettings(EndSettings):
 
 
 @command(EncodeSettings, USE)
-def encode_command(asked: EncodeSettings) -> None:
+def encode_command(settings: EncodeSettings) -> None:
     """Write a text's latents to a file: encode article.txt --checkpoint runs/squad -o article.wire"""
-    said = text_of(asked.file, asked.text)
-    data, read, whole_text = encoded(asked.checkpoint, said, asked.question, asked.receiver, asked.trust_remote_code)
-    write_atomic(asked.output, data)
-    size = len(said.encode("utf-8", "replace"))
+    text = text_of(settings.file, settings.text)
+    data, read, total = encoded(
+        settings.checkpoint, text, settings.question, settings.receiver, settings.trust_remote_code
+    )
+    write_atomic(settings.output, data)
+    size = len(text.encode("utf-8", "replace"))
     _, shape = Message.claims(data[Message.HEADER.size :])
-    tell(f"{asked.output}: {len(data)} bytes, {shape[1]} latents, for {size} bytes of text")
-    if read < whole_text:
+    tell(f"{settings.output}: {len(data)} bytes, {shape[1]} latents, for {size} bytes of text")
+    if read < total:
         print(
-            f"cut: {read:,} of {whole_text:,} tokens were read, as in training; send long texts in parts",
+            f"cut: {read:,} of {total:,} tokens were read, as in training; send long texts in parts",
             file=sys.stderr,
         )
 
@@ -13622,12 +13624,12 @@ class AnswerSettings(EndSettings):
 
 
 @command(AnswerSettings, USE)
-def answer_command(asked: AnswerSettings) -> None:
+def answer_command(settings: AnswerSettings) -> None:
     """Answer from a message alone: answer article.wire --checkpoint runs/squad --receiver gemma-3-270m"""
-    if not asked.message.is_file():
-        raise LatentWireError(f"message {asked.message} not found; 'encode' writes one")
-    data = asked.message.read_bytes()
-    tell(answer_message(asked.checkpoint, data, asked.question, asked.receiver, asked.trust_remote_code))
+    if not settings.message.is_file():
+        raise LatentWireError(f"message {settings.message} not found; 'encode' writes one")
+    data = settings.message.read_bytes()
+    tell(answer_message(settings.checkpoint, data, settings.question, settings.receiver, settings.trust_remote_code))
 
 
 class ReportSettings(PluginSettings):
@@ -13637,9 +13639,9 @@ class ReportSettings(PluginSettings):
 
 
 @command(ReportSettings, WRITE)
-def report_command(asked: ReportSettings) -> None:
+def report_command(settings: ReportSettings) -> None:
     """Draw the figures and write report.html of a run or of a folder of runs again: report runs/sst2"""
-    print(write_report(asked.run))
+    print(write_report(settings.run))
 
 
 class ListSettings(PluginSettings):
@@ -13649,9 +13651,9 @@ class ListSettings(PluginSettings):
 
 
 @command(ListSettings, LOOK)
-def list_command(asked: ListSettings) -> None:
+def list_command(settings: ListSettings) -> None:
     """Everything there is, by name: list, list datasets, list models"""
-    kind = asked.kind
+    kind = settings.kind
     if kind and kind != "scripts" and kind not in REGISTRIES:
         raise LatentWireError(
             f"unknown kind {kind!r}{suggest(kind, [*REGISTRIES, 'scripts'])} (kinds: {', '.join(REGISTRIES)}, scripts)"
@@ -13674,14 +13676,14 @@ class ShowSettings(PluginSettings):
 
 
 @command(ShowSettings, LOOK)
-def show_command(asked: ShowSettings) -> None:
+def show_command(settings: ShowSettings) -> None:
     """What one named part is and takes: show sst2"""
-    name = asked.name
-    found = [(registry, registry[name]) for registry in REGISTRIES.values() if name in registry]
-    if not found:
+    name = settings.name
+    matches = [(registry, registry[name]) for registry in REGISTRIES.values() if name in registry]
+    if not matches:
         everything = [part for registry in REGISTRIES.values() for part in registry]
         raise LatentWireError(f"nothing is called {name!r}{suggest(name, everything)} (see 'list')")
-    for registry, part in found:
+    for registry, part in matches:
         print(f"{registry.noun} {registry.name_of(name)}\n  {inspect.getdoc(part)}")
         for key in ("hub", "folder", "splits", "words", "sender_prompt", "receiver_prompt", "anchor"):
             if getattr(part, key, None):
@@ -13764,9 +13766,9 @@ class TestSettings(Settings):
 
 
 @command(TestSettings, LOOK)
-def test_command(asked: TestSettings) -> None:
+def test_command(settings: TestSettings) -> None:
     """Run the tests beside this file, or a built-in self-check where it stands alone"""
-    module, slow, quick = asked.module, asked.slow, asked.quick
+    module, slow, quick = settings.module, settings.slow, settings.quick
     tests = Path(__file__).resolve().parent / "tests"
     if not tests.is_dir():
         with tempfile.TemporaryDirectory() as folder:
@@ -13781,14 +13783,14 @@ def test_command(asked: TestSettings) -> None:
     cpus, codes = os.cpu_count() or 1, []
     for words in marks:  # what measures times runs by itself
         command = [sys.executable, "-m", "pytest", str(chosen), "-m", words, "-q", *(["-x"] if quick else [])]
-        command += ["--cov=LATENTWIRE", "--cov-report=term-missing:skip-covered"] if asked.coverage else []
+        command += ["--cov=LATENTWIRE", "--cov-report=term-missing:skip-covered"] if settings.coverage else []
         if words != "slow and alone" and not module and importlib.util.find_spec("xdist"):
             command += ["-n", str(min(5, cpus + 1)), "--dist", "loadfile"]
             command += ["--no-loadscope-reorder"] if slow else []
         print("+", shlex.join(command), flush=True)
         codes.append(subprocess.run(command, cwd=tests.parent, check=False).returncode)
-    found = [code for code in codes if code != 5] or codes  # 5: no test of that kind
-    raise typer.Exit(max(found))
+    exit_codes = [code for code in codes if code != 5] or codes  # 5: no test of that kind
+    raise typer.Exit(max(exit_codes))
 
 
 COMMON = (
@@ -13804,8 +13806,8 @@ TYPE_WORDS = {bool: "", int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT
 
 def type_word(annotation: Any) -> str:
     """What a flag takes, in a word."""
-    whole = takes_list(annotation) or str(annotation).startswith("typing.Literal")
-    first = annotation if whole else next(iter(get_args(annotation)), annotation)
+    whole_type = takes_list(annotation) or str(annotation).startswith("typing.Literal")
+    first = annotation if whole_type else next(iter(get_args(annotation)), annotation)
     if str(first).startswith("typing.Literal"):
         choices = [*map(str, get_args(first))]
         return "|".join(choices) if sum(map(len, choices)) < 40 else "NAME"
@@ -13837,22 +13839,22 @@ def rank_of(kind: type[Settings], name: str) -> int:
 
 def help_text(name: str, everything: bool, width: int) -> str:
     """A command's flags with types, help and defaults: those that most people need, or all of them by heading."""
-    one = COMMANDS[name]
-    lines, panel = [*textwrap.wrap(one.body.__doc__ or "", width), ""], ""
-    fields = one.kind.fields() if one.shared else sorted(one.kind.fields(), key=lambda key: rank_of(one.kind, key))
+    command, kind = COMMANDS[name], COMMANDS[name].kind
+    lines, panel = [*textwrap.wrap(command.body.__doc__ or "", width), ""], ""
+    fields = kind.fields() if command.shared else sorted(kind.fields(), key=lambda key: rank_of(kind, key))
     for key in fields:
-        if everything and one.shared and one.kind.panel(key) != panel:
-            panel = one.kind.panel(key)
+        if everything and command.shared and kind.panel(key) != panel:
+            panel = kind.panel(key)
             lines += ["", f"{panel}:"]
-        lines += flag_help(one.kind, key, width) if everything or not one.shared or key in COMMON else []
-    if one.shared:
+        lines += flag_help(kind, key, width) if everything or not command.shared or key in COMMON else []
+    if command.shared:
         lines += ["", "Also:"]
-        for flag in ["dry_run"] if one.others else SharedFlags.model_fields:  # the other two do the same there
+        for flag in ["dry_run"] if command.others else SharedFlags.model_fields:  # the other two do the same there
             lines += flag_help(SharedFlags, flag, width)
-    lines += ["", *textwrap.wrap(one.others, width)] if one.others else []
-    if one.shared and not everything:
+    lines += ["", *textwrap.wrap(command.others, width)] if command.others else []
+    if command.shared and not everything:
         more = ", with examples" if name in EXAMPLES else ""
-        lines += ["", *textwrap.wrap(f"All {len(one.kind.fields())} flags{more}: {name} --help-all", width)]
+        lines += ["", *textwrap.wrap(f"All {len(kind.fields())} flags{more}: {name} --help-all", width)]
     elif name in EXAMPLES:
         lines += ["", "Examples:", *epilogue(name, width)]
     return "\n".join(lines)
@@ -13920,14 +13922,14 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"error: {plain(' '.join(text.split()))}", file=sys.stderr)
         return 2
     except Interrupted as stop:
-        given = {word.partition("=")[0] for word in words}
-        said = {"--resume", "--auto_resume", "--auto-resume"} & given or words[:1] != ["train"]
-        begun = stop.folder is not None and (stop.folder / "config.json").exists()
-        again = shlex.join([*words, *([] if said or not begun else ["--resume"])])
-        kept = f", saved in {stop.folder}" if stop.folder and stop.folder.exists() else ""
+        flags = {word.partition("=")[0] for word in words}
+        resumes = {"--resume", "--auto_resume", "--auto-resume"} & flags or words[:1] != ["train"]
+        started = stop.folder is not None and (stop.folder / "config.json").exists()
+        again = shlex.join([*words, *([] if resumes or not started else ["--resume"])])
+        note = f", saved in {stop.folder}" if stop.folder and stop.folder.exists() else ""
         if launched()[0] == 0:
             print(
-                f"\nstopped at {stop.where}{kept}; go on with: python {Path(sys.argv[0]).name} {again}", file=sys.stderr
+                f"\nstopped at {stop.where}{note}; go on with: python {Path(sys.argv[0]).name} {again}", file=sys.stderr
             )
         return 128 + stop.number
     except KeyboardInterrupt:

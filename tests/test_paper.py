@@ -1206,7 +1206,7 @@ def test_fast_mode_is_a_rehearsal(name):
     ]
     for run in runs:
         assert run.steps <= 20 and run.samples <= 32
-        assert lw.asked_of(settings, run)["num_samples"] <= 32
+        assert lw.evaluation_values(settings, run)["num_samples"] <= 32
 
 
 OWN = ("--name", "x", "--dataset", "sst2", "--seeds", "1,2", "--num_samples", "9", "--methods", "bridge,text")
@@ -1238,7 +1238,7 @@ def test_a_dry_run_says_what_would_be_typed_and_what_it_costs(words, say, rated)
         again, _ = lw.settings_from(lw.TrainSettings, train[1:])
         assert (train[0], evaluate[0]) == ("train", "eval")
         assert again.model_dump() == run.model_dump()
-        wanted = lw.evaluation_of(run, run.output_dir, **lw.asked_of(asked, run))
+        wanted = lw.evaluation_of(run, run.output_dir, **lw.evaluation_values(asked, run))
         typed = lw.settings_from(lw.EvalSettings, evaluate[1:])[0]
         assert typed.model_dump() == wanted.model_dump()
     after = [shlex.split(line)[2] for line in lines[len(runs) : -1]]
