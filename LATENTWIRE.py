@@ -10426,8 +10426,8 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
 
 SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    name: (kind, {**dict(zip(SHAPE, sizes, strict=True)), **more})
-    for name, kind, sizes, more in (
+    name: (kind, {**dict(zip(SHAPE, sizes, strict=True)), **extras})
+    for name, kind, sizes, extras in (
         ("llama-3.1-8b", "LlamaConfig", (4096, 14336, 32, 32, 8), {"vocab_size": 128256}),
         ("mistral-7b", "MistralConfig", (4096, 14336, 32, 32, 8), {"vocab_size": 32768, "sliding_window": None}),
         ("qwen2.5-7b", "Qwen2Config", (3584, 18944, 28, 28, 4), {"vocab_size": 152064}),
@@ -10653,16 +10653,13 @@ class Bench:
 
 
 def bench_of(settings: BenchmarkSettings) -> Bench:
-    """The models and bridge of a checkpoint; else named ones, or random ones of known shapes, and an untrained bridge.
-
-    Raises ``LatentWireError`` where models are named beside a checkpoint, or its sender is no language model.
-    """
+    """The models and bridge of a checkpoint, else named or random models and an untrained bridge. Raises for both at once."""
     load_plugins(settings.plugin)
     arm_names(settings)  # a slip is told before anything is loaded
     flags = {name: getattr(settings, name) for name in (*DataSettings.fields(), *ModelSettings.fields())}
     if settings.checkpoint is not None:
-        given = {name: getattr(settings, name) for name in (*flags, "soft_tokens") if name in settings.model_fields_set}
-        check = EvalSettings(checkpoint=settings.checkpoint, source_layer=settings.layers, num_samples=2, **given)
+        extra = {name: getattr(settings, name) for name in (*flags, "soft_tokens") if name in settings.model_fields_set}
+        check = EvalSettings(checkpoint=settings.checkpoint, source_layer=settings.layers, num_samples=2, **extra)
         for role in ("sender", "receiver", "random_weights"):
             if getattr(settings, role):
                 raise LatentWireError(f"--{role} and --checkpoint: the checkpoint knows its models; give one of them")
@@ -11092,9 +11089,9 @@ def open_evaluation(path: Path, read: Callable[[Path], list[dict[str, Any]]] = r
     candidates = [p for p in (path, path / "results.json", path.parent / "results.json") if p.suffix == ".json"]
     file = next((p for p in candidates if p.is_file() or facts_file(p).is_file()), None)
     facts: Any = None
-    for where in (facts_file(file), file) if file else ():
+    for source in (facts_file(file), file) if file else ():
         with contextlib.suppress(ValueError, FileNotFoundError):
-            if facts := json.loads(where.read_text(encoding="utf-8")):
+            if facts := json.loads(source.read_text(encoding="utf-8")):
                 break
     if file is None or not isinstance(facts, dict) or "provenance" not in facts:
         raise LatentWireError(f"no results of one run at {path}; give a run folder that 'eval' filled")
@@ -11104,10 +11101,10 @@ def open_evaluation(path: Path, read: Callable[[Path], list[dict[str, Any]]] = r
     try:
         Facts.model_validate(facts)
     except ValidationError as error:
-        raise LatentWireError(f"{where} is damaged ({explain(error).removeprefix('--')}); evaluate again") from None
+        raise LatentWireError(f"{source} is damaged ({explain(error).removeprefix('--')}); evaluate again") from None
     if facts["headline"] not in METRICS:
         raise LatentWireError(
-            f"{where}: no metric {facts['headline']!r} here; add the --plugin that it was evaluated with"
+            f"{source}: no metric {facts['headline']!r} here; add the --plugin that it was evaluated with"
         )
     provenance = facts["provenance"]
     defaults = {"words": provenance.get("task", {}).get("words", []), "longest": math.inf, "seed": 42}
@@ -11242,8 +11239,8 @@ class ResultGroup:
         for name in self.methods:
             gates = [m.results.get("gates", {}).get(name, {}).get("broken", []) for m in self.members]
             bars = [CONSTANT, *silent] if self.kinds[name].kind == "trained" and len(self.ids) >= LEAST_ROWS else []
-            others = [[text for text in texts if not (bars and text.startswith(NO_BETTER))] for texts in gates]
-            reasons = next(filter(None, others), [])
+            findings = [[text for text in texts if not (bars and text.startswith(NO_BETTER))] for texts in gates]
+            reasons = next(filter(None, findings), [])
             for bar in bars:
                 gap, p = (self.beside(name, bar)[key] for key in ("difference", "p"))
                 if gap <= 0 or p >= 0.05:
@@ -11380,10 +11377,7 @@ def result_groups(evaluations: Sequence[Evaluation]) -> tuple[list[ResultGroup],
 def compared(
     group: ResultGroup, reference: str | None = None, correction: str = "holm", alpha: float = 0.05
 ) -> dict[str, Any]:
-    """The reference (the bridge where there is one) minus each other method, p corrected for their number; the verdict.
-
-    Differences are shares of 1. Raises ``LatentWireError`` where no method is called ``reference``.
-    """
+    """``reference`` (None: the bridge) minus each other method, in shares of 1, p corrected; the verdict. Raises if unknown."""
     known = [*group.methods]
     if reference is not None and reference not in known:
         advice = f"{suggest(reference, known)} ({', '.join(known)})"
@@ -11423,9 +11417,9 @@ def compared(
 
 def one_group(path: Path) -> ResultGroup:
     """An experiment, a run or a folder of seeds, as a group. Raises ``LatentWireError`` where it holds several results."""
-    groups, left = result_groups(evaluations_below(path))
+    groups, left_out = result_groups(evaluations_below(path))
     if len(groups) != 1:
-        why = f"cannot be one{f': {left[0]}' if left else ''}; name one run or one folder of seeds"
+        why = f"cannot be one{f': {left_out[0]}' if left_out else ''}; name one run or one folder of seeds"
         raise LatentWireError(f"{path} holds {len(groups)} results that {why}")
     return groups[0]
 
@@ -11522,9 +11516,9 @@ class TextTable:
 
     def text(self) -> Iterator[str]:
         """Lines of plain text, indented."""
-        left, *others = (max(map(len, cells)) for cells in zip(self.heads, *self.rows, strict=True))
+        width, *widths = (max(map(len, cells)) for cells in zip(self.heads, *self.rows, strict=True))
         for word, *numbers in [self.heads, *self.rows]:
-            yield "  ".join(["", word.ljust(left), *map(str.rjust, numbers, others)]).rstrip()
+            yield "  ".join(["", word.ljust(width), *map(str.rjust, numbers, widths)]).rstrip()
 
     def markdown(self) -> str:
         """As Markdown."""
@@ -11679,7 +11673,7 @@ class ReportInputs:
     @classmethod
     def below(cls, base: Path) -> ReportInputs:
         """Everything in the folders below ``base``, or behind an ``aggregated_results.json``."""
-        groups, left = result_groups(evaluations_below(base))
+        groups, left_out = result_groups(evaluations_below(base))
         members = [member.file.parent for group in groups for member in group.members]
         home = Path(os.path.commonpath(members)) if base.is_file() and members else base
         runs = {short(folder, home): folder for folder in dict.fromkeys(members)}
@@ -11687,7 +11681,7 @@ class ReportInputs:
         configs = {name: Run(folder).saved() for name, folder in runs.items() if Run(folder).config_path.exists()}
         benchmark: dict[str, Any] = next(map(json_object, sorted(home.rglob("benchmark.json"))), {})
         artifacts = next(filter(Path.exists, (folder / "artifacts.safetensors" for folder in runs.values())), None)
-        return cls(groups, left, {name: rows for name, rows in logs.items() if rows}, benchmark, artifacts, configs)
+        return cls(groups, left_out, {name: rows for name, rows in logs.items() if rows}, benchmark, artifacts, configs)
 
     @functools.cached_property
     def comparisons(self) -> list[dict[str, Any]]:
@@ -11703,9 +11697,9 @@ def aggregate(inputs: ReportInputs, base: Path, output: Path) -> Path:
         for member in group.members:
             member.rebuild()
             origin = member.facts["provenance"]
-            shown = {n: origin.get(n) for n in ("command", "commit", "source_sha256", "data", "packages", "started")}
+            facts = {n: origin.get(n) for n in ("command", "commit", "source_sha256", "data", "packages", "started")}
             runs.append({"file": os.path.relpath(member.file, output), "seed": origin.get("seed_of_training"),
-                         "verdict": member.results["verdict"], **member.version, **shown})  # fmt: skip
+                         "verdict": member.results["verdict"], **member.version, **facts})  # fmt: skip
         entry = {"title": group.title, "runs": runs, "methods": group.summaries, "broken": group.broken}
         entries.append(group.key | entry)
         rows += [{**group.key, "method": name, "mean": summary["mean"], "sd": summary["sd"], "ci_low": summary["ci"][0],
@@ -12206,10 +12200,7 @@ def report_tables(inputs: ReportInputs) -> list[TextTable]:
 
 
 def write_report(folder: Path, inputs: ReportInputs | None = None) -> Path:
-    """``figures/`` and the self-contained ``report.html`` of a run, or of a folder of runs, from their records; → the page.
-
-    Raises ``LatentWireError`` where no evaluation is whole.
-    """
+    """``figures/`` and the self-contained ``report.html`` of a run or a folder of runs; → the page. Raises if none is whole."""
     import base64
 
     inputs = inputs or ReportInputs.below(folder)
@@ -12224,8 +12215,8 @@ def write_report(folder: Path, inputs: ReportInputs | None = None) -> Path:
         kind = "yes" if (single or result).get("communication") else "no" if result["reference"] == "bridge" else ""
         verdicts.append((kind, single["verdict"] if single else f"{result['title']}: {result['verdict']}"))
     if len(groups) > 1:
-        shown = sum(kind == "yes" for kind, _ in verdicts)
-        verdicts.insert(0, ("", f"Communication shown in {shown} of {sum(bool(kind) for kind, _ in verdicts)} cases"))
+        count = sum(kind == "yes" for kind, _ in verdicts)
+        verdicts.insert(0, ("", f"Communication shown in {count} of {sum(bool(kind) for kind, _ in verdicts)} cases"))
     drawn, key = draw_figures(inputs, folder / "figures")[0], groups[0].key
     pictures = [(p.stem, help_of(FIGURES[p.stem]), base64.b64encode(p.read_bytes()).decode()) for p in drawn]
     runs = [(short(m.file.parent, folder), run_facts(m, inputs.configs.get(short(m.file.parent, folder), {})))
@@ -12464,7 +12455,7 @@ def unfolded(layers: Layers, fixed: Iterable[str]) -> tuple[Layers, list[tuple[s
 
 
 def planned(settings: ExperimentSettings, words: Sequence[str]) -> list[TrainSettings]:
-    """The runs of an experiment: those of its file, and train flags with several values (``--latent_len 16,32,64``)."""
+    """An experiment's runs: of its file, and of flags with several values. Raises without a data set, or for clashing names."""
     load_named_plugins(words)
     flags, shared = parse_flags(words, TrainSettings, SharedFlags, many=True)
     fast = {"--fast_mode": FAST} if settings.fast_mode else {}
@@ -12521,13 +12512,13 @@ def evaluation_values(settings: ExperimentSettings, run: TrainSettings) -> dict[
 
 
 def parameters_in(name: str | None) -> float:
-    """Parameters of a model by its name (``smollm2-135m``, ``Llama-3.1-8B``); a hundred thousand of one without a size."""
+    """How many parameters a model's name tells (``smollm2-135m``, ``Llama-3.1-8B``); 1e5 where it has no size."""
     matches = re.findall(r"(\d+(?:\.\d+)?)([mb])(?![a-z0-9])", (name or "").lower())
     return float(matches[-1][0]) * {"m": 1e6, "b": 1e9}[matches[-1][1]] if matches else 1e5
 
 
 def cost_of(run: TrainSettings, evaluation: Mapping[str, Any]) -> tuple[str, float]:
-    """About what a run takes: (text, operations), at 64 tokens a text, 1,000 test rows where all are asked for."""
+    """About what a run takes: (text, FLOP), at 64 tokens a text, 1,000 test rows where ``evaluation`` names no number."""
     run = resolve(run)[0]
     steps, n = DEFAULT_STEPS if run.steps is None else run.steps, evaluation.get("num_samples") or 1000
     if run.epochs and run.samples:
@@ -12544,7 +12535,7 @@ def cost_of(run: TrainSettings, evaluation: Mapping[str, Any]) -> tuple[str, flo
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours."""
+    """Seconds in words: as seconds, minutes or hours."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
@@ -12716,7 +12707,7 @@ def without_flag(words: Sequence[str], name: str) -> list[str]:
 
 
 def site_settings(home: Path, site: str | None = None) -> dict[str, str]:
-    """A cluster's SBATCH_* defaults: slurm/site.env, a profile slurm/NAME.env, or a file."""
+    """A cluster's SBATCH_* defaults: slurm/site.env, a profile slurm/NAME.env, or a file. Raises where it cannot be read."""
     site = site or os.environ.get("LATENTWIRE_SITE") or "site"
     path = home / "slurm" / f"{site}.env" if re.fullmatch(r"[\w-]+", site) else Path(site)
     known = sorted(profile.stem for profile in (home / "slurm").glob("*.env"))
@@ -12749,7 +12740,7 @@ def site_line(path: Path, number: int, line: str) -> Iterator[tuple[str, str]]:
 
 
 def gpus_in(text: str) -> tuple[int, str]:
-    """How many GPUs sbatch's words ask for, and their kind where there is one: a100:4 → (4, "a100")."""
+    """How many GPUs sbatch's words ask for, and their one kind or "": a100:4 → (4, "a100"). Raises for other words."""
     words = text.split(",") if text.strip() else []
     if not all(re.fullmatch(r"([^:]+:)?\d+", word) for word in words):
         raise LatentWireError(f"SBATCH_GPUS={text!r}: give a number, or a kind and a number such as a100:4")
@@ -12789,7 +12780,7 @@ def sbatch_call(settings: SlurmSettings, stage: Stage, after: str | None) -> tup
 
 
 def submit(settings: SlurmSettings, words: list[str], dry_run: bool) -> Iterator[str]:
-    """Hand a job's stages to sbatch, each after the one before; yields what to tell the user."""
+    """Hand a job's stages to sbatch, each after the one before; yields what to tell the user. Raises where sbatch refuses."""
     stages = JOBS[settings.job](settings, words)
     if not dry_run and not shutil.which("sbatch"):
         raise LatentWireError(
@@ -12830,9 +12821,9 @@ def queued_jobs() -> list[dict[str, str]]:
 
 def run_status(run: Run, jobs: Sequence[Mapping[str, str]]) -> list[str]:
     """One run as a table row: folder, state, step, validation, job."""
-    saved = [path / "state.json" for path in Checkpoints(run.folder / "checkpoint").steps()]
+    paths = [path / "state.json" for path in Checkpoints(run.folder / "checkpoint").steps()]
     state, damaged = None, False
-    for path in filter(Path.is_file, saved[:1]):
+    for path in filter(Path.is_file, paths[:1]):
         try:
             state = strict_json(path.read_bytes())
             SavedState(**state)
@@ -12841,11 +12832,11 @@ def run_status(run: Run, jobs: Sequence[Mapping[str, str]]) -> list[str]:
     progress: dict[str, Any] = state["progress"] if state else {"step": 0, "best_validation": {}}
     job = next((job for job in jobs if state and job["job"] == state.get("job")), None)
     results = "evaluated" if (run.folder / "results.json").exists() else "finished"
-    word = "damaged" if damaged else results if run.done else job["state"].lower() if job else "not running"
+    status = "damaged" if damaged else results if run.done else job["state"].lower() if job else "not running"
     best = progress["best_validation"]
     value = f"{best['val_accuracy']:.1%}" if "val_accuracy" in best else f"{best['val_loss']:.3f}" if best else ""
     step = f"{progress['step']}/{state['steps']}" if state else "0"
-    return [str(run.folder), word, step, value, job["shown"] if job else ""]
+    return [str(run.folder), status, step, value, job["shown"] if job else ""]
 
 
 # §16 CLI: thin shells around the functions above
@@ -13098,7 +13089,7 @@ class RichReport(Report):
 
 
 def resumed(settings: TrainSettings) -> TrainSettings:
-    """Settings of ``--resume PATH``: the run's own, with what was given now on top; ``Run.check`` judges differences."""
+    """Settings of ``--resume PATH``: the run's own, new flags on top, judged by ``Run.check``. Raises where no run is there."""
     if settings.resume in (None, "yes"):
         return settings
     path = Path(str(settings.resume))
@@ -13175,22 +13166,22 @@ def foreseen(settings: Settings) -> Iterator[str]:
         return
     load_plugins(settings.plugin)
     settings, why = resolve(resumed(settings))
-    part = make_task(settings)
-    splits, source = training_splits(part, settings)
-    yield from data_lines(part, settings, splits, source)
+    task = make_task(settings)
+    splits, source = training_splits(task, settings)
+    yield from data_lines(task, settings, splits, source)
     reads = settings.sender or ENCODERS[settings.encoder].reads
     yield f"models: {reads} to {', '.join(receivers_of(settings))} ({why})"
     yield f"run: {run_folder(settings)}, digest {settings.digest()}; nothing was trained. All settings: --dry_run full"
 
 
 def train_main(arguments: Sequence[str], report: Report | None = None) -> dict[str, Any]:
-    """``train`` from Python: the same words as on the command line; → summary of the run."""
+    """``train`` from Python: the words of the command line; → summary of the run. Mistakes raise ``LatentWireError``."""
     settings, shared = settings_from(TrainSettings, arguments)
     return preview(settings) if shared.dry else train_settings(settings, report or Silent())
 
 
 def eval_main(arguments: Sequence[str], report: Report | None = None) -> dict[str, Any]:
-    """``eval`` from Python: → the results; ``results['latent']['f1']`` is the bridge's F1."""
+    """``eval`` from Python: → the results; ``results['latent']['f1']`` is the bridge's F1. Mistakes raise ``LatentWireError``."""
     settings, shared = settings_from(EvalSettings, arguments)
     return preview(settings) if shared.dry else eval_settings(settings, report or Silent())
 
@@ -13427,13 +13418,13 @@ class StatsSettings(PluginSettings):
 def stats_command(settings: StatsSettings) -> None:
     """Tests, intervals and effect sizes of all runs: stats --base_dir runs --correction holm"""
     source = settings.results_path or settings.base_dir
-    groups, left = result_groups(evaluations_below(source))
+    groups, left_out = result_groups(evaluations_below(source))
     output = (settings.output_path or (settings.output_dir or home_of(source)) / "statistical_report.json").with_suffix(
         ".json"
     )
     name = METHODS.name_of(settings.baseline) if settings.baseline else None
     tell(statistical_report(groups, output, name, settings.correction, settings.alpha))
-    for line in left:
+    for line in left_out:
         tell(f"left out: {line}")
     tell(f"the same as JSON and text: {output}")
 
@@ -13556,8 +13547,8 @@ def status_command(settings: StatusSettings) -> None:
     """Runs, how far they are, and their SLURM jobs: status, status runs/sweep"""
     jobs = queued_jobs()
     rows = [run_status(Run(path.parent), jobs) for path in sorted(settings.base.rglob("config.json"))]
-    shown = {row[-1] for row in rows}
-    rows += [[j["folder"], j["state"].lower(), "", j["reason"], j["shown"]] for j in jobs if j["shown"] not in shown]
+    queued = {row[-1] for row in rows}
+    rows += [[j["folder"], j["state"].lower(), "", j["reason"], j["shown"]] for j in jobs if j["shown"] not in queued]
     if not rows:
         print(f"no runs below {settings.base} and no jobs in the queue")
         return
@@ -13565,7 +13556,7 @@ def status_command(settings: StatusSettings) -> None:
 
 
 def text_of(file: str | None, text: str | None) -> str:
-    """The text that ``encode`` is given: a file's, --text, or standard input's where the file is ``-``."""
+    """The text that ``encode`` is given: a file's, --text, or standard input's for ``-``. Raises unless it is one text."""
     if (file is None) == (text is None):
         raise LatentWireError("give one text: a file, - for standard input, or --text WORDS")
     if text is None:
