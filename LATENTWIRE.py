@@ -13847,7 +13847,7 @@ def help_text(name: str, everything: bool, width: int) -> str:
         more = ", with examples" if name in EXAMPLES else ""
         lines += ["", *textwrap.wrap(f"All {len(kind.fields())} flags{more}: {name} --help-all", width)]
     elif name in EXAMPLES:
-        lines += ["", "Examples:", *epilogue(name, width)]
+        lines += ["", "Examples:" if EXAMPLES[name].startswith("  ") else "More:", *epilogue(name, width)]
     return "\n".join(lines)
 
 
