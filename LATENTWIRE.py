@@ -3397,9 +3397,9 @@ def distinct_ids(examples: list[Example]) -> list[Example]:
 TokenIds = list[int]
 
 
-def brief(error: Any, most: int = 160) -> str:
+def brief(error: Any, limit: int = 160) -> str:
     """What an error says, in one line of at most ``most`` characters."""
-    return " ".join(str(error).split())[:most]
+    return " ".join(str(error).split())[:limit]
 
 
 @dataclass(frozen=True)
@@ -3424,14 +3424,14 @@ class Alias:
         return False
 
 
-def add_constant(among: Registry[Any], value: Any, text: str, *names: str) -> None:
+def add_constant(registry: Registry[Any], value: Any, text: str, *names: str) -> None:
     """Register a part that gives ``value``, by its spellings, with its help text."""
 
-    def part() -> Any:
+    def factory() -> Any:
         return value
 
-    part.__doc__, part.__annotations__["return"] = text, type(value).__name__
-    among.register(*names)(part)
+    factory.__doc__, factory.__annotations__["return"] = text, type(value).__name__
+    registry.register(*names)(factory)
 
 
 LMS: Registry[Callable[[], Any]] = Registry("models", "model")
@@ -3470,10 +3470,10 @@ def random_model(
     """(a random model of a family, the tokenizer): tiny unless ``sizes`` say otherwise, its weights made from ``seed`` only."""
     import transformers
 
-    usual = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "initializer_range": 0.15, "max_position_embeddings": 1024,
+    defaults = {"num_hidden_layers": 2, "vocab_size": len(tokenizer), "initializer_range": 0.15, "max_position_embeddings": 1024,
              "intermediate_size": 2 * sizes["hidden_size"], "num_key_value_heads": sizes["num_attention_heads"] // 2}  # fmt: skip
-    ends = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    config = getattr(transformers, kind)(**usual | sizes | ends)
+    special_ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    config = getattr(transformers, kind)(**defaults | sizes | special_ids)
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer
@@ -3516,8 +3516,8 @@ def dense_sums(folder: Path) -> dict[str, str]:
 
 
 def pretrained(
-    kind: str, name: str, where: str, given: Mapping[str, Any], dtype: torch.dtype, trust: bool = False,
-    unused: str = "\0", **placed: Any,
+    kind: str, name: str, source: str, file_options: Mapping[str, Any], dtype: torch.dtype, trust: bool = False,
+    unused: str = "\0", **model_options: Any,
 ) -> tuple[Any, Any]:  # fmt: skip
     """(model, tokenizer) by transformers' class ``kind``, refused where weights lack: these would be random, others at every load.
 
@@ -3525,21 +3525,21 @@ def pretrained(
     """
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **given)
-    options = {"dtype": dtype, "output_loading_info": True, **given, **placed}
-    model, told = getattr(transformers, kind).from_pretrained(where, trust_remote_code=trust, **options)
-    lacking = sorted(key for key in told["missing_keys"] if not key.startswith(unused))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **file_options)
+    options = {"dtype": dtype, "output_loading_info": True, **file_options, **model_options}
+    model, info = getattr(transformers, kind).from_pretrained(source, trust_remote_code=trust, **options)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(unused))
     layers = model.config.get_text_config().num_hidden_layers
     stacks = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     buffers = ("inv_freq", "masked_bias", ".attn.bias", ".attention.bias", "causal_mask", "cos_cached", "sin_cached")
     inside = tuple(f"{name}." for name in stacks[:1])
-    foreign = sorted(key for key in told["unexpected_keys"] if key.startswith(inside) and not key.endswith(buffers))
-    strange = "has, unknown to its config.json,"
-    faults = (lacking, "lacks", "fetch or convert it again"), (foreign, strange, "mend its config.json")
-    for found, what, mend in faults:
-        if found:
-            names = ", ".join(found[:5]) + (", ..." if found[5:] else "")
-            raise LatentWireError(f"model {name} {what} {len(found)} tensors ({names}); {mend}")
+    extra = sorted(key for key in info["unexpected_keys"] if key.startswith(inside) and not key.endswith(buffers))
+    unknown = "has, unknown to its config.json,"
+    problems = (missing, "lacks", "fetch or convert it again"), (extra, unknown, "mend its config.json")
+    for keys, problem, remedy in problems:
+        if keys:
+            listed = ", ".join(keys[:5]) + (", ..." if keys[5:] else "")
+            raise LatentWireError(f"model {name} {problem} {len(keys)} tensors ({listed}); {remedy}")
     return model, tokenizer
 
 
@@ -3569,9 +3569,9 @@ def read_once() -> Iterator[None]:
     class PlainReader(gguf.GGUFReader):
         """The header from an array: each slice of a memory map makes a new map."""
 
-        def _build_fields(self, *words: Any) -> Any:
+        def _build_fields(self, *args: Any) -> Any:
             self.data: Any = np.asarray(self.data)
-            return super()._build_fields(*words)
+            return super()._build_fields(*args)
 
     with mock.patch.object(gguf, "GGUFReader", functools.cache(PlainReader)):
         yield
@@ -3589,18 +3589,18 @@ def convert_gguf(pieces: Sequence[Path], name: str, sha256: str | None, target: 
         joined = Path(folder) / "model.gguf"
         with saving(joined), joined.open("wb") as stream:
             stream.writelines(piece.read_bytes() for piece in pieces)
-        if sha256 and (found := sha256_of(joined)) != sha256:
-            raise LatentWireError(f"model {name}: SHA-256 is {found}, expected {sha256}; reinstall its packages")
-        about = read_gguf_metadata(str(joined))[0]
-        if int(count := about.get("split.count", 1)) > 1:
-            how = "join them: llama-gguf-split --merge FIRST_PART WHOLE"
-            raise LatentWireError(f"model {name} is one part of {count}; {how}")
+        if sha256 and (actual := sha256_of(joined)) != sha256:
+            raise LatentWireError(f"model {name}: SHA-256 is {actual}, expected {sha256}; reinstall its packages")
+        metadata = read_gguf_metadata(str(joined))[0]
+        if int(count := metadata.get("split.count", 1)) > 1:
+            advice = "join them: llama-gguf-split --merge FIRST_PART WHOLE"
+            raise LatentWireError(f"model {name} is one part of {count}; {advice}")
         with read_once():
-            given = {"gguf_file": joined.name}
-            model, tokenizer = pretrained("AutoModelForCausalLM", name, folder, given, torch.float32)
-        if about.get("tokenizer.ggml.pre") == "smollm":
-            parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
+            file_options = {"gguf_file": joined.name}
+            model, tokenizer = pretrained("AutoModelForCausalLM", name, folder, file_options, torch.float32)
+        if metadata.get("tokenizer.ggml.pre") == "smollm":
+            steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
         del model.hf_quantizer, model.config.quantization_config  # else save_pretrained refuses: "not serializable"
         setattr(model, "is_quantized", False)  # noqa: B010  torch types attributes as modules
         with replacing_folder(target) as temporary:
@@ -3653,11 +3653,11 @@ class World:
 
     def broadcast(self, value: Part) -> Part:
         """The leader's ``value``, everywhere."""
-        held = [value]
+        objects = [value]
         if self.size > 1:
             with self.collective_guard():
-                torch.distributed.broadcast_object_list(held)
-        return held[0]
+                torch.distributed.broadcast_object_list(objects)
+        return objects[0]
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum of the gradients of all processes, in one message."""
@@ -3673,8 +3673,8 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            lost = f"process {self.rank} of {self.size} lost the others ({str(error).splitlines()[0][-120:]})"
-            raise LatentWireError(f"{lost}; see their errors, then go on with --auto_resume") from None
+            reason = f"process {self.rank} of {self.size} lost the others ({str(error).splitlines()[0][-120:]})"
+            raise LatentWireError(f"{reason}; see their errors, then go on with --auto_resume") from None
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -3691,69 +3691,69 @@ def rendezvous(rank: int, size: int) -> Any:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun has one already
     name = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "SLURM_STEP_NUM_TASKS"
-    turn = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    started, told = time.monotonic(), False
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    started, announced = time.monotonic(), False
     store: Any = None
     missing: list[int] = [0]
     with breakable(None, "the meeting of the processes"):
         while missing:
             try:
-                second = datetime.timedelta(seconds=1)
-                store = store or torch.distributed.TCPStore(address, port, size, hosts, second, wait_for_workers=False)
+                timeout = datetime.timedelta(seconds=1)
+                store = store or torch.distributed.TCPStore(address, port, size, hosts, timeout, wait_for_workers=False)
             except RuntimeError as error:
                 if hosts:
-                    alone = f"no other process can reach this one at {address}:{port}"
-                    raise LatentWireError(f"{alone} ({str(error).splitlines()[0][:120]}); set MASTER_PORT") from None
+                    reason = f"no other process can reach this one at {address}:{port}"
+                    raise LatentWireError(f"{reason} ({str(error).splitlines()[0][:120]}); set MASTER_PORT") from None
             else:
                 with World(rank, size).collective_guard():
-                    store.set(f"latentwire/{turn}/{rank}", "here")
-                    missing = [n for n in range(size) if not store.check([f"latentwire/{turn}/{n}"])]
-            if missing and not told and time.monotonic() - started > 3:
-                told = True
-                numbers = f"{', '.join(map(str, missing[:8]))}{' ...' if missing[8:] else ''}"
-                tell(f"process {rank}: waiting for process {numbers} of {size}; {name}={size} promises so many. Is this one meant "
+                    store.set(f"latentwire/{restart}/{rank}", "here")
+                    missing = [n for n in range(size) if not store.check([f"latentwire/{restart}/{n}"])]
+            if missing and not announced and time.monotonic() - started > 3:
+                announced = True
+                absent = f"{', '.join(map(str, missing[:8]))}{' ...' if missing[8:] else ''}"
+                tell(f"process {rank}: waiting for process {absent} of {size}; {name}={size} promises so many. Is this one meant "
                       f"to be alone? {name}=1", sys.stderr)  # fmt: skip
             time.sleep(0.1 if missing else 0)
-    return torch.distributed.PrefixStore(f"latentwire/{turn}/group", store)
+    return torch.distributed.PrefixStore(f"latentwire/{restart}/group", store)
 
 
-def join(asked: int | None) -> World:
+def join(world_size: int | None) -> World:
     """The World this process belongs to until it ends, over NCCL for CUDA tensors and gloo for the CPU's."""
-    rank, size, local = launched()
-    if asked not in (None, size):
-        how = f"torchrun --nproc_per_node {asked} LATENTWIRE.py ..., or srun --ntasks"
-        raise LatentWireError(f"--world_size {asked}, but {size} started; type: {how}")
+    rank, size, local_rank = launched()
+    if world_size not in (None, size):
+        advice = f"torchrun --nproc_per_node {world_size} LATENTWIRE.py ..., or srun --ntasks"
+        raise LatentWireError(f"--world_size {world_size}, but {size} started; type: {advice}")
     world = World(rank, size)
     if size > 1 and not torch.distributed.is_initialized():
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000))
         store = rendezvous(rank, size)
         if torch.cuda.is_available():
-            torch.cuda.set_device(local % torch.cuda.device_count())
+            torch.cuda.set_device(local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        patience = datetime.timedelta(minutes=60)  # a death is noticed at once, not by this
+        timeout = datetime.timedelta(minutes=60)  # a death is noticed at once, not by this
         with world.collective_guard():
-            torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
+            torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         atexit.register(torch.distributed.destroy_process_group)
     return world
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a device or the machine has no memory left."""
-    said = ("can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in said)
+    phrases = ("can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(phrase in str(error) for phrase in phrases)
 
 
 @contextlib.contextmanager
 def short_of_memory() -> Iterator[list[str]]:
     """Running out of memory inside the block is noted in the yielded list, and the block left; other errors go on."""
-    short: list[str] = []
+    errors: list[str] = []
     try:
-        yield short
+        yield errors
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        short.append(f"{type(error).__name__}: {error}")
+        errors.append(f"{type(error).__name__}: {error}")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -3766,8 +3766,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        why = f"--device {name} is not usable here ({str(error).splitlines()[0][:120]})"
-        raise LatentWireError(f"{why}; --device auto picks one that is") from None
+        reason = f"--device {name} is not usable here ({str(error).splitlines()[0][:120]})"
+        raise LatentWireError(f"{reason}; --device auto picks one that is") from None
     return device
 
 
@@ -3787,26 +3787,26 @@ def model_advice(name: str, error: BaseException, offline: bool) -> str:
     """One line for a model that did not load: gated, unknown, or out of reach."""
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if type(error.__cause__).__name__ == "GatedRepoError":  # by type: the text for unknown models says gated, too
-        how = f"accept its terms at {endpoint}/{name}, make a token at {endpoint}/settings/tokens"
-        return f"model {name} is gated: {how}, then: export HF_TOKEN=..."
+        steps = f"accept its terms at {endpoint}/{name}, make a token at {endpoint}/settings/tokens"
+        return f"model {name} is gated: {steps}, then: export HF_TOKEN=..."
     if "trust_remote_code" in str(error):
         return f"model {name} brings Python code of its own, which is not run unasked; read it, then add: --trust_remote_code"
     if Path(name).exists() or name in LMS:
         return f"model {name} cannot be read ({brief(error)}); fetch or convert it again"
     advice = suggest(name, LMS) or f"; built in: {', '.join(LMS)}"
     if offline:
-        how = f"run 'hf download {name}' once online"
-        return f"model {name!r} is not here and the hub cannot be reached ({how}){advice}"
+        steps = f"run 'hf download {name}' once online"
+        return f"model {name!r} is not here and the hub cannot be reached ({steps}){advice}"
     return f"unknown model {name!r}: not an alias, folder, GGUF file or readable hub model ({brief(error)}){advice}"
 
 
 def folder_revision(folder: Path) -> str:
     """Names what determines a model folder's states: weights, config, every tokenizer file and template, own code."""
     names = "LICENSE.* NOTICE.* README.* requirements.* trainer_state.json training_args.bin .*_results.json"
-    beside = "|".join([*names.split(), "optimizer.*", "scheduler.*", "rng_state.*"])
+    ignored = "|".join([*names.split(), "optimizer.*", "scheduler.*", "rng_state.*"])
     kinds = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab")
-    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
-    files = [path for path in found if path.suffix in kinds and path.is_file() and not re.fullmatch(beside, path.name)]
+    paths = [*folder.iterdir(), *folder.glob("additional_chat_templates/*")]
+    files = [path for path in paths if path.suffix in kinds and path.is_file() and not re.fullmatch(ignored, path.name)]
     if any(path.suffix == ".safetensors" for path in files):  # then nobody reads the others
         files = [path for path in files if path.suffix != ".bin"]
     return digest_of(sorted([str(path.relative_to(folder)), sum_of(path)] for path in files))
@@ -3829,35 +3829,35 @@ def placement(settings: ModelSettings) -> dict[str, Any]:
 
 
 def load_weights(
-    name: str, dtype: torch.dtype, offline: bool, trust: bool = False, **placed: Any
+    name: str, dtype: torch.dtype, offline: bool, trust: bool = False, **model_options: Any
 ) -> tuple[Any, Any, str]:
     """(model, tokenizer, revision) for an alias, local folder, GGUF file or hub id; the dtype is chosen here, at load."""
-    path, where = Path(name), Path(name)
+    path, source = Path(name), Path(name)
     local = offline or name in LMS or path.exists() or not hub_reachable()  # the hub's own retries take 23 s
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if name in LMS:
-        source = LMS[name]()
-        if not isinstance(source, Alias):
-            model, tokenizer = source
+        entry = LMS[name]()
+        if not isinstance(entry, Alias):
+            model, tokenizer = entry
             for parameter in model.parameters():  # .to(dtype) would convert float32 buffers (RoPE) as well
                 parameter.data = parameter.data.to(dtype)
             return model, tokenizer, "built in"
-        where = gguf_to_dense(source.pieces(), name, source.sha256)
+        source = gguf_to_dense(entry.pieces(), name, entry.sha256)
     elif path.is_dir() and not (path / "config.json").is_file():
         raise LatentWireError(f"model folder {name} has no config.json; save_pretrained() writes one")
     elif name.startswith((".", "/", "~")) and not path.exists():
         raise LatentWireError(f"model {name} not found: no such file or folder")
     try:
-        where = gguf_to_dense([path], path.stem) if path.is_file() else where
-        place, given = name if where == path else str(where), {"local_files_only": local}
-        model, tokenizer = pretrained("AutoModelForCausalLM", name, place, given, dtype, trust, **placed)
+        source = gguf_to_dense([path], path.stem) if path.is_file() else source
+        origin, file_options = name if source == path else str(source), {"local_files_only": local}
+        model, tokenizer = pretrained("AutoModelForCausalLM", name, origin, file_options, dtype, trust, **model_options)
     except model_errors() as error:
         raise LatentWireError(model_advice(name, error, local)) from None
-    if where != path:  # a dense copy
-        return model, tokenizer, where.name[-12:]
+    if source != path:  # a dense copy
+        return model, tokenizer, source.name[-12:]
     revision = folder_revision(path) if path.is_dir() else getattr(model.config, "_commit_hash", None)
     return model, tokenizer, str(revision)
 
@@ -3913,8 +3913,8 @@ class SoftPrompt:
 
     def rows(self, chosen: Tensor) -> SoftPrompt:
         """Some rows of the batch; they may repeat."""
-        own: dict[str, Any] = {name: value[chosen] for name, value in vars(self).items() if torch.is_tensor(value)}
-        return replace(self, **own)
+        selected: dict[str, Any] = {name: value[chosen] for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **selected)
 
 
 @dataclass(frozen=True)
@@ -3967,10 +3967,10 @@ class RowDropout(nn.Module):
 
     def thin(self, values: Tensor, mask: Tensor, keys: Sequence[int]) -> Tensor:
         """The same with keys, in training or not."""
-        generator, kept = torch.Generator(values.device), torch.zeros_like(values)
-        for row, key, length in zip(kept, keys, mask.sum(1).tolist(), strict=True):
+        generator, keep_mask = torch.Generator(values.device), torch.zeros_like(values)
+        for row, key, length in zip(keep_mask, keys, mask.sum(1).tolist(), strict=True):
             row[:length].bernoulli_(1 - self.rate, generator=generator.manual_seed(key))
-        return values * kept / (1 - self.rate)
+        return values * keep_mask / (1 - self.rate)
 
 
 class LoraDropout(nn.Module):
@@ -4013,37 +4013,37 @@ class LM:
 
     def __init__(self, name: str, model: Any, tokenizer: Any, revision: str, device: torch.device) -> None:
         self.name, self.revision, self.tokenizer = name, revision, tokenizer
-        placed = hasattr(model, "hf_device_map")  # already on its devices, which accelerate's hooks connect
-        self.model = (model if placed else model.to(device)).eval().requires_grad_(False)
+        dispatched = hasattr(model, "hf_device_map")  # already on its devices, which accelerate's hooks connect
+        self.model = (model if dispatched else model.to(device)).eval().requires_grad_(False)
         self.config, self.backbone = model.config.get_text_config(), model.base_model
         self.table, self.head = model.get_input_embeddings(), model.get_output_embeddings()
-        self.device: torch.device = self.table.weight.device if placed else device
+        self.device: torch.device = self.table.weight.device if dispatched else device
         self.dtype: torch.dtype = self.table.weight.dtype
         self.n_layers: int = self.config.num_hidden_layers
         self.width: int = self.config.hidden_size
-        this = f"model {name} ({self.config.model_type})"
+        label = f"model {name} ({self.config.model_type})"
         stacks = [m for m in self.backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == self.n_layers]
         if not stacks:
-            raise LatentWireError(f"{this} has no stack of {self.n_layers} blocks to read")
+            raise LatentWireError(f"{label} has no stack of {self.n_layers} blocks to read")
         self.blocks = stacks[0]
-        if (wide := self.table.weight.shape[1]) != self.width:
+        if (embed_width := self.table.weight.shape[1]) != self.width:
             raise LatentWireError(
-                f"{this} is not supported here: its embeddings have {wide} numbers and its hidden states {self.width}; "
+                f"{label} is not supported here: its embeddings have {embed_width} numbers and its hidden states {self.width}; "
                 f"use a decoder with one width, such as Llama, Qwen, Gemma"
             )
         modules = [m for name, m in self.backbone.named_modules() if re.search(r"wpe|position", name)]
-        learned = [module.num_embeddings for module in modules if isinstance(module, nn.Embedding)]
-        asked = getattr(self.config, "max_position_embeddings", 0)
-        tables = [len(b) for n, b in self.backbone.named_buffers() if n.endswith("embed_positions")]  # GPT-J's
-        tables.append(getattr(self.config, "max_seq_len", self.MOST))  # of MPT's linear biases
-        self.most: int = min([*tables, *learned, *([asked] if learned and asked else [])])
+        learned_positions = [module.num_embeddings for module in modules if isinstance(module, nn.Embedding)]
+        configured = getattr(self.config, "max_position_embeddings", 0)
+        limits = [len(b) for n, b in self.backbone.named_buffers() if n.endswith("embed_positions")]  # GPT-J's
+        limits.append(getattr(self.config, "max_seq_len", self.MOST))  # of MPT's linear biases
+        self.most: int = min([*limits, *learned_positions, *([configured] if learned_positions and configured else [])])
         self.lora: dict[str, nn.Parameter] = {}
         self.tuned: list[Any] = []
         plain, special = self.ids("x"), tokenizer("x").input_ids
         starts = [i for i in range(len(special)) if special[i : i + len(plain)] == plain]
         self.bos: TokenIds = special[: starts[0]] if starts else []
-        ends = self.model.generation_config.eos_token_id if self.model.generation_config else tokenizer.eos_token_id
-        self.ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+        eos = self.model.generation_config.eos_token_id if self.model.generation_config else tokenizer.eos_token_id
+        self.ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
         self.pad: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         try:
             self.check_contract()
@@ -4051,7 +4051,7 @@ class LM:
             if out_of_memory(error):
                 raise
             raise LatentWireError(
-                f"{this} is not supported here ({type(error).__name__}: {brief(error, 120)}); use a decoder that reads "
+                f"{label} is not supported here ({type(error).__name__}: {brief(error, 120)}); use a decoder that reads "
                 f"embeddings and keeps keys and values, such as Llama, Qwen, Gemma, Mistral, GPT-2"
             ) from None
 
@@ -4070,15 +4070,15 @@ class LM:
         """Ids without special tokens, and the characters of ``text`` that each stands for."""
         if not self.tokenizer.is_fast:
             raise LatentWireError(f"the tokenizer of {self.name} knows no character offsets; use --pooler resampler")
-        found = self.tokenizer(text, **AS_TEXT, return_offsets_mapping=True)
-        ends = itertools.accumulate((end for _, end in found.offset_mapping), max, initial=0)
-        return found.input_ids, [(min(start, before), end) for (start, end), before in zip(found.offset_mapping, ends)]  # noqa: B905
+        encoded = self.tokenizer(text, **AS_TEXT, return_offsets_mapping=True)
+        ends = itertools.accumulate((end for _, end in encoded.offset_mapping), max, initial=0)
+        return encoded.input_ids, [(min(start, last), end) for (start, end), last in zip(encoded.offset_mapping, ends)]  # noqa: B905
 
     def heard(self, texts: Sequence[str]) -> Tokens:
         """Texts as this model's own tokens: what the copy path copies."""
-        found = [pieces_of(self, text) for text in texts]
-        ids, mask = pad_rows([row or [self.pad] for row, _ in found], self.pad, self.device)
-        spans = pad_spans([spans for _, spans in found], ids.shape[1], self.device)
+        pieces = [pieces_of(self, text) for text in texts]
+        ids, mask = pad_rows([row or [self.pad] for row, _ in pieces], self.pad, self.device)
+        spans = pad_spans([spans for _, spans in pieces], ids.shape[1], self.device)
         return Tokens(self.embed(ids).float(), spans, mask)
 
     def add_lora(self, settings: FeatureSettings, always: bool) -> None:
@@ -4087,20 +4087,20 @@ class LM:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        linear = {part: name for name, part in self.backbone.named_modules() if isinstance(part, nn.Linear)}
-        names = {linear[part].rpartition(".")[2] for part in self.blocks.modules() if part in linear}
-        targets, count = lora_targets(settings.lora_target_modules, names)
+        linear_names = {module: name for name, module in self.backbone.named_modules() if isinstance(module, nn.Linear)}
+        names = {linear_names[module].rpartition(".")[2] for module in self.blocks.modules() if module in linear_names}
+        targets, first_blocks = lora_targets(settings.lora_target_modules, names)
         rates: dict[str, Any] = {"lora_alpha": settings.lora_alpha, "lora_dropout": settings.lora_dropout}
-        if count:
-            inside = [linear[part] for part in self.blocks[:count].modules() if part in linear]
+        if first_blocks:
+            inside = [linear_names[module] for module in self.blocks[:first_blocks].modules() if module in linear_names]
             targets = [name for name in inside if targets == "all-linear" or name.rpartition(".")[2] in targets]
         inject_adapter_in_model(LoraConfig(r=settings.lora_r, target_modules=targets, **rates), self.backbone)
         self.backbone.eval()  # what was put in is in training mode
         self.always_tuned = always
-        self.tuned = [part for part in self.backbone.modules() if isinstance(part, BaseTunerLayer)]
-        for number, part in enumerate(self.tuned if settings.lora_dropout else ()):
-            for name in part.lora_dropout:
-                part.lora_dropout[name] = LoraDropout(self, settings.lora_dropout, number)
+        self.tuned = [module for module in self.backbone.modules() if isinstance(module, BaseTunerLayer)]
+        for number, module in enumerate(self.tuned if settings.lora_dropout else ()):
+            for name in module.lora_dropout:
+                module.lora_dropout[name] = LoraDropout(self, settings.lora_dropout, number)
         self.lora = {name: p for name, p in self.backbone.named_parameters() if "lora_" in name}
         for parameter in self.lora.values():
             parameter.data = parameter.data.float()
@@ -4109,9 +4109,9 @@ class LM:
     def drop_lora(self) -> None:
         """Take the low-rank adapters out: the blocks' own layers stand where they stood."""
         for parent in [*self.backbone.modules()]:
-            for name, part in parent.named_children():
-                if any(part is tuned for tuned in self.tuned):
-                    setattr(parent, name, part.get_base_layer())
+            for name, module in parent.named_children():
+                if any(module is adapted for adapted in self.tuned):
+                    setattr(parent, name, module.get_base_layer())
         self.lora, self.tuned, self.always_tuned = {}, [], False
         vars(self.backbone).pop("peft_config", None)
 
@@ -4123,53 +4123,53 @@ class LM:
 
         Keys and values change where they are projected, so the model itself rotates, normalises and caches them.
         """
-        for part in self.tuned:  # peft's own switch also freezes
-            part._disable_adapters = not (self.always_tuned or soft is not None or tuned)
-        with contextlib.ExitStack() as ends:
-            ends.callback(setattr, self, "dropping", self.dropping)
+        for layer in self.tuned:  # peft's own switch also freezes
+            layer._disable_adapters = not (self.always_tuned or soft is not None or tuned)
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "dropping", self.dropping)
             self.dropping = dropping
             if soft is not None and soft.changes is not None and at is not None:
-                for number, block in enumerate(self.blocks):
-                    for which, name in enumerate(("k_proj", "v_proj")):
-                        add = functools.partial(add_at, soft.changes[:, :, number, which], at)  # (B, K, D_kv)
-                        ends.enter_context(getattr(block.self_attn, name).register_forward_hook(add))
+                for index, block in enumerate(self.blocks):
+                    for kv, name in enumerate(("k_proj", "v_proj")):
+                        add = functools.partial(add_at, soft.changes[:, :, index, kv], at)  # (B, K, D_kv)
+                        stack.enter_context(getattr(block.self_attn, name).register_forward_hook(add))
             if soft is not None:
-                for number, reader in soft.readers.items():
+                for index, reader in soft.readers.items():
                     read = functools.partial(read_by, reader, soft)
-                    ends.enter_context(self.blocks[number].register_forward_hook(read))
+                    stack.enter_context(self.blocks[index].register_forward_hook(read))
             yield
 
     def chat_frame(self) -> tuple[TokenIds, TokenIds]:
         """Ids that the chat template puts before a user's words, without BOS, and after them up to the answer."""
         if not self.tokenizer.chat_template:
             raise LatentWireError(f"--anchor_mode chat: {self.name} has no chat template; use --anchor_mode text")
-        head, tail = (self.tokenizer(part, add_special_tokens=False).input_ids for part in self.around_words())
+        head, tail = (self.tokenizer(text, add_special_tokens=False).input_ids for text in self.around_words())
         return head[len(self.bos) :] if self.bos and head[: len(self.bos)] == self.bos else head, tail
 
     def around_words(self, seconds: float = 10.0) -> tuple[str, str]:
         """What the chat template writes before and after a user's words; it is another's program, so it may not take long."""
         from jinja2 import TemplateError
 
-        turn, said = [{"role": "user", "content": "\ue000"}], list[Any]()
+        messages, outputs = [{"role": "user", "content": "\ue000"}], list[Any]()
 
         def write() -> None:
             try:
-                said.append(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+                outputs.append(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
             except (*PLUGIN_ERRORS, MemoryError, TemplateError) as error:
-                said.append(error)
+                outputs.append(error)
 
         worker = threading.Thread(target=write, daemon=True)
         worker.start()
         worker.join(seconds)
         if worker.is_alive():  # else it would take a core as long as this process lives
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(worker.ident or 0), ctypes.py_object(SystemExit))
-        why = said[0] if said else "it takes too long"
-        if said and isinstance(said[0], str):
-            parts, why = said[0].split("\ue000"), "the words stand there more than once, or not at all"
+        reason = outputs[0] if outputs else "it takes too long"
+        if outputs and isinstance(outputs[0], str):
+            parts, reason = outputs[0].split("\ue000"), "the words stand there more than once, or not at all"
             if len(parts) == 2:
                 return parts[0], parts[1]
         where = f"--anchor_mode chat: the chat template of {self.name}"
-        raise LatentWireError(f"{where} cannot be used for one user turn ({brief(why)}); use --anchor_mode text")
+        raise LatentWireError(f"{where} cannot be used for one user turn ({brief(reason)}); use --anchor_mode text")
 
     def continuation(self, before: str, text: str) -> TokenIds:
         """Ids of ``text`` as it is tokenised right after ``before`` (a leading space may merge either way)."""
@@ -4208,9 +4208,9 @@ class LM:
         for block in self.blocks if self.recompute else ():
             block.training = torch.is_grad_enabled()  # where a block trains, the library recomputes and drops the cache
         self.now = packed.soft, packed.at, tuned, (packed.mask, packed.keys)
-        given = {"attention_mask": packed.mask.long(), "position_ids": packed.positions, **options}
+        inputs = {"attention_mask": packed.mask.long(), "position_ids": packed.positions, **options}
         with self.reading(*self.now):
-            output = self.backbone(inputs_embeds=packed.embeds, **given)
+            output = self.backbone(inputs_embeds=packed.embeds, **inputs)
         output.last_hidden_state = output.last_hidden_state.to(self.device)
         return output
 
@@ -4230,9 +4230,9 @@ class LM:
 
     def checkpoint_activations(self) -> None:
         """Keep no activations inside blocks, compute them again in backward (Chen et al. 2016); outputs stay the same."""
-        old = self.model.gradient_checkpointing_enable  # its name before transformers 5.23
-        again = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), self.reading(*self.now))}
-        getattr(self.model, "activation_checkpointing_enable", old)(again)
+        older = self.model.gradient_checkpointing_enable  # its name before transformers 5.23
+        options = {"use_reentrant": False, "context_fn": lambda: (contextlib.nullcontext(), self.reading(*self.now))}
+        getattr(self.model, "activation_checkpointing_enable", older)(options)
         self.recompute = True
 
     def keep_below(self, layer: int) -> None:
@@ -4246,16 +4246,16 @@ class LM:
 
     def layer_index(self, text: str) -> int:
         """A layer as index, negative index or fraction of depth: 0 is the embeddings, the last is the normed output."""
-        most, fraction = self.n_layers, "." in text
+        deepest, fraction = self.n_layers, "." in text
         try:
-            index = round(float(text) * most) if fraction else int(text)
+            index = round(float(text) * deepest) if fraction else int(text)
         except ValueError:
-            how = "give an index such as 12 or -1, or a fraction such as 0.75"
-            raise LatentWireError(f"layer {text!r}: {how}") from None
-        index = index + most + 1 if index < 0 else index
-        if not 0 <= index <= most or (fraction and not 0 <= float(text) <= 1):
-            how = f"give 0 to {most}, -1 to {-most - 1}, or a fraction 0.0 to 1.0"
-            raise LatentWireError(f"layer {text} is out of range for {self.name}; {how}")
+            advice = "give an index such as 12 or -1, or a fraction such as 0.75"
+            raise LatentWireError(f"layer {text!r}: {advice}") from None
+        index = index + deepest + 1 if index < 0 else index
+        if not 0 <= index <= deepest or (fraction and not 0 <= float(text) <= 1):
+            advice = f"give 0 to {deepest}, -1 to {-deepest - 1}, or a fraction 0.0 to 1.0"
+            raise LatentWireError(f"layer {text} is out of range for {self.name}; {advice}")
         return index
 
     @torch.no_grad()
@@ -4291,21 +4291,21 @@ class LM:
         """The same for prompts of ids which at most ``most`` tokens follow; a long beginning that all of them share, such
         as examples, is read once."""
         width, window = max(map(len, rows)), getattr(self.config, "sliding_window", None) or math.inf
-        alike = itertools.takewhile(lambda column: len({*column}) == 1, zip(*rows, strict=False))
-        shared = min(sum(1 for _ in alike), *(len(row) - 1 for row in rows))
+        common = itertools.takewhile(lambda column: len({*column}) == 1, zip(*rows, strict=False))
+        shared = min(sum(1 for _ in common), *(len(row) - 1 for row in rows))
         if len(rows) == 1 or shared < 32 or width + most > window:  # windows count columns, padding would be inside
             return self.prefill(lay_out(self, None, rows, left=True))
         head = self.prefill(lay_out(self, None, [rows[0][:shared]]))
-        begun = head.rows(torch.zeros(len(rows), dtype=torch.long, device=self.device))
-        return self.extend(begun, *pad_rows([row[shared:] for row in rows], self.pad, self.device, left=True))
+        started = head.rows(torch.zeros(len(rows), dtype=torch.long, device=self.device))
+        return self.extend(started, *pad_rows([row[shared:] for row in rows], self.pad, self.device, left=True))
 
     def advance(self, prefill: Prefill, cache: Any, ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """Read ids (B, S) after ``cache``; → hidden (B, S, D) and the longer mask. Positions are explicit (trap T3)."""
         mask = torch.cat([prefill.mask, real], 1)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        given = {"attention_mask": mask.long(), "position_ids": positions, "past_key_values": cache}
+        inputs = {"attention_mask": mask.long(), "position_ids": positions, "past_key_values": cache}
         with self.reading(prefill.soft, None):
-            output = self.backbone(inputs_embeds=self.embed(ids), **given)
+            output = self.backbone(inputs_embeds=self.embed(ids), **inputs)
         return output.last_hidden_state.to(self.device), mask
 
     @torch.no_grad()
@@ -4317,17 +4317,17 @@ class LM:
     @torch.no_grad()
     def score(self, prefill: Prefill, candidates: Sequence[Sequence[TokenIds]]) -> list[list[float]]:
         """Log-likelihood (nats) of each candidate continuation of each row, all its tokens counted."""
-        heads, _ = pad_rows([[c[0] for c in row] for row in candidates], self.pad, self.device)
-        first = prefill.logits.log_softmax(-1).gather(1, heads).tolist()
-        scores = [found[: len(row)] for found, row in zip(first, candidates, strict=True)]
+        first_ids, _ = pad_rows([[c[0] for c in row] for row in candidates], self.pad, self.device)
+        first_scores = prefill.logits.log_softmax(-1).gather(1, first_ids).tolist()
+        scores = [row_scores[: len(row)] for row_scores, row in zip(first_scores, candidates, strict=True)]
         longer = [(b, i) for b, row in enumerate(candidates) for i, c in enumerate(row) if len(c) > 1]
         for group in batches(longer, 64):
             tokens = [candidates[b][i] for b, i in group]
-            part = prefill.rows(torch.tensor([b for b, _ in group], device=self.device))
-            hidden, _ = self.advance(part, part.cache, *pad_rows([t[:-1] for t in tokens], self.pad, self.device))
-            for (b, i), states, wanted in zip(group, hidden, tokens, strict=True):
-                rest = self.logits(states[: len(wanted) - 1]).log_softmax(-1)
-                scores[b][i] += float(rest.gather(1, torch.tensor(wanted[1:], device=self.device)[:, None]).sum())
+            subset = prefill.rows(torch.tensor([b for b, _ in group], device=self.device))
+            hidden, _ = self.advance(subset, subset.cache, *pad_rows([t[:-1] for t in tokens], self.pad, self.device))
+            for (b, i), states, target in zip(group, hidden, tokens, strict=True):
+                rest = self.logits(states[: len(target) - 1]).log_softmax(-1)
+                scores[b][i] += float(rest.gather(1, torch.tensor(target[1:], device=self.device)[:, None]).sum())
         return scores
 
     @torch.no_grad()
@@ -4335,7 +4335,7 @@ class LM:
         self,
         prefill: Prefill,
         most: int,
-        how: DecodeSettings | None = None,
+        settings: DecodeSettings | None = None,
         draws: Sequence[int] = (),
         line: bool = True,
     ) -> list[str]:
@@ -4344,15 +4344,15 @@ class LM:
 
         ``how`` may ban the end for some steps and draw the first token from a nucleus, by one number of ``draws`` a row.
         """
-        how = how or DecodeSettings()
+        settings = settings or DecodeSettings()
         logits, lines = prefill.logits, [[] for _ in range(len(prefill.logits))]  # type: ignore[var-annotated]
         open_rows = [True] * len(lines)
         room = (self.most - prefill.mask.sum(1)).tolist()  # where positions are learned, an answer ends with them
         for step in range(most):
-            if step < how.eos_ban_steps:
+            if step < settings.eos_ban_steps:
                 logits = logits.index_fill(1, torch.tensor(sorted(self.ends), device=logits.device), -torch.inf)
-            drawn = step == 0 and how.first_token_temperature > 0
-            chosen = nucleus(logits, how, draws) if drawn else logits.argmax(-1)
+            sampled = step == 0 and settings.first_token_temperature > 0
+            chosen = nucleus(logits, settings, draws) if sampled else logits.argmax(-1)
             for b, token in enumerate(chosen.tolist()):
                 open_rows[b] = open_rows[b] and token not in self.ends
                 if open_rows[b]:
@@ -4367,20 +4367,20 @@ class LM:
         return [text.partition("\n")[0].strip() if line else text for text in texts]
 
 
-def lora_targets(asked: Sequence[str], names: set[str]) -> tuple[list[str] | str, int]:
+def lora_targets(targets: Sequence[str], names: set[str]) -> tuple[list[str] | str, int]:
     """(linear layers that LoRA adapts, in how many first blocks; 0 is all) for ``auto``, ``attn_firstN:N`` or names."""
     attention: list[str] = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in names]
-    inner: list[str] = [name for name in ("gate_proj", "up_proj", "down_proj") if name in names]
-    found = re.fullmatch(r"(attn|attn_mlp)_firstN:(\d+)", asked[0])
-    if found:
-        return [*attention, *(inner if found[1] == "attn_mlp" else [])] or "all-linear", int(found[2])
-    if list(asked) == ["auto"]:
+    mlp: list[str] = [name for name in ("gate_proj", "up_proj", "down_proj") if name in names]
+    first_blocks = re.fullmatch(r"(attn|attn_mlp)_firstN:(\d+)", targets[0])
+    if first_blocks:
+        return [*attention, *(mlp if first_blocks[1] == "attn_mlp" else [])] or "all-linear", int(first_blocks[2])
+    if list(targets) == ["auto"]:
         return attention or "all-linear", 0
-    for name in asked:
+    for name in targets:
         if name not in names:
             advice = f"{suggest(name, names)} (layers: {', '.join(sorted(names))})"
             raise LatentWireError(f"--lora_target_modules {name}: not a layer here{advice}")
-    return list(asked), 0
+    return list(targets), 0
 
 
 def add_at(change: Tensor, at: Tensor, module: Any, args: Any, output: Tensor) -> Tensor:
@@ -4394,12 +4394,12 @@ def read_by(reader: Callable[..., Tensor], soft: SoftPrompt, module: Any, args: 
     return (reader(output[0], soft), *output[1:]) if isinstance(output, tuple) else reader(output, soft)
 
 
-def nucleus(logits: Tensor, how: DecodeSettings, draws: Sequence[int]) -> Tensor:
+def nucleus(logits: Tensor, settings: DecodeSettings, draws: Sequence[int]) -> Tensor:
     """One token a row from the smallest set whose probability reaches top-p (Holtzman et al. 2020), by its own seed."""
-    share, order = (logits / how.first_token_temperature).softmax(-1).sort(-1, descending=True)
-    share = share.masked_fill(share.cumsum(-1) - share >= how.first_token_top_p, 0.0).cpu()
+    probs, order = (logits / settings.first_token_temperature).softmax(-1).sort(-1, descending=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= settings.first_token_top_p, 0.0).cpu()
     seeds = [torch.Generator().manual_seed(number) for number in draws]
-    places = [torch.multinomial(row, 1, generator=seed) for row, seed in zip(share, seeds, strict=True)]
+    places = [torch.multinomial(row, 1, generator=seed) for row, seed in zip(probs, seeds, strict=True)]
     return order.gather(1, torch.stack(places).to(order.device))[:, 0]
 
 
@@ -4442,9 +4442,9 @@ class ByteReader:
     def pieces(self, text: str) -> tuple[TokenIds, list[tuple[int, int]]]:
         """Numbers of four bytes each, and the characters to which the bytes belong."""
         data = text.encode("utf-8", "replace")
-        owner = [i for i, letter in enumerate(text) for _ in letter.encode("utf-8", "replace")]
+        letter_indices = [i for i, letter in enumerate(text) for _ in letter.encode("utf-8", "replace")]
         ids = [int.from_bytes(data[i : i + 4].ljust(4, b"\xff")) for i in range(0, len(data), 4)]
-        return ids, [(group[0], group[-1] + 1) for group in batches(owner, self.PATCH)]
+        return ids, [(group[0], group[-1] + 1) for group in batches(letter_indices, self.PATCH)]
 
     def layer_index(self, text: str) -> int:
         """There is one layer: the bytes."""
@@ -4473,8 +4473,8 @@ class SentenceReader(ByteReader):
             name = str(package_file(package, "model.safetensors", self.REQUIREMENT, self.SHA256).parent)
         local = offline or Path(name).exists() or not hub_reachable()
         try:
-            given = {"local_files_only": local}
-            model, self.tokenizer = pretrained("AutoModel", name, name, given, torch.float32, trust, "pooler.")
+            file_options = {"local_files_only": local}
+            model, self.tokenizer = pretrained("AutoModel", name, name, file_options, torch.float32, trust, "pooler.")
             positions, self.width = int(model.config.max_position_embeddings), int(model.config.hidden_size)
         except model_errors() as error:
             raise LatentWireError(f"--sentence_model: {model_advice(name, error, local)}") from None
@@ -4490,15 +4490,15 @@ class SentenceReader(ByteReader):
 
     def pieces(self, text: str) -> tuple[TokenIds, list[tuple[int, int]]]:
         """Ids without special tokens, and their character spans."""
-        found = self.tokenizer(text, **AS_TEXT, return_offsets_mapping=True)
-        return found.input_ids, found.offset_mapping
+        encoded = self.tokenizer(text, **AS_TEXT, return_offsets_mapping=True)
+        return encoded.input_ids, encoded.offset_mapping
 
     @torch.no_grad()
     def states(self, rows: Sequence[TokenIds], layers: Sequence[int]) -> States:
         """Last hidden states (B, 1, T, D_s), read with the model's own first and last token."""
         ids, mask = pad_rows([[*row, *self.end] for row in rows], self.pad, self.device)
-        hidden, more = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state, len(self.end)
-        return States(hidden[:, None, : hidden.shape[1] - more], mask[:, more:])
+        hidden, end_len = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state, len(self.end)
+        return States(hidden[:, None, : hidden.shape[1] - end_len], mask[:, end_len:])
 
 
 Reader = LM | ByteReader
@@ -4507,13 +4507,13 @@ PIECES: weakref.WeakKeyDictionary[Reader, dict[str, Tensor]] = weakref.WeakKeyDi
 
 def pieces_of(reader: Reader, text: str) -> tuple[TokenIds, list[tuple[int, int]]]:
     """A text's ids and their characters, cut once: each step of training asks again. The last 8,192 texts are kept."""
-    known = PIECES.setdefault(reader, {})
-    if text not in known:
+    cache = PIECES.setdefault(reader, {})
+    if text not in cache:
         ids, spans = reader.pieces(text)
-        if len(known) >= 2**13:
-            known.clear()
-        known[text] = torch.tensor([ids, *zip(*spans, strict=True)] if ids else [[]] * 3, dtype=torch.int64)
-    ids, starts, ends = known[text].tolist()
+        if len(cache) >= 2**13:
+            cache.clear()
+        cache[text] = torch.tensor([ids, *zip(*spans, strict=True)] if ids else [[]] * 3, dtype=torch.int64)
+    ids, starts, ends = cache[text].tolist()
     return ids, list(zip(starts, ends, strict=True))
 
 
@@ -4542,17 +4542,17 @@ def lay_out(
             mask = mask.index_put((row, at), soft.mask)
     ends = [gap + len(prompt) for gap, prompt in zip(gaps, prompts, strict=True)]
     supervised = [(b, ends[b] + i - 1, token, i) for b, answer in enumerate(answers) for i, token in enumerate(answer)]
-    picked = torch.tensor(supervised, dtype=torch.long, device=lm.device).reshape(len(supervised), 4)
+    supervision = torch.tensor(supervised, dtype=torch.long, device=lm.device).reshape(len(supervised), 4)
     columns = torch.arange(mask.shape[1], device=lm.device).expand_as(mask)
     last_read = columns.masked_fill(~mask, 0).cummax(1).values  # an empty slot predicts nothing
-    picked[:, 1] = last_read[picked[:, 0], picked[:, 1]]
+    supervision[:, 1] = last_read[supervision[:, 0], supervision[:, 1]]
     if at is not None and soft is not None and soft.mask is not None:  # to the padding: sliding windows count columns
         order = mask.long().argsort(dim=1, descending=not left, stable=True)
         place = order.argsort(1)
         embeds, mask = embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
-        at, picked[:, 1] = place.gather(1, at), place[picked[:, 0], picked[:, 1]]
+        at, supervision[:, 1] = place.gather(1, at), place[supervision[:, 0], supervision[:, 1]]
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-    return Packed(embeds, mask, positions, *picked.unbind(1), soft=soft, at=at)  # type: ignore[misc, arg-type]
+    return Packed(embeds, mask, positions, *supervision.unbind(1), soft=soft, at=at)  # type: ignore[misc, arg-type]
 
 
 @contextlib.contextmanager
@@ -4571,11 +4571,11 @@ def threads_for(*models: Reader) -> Iterator[None]:
 def load_lm(name: str, settings: ModelSettings, offline: bool = False, own_device: str | None = None) -> LM:
     """A frozen LM by name, on the device and in the dtype the settings resolve to."""
     device = resolve_device(own_device or settings.device)
-    placed = placement(settings)
-    if "quantization_config" in placed:
-        placed.setdefault("device_map", {"": device})
+    model_options = placement(settings)
+    if "quantization_config" in model_options:
+        model_options.setdefault("device_map", {"": device})
     dtype, trust = resolve_dtype(settings.dtype, device), settings.trust_remote_code
-    return LM(name, *load_weights(name, dtype, offline, trust, **placed), device)
+    return LM(name, *load_weights(name, dtype, offline, trust, **model_options), device)
 
 
 def pick_models(settings: TrainSettings) -> tuple[str, str, str]:
@@ -4585,10 +4585,10 @@ def pick_models(settings: TrainSettings) -> tuple[str, str, str]:
         return settings.sender, settings.receiver, "as given"
     on_cuda = resolve_device(settings.device).type == "cuda"
     if on_cuda and not settings.offline and hub_reachable():
-        pair, why = large, "CUDA is here and the hub answers"
+        pair, reason = large, "CUDA is here and the hub answers"
     else:
-        pair, why = ("smollm2-135m", "gemma-3-270m"), "no CUDA" if not on_cuda else "the hub does not answer"
-    return settings.sender or pair[0], settings.receiver or pair[1], f"default: {why}"
+        pair, reason = ("smollm2-135m", "gemma-3-270m"), "no CUDA" if not on_cuda else "the hub does not answer"
+    return settings.sender or pair[0], settings.receiver or pair[1], f"default: {reason}"
 
 
 # §7 WIRE: the Message, the only thing the receiver sees of the sender
