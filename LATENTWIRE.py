@@ -4595,7 +4595,7 @@ def pick_models(settings: TrainSettings) -> tuple[str, str, str]:
 
 
 @functools.cache
-def turn(width: int) -> Tensor:
+def rotation(width: int) -> Tensor:
     """An orthonormal matrix (width, width), float64 so that a row alone and in a batch round alike: random signs, DCT."""
     import numpy as np
     from scipy.fft import dct
@@ -4608,8 +4608,8 @@ def turn(width: int) -> Tensor:
 class Codec:
     """How latents (B, K, D_w) travel: as floating-point numbers, or as whole ones up to ``top`` with a scale per latent.
 
-    Whole numbers are those of the turned latent: a few of a latent's numbers are 20 times the rest, and a scale that
-    holds them rounds the rest away, so ``turn`` first spreads every number over all (QuaRot, Ashkboos et al. 2024).
+    Whole numbers are those of the rotated latent: a few of a latent's numbers are 20 times the rest, and a scale that
+    holds them rounds the rest away, so ``rotation`` first spreads every number over all (QuaRot, Ashkboos et al. 2024).
     """
 
     dtype: torch.dtype
@@ -4620,9 +4620,9 @@ class Codec:
         """The tensors that travel."""
         if not self.top:
             return {"latents": latents.to(self.dtype)}
-        turned = latents.cpu().double() @ turn(latents.shape[-1])
-        scale = (turned.abs().amax(-1) / self.top).half()  # (B, K)
-        numbers = (turned / scale.double().clamp(min=2.0**-24)[..., None]).round().clamp(-self.top, self.top)
+        rotated = latents.cpu().double() @ rotation(latents.shape[-1])
+        scale = (rotated.abs().amax(-1) / self.top).half()  # (B, K)
+        numbers = (rotated / scale.double().clamp(min=2.0**-24)[..., None]).round().clamp(-self.top, self.top)
         if self.halves:
             shifted = F.pad(numbers, (0, latents.shape[-1] % 2)).add(8).to(torch.uint8)
             numbers = shifted[..., ::2] | shifted[..., 1::2] << 4
@@ -4640,8 +4640,8 @@ class Codec:
             return numbers.float()
         if self.halves:
             numbers = torch.stack([numbers & 15, numbers >> 4], -1).flatten(-2)[..., :width].float() - 8
-        turned = numbers.cpu().double() * tensors["scale"].cpu().double()[..., None]
-        return (turned @ turn(width).T).float()
+        rotated = numbers.cpu().double() * tensors["scale"].cpu().double()[..., None]
+        return (rotated @ rotation(width).T).float()
 
     def through(self, latents: Tensor) -> Tensor:
         """Latents as they arrive, with the gradient of the identity (straight-through; Bengio et al. 2013)."""
@@ -4672,8 +4672,8 @@ class Wanted:
             raise LatentWireError(f"message was written by bridge {bridge}, this is {self.bridge}; use its checkpoint")
         fits = self.count is None or shape[1] == self.count or (self.free and shape[1] < self.count)
         if not fits or (shape[0], shape[2]) != (1, self.width):
-            read = f"(1, {self.count or 'any'}, {self.width})"
-            raise LatentWireError(f"message holds latents of shape {shape}, this bridge reads {read}")
+            expected = f"(1, {self.count or 'any'}, {self.width})"
+            raise LatentWireError(f"message holds latents of shape {shape}, this bridge reads {expected}")
 
 
 TENSOR_TYPES = {"F32": torch.float32, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
@@ -4697,7 +4697,7 @@ class Message:
     VERSION: ClassVar[int] = 2
     HEADER: ClassVar[struct.Struct] = struct.Struct("<4sHIQ")
     MOST: ClassVar[int] = 65536  # bytes of the safetensors header; ours have two hundred
-    WIDEST: ClassVar[int] = 4096  # of latents turned without knowing what is wanted: the turn takes width² numbers
+    WIDEST: ClassVar[int] = 4096  # of latents rotated without knowing what is wanted: the rotation takes width² numbers
 
     def to_bytes(self) -> bytes:
         """Everything the receiver gets."""
@@ -4708,12 +4708,12 @@ class Message:
         if not self.bridge:
             raise LatentWireError("a message needs the name of its language: encode(states, bridge.language(0))")
         codec = CODECS[self.codec]()
-        packed = codec.pack(self.latents.detach().float().cpu())
-        if not all(tensor.isfinite().all() for tensor in (self.latents, *packed.values())):
+        tensors = codec.pack(self.latents.detach().float().cpu())
+        if not all(tensor.isfinite().all() for tensor in (self.latents, *tensors.values())):
             raise LatentWireError(f"latents do not fit codec {self.codec}: not finite; use --codec fp32")
         width = {"width": str(self.latents.shape[-1])} if codec.halves else {}
         notes = json.dumps({"codec": self.codec, "bridge": self.bridge, **width})  # one key: order is not kept
-        body = save({name: t.contiguous() for name, t in packed.items()}, metadata={"message": notes})
+        body = save({name: t.contiguous() for name, t in tensors.items()}, metadata={"message": notes})
         return self.HEADER.pack(self.MAGIC, self.VERSION, zlib.crc32(body), len(body)) + body
 
     @property
@@ -4739,10 +4739,10 @@ class Message:
         from safetensors.torch import load
 
         try:
-            said, shape = cls.claims(body)
+            notes, shape = cls.claims(body)
             if wanted is not None:
-                wanted.check(said["bridge"], shape)
-            codec = CODECS[said["codec"]]()
+                wanted.check(notes["bridge"], shape)
+            codec = CODECS[notes["codec"]]()
             if wanted is None and codec.top and shape[2] > cls.WIDEST:
                 raise ValueError("wider than anything that is unpacked without its checkpoint")
             latents = codec.unpack(load(body), shape[2])
@@ -4751,39 +4751,39 @@ class Message:
         except (SafetensorError, struct.error, *UNFIT) as error:
             reason = str(error) if type(error) is ValueError else type(error).__name__
             raise LatentWireError(f"message body is not what its header promises ({reason})") from None
-        return cls(latents, said["codec"], said["bridge"])
+        return cls(latents, notes["codec"], notes["bridge"])
 
     @classmethod
     def claims(cls, body: bytes) -> tuple[dict[str, str], tuple[int, int, int]]:
         """What a body says of itself and its latents' shape (B, K, D_w), from its header alone; nothing is believed."""
-        size = struct.unpack_from("<Q", body)[0]
-        if size > min(cls.MOST, len(body) - 8):
+        header_len = struct.unpack_from("<Q", body)[0]
+        if header_len > min(cls.MOST, len(body) - 8):
             raise ValueError("a header too long")
-        header = strict_json(body[8 : 8 + size])
-        if not isinstance(header, dict) or not isinstance(about := header.pop("__metadata__", None), dict):
+        header = strict_json(body[8 : 8 + header_len])
+        if not isinstance(header, dict) or not isinstance(metadata := header.pop("__metadata__", None), dict):
             raise ValueError("no notes")
-        said = strict_json(about["message"]) if about.keys() == {"message"} else None
-        if not isinstance(said, dict) or not all(isinstance(value, str) for value in said.values()):
+        notes = strict_json(metadata["message"]) if metadata.keys() == {"message"} else None
+        if not isinstance(notes, dict) or not all(isinstance(value, str) for value in notes.values()):
             raise ValueError("notes of another kind")
-        if not said.keys() >= {"codec", "bridge"} or said["codec"] not in CODECS:
+        if not notes.keys() >= {"codec", "bridge"} or notes["codec"] not in CODECS:
             raise ValueError("notes without a codec that is known")
-        if not (said["bridge"].isprintable() and 0 < len(said["bridge"]) <= 100):
+        if not (notes["bridge"].isprintable() and 0 < len(notes["bridge"]) <= 100):
             raise ValueError("no name of a bridge")
-        codec = CODECS[said["codec"]]()
-        if said.keys() - {"codec", "bridge"} != ({"width"} if codec.halves else set()):
+        codec = CODECS[notes["codec"]]()
+        if notes.keys() - {"codec", "bridge"} != ({"width"} if codec.halves else set()):
             raise ValueError("notes that do not belong to its codec")
         sizes = header["latents"]["shape"] if isinstance(header.get("latents"), dict) else None
         if not isinstance(sizes, list) or len(sizes) != 3 or not all(type(n) is int and 0 < n < 2**40 for n in sizes):
             raise ValueError("not latents (B, K, D_w)")
         width = sizes[2]
         if codec.halves:
-            if not re.fullmatch("[1-9][0-9]{0,6}", said["width"]):
+            if not re.fullmatch("[1-9][0-9]{0,6}", notes["width"]):
                 raise ValueError("no width")
-            width = int(said["width"])
-        found = {name: (TENSOR_TYPES.get(one["dtype"]), one["shape"]) for name, one in header.items()}
-        if found != codec.layout(sizes[0], sizes[1], width):
+            width = int(notes["width"])
+        tensors = {name: (TENSOR_TYPES.get(entry["dtype"]), entry["shape"]) for name, entry in header.items()}
+        if tensors != codec.layout(sizes[0], sizes[1], width):
             raise ValueError("not latents in their codec, or not one scale per latent")
-        return said, (sizes[0], sizes[1], width)
+        return notes, (sizes[0], sizes[1], width)
 
     def rows(self) -> list[Message]:
         """One message per example, of its real latents only."""
@@ -4811,17 +4811,17 @@ class ReceiverSpec:
     readers: tuple[int, ...]  # blocks with a latent adapter
 
     @classmethod
-    def of(cls, lm: LM, own: PartSettings) -> ReceiverSpec:
+    def of(cls, lm: LM, settings: PartSettings) -> ReceiverSpec:
         """A receiver's."""
         attention: Any = getattr(lm.blocks[0], "self_attn", None)
         kv = attention.k_proj.out_features if hasattr(attention, "k_proj") else 0
-        if not kv and (own.use_deep_prefix or own.use_prefix or own.use_coprocessor):
+        if not kv and (settings.use_deep_prefix or settings.use_prefix or settings.use_coprocessor):
             raise LatentWireError(
                 f"{lm.name} ({lm.config.model_type}) has no k_proj and v_proj, which --use_prefix, --use_deep_prefix and "
                 f"--use_coprocessor change; use --use_latent_adapters or --use_lora"
             )
-        readers = sorted({min(lm.layer_index(text), lm.n_layers - 1) for text in own.latent_adapter_layers})
-        return cls(lm.name, lm.width, lm.embed_rms, lm.n_layers, kv, tuple(readers if own.use_latent_adapters else ()))
+        readers = tuple(sorted({min(lm.layer_index(text), lm.n_layers - 1) for text in settings.latent_adapter_layers}))
+        return cls(lm.name, lm.width, lm.embed_rms, lm.n_layers, kv, readers if settings.use_latent_adapters else ())
 
 
 @dataclass(frozen=True)
@@ -4837,19 +4837,19 @@ class BridgeShape:
     @classmethod
     def of(cls, settings: BridgeSettings, sender: Reader, *receivers: LM) -> BridgeShape:
         """The shape that settings and models ask for."""
-        layers, kept = tuple(sender.layer_index(text) for text in settings.layers), cls.parts_of(settings)
-        if kept.latent_private_len >= kept.latent_len:
+        layers, stored = tuple(sender.layer_index(text) for text in settings.layers), cls.parts_of(settings)
+        if stored.latent_private_len >= stored.latent_len:
             raise LatentWireError("--latent_private_len leaves no shared latents; give --latent_shared_len")
-        layers = layers if ENCODERS[kept.encoder].reads == "sender" else (0,)
-        return cls(sender.width, layers, tuple(ReceiverSpec.of(lm, kept) for lm in receivers), kept)
+        layers = layers if ENCODERS[stored.encoder].reads == "sender" else (0,)
+        return cls(sender.width, layers, tuple(ReceiverSpec.of(lm, stored) for lm in receivers), stored)
 
     @staticmethod
     def parts_of(settings: BridgeSettings) -> PartSettings:
         """The settings that a shape keeps, which are all but the layers."""
-        kept = PartSettings(**settings.model_dump(include=set(PartSettings.fields()) - {"layers"}))
-        if kept.latent_shared_len:
-            kept = kept.model_copy(update={"latent_len": kept.latent_shared_len + kept.latent_private_len})
-        return kept
+        stored = PartSettings(**settings.model_dump(include=set(PartSettings.fields()) - {"layers"}))
+        if stored.latent_shared_len:
+            stored = stored.model_copy(update={"latent_len": stored.latent_shared_len + stored.latent_private_len})
+        return stored
 
     def saved(self) -> dict[str, Any]:
         """As JSON."""
@@ -4860,9 +4860,9 @@ class BridgeShape:
     @classmethod
     def load(cls, saved: Mapping[str, Any]) -> BridgeShape:
         """The inverse of ``saved``."""
-        rest = dict(saved)
-        ears = tuple(ReceiverSpec(**{**ear, "readers": tuple(ear["readers"])}) for ear in rest.pop("ears"))
-        return cls(rest.pop("sender_width"), tuple(rest.pop("layers")), ears, PartSettings(**rest))
+        fields = dict(saved)
+        ears = tuple(ReceiverSpec(**{**ear, "readers": tuple(ear["readers"])}) for ear in fields.pop("ears"))
+        return cls(fields.pop("sender_width"), tuple(fields.pop("layers")), ears, PartSettings(**fields))
 
 
 def zeroed(layer: nn.Linear) -> nn.Linear:
@@ -4947,9 +4947,9 @@ def key_padding_mask(mask: Tensor) -> Tensor:
 
 def sinusoids(count: int, width: int, device: torch.device) -> Tensor:
     """Position codes (count, width) of Vaswani et al. 2017, §3.5."""
-    place = torch.arange(count, device=device)[:, None]
-    rate = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
-    return torch.stack([(place * rate).sin(), (place * rate).cos()], -1).flatten(1)[:, :width]
+    position = torch.arange(count, device=device)[:, None]
+    frequency = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10_000.0) / width))
+    return torch.stack([(position * frequency).sin(), (position * frequency).cos()], -1).flatten(1)[:, :width]
 
 
 @ENCODERS.register("byte")
@@ -5025,33 +5025,34 @@ class Windows:
     """Which part of each token lies in which window: tokens (B, K, T), the first receiver's (B, K, J), mask (B, K)."""
 
     tokens: Tensor
-    heard: Tensor | None
+    receiver_tokens: Tensor | None
     mask: Tensor
     spans: Tensor
 
     @classmethod
-    def cut(cls, states: States, on: str, count: int, ratio: float | None) -> Windows:
+    def cut(cls, states: States, unit: str, count: int, ratio: float | None) -> Windows:
         """Runs of units in order, as equal as can be: ``count`` of them, or one for ``ratio`` units.
 
-        Units are the encoder's tokens or, with ``on="receiver"``, the first receiver's; the other ones belong to the
+        Units are the encoder's tokens or, with ``unit="receiver"``, the first receiver's; the other ones belong to the
         windows that cover their characters.
         """
         assert states.spans is not None
-        own, other = (states.spans, states.mask), (states.heard.spans, states.heard.mask) if states.heard else None
-        spans, mask = other if on == "receiver" and other else own
+        encoder = states.spans, states.mask
+        receiver = (states.heard.spans, states.heard.mask) if states.heard else None
+        spans, mask = receiver if unit == "receiver" and receiver else encoder
         real = mask & (spans[..., 1] > spans[..., 0])  # BOS stands for no character
-        total = real.sum(1, keepdim=True)  # (B, 1)
-        wanted = (total / ratio).ceil().long() if ratio else total.clamp(max=count)
-        places = torch.arange(int(wanted.max().clamp(min=1)), device=mask.device)
-        index = in_run(real, wanted) + 1  # (B, U); column 0 is of what is in no window
-        outer = torch.tensor([2**30, 0], device=mask.device).repeat(len(mask), len(places) + 1, 1)
+        unit_count = real.sum(1, keepdim=True)  # (B, 1)
+        counts = (unit_count / ratio).ceil().long() if ratio else unit_count.clamp(max=count)
+        windows = torch.arange(int(counts.max().clamp(min=1)), device=mask.device)
+        index = in_run(real, counts) + 1  # (B, U); column 0 is of what is in no window
+        outer = torch.tensor([2**30, 0], device=mask.device).repeat(len(mask), len(windows) + 1, 1)
         starts = outer[..., 0].scatter_reduce(1, index, spans[..., 0], "amin")
         ends = outer[..., 1].scatter_reduce(1, index, spans[..., 1], "amax")
         borders = torch.stack([starts, ends], -1)[:, 1:]  # (B, K, 2)
-        units = (index[:, None] == places[:, None] + 1).float()
-        tokens = units if own[0] is spans else share_in(borders, *own)
-        heard = other and (units if other[0] is spans else share_in(borders, *other))
-        return cls(tokens, heard, places < wanted.clamp(min=1), borders)
+        units = (index[:, None] == windows[:, None] + 1).float()
+        tokens = units if encoder[0] is spans else share_in(borders, *encoder)
+        receiver_tokens = receiver and (units if receiver[0] is spans else share_in(borders, *receiver))
+        return cls(tokens, receiver_tokens, windows < counts.clamp(min=1), borders)
 
 
 def share_in(windows: Tensor, spans: Tensor, mask: Tensor) -> Tensor:
@@ -5163,13 +5164,13 @@ class SharedPrivate(Pooler):
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__(shape)
-        own = shape.settings.latent_private_len
-        self.shared = Resampler(shape, shape.settings.latent_len - own)
-        self.private = nn.ModuleList(Resampler(shape, own) for _ in shape.ears if own)
+        private_len = shape.settings.latent_private_len
+        self.shared = Resampler(shape, shape.settings.latent_len - private_len)
+        self.private = nn.ModuleList(Resampler(shape, private_len) for _ in shape.ears if private_len)
 
     def forward(self, tokens: Tensor, mask: Tensor, windows: Windows | None = None, ear: int = 0) -> Pooled:
-        parts = [self.shared, *self.private[ear : ear + 1]]
-        return torch.cat([part(tokens, mask)[0] for part in parts], 1), None
+        resamplers = [self.shared, *self.private[ear : ear + 1]]
+        return torch.cat([resampler(tokens, mask)[0] for resampler in resamplers], 1), None
 
 
 @POOLERS.register("window")
@@ -5229,14 +5230,14 @@ class StartPath(nn.Module):
 
     def copied(self, states: States, windows: Windows, weights: Tensor | None = None) -> Tensor:
         """Latents (B, K, D_w) that hold the first receiver's embeddings, tokens weighted by those of the encoder (B, T)."""
-        heard, shares, real = states.heard, windows.heard, states.mask.float()
-        assert heard is not None and states.spans is not None and shares is not None
+        receiver_tokens, shares, real = states.heard, windows.receiver_tokens, states.mask.float()
+        assert receiver_tokens is not None and states.spans is not None and shares is not None
         if weights is not None:
             # 3 where three tokens share one letter's bytes, 0 where none
-            total = covered_by(states.spans, real, heard.spans)
-            own = covered_by(states.spans, weights * real, heard.spans)
-            shares = shares * ((own + (1 - total).clamp(min=0)) / total.clamp(min=1))[:, None]  # (B, K, J)
-        return (weighted_mean(shares, heard.embeds) - self.mean) @ self.down / self.size
+            covered = covered_by(states.spans, real, receiver_tokens.spans)
+            weighted = covered_by(states.spans, weights * real, receiver_tokens.spans)
+            shares = shares * ((weighted + (1 - covered).clamp(min=0)) / covered.clamp(min=1))[:, None]  # (B, K, J)
+        return (weighted_mean(shares, receiver_tokens.embeds) - self.mean) @ self.down / self.size
 
     def forward(self, states: States, windows: Windows, encoder: Encoder, latents: Tensor, weights: Tensor) -> Tensor:
         """Start latents (B, K, D_w), each scaled by a gate that starts at 1."""
@@ -5261,8 +5262,8 @@ class Adapter(nn.Module):
         super().__init__()
         self.map: Any = self.new_map(shape.settings.d_z, ear.width)
         slots = torch.zeros if shape.settings.init != "none" else torch.randn
-        counted = shape.settings.adapter_metadata and not shape.settings.ratio
-        self.slots = nn.Parameter(slots(shape.settings.latent_len, ear.width) * 0.02) if counted else None
+        has_slots = shape.settings.adapter_metadata and not shape.settings.ratio
+        self.slots = nn.Parameter(slots(shape.settings.latent_len, ear.width) * 0.02) if has_slots else None
         self.scale = nn.Parameter(torch.ones(()))
         self.film = zeroed(nn.Linear(shape.settings.d_z, 2 * ear.width)) if shape.settings.film else None
         colour = torch.stack([torch.zeros(ear.width), torch.ones(ear.width)])
@@ -5369,17 +5370,17 @@ class Feature(nn.Module):
 FEATURES: Registry[type[Feature]] = Registry("features", "feature", Feature, FeatureSettings)
 
 
-def take(home: nn.Module, place: str, shape: BridgeShape, *ear: ReceiverSpec) -> list[str]:
+def take(module: nn.Module, place: str, shape: BridgeShape, *ear: ReceiverSpec) -> list[str]:
     """Give a module the features of a place that the settings ask for; → their names."""
     kinds = {name: kind for name, kind in FEATURES.items() if kind.place == place}
-    asked = [
+    names = [
         name
         for name, kind in kinds.items()
         if not kind.switches or any(getattr(shape.settings, s) for s in kind.switches)
     ]
-    for name in asked:
-        setattr(home, name, kinds[name](shape, *ear))
-    return asked
+    for name in names:
+        setattr(module, name, kinds[name](shape, *ear))
+    return names
 
 
 @FEATURES.register("key_values", "prefix", "deep_prefix", "coprocessor")
@@ -5403,16 +5404,16 @@ class KeyValues(Feature):
 
     def __init__(self, shape: BridgeShape, ear: ReceiverSpec) -> None:
         super().__init__()
-        self.size, own = (ear.layers, 2, ear.kv), self.Config.of(shape.settings)
-        self.config = own
+        self.size, config = (ear.layers, 2, ear.kv), self.Config.of(shape.settings)
+        self.config = config
         count, width = math.prod(self.size), shape.settings.d_z
-        inner = own.coprocessor_width
+        inner = config.coprocessor_width
         self.deep = nn.Sequential(
-            nn.LayerNorm(width), RowDropout(own.deep_prefix_dropout), zeroed(nn.Linear(width, count, bias=False))
+            nn.LayerNorm(width), RowDropout(config.deep_prefix_dropout), zeroed(nn.Linear(width, count, bias=False))
         ) if shape.settings.use_deep_prefix else None  # fmt: skip
         self.coprocessor = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, inner), nn.GELU(),
-            zeroed(nn.Linear(inner, own.coprocessor_len * count, bias=False)),
+            zeroed(nn.Linear(inner, config.coprocessor_len * count, bias=False)),
         ) if shape.settings.use_coprocessor else None  # fmt: skip
         self.prefix = self.new_prefix(ear) if shape.settings.use_prefix else None
 
@@ -5431,20 +5432,20 @@ class KeyValues(Feature):
 
     def forward(self, latents: Tensor, mask: Any, keys: Sequence[int] = ()) -> Tensor:
         total = latents.new_zeros(*latents.shape[:2], *self.size)
-        found = []
+        changes = []
         if self.deep is not None:
             norm, dropout, linear = self.deep
             count = self.config.deep_prefix_len
-            found.append(linear(dropout(norm(latents[:, :count]), mask[:, :count], [key ^ 1 for key in keys])))
+            changes.append(linear(dropout(norm(latents[:, :count]), mask[:, :count], [key ^ 1 for key in keys])))
         if self.prefix is not None:
             numbers = torch.arange(min(self.config.prefix_tokens, latents.shape[1]), device=latents.device)
-            found.append(self.prefix(numbers[None]).expand(len(latents), -1, -1))
+            changes.append(self.prefix(numbers[None]).expand(len(latents), -1, -1))
         if self.coprocessor is not None:
             pooled = {"mean": weighted_mean(mask[:, None].float(), latents)[:, 0], "first": latents[:, 0],
                       "max": latents.masked_fill(~mask[..., None], -torch.inf).amax(1)}[self.config.coprocessor_pool]  # fmt: skip
             change = self.coprocessor(pooled).view(len(latents), self.config.coprocessor_len, -1)
-            found.append(change[:, : latents.shape[1]] * self.config.coprocessor_kv_scale)
-        for change in found:
+            changes.append(change[:, : latents.shape[1]] * self.config.coprocessor_kv_scale)
+        for change in changes:
             total = total + F.pad(change, (0, 0, 0, latents.shape[1] - change.shape[1])).view_as(total)
         return total
 
@@ -5477,8 +5478,8 @@ class LatentAdapter(Feature):
         """hidden (B, T, D_r), latents (B, K, D_w) → (B, T, D_r)."""
         assert soft.memory is not None
         memory = self.norms[1](soft.memory).to(hidden.device)
-        parts = [self.query(self.norms[0](hidden.float())), self.key(memory), self.value(memory)]
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        projections = [self.query(self.norms[0](hidden.float())), self.key(memory), self.value(memory)]
+        q, k, v = (projection.unflatten(-1, (self.heads, -1)).transpose(1, 2) for projection in projections)
         mask = None if soft.mask is None else soft.mask[:, None, None].to(hidden.device)
         seen = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         return hidden + (self.gate.tanh() * self.out(seen)).to(hidden.dtype)
@@ -5529,8 +5530,8 @@ class ReceiverHead(nn.Module):
         """latents (B, K, D_w), mask (B, K), in training a key for each row → SoftPrompt."""
         embeds = self.adapter(latents, mask)
         real = torch.ones(latents.shape[:2], dtype=torch.bool, device=latents.device) if mask is None else mask
-        changes = [part(latents, real, keys) for part in filter(None, map(self._modules.get, self.changing))]
-        readers: Any = {int(block): part for block, part in self.readers.items()}
+        changes = [feature(latents, real, keys) for feature in filter(None, map(self._modules.get, self.changing))]
+        readers: Any = {int(block): feature for block, feature in self.readers.items()}
         added = functools.reduce(torch.add, changes) if changes else None
         return SoftPrompt(embeds, mask, latents, added, readers)
 
@@ -5632,30 +5633,30 @@ class Bridge(nn.Module):
         The second of each pair holds the texts as every receiver's tokens. A new bridge is fitted token by token, since
         means over windows follow; a trained one on its windows as they are.
         """
-        seen, path = list(batches_of_states), self.start
-        if path is None:
+        text_batches, start = list(batches_of_states), self.start
+        if start is None:
             return
         self.eval()
         if 0 in fresh:
-            heard = torch.cat([tokens[0].embeds[tokens[0].mask] for _, tokens in seen])
-            if self.shape.settings.d_z < heard.shape[1]:
-                path.mean.copy_(heard.mean(0))
-                spread = (heard - path.mean).double()  # eigh has all components, however few tokens there are
-                path.down.copy_(torch.linalg.eigh(spread.T @ spread)[1].flip(1)[:, : self.shape.settings.d_z])
-            path.size.copy_(((heard - path.mean) @ path.down).square().mean().sqrt())
-            self.ears[0].adapter.start(path.down * path.size, path.mean)
-        cuts = [self.windows(states, 1.0 if 0 in fresh else None) for states, _ in seen]
-        pairs = [*zip(cuts, seen, strict=True)]
-        if 0 in fresh and path.ridge is not None:
+            embeds = torch.cat([tokens[0].embeds[tokens[0].mask] for _, tokens in text_batches])
+            if self.shape.settings.d_z < embeds.shape[1]:
+                start.mean.copy_(embeds.mean(0))
+                centred = (embeds - start.mean).double()  # eigh has all components, however few tokens there are
+                start.down.copy_(torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, : self.shape.settings.d_z])
+            start.size.copy_(((embeds - start.mean) @ start.down).square().mean().sqrt())
+            self.ears[0].adapter.start(start.down * start.size, start.mean)
+        cuts = [self.windows(states, 1.0 if 0 in fresh else None) for states, _ in text_batches]
+        pairs = [*zip(cuts, text_batches, strict=True)]
+        if 0 in fresh and start.ridge is not None:
             x = [weighted_mean(cut.tokens, self.encoder.features(states))[cut.mask] for cut, (states, _) in pairs]
-            y = [path.copied(states, cut)[cut.mask] for cut, (states, _) in pairs]
+            y = [start.copied(states, cut)[cut.mask] for cut, (states, _) in pairs]
             weight, bias = ridge_map(torch.cat(x), torch.cat(y))
-            path.ridge.weight.copy_(weight)
-            path.ridge.bias.copy_(bias)
+            start.ridge.weight.copy_(weight)
+            start.ridge.bias.copy_(bias)
         sent = torch.cat([self.write(states, cut)[cut.mask] for cut, (states, _) in pairs])
         for ear in {*fresh} - {0}:
-            own = [share_in(cut.spans, tokens[ear].spans, tokens[ear].mask) for cut, (_, tokens) in pairs]
-            y = [weighted_mean(share, t[ear].embeds)[cut.mask] for share, (cut, (_, t)) in zip(own, pairs, strict=True)]
+            shares = [share_in(cut.spans, tokens[ear].spans, tokens[ear].mask) for cut, (_, tokens) in pairs]
+            y = [weighted_mean(s, t[ear].embeds)[cut.mask] for s, (cut, (_, t)) in zip(shares, pairs, strict=True)]
             self.ears[ear].adapter.start(*ridge_map(sent, torch.cat(y)))
         self.train()
 
@@ -5675,11 +5676,11 @@ class Bridge(nn.Module):
 def ridge_map(x: Tensor, y: Tensor, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
     """Ridge regression y ≈ x·Wᵀ + b in closed form (Hoerl & Kennard 1970) → weight (D_y, D_x), bias (D_y)."""
     x, y = x.double(), y.double()
-    centre, middle = x.mean(0), y.mean(0)
-    gram = (x - centre).T @ (x - centre)
+    x_mean, y_mean = x.mean(0), y.mean(0)
+    gram = (x - x_mean).T @ (x - x_mean)
     gram += strength * gram.diagonal().mean() * torch.eye(len(gram), device=x.device, dtype=x.dtype)
-    weight = torch.linalg.solve(gram, (x - centre).T @ (y - middle)).T
-    return weight.float(), (middle - weight @ centre).float()
+    weight = torch.linalg.solve(gram, (x - x_mean).T @ (y - y_mean)).T
+    return weight.float(), (y_mean - weight @ x_mean).float()
 
 
 def cut_ids(row: Sequence[Part], limit: int, keep: str) -> list[Part]:
@@ -5697,8 +5698,8 @@ def sender_ids(sender: Reader, text: str, limit: int) -> TokenIds:
 
 def sender_spans(sender: Reader, text: str, limit: int) -> list[tuple[int, int]]:
     """The characters that each of ``sender_ids`` stands for; none for BOS."""
-    own = cut_ids(pieces_of(sender, text)[1], limit - len(sender.bos), sender.keep)
-    return [*[(0, 0)] * len(sender.bos), *own][:limit] or [(0, 0)]
+    spans = cut_ids(pieces_of(sender, text)[1], limit - len(sender.bos), sender.keep)
+    return [*[(0, 0)] * len(sender.bos), *spans][:limit] or [(0, 0)]
 
 
 @dataclass(frozen=True)
@@ -5732,10 +5733,10 @@ class StateStore:
         mean = total / len(self.flat)
         return mean.float(), (square / len(self.flat) - mean.square()).clamp(min=0).sqrt().float()
 
-    def pooled(self, texts: Sequence[str], how: str = "mean") -> Tensor:
+    def pooled(self, texts: Sequence[str], pooling: str = "mean") -> Tensor:
         """Mean, last or first state of each text, layers side by side: (B, L·D_s), what the linear probe sees."""
-        part = {"mean": slice(None), "last": slice(-1, None), "first": slice(1)}[how]
-        return torch.stack([self.piece(text)[part].float().mean(0).flatten() for text in texts])
+        tokens = {"mean": slice(None), "last": slice(-1, None), "first": slice(1)}[pooling]
+        return torch.stack([self.piece(text)[tokens].float().mean(0).flatten() for text in texts])
 
 
 class Reading:
@@ -5751,22 +5752,22 @@ class Reading:
 
     def fill(self, flat: Tensor, group: Sequence[int]) -> None:
         """The states of some texts, into the table; where memory is short, in halves."""
-        with short_of_memory() as short:
+        with short_of_memory() as errors:
             states = self.sender.states([self.rows[i] for i in group], self.layers)
             for i, hidden in zip(group, states.hidden.cpu(), strict=True):
                 flat[self.offsets[i] : self.offsets[i + 1]] = hidden[:, : len(self.rows[i])].transpose(0, 1)
-        if short and len(group) == 1:
-            how = "use a smaller --max_tokens or --sender_device"
-            raise LatentWireError(f"the sender has no memory for one text; {how}")
-        for half in batches(group, math.ceil(len(group) / 2)) if short else ():
+        if errors and len(group) == 1:
+            advice = "use a smaller --max_tokens or --sender_device"
+            raise LatentWireError(f"the sender has no memory for one text; {advice}")
+        for half in batches(group, math.ceil(len(group) / 2)) if errors else ():
             self.fill(flat, half)
 
     def mark(self, flat: Tensor, group: Sequence[int]) -> bytes:
         """SHA-256 of what the table holds of some texts."""
-        found = hashlib.sha256()
+        hasher = hashlib.sha256()
         for i in group:
-            found.update(flat[self.offsets[i] : self.offsets[i + 1]].contiguous().view(torch.uint8).numpy().tobytes())
-        return found.digest()
+            hasher.update(flat[self.offsets[i] : self.offsets[i + 1]].contiguous().view(torch.uint8).numpy().tobytes())
+        return hasher.digest()
 
 
 def collect_states(
@@ -5787,23 +5788,23 @@ def collect_states(
             reading.fill(flat, group)
             tick(count, len(reading.groups))
         return StateStore(flat, reading.offsets, index, reading.truncated, "computed")
-    kept_part = [] if sender.keep == "head" else [sender.keep]
-    key = digest_of([sender.identity(), str(sender.dtype), list(layers), limit, distinct, *kept_part])
+    keep_key = [] if sender.keep == "head" else [sender.keep]
+    key = digest_of([sender.identity(), str(sender.dtype), list(layers), limit, distinct, *keep_key])
     folder = recovered(private("states") / key)
     stored = functools.partial(read_store, folder, index, (len(layers), sender.width), sender.dtype)
-    kept = stored()
-    if world.broadcast(kept is not None):
-        return kept or lost_store(folder)
-    turn = turn_at(folder, patient=True) if world.is_main else contextlib.nullcontext(False)
+    store = stored()
+    if world.broadcast(store is not None):
+        return store or lost_store(folder)
+    lock = turn_at(folder, patient=True) if world.is_main else contextlib.nullcontext(False)
     with contextlib.ExitStack() as stack:
         with ending_together(world, owner):
-            locked = stack.enter_context(turn)
-        kept = stored() if locked else None  # made meanwhile
-        if world.broadcast(kept is not None):
-            return kept or stored() or lost_store(folder)
+            locked = stack.enter_context(lock)
+        store = stored() if locked else None  # made meanwhile
+        if world.broadcast(store is not None):
+            return store or stored() or lost_store(folder)
         reading = Reading(sender, distinct, layers, limit)
-        own = "" if world.broadcast(locked) else f"-{digest_of(str(owner.resolve()))}"
-        partial = folder.with_name(f".{key}.partial{own}")
+        suffix = "" if world.broadcast(locked) else f"-{digest_of(str(owner.resolve()))}"
+        partial = folder.with_name(f".{key}.partial{suffix}")
         if world.is_main:
             with saving(partial):
                 new_states(partial, reading.shape, sender.dtype, len(reading.groups))
@@ -5817,7 +5818,7 @@ def collect_states(
 
 def keep_states(partial: Path, folder: Path, reading: Reading, stored: Callable[[], StateStore | None]) -> None:
     """Put filled states in the place where they are looked for, unless another run was faster."""
-    if not all(any(one) for one in batches((partial / "done.bin").read_bytes(), 32)):
+    if not all(any(digest) for digest in batches((partial / "done.bin").read_bytes(), 32)):
         raise LatentWireError("another process stopped before its sender states were done; go on with --auto_resume")
     notes = {"shape": reading.shape, "offsets": reading.offsets.tolist(), "truncated": reading.truncated}
     notes["sha256"] = sum_of(partial / "states.bin")
@@ -5854,30 +5855,30 @@ def fill_states(partial: Path, reading: Reading, tick: Callable[[int, int], None
     table, sums, size = partial / "states.bin", partial / "done.bin", math.prod(reading.shape)
     flat = torch.from_file(str(table), shared=True, size=size, dtype=reading.sender.dtype).view(reading.shape)
     marks = enumerate(batches(sums.read_bytes(), 32))
-    missing = [n for n, kept in marks if not any(kept) or kept != reading.mark(flat, reading.groups[n])]
+    missing = [n for n, mark in marks if not any(mark) or mark != reading.mark(flat, reading.groups[n])]
     world.broadcast(None)  # nobody marks before all have read
-    todo, fresh, started = world.share_of(missing), dict[int, bytes](), time.monotonic()
+    todo, new_marks, started = world.share_of(missing), dict[int, bytes](), time.monotonic()
     with table.open("rb") as states, sums.open("r+b", buffering=0) as done, ending_together(world, owner):
         try:
             for count, number in enumerate(todo, 1):
                 reading.fill(flat, reading.groups[number])
-                fresh[number] = reading.mark(flat, reading.groups[number])
+                new_marks[number] = reading.mark(flat, reading.groups[number])
                 tick(count, len(todo))
                 if time.monotonic() - started > 10:
                     with unbroken():
-                        started = mark_done(states, done, fresh)
+                        started = mark_done(states, done, new_marks)
         finally:
             with unbroken():
-                mark_done(states, done, fresh)
+                mark_done(states, done, new_marks)
 
 
-def mark_done(states: Any, done: Any, fresh: dict[int, bytes]) -> float:
+def mark_done(states: Any, done: Any, new_marks: dict[int, bytes]) -> float:
     """Force the states to disk, then keep their groups' sums; → now."""
     os.fsync(states.fileno())
-    for number, mark in fresh.items():
+    for number, mark in new_marks.items():
         done.seek(32 * number)
         done.write(mark)
-    fresh.clear()
+    new_marks.clear()
     return time.monotonic()
 
 

@@ -151,7 +151,7 @@ def test_tokenizers_that_trim_offsets_lose_no_token(on: str) -> None:
     made.bridge.eval()
     if on == "receiver":
         assert_heard_as_text(made, made.train_rows)
-    shares = made.bridge.windows(made.hear(made.train_rows).states).heard
+    shares = made.bridge.windows(made.hear(made.train_rows).states).receiver_tokens
     assert torch.allclose(shares.sum(1), made.receiver.heard([e.context for e in made.train_rows]).mask.float())
 
 
@@ -288,7 +288,7 @@ def test_every_token_lies_in_one_window_in_order(count: int, ratio: float | None
         spans = torch.tensor([[(0, 0)] * bos + [(2 * i, 2 * i + 2) for i in range(width - bos)] for _ in lengths])
         states = lw.States(torch.zeros(len(lengths), 1, width, 4), mask, spans=spans * mask[..., None])
         cut = lw.Windows.cut(states, "encoder", count, ratio)
-        assert cut.heard is None
+        assert cut.receiver_tokens is None
         for row, length in enumerate(lengths):
             wanted = min(count, length) if ratio is None else -int(-length // ratio)
             assert int(cut.mask[row].sum()) == wanted and cut.mask[row, :wanted].all()
@@ -505,7 +505,7 @@ def test_whole_number_codecs_are_off_by_half_a_step_at_most(codec: str, top: int
     back = lw.Message.from_bytes(lw.Message(latents, codec, "x").to_bytes()).latents
     assert torch.equal(lw.Message.from_bytes(first.to_bytes()).latents[0], back[0])
     assert back.shape == latents.shape and torch.equal(back[0, 0], torch.zeros(width))
-    turned, returned = latents.double() @ lw.turn(width), back.double() @ lw.turn(width)
+    turned, returned = latents.double() @ lw.rotation(width), back.double() @ lw.rotation(width)
     step = turned.abs().amax(-1, keepdim=True) / top
     assert ((returned - turned).abs() <= step * (0.5 + top * 2e-3) + 1e-7).all()
     assert width == 1 or (returned - turned).abs().max() > step.min() * 0.1
@@ -513,7 +513,7 @@ def test_whole_number_codecs_are_off_by_half_a_step_at_most(codec: str, top: int
 
 @pytest.mark.parametrize("width", [1, 7, 16, 640])
 def test_whole_number_codecs_turn_without_a_loss(width: int) -> None:
-    assert torch.allclose(lw.turn(width) @ lw.turn(width).T, torch.eye(width, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(lw.rotation(width) @ lw.rotation(width).T, torch.eye(width, dtype=torch.float64), atol=1e-12)
 
 
 def test_a_latents_outlier_does_not_round_the_rest_of_it_away() -> None:
