@@ -3411,7 +3411,7 @@ class Alias:
     sha256: str
 
     def pieces(self) -> list[Path]:
-        """The files in order, found without importing the packages."""
+        """The files in order, found without importing the packages; LatentWireError says what to install where one lacks."""
         package = self.pin.split("==")[0]
         head, _, count = package.removesuffix("}").partition("{1..")
         names = [f"{head}{part}" for part in range(1, int(count) + 1)] if count else [head]
@@ -3547,6 +3547,7 @@ def gguf_to_dense(pieces: Sequence[Path], name: str, sha256: str | None = None) 
     """A dense fp32 safetensors copy of a GGUF file, made once; loading it again skips the slow GGUF walk.
 
     ``pieces`` are concatenated in order and checked against ``sha256``; the folder's name ends in 12 digits of a sum.
+    LatentWireError where sums differ, tensors lack, or this is one part of a split model.
     """
     key = sha256 or hashlib.sha256(b"".join(sum_of(piece).encode() for piece in pieces)).hexdigest()
     target = recovered(private("models") / f"{name}-{key[:12]}")
@@ -3635,11 +3636,11 @@ class World:
         """This process's part of ``items``: as equal as can be, in order."""
         return items[len(items) * self.rank // self.size : len(items) * (self.rank + 1) // self.size]
 
-    def reduce(self, tensor: Tensor, how: str = "SUM") -> Tensor:
-        """``tensor`` summed (or another ReduceOp) over all processes, in place."""
+    def reduce(self, tensor: Tensor, operation: str = "SUM") -> Tensor:
+        """``tensor`` of any shape summed (or another ReduceOp) over all processes, in place; LatentWireError if one died."""
         if self.size > 1:
             with self.collective_guard():
-                torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
+                torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, operation))
         return tensor
 
     def all_reduce_max(self, *values: float) -> list[float]:
@@ -3652,7 +3653,7 @@ class World:
         return dict(zip(values, sums, strict=True))
 
     def broadcast(self, value: Part) -> Part:
-        """The leader's ``value``, everywhere."""
+        """The leader's ``value``, anything that pickles, everywhere; LatentWireError if a process died."""
         objects = [value]
         if self.size > 1:
             with self.collective_guard():
@@ -3687,7 +3688,10 @@ class World:
 
 
 def rendezvous(rank: int, size: int) -> Any:
-    """A store that all processes have reached. Until then it says for whom it waits, and a signal ends it at once."""
+    """A store that all processes have reached. Until then it says for whom it waits, and a signal ends it at once.
+
+    LatentWireError on the leader where its port is taken, on another where the leader died.
+    """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun has one already
     name = "WORLD_SIZE" if "WORLD_SIZE" in os.environ else "SLURM_STEP_NUM_TASKS"
@@ -3718,7 +3722,7 @@ def rendezvous(rank: int, size: int) -> Any:
 
 
 def join(world_size: int | None) -> World:
-    """The World this process belongs to until it ends, over NCCL for CUDA tensors and gloo for the CPU's."""
+    """The World of this process until it ends, by NCCL on CUDA and gloo on the CPU; LatentWireError if not of ``world_size``."""
     rank, size, local_rank = launched()
     if world_size not in (None, size):
         advice = f"torchrun --nproc_per_node {world_size} LATENTWIRE.py ..., or srun --ntasks"
@@ -3757,7 +3761,7 @@ def short_of_memory() -> Iterator[list[str]]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` → cuda, mps or cpu, whichever is there first; each process of a machine takes its own GPU."""
+    """``auto`` → cuda, mps or cpu, whichever is there first; a GPU for each process of a machine; LatentWireError if unusable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and launched()[1] > 1:
@@ -3813,7 +3817,7 @@ def folder_revision(folder: Path) -> str:
 
 
 def placement(settings: ModelSettings) -> dict[str, Any]:
-    """How from_pretrained spreads and quantises a model that is too large for one device."""
+    """How from_pretrained spreads and quantises a model too large for one device; LatentWireError for fewer bits without CUDA."""
     bits = 8 if settings.load_in_8bit else 4 if settings.load_in_4bit else 0
     options: dict[str, Any] = {"device_map": settings.device_map} if settings.device_map else {}
     if bits:
@@ -3831,7 +3835,7 @@ def placement(settings: ModelSettings) -> dict[str, Any]:
 def load_weights(
     name: str, dtype: torch.dtype, offline: bool, trust: bool = False, **model_options: Any
 ) -> tuple[Any, Any, str]:
-    """(model, tokenizer, revision) for an alias, local folder, GGUF file or hub id; the dtype is chosen here, at load."""
+    """(model, tokenizer, revision) of an alias, folder, GGUF file or hub id, loaded in ``dtype``; LatentWireError says why not."""
     path, source = Path(name), Path(name)
     local = offline or name in LMS or path.exists() or not hub_reachable()  # the hub's own retries take 23 s
     import transformers
@@ -3912,7 +3916,7 @@ class SoftPrompt:
     readers: Mapping[int, Callable[[Tensor, SoftPrompt], Tensor]] = field(default_factory=dict)
 
     def rows(self, chosen: Tensor) -> SoftPrompt:
-        """Some rows of the batch; they may repeat."""
+        """The rows of the batch that ``chosen`` (N,) numbers; they may repeat."""
         selected: dict[str, Any] = {name: value[chosen] for name, value in vars(self).items() if torch.is_tensor(value)}
         return replace(self, **selected)
 
@@ -3943,7 +3947,7 @@ class Prefill:
     soft: SoftPrompt | None = None
 
     def rows(self, chosen: Tensor) -> Prefill:
-        """A copy of some rows, which may repeat, to go on from; this one's cache stays as it is."""
+        """A copy of the rows that ``chosen`` (N,) numbers, which may repeat, to go on from; this one's cache stays as it is."""
         import copy
 
         cache = copy.deepcopy(self.cache)
@@ -3985,7 +3989,7 @@ class LoraDropout(nn.Module):
         self.dropout = RowDropout(rate)
 
     def forward(self, values: Tensor) -> Tensor:
-        """values (B, T, D) or (B·T, D) → the same shape."""
+        """values (B, T, D) or (B·T, D) → the same shape; LatentWireError where a layer gets another number of tokens."""
         mask, keys = self.lm[0].dropping
         if not keys or mask is None:
             return values
@@ -4002,7 +4006,7 @@ Dropping = tuple["Tensor | None", tuple[int, ...]]
 
 
 class LM:
-    """A frozen causal language model of any family: embeddings in, hidden states and log-probabilities out."""
+    """A frozen causal LM of any family: embeddings in, hidden states and log-probabilities out; LatentWireError if unfit."""
 
     MOST: ClassVar[int] = 2**31  # tokens of a text that are read where positions are not learned
     recompute = False  # whether training computes activations again instead of keeping them
@@ -4067,7 +4071,7 @@ class LM:
         return self.tokenizer(text, **AS_TEXT).input_ids
 
     def pieces(self, text: str) -> tuple[TokenIds, list[tuple[int, int]]]:
-        """Ids without special tokens, and the characters of ``text`` that each stands for."""
+        """Ids without special tokens and each one's characters in ``text``; LatentWireError if the tokenizer knows none."""
         if not self.tokenizer.is_fast:
             raise LatentWireError(f"the tokenizer of {self.name} knows no character offsets; use --pooler resampler")
         encoded = self.tokenizer(text, **AS_TEXT, return_offsets_mapping=True)
@@ -4075,14 +4079,14 @@ class LM:
         return encoded.input_ids, [(min(start, last), end) for (start, end), last in zip(encoded.offset_mapping, ends)]  # noqa: B905
 
     def heard(self, texts: Sequence[str]) -> Tokens:
-        """Texts as this model's own tokens: what the copy path copies."""
+        """B texts as this model's own tokens, embeds (B, T, D) in float32: what the copy path copies."""
         pieces = [pieces_of(self, text) for text in texts]
         ids, mask = pad_rows([row or [self.pad] for row, _ in pieces], self.pad, self.device)
         spans = pad_spans([spans for _, spans in pieces], ids.shape[1], self.device)
         return Tokens(self.embed(ids).float(), spans, mask)
 
     def add_lora(self, settings: FeatureSettings, always: bool) -> None:
-        """Low-rank adapters (Hu et al. 2022) by peft inside the frozen blocks; they start as zero."""
+        """Low-rank adapters W + α/r·B·A (Hu et al. 2022, §4.1) by peft inside the frozen blocks; B starts as zero."""
         require("peft")
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -4140,14 +4144,14 @@ class LM:
             yield
 
     def chat_frame(self) -> tuple[TokenIds, TokenIds]:
-        """Ids that the chat template puts before a user's words, without BOS, and after them up to the answer."""
+        """Ids that the chat template puts before a user's words, without BOS, and after; LatentWireError without a usable one."""
         if not self.tokenizer.chat_template:
             raise LatentWireError(f"--anchor_mode chat: {self.name} has no chat template; use --anchor_mode text")
         head, tail = (self.tokenizer(text, add_special_tokens=False).input_ids for text in self.around_words())
         return head[len(self.bos) :] if self.bos and head[: len(self.bos)] == self.bos else head, tail
 
     def around_words(self, seconds: float = 10.0) -> tuple[str, str]:
-        """What the chat template writes before and after a user's words; it is another's program, so it may not take long."""
+        """What the chat template (foreign code) writes around a user's words; LatentWireError if it fails or after ``seconds``."""
         from jinja2 import TemplateError
 
         messages, outputs = [{"role": "user", "content": "\ue000"}], list[Any]()
@@ -4204,7 +4208,7 @@ class LM:
         return (torch.tanh(logits / cap) * cap if cap else logits).float()
 
     def forward(self, packed: Packed, tuned: bool = False, **options: Any) -> Any:
-        """The backbone's output on a packed batch; positions are explicit, since padding may be on either side."""
+        """The backbone's output, hidden (B, T, D), on a packed batch; positions are explicit, as padding may be on either side."""
         for block in self.blocks if self.recompute else ():
             block.training = torch.is_grad_enabled()  # where a block trains, the library recomputes and drops the cache
         self.now = packed.soft, packed.at, tuned, (packed.mask, packed.keys)
@@ -4245,7 +4249,7 @@ class LM:
         return self.n_layers if len(self.blocks) == self.n_layers else len(self.blocks) - 1
 
     def layer_index(self, text: str) -> int:
-        """A layer as index, negative index or fraction of depth: 0 is the embeddings, the last is the normed output."""
+        """A layer as index, negative index or fraction of depth: 0 embeddings, the last the normed output; else LatentWireError."""
         deepest, fraction = self.n_layers, "." in text
         try:
             index = round(float(text) * deepest) if fraction else int(text)
@@ -4368,7 +4372,7 @@ class LM:
 
 
 def lora_targets(targets: Sequence[str], names: set[str]) -> tuple[list[str] | str, int]:
-    """(linear layers that LoRA adapts, in how many first blocks; 0 is all) for ``auto``, ``attn_firstN:N`` or names."""
+    """(linear layers that LoRA adapts, in how many first blocks; 0 is all) for ``auto``, ``attn_firstN:N`` or some of ``names``."""
     attention: list[str] = [name for name in ("q_proj", "k_proj", "v_proj", "o_proj") if name in names]
     mlp: list[str] = [name for name in ("gate_proj", "up_proj", "down_proj") if name in names]
     first_blocks = re.fullmatch(r"(attn|attn_mlp)_firstN:(\d+)", targets[0])
@@ -4395,7 +4399,7 @@ def read_by(reader: Callable[..., Tensor], soft: SoftPrompt, module: Any, args: 
 
 
 def nucleus(logits: Tensor, settings: DecodeSettings, draws: Sequence[int]) -> Tensor:
-    """One token a row from the smallest set whose probability reaches top-p (Holtzman et al. 2020), by its own seed."""
+    """One token a row (B,) of logits (B, V), from the smallest set that reaches top-p (Holtzman et al. 2020), by its own seed."""
     probs, order = (logits / settings.first_token_temperature).softmax(-1).sort(-1, descending=True)
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= settings.first_token_top_p, 0.0).cpu()
     seeds = [torch.Generator().manual_seed(number) for number in draws]
@@ -4548,9 +4552,9 @@ def lay_out(
     supervision[:, 1] = last_read[supervision[:, 0], supervision[:, 1]]
     if at is not None and soft is not None and soft.mask is not None:  # to the padding: sliding windows count columns
         order = mask.long().argsort(dim=1, descending=not left, stable=True)
-        place = order.argsort(1)
+        new_column = order.argsort(1)
         embeds, mask = embeds.gather(1, order[..., None].expand_as(embeds)), mask.gather(1, order)
-        at, supervision[:, 1] = place.gather(1, at), place[supervision[:, 0], supervision[:, 1]]
+        at, supervision[:, 1] = new_column.gather(1, at), new_column[supervision[:, 0], supervision[:, 1]]
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     return Packed(embeds, mask, positions, *supervision.unbind(1), soft=soft, at=at)  # type: ignore[misc, arg-type]
 
@@ -4569,7 +4573,7 @@ def threads_for(*models: Reader) -> Iterator[None]:
 
 
 def load_lm(name: str, settings: ModelSettings, offline: bool = False, own_device: str | None = None) -> LM:
-    """A frozen LM by name, on the device and in the dtype the settings resolve to."""
+    """A frozen LM by name, on the device and in the dtype the settings resolve to; LatentWireError where it cannot be used."""
     device = resolve_device(own_device or settings.device)
     model_options = placement(settings)
     if "quantization_config" in model_options:
@@ -4617,7 +4621,7 @@ class Codec:
     halves: bool = False  # two numbers to a byte
 
     def pack(self, latents: Tensor) -> dict[str, Tensor]:
-        """The tensors that travel."""
+        """The tensors that travel for latents (B, K, D_w); ``layout`` says their shapes."""
         if not self.top:
             return {"latents": latents.to(self.dtype)}
         rotated = latents.cpu().double() @ rotation(latents.shape[-1])
@@ -4667,7 +4671,7 @@ class Wanted:
     free: bool = False
 
     def check(self, bridge: str, shape: tuple[int, int, int]) -> None:
-        """Refuse what is not for this receiver."""
+        """LatentWireError for a message of another bridge or with a ``shape`` (B, K, D_w) that this receiver does not read."""
         if bridge != self.bridge:
             raise LatentWireError(f"message was written by bridge {bridge}, this is {self.bridge}; use its checkpoint")
         fits = self.count is None or shape[1] == self.count or (self.free and shape[1] < self.count)
@@ -4700,7 +4704,7 @@ class Message:
     WIDEST: ClassVar[int] = 4096  # of latents rotated without knowing what is wanted: the rotation takes width² numbers
 
     def to_bytes(self) -> bytes:
-        """Everything the receiver gets."""
+        """Everything the receiver gets; LatentWireError for empty slots, no language, or numbers that the codec cannot hold."""
         from safetensors.torch import save
 
         if self.mask is not None and not self.mask.all():
@@ -4723,7 +4727,7 @@ class Message:
 
     @classmethod
     def from_bytes(cls, data: bytes, wanted: Wanted | None = None) -> Message:
-        """The message back, as float32 latents; corrupt, truncated, foreign or unwanted bytes are refused unread."""
+        """The message back, latents (B, K, D_w) in float32; LatentWireError for corrupt, truncated, foreign or unwanted bytes."""
         if len(data) < cls.HEADER.size or data[:4] != cls.MAGIC:
             raise LatentWireError("not a LatentWire message (wrong first bytes)")
         _, version, checksum, length = cls.HEADER.unpack_from(data)
@@ -4786,7 +4790,7 @@ class Message:
         return notes, (sizes[0], sizes[1], width)
 
     def rows(self) -> list[Message]:
-        """One message per example, of its real latents only."""
+        """One message per example, of its real latents only: (1, its K, D_w)."""
         mask = self.mask if self.mask is not None else torch.ones(self.latents.shape[:2], dtype=torch.bool)
         counts = mask.sum(1).tolist()
         return [replace(self, latents=row[None, :n], mask=None) for row, n in zip(self.latents, counts, strict=True)]
@@ -4812,7 +4816,7 @@ class ReceiverSpec:
 
     @classmethod
     def of(cls, lm: LM, settings: PartSettings) -> ReceiverSpec:
-        """A receiver's."""
+        """A receiver's; LatentWireError where keys and values are to change and it has no k_proj and v_proj."""
         attention: Any = getattr(lm.blocks[0], "self_attn", None)
         kv = attention.k_proj.out_features if hasattr(attention, "k_proj") else 0
         if not kv and (settings.use_deep_prefix or settings.use_prefix or settings.use_coprocessor):
@@ -4836,7 +4840,7 @@ class BridgeShape:
 
     @classmethod
     def of(cls, settings: BridgeSettings, sender: Reader, *receivers: LM) -> BridgeShape:
-        """The shape that settings and models ask for."""
+        """The shape that settings and models ask for; LatentWireError where no latent is shared, or a layer is not there."""
         layers, stored = tuple(sender.layer_index(text) for text in settings.layers), cls.parts_of(settings)
         if stored.latent_private_len >= stored.latent_len:
             raise LatentWireError("--latent_private_len leaves no shared latents; give --latent_shared_len")
@@ -4935,7 +4939,7 @@ class HiddenEncoder(Encoder):
 
 
 def transformer(width: int, heads: int, depth: int) -> nn.TransformerEncoder:
-    """Pre-norm transformer blocks without dropout, every token seeing every other."""
+    """Pre-norm transformer blocks (Xiong et al. 2020) without dropout, (B, T, width), every token seeing every other."""
     layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
     return nn.TransformerEncoder(layer, depth, nn.LayerNorm(width), enable_nested_tensor=False)
 
@@ -5286,7 +5290,7 @@ class Adapter(nn.Module):
             self.map.bias.copy_(bias)
 
     def raw(self, latents: Tensor) -> Tensor:
-        """(B, K, D_w) → (B, K, D_r), not calibrated."""
+        """(B, K, D_w) → (B, K, D_r), not calibrated; ``film`` after Perez et al. 2018."""
         prompt = self.map(latents)
         if self.film is not None:
             gain, offset = self.film(latents).chunk(2, -1)
@@ -5313,7 +5317,7 @@ class Adapter(nn.Module):
         return prompt * (self.target / (rms + 1e-8)) * self.scale
 
     def settle(self, total: float, count: float) -> None:
-        """A step is done, whose prompts have RMS of ``total`` over ``count`` rows."""
+        """A step is done, whose prompts' RMS add up to ``total`` over ``count`` rows: a running mean takes 2 % of theirs."""
         if count:
             self.seen_rms.lerp_(self.seen_rms.new_tensor(total / count), 0.02 if self.seen_rms else 1.0)
 
@@ -5619,7 +5623,7 @@ class Bridge(nn.Module):
         return self.ears[ear](message.latents.to(device), mask, keys)
 
     def ear_of(self, name: str) -> int:
-        """The number of a receiver."""
+        """The number of the receiver ``name``; LatentWireError where the bridge has none of that name."""
         names = [ear.name for ear in self.shape.ears]
         if name not in names:
             raise LatentWireError(f"no receiver {name!r} here{suggest(name, names)} (receivers: {', '.join(names)})")
@@ -5661,7 +5665,7 @@ class Bridge(nn.Module):
         self.train()
 
     def fingerprint(self, shared: bool = False) -> str:
-        """Names these very weights, or those that write messages for all receivers: the latent language."""
+        """12 hex digits that name these very weights, or those that write messages for all receivers: the latent language."""
         sums = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             if not shared or not name.startswith(self.OWN):
@@ -5674,7 +5678,7 @@ class Bridge(nn.Module):
 
 
 def ridge_map(x: Tensor, y: Tensor, strength: float = 1e-3) -> tuple[Tensor, Tensor]:
-    """Ridge regression y ≈ x·Wᵀ + b in closed form (Hoerl & Kennard 1970) → weight (D_y, D_x), bias (D_y)."""
+    """Ridge regression y (N, D_y) ≈ x (N, D_x)·Wᵀ + b in closed form (Hoerl & Kennard 1970) → W (D_y, D_x), b (D_y)."""
     x, y = x.double(), y.double()
     x_mean, y_mean = x.mean(0), y.mean(0)
     gram = (x - x_mean).T @ (x - x_mean)
@@ -5751,7 +5755,7 @@ class Reading:
         self.groups = list(by_length(self.rows, tokens=4096))  # texts that are read together
 
     def fill(self, flat: Tensor, group: Sequence[int]) -> None:
-        """The states of some texts, into the table; where memory is short, in halves."""
+        """The states of some texts, into the table; where memory is short, in halves; LatentWireError if one text is too much."""
         with short_of_memory() as errors:
             states = self.sender.states([self.rows[i] for i in group], self.layers)
             for i, hidden in zip(group, states.hidden.cpu(), strict=True):
@@ -5771,17 +5775,17 @@ class Reading:
 
 
 def collect_states(
-    sender: Reader, texts: Iterable[str], layers: Sequence[int], limit: int, where: str, tick: Callable[[int, int], None],
+    sender: Reader, texts: Iterable[str], layers: Sequence[int], limit: int, cache: str, tick: Callable[[int, int], None],
     owner: Path = Path(), world: World = World(),
 ) -> StateStore:  # fmt: skip
     """Run the sender once per distinct text, shortest first, only up to the layer needed; reuse the disk's copy.
 
     On disk the states are one memory-mapped file, so that they may be larger than memory. All processes fill it
-    together, and what a killed ``owner`` (its run folder) had done is not done again.
+    together, and what a killed ``owner`` (its run folder) had done is not done again. LatentWireError where room lacks.
     """
     distinct = sorted(set(texts))
     index = {text: row for row, text in enumerate(distinct)}
-    if where == "memory" or sender.lora or sender.dtype == torch.uint8:  # cheap, or not the model of that name
+    if cache == "memory" or sender.lora or sender.dtype == torch.uint8:  # cheap, or not the model of that name
         reading = Reading(sender, distinct, layers, limit)
         flat = torch.empty(reading.shape, dtype=sender.dtype)
         for count, group in enumerate(reading.groups, 1):
@@ -5846,7 +5850,7 @@ def ending_together(world: World, owner: Path) -> Iterator[None]:
 
 
 def lost_store(folder: Path) -> StateStore:
-    """Not every process sees the cache that the leader sees."""
+    """LatentWireError: not every process sees the cache that the leader sees."""
     raise LatentWireError(f"sender states are not at {folder} for every process; set LATENTWIRE_CACHE to a shared disk")
 
 
@@ -5883,7 +5887,7 @@ def mark_done(states: Any, done: Any, new_marks: dict[int, bytes]) -> float:
 
 
 def new_states(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, groups: int) -> None:
-    """An empty ``states.bin``, unless it was begun; room is taken first, since a map cannot say 'disk full'."""
+    """An empty ``states.bin``, unless it was begun; room is taken first, else LatentWireError, as a map cannot say 'disk full'."""
     path, done, need = folder / "states.bin", folder / "done.bin", math.prod(shape) * dtype.itemsize
     if all(file.is_file() and file.stat().st_size == size for file, size in ((path, need), (done, 32 * groups))):
         return
