@@ -7954,24 +7954,24 @@ class Receiver:
 
     def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
         """One Answer per example; the same message with the same gold answer (constant controls) is heard only once."""
-        sent = data if data is not None else [None] * len(examples)
-        own = text or self.prompting.part.agnostic or self.how.first_token_temperature > 0
-        keys = [(m, e.answers[0], e.id if own else None, text) for m, e in zip(sent, examples, strict=True)]
-        fresh = {key: i for i, key in enumerate(keys) if key not in self.known}
-        if fresh:
-            picked = list(fresh.values())
-            found = self.listen([examples[i] for i in picked], data and [data[i] for i in picked], text)
-            self.known |= zip(fresh, found, strict=True)
+        messages = data if data is not None else [None] * len(examples)
+        per_example = text or self.prompting.part.agnostic or self.how.first_token_temperature > 0
+        keys = [(m, e.answers[0], e.id if per_example else None, text) for m, e in zip(messages, examples, strict=True)]
+        unseen = {key: i for i, key in enumerate(keys) if key not in self.known}
+        if unseen:
+            indices = list(unseen.values())
+            answers = self.listen([examples[i] for i in indices], data and [data[i] for i in indices], text)
+            self.known |= zip(unseen, answers, strict=True)
         return [self.known[key] for key in keys]
 
     def listen(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool) -> list[Answer]:
         """Answers to messages that were never heard before."""
         soft = self.open(data) if data is not None else None
-        found = self.respond(self.prompting.pack(soft, examples, text=text), examples, [len(d) for d in data or ()])
+        answers = self.respond(self.prompting.pack(soft, examples, text=text), examples, [len(d) for d in data or ()])
         if soft is None:
-            return found
-        counts = [soft.embeds.shape[1]] * len(found) if soft.mask is None else soft.mask.sum(1).tolist()
-        return [replace(answer, tokens=int(count)) for answer, count in zip(found, counts, strict=True)]
+            return answers
+        counts = [soft.embeds.shape[1]] * len(answers) if soft.mask is None else soft.mask.sum(1).tolist()
+        return [replace(answer, tokens=int(count)) for answer, count in zip(answers, counts, strict=True)]
 
     def respond(self, packed: Packed, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
         """What the receiver says to prompts, each of some bytes."""
@@ -7982,12 +7982,12 @@ class Receiver:
         end = [self.lm.tokenizer.eos_token_id]  # what an empty answer is
         gold = [self.prompting.gold_ids(example.answers[0]) or end for example in examples]
         labels = self.prompting.label_ids
-        raw = self.lm.score(prefill, [[*labels, ids] for ids in gold])
+        loglikelihoods = self.lm.score(prefill, [[*labels, ids] for ids in gold])
         firsts = prefill.logits.argmax(-1).tolist()
         draws = [int(digest_of([e.id, e.context, e.question, "draw"]), 16) for e in examples]
         texts = self.lm.generate(prefill, self.max_new_tokens, self.how, draws)
-        scores = [tuple(by_length_of(labels, row[:-1])) for row in raw]
-        nats = [-row[-1] / len(ids) for row, ids in zip(raw, gold, strict=True)]
+        scores = [tuple(by_length_of(labels, row[:-1])) for row in loglikelihoods]
+        nats = [-row[-1] / len(ids) for row, ids in zip(loglikelihoods, gold, strict=True)]
         right = [first == ids[0] for first, ids in zip(firsts, gold, strict=True)]
         return [*map(Answer, texts, scores, nats, right, sizes or [0] * len(examples))]
 
@@ -7995,12 +7995,12 @@ class Receiver:
         self, examples: Sequence[Example], data: Sequence[bytes], texts: Sequence[Sequence[str]]
     ) -> list[list[float]]:
         """Log-likelihood of each of several answers to each example under its message."""
-        found: list[list[float]] = []
+        scores: list[list[float]] = []
         for rows in batches([*zip(examples, data, texts, strict=True)], 32):
-            group, sent, said = zip(*rows, strict=True)
-            prefill = self.lm.prefill(self.prompting.pack(self.open(sent), group))
-            found += self.lm.score(prefill, [[self.prompting.answer_ids(text) for text in row] for row in said])
-        return found
+            group, messages, candidates = zip(*rows, strict=True)
+            prefill = self.lm.prefill(self.prompting.pack(self.open(messages), group))
+            scores += self.lm.score(prefill, [[self.prompting.answer_ids(text) for text in row] for row in candidates])
+        return scores
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -8046,9 +8046,9 @@ class EvalContext(Silent):
     def states_of(self, examples: Sequence[Example], layers: Sequence[int], reader: Reader | None = None) -> StateStore:
         """Hidden states of ``examples``, the sender's or another reader's."""
         reader = reader or self.setup.sender
-        texts, where = [self.text(example) for example in examples], self.settings.state_cache
+        texts, cache = [self.text(example) for example in examples], self.settings.state_cache
         tick = functools.partial(self.tick, "sender states" if reader is self.setup.sender else "receiver states")
-        return collect_states(reader, texts, layers, text_limit(self.settings, reader), where, tick, self.home)
+        return collect_states(reader, texts, layers, text_limit(self.settings, reader), cache, tick, self.home)
 
     @functools.cached_property
     def speaker(self) -> LM:
@@ -8064,11 +8064,11 @@ class EvalContext(Silent):
         """The receiver, or the sender with the same prompts."""
         if role == "receiver":
             return self.receiver
-        own, part = self.receiver, self.setup.part
-        chat = own.prompting.chat and bool(self.speaker.tokenizer.chat_template)
-        anchor = own.prompting.anchor or ("" if chat or not own.prompting.chat else part.anchor.rstrip(" "))
-        prompting = replace(own.prompting, receiver=self.speaker, bos_after=False, chat=chat, anchor=anchor)
-        return Receiver(prompting, None, own.max_new_tokens if self.asked.max_new_tokens else None, own.how)
+        receiver, part = self.receiver, self.setup.part
+        chat = receiver.prompting.chat and bool(self.speaker.tokenizer.chat_template)
+        anchor = receiver.prompting.anchor or ("" if chat or not receiver.prompting.chat else part.anchor.rstrip(" "))
+        prompting = replace(receiver.prompting, receiver=self.speaker, bos_after=False, chat=chat, anchor=anchor)
+        return Receiver(prompting, None, receiver.max_new_tokens if self.asked.max_new_tokens else None, receiver.how)
 
     @property
     def slots(self) -> int:
@@ -8080,7 +8080,7 @@ class EvalContext(Silent):
         asked, rows = self.asked, self.setup.splits["train"]
         return asked.rival_steps or max(1, round(asked.rival_epochs * len(rows) / size))
 
-    def kept(self, example: Example) -> int:
+    def token_budget(self, example: Example) -> int:
         """How many receiver tokens stand for the text in methods with a budget: as many as latents, if nothing else is asked."""
         if self.asked.budget_ratio:
             part = self.setup.part
@@ -8093,18 +8093,18 @@ class EvalContext(Silent):
     @torch.no_grad()
     def notes(self, examples: Sequence[Example]) -> list[TokenIds]:
         """What the sender, told the task, writes about each text: at most --relay_tokens of its tokens, by its chat template."""
-        fresh, lm, part = [e for e in examples if e.id not in self.written], self.speaker, self.setup.part
+        unwritten, lm, part = [e for e in examples if e.id not in self.written], self.speaker, self.setup.part
         head, tail = lm.chat_frame() if lm.tokenizer.chat_template else ([], lm.ids("\nNote:"))
         if part.words:
-            aim = f"Which of these is it: {', '.join(part.words)}? Name it, then say why, for somebody who cannot read the text."
+            prompt = f"Which of these is it: {', '.join(part.words)}? Name it, then say why, for somebody who cannot read the text."
         else:
-            aim = "Write what somebody who cannot read this needs in order to answer, in a few words."
-        texts = [e.context if part.agnostic else part.receiver_text(e).rstrip() for e in fresh]
-        rows = [[*head, *lm.ids(f"{text}\n\n{aim}"), *tail] for text in texts]
+            prompt = "Write what somebody who cannot read this needs in order to answer, in a few words."
+        texts = [e.context if part.agnostic else part.receiver_text(e).rstrip() for e in unwritten]
+        rows = [[*head, *lm.ids(f"{text}\n\n{prompt}"), *tail] for text in texts]
         if rows:
-            read = lm.prefill(lay_out(lm, None, rows, before=lm.bos, left=True))
-            said = lm.generate(read, self.asked.relay_tokens, line=False)
-            self.written |= {e.id: lm.ids(text) for e, text in zip(fresh, said, strict=True)}
+            prefill = lm.prefill(lay_out(lm, None, rows, before=lm.bos, left=True))
+            generated = lm.generate(prefill, self.asked.relay_tokens, line=False)
+            self.written |= {e.id: lm.ids(text) for e, text in zip(unwritten, generated, strict=True)}
         return [self.written[e.id] for e in examples]
 
     @property
@@ -8152,14 +8152,14 @@ class EvalContext(Silent):
 
 def at_hand(setup: Setup, asked: AskedSettings) -> set[str]:
     """What an evaluation has of all that a method may need."""
-    there = {
+    available = {
         "classes": setup.part.words, "train rows": setup.splits["train"], "sender": isinstance(setup.sender, LM),
         "states": type(setup.sender) is not ByteReader, "prompt": getattr(asked, "prompt", None),
         "questions": all(example.question for example in setup.splits["evaluated"]),
         "bytes": asked.byte_budget or isinstance(asked, EvalSettings), "wrong_task": asked.wrong_task,
         "llmlingua": importlib.util.find_spec("llmlingua"), "llmlingua2_model": asked.llmlingua2_model is not None,
     }  # fmt: skip
-    return {name for name, one in there.items() if one}
+    return {name for name, value in available.items() if value}
 
 
 class Method:
@@ -8194,7 +8194,7 @@ class Method:
     @property
     def name(self) -> str:
         """As it is registered."""
-        return next(name for name, part in METHODS.items() if part is type(self))
+        return next(name for name, kind in METHODS.items() if kind is type(self))
 
     def message(self, example: Example) -> bytes:
         """The bytes the receiver gets for ``example``."""
@@ -8279,9 +8279,9 @@ class GaussianControl(Method):
     def message(self, example: Example) -> bytes:
         """Noise, seeded by the example."""
         row = self.context.position[example.id]
-        own = self.context.latents[row]
-        noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(self.context.seed * 1_000_003 + row))
-        return self.context.wrap(noise * own.square().mean().sqrt())
+        latents = self.context.latents[row]
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.context.seed * 1_000_003 + row))
+        return self.context.wrap(noise * latents.square().mean().sqrt())
 
 
 @METHODS.register("control:none", "none")
@@ -8304,12 +8304,12 @@ class PromptControl(Method):
     @functools.cached_property
     def receiver(self) -> Receiver:
         """The same receiver with that run's bridge."""
-        asked, own = self.context.asked, self.context.receiver
+        asked, end = self.context.asked, self.context.receiver
         assert isinstance(asked, EvalSettings) and asked.prompt
         checkpoint = Checkpoint.open(asked.prompt)
         if checkpoint.settings.encoder != "constant":
             raise LatentWireError(f"--prompt {asked.prompt} reads its source; train it with --encoder constant")
-        return Receiver(own.prompting, checkpoint.bridge().to(own.lm.device), own.max_new_tokens, own.how)
+        return Receiver(end.prompting, checkpoint.bridge().to(end.lm.device), end.max_new_tokens, end.how)
 
     @torch.no_grad()
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
@@ -8336,7 +8336,7 @@ class TokenBudget(Method):
         """What is read of the text: the context's head, then the question, in K receiver tokens together."""
         context, part = self.context, self.context.setup.part
         part = part.of(example) if isinstance(part, Mixture) else part
-        count = context.kept(example)
+        count = context.token_budget(example)
         before, _, behind = part.receiver_prompt.partition("{context}")
         tail = context.setup.receiver.ids(behind.format(question=example.question))
         head = context.setup.receiver.ids(before + example.context)
@@ -8350,8 +8350,8 @@ class TokenBudget(Method):
         anchor = receiver.prompting.ending()
         packed = receiver.prompting.joined(None, [[*row, *anchor] for row in rows], None, left=True)
         sizes = [len(receiver.lm.tokenizer.decode(row).encode()) for row in rows]
-        found = receiver.respond(packed, examples, sizes)
-        return [replace(answer, tokens=len(row)) for answer, row in zip(found, rows, strict=True)]
+        answers = receiver.respond(packed, examples, sizes)
+        return [replace(answer, tokens=len(row)) for answer, row in zip(answers, rows, strict=True)]
 
 
 class EmbedMethod(Method):
@@ -8363,8 +8363,8 @@ class EmbedMethod(Method):
     def soft(self, examples: Sequence[Example]) -> SoftPrompt:
         """The receiver's own embeddings (B, T, D_r)."""
         lm, part = self.context.setup.receiver, self.context.setup.part
-        heard = lm.heard([part.receiver_text(example) for example in examples])
-        return SoftPrompt(heard.embeds, heard.mask)
+        tokens = lm.heard([part.receiver_text(example) for example in examples])
+        return SoftPrompt(tokens.embeds, tokens.mask)
 
     @torch.no_grad()
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
@@ -8390,11 +8390,11 @@ class EmbedAdapter(EmbedMethod):
 
     def soft(self, examples: Sequence[Example]) -> SoftPrompt:
         """As many even means as there are latents."""
-        found, bridge = super().soft(examples), self.context.bridge
-        assert found.mask is not None
-        count = min(bridge.shape.settings.latent_len, found.embeds.shape[1])
-        shares = partition_mask(found.mask, count, count).float()
-        latents = weighted_mean(shares, found.embeds)[..., : bridge.shape.settings.d_z]
+        embedded, bridge = super().soft(examples), self.context.bridge
+        assert embedded.mask is not None
+        count = min(bridge.shape.settings.latent_len, embedded.embeds.shape[1])
+        shares = partition_mask(embedded.mask, count, count).float()
+        latents = weighted_mean(shares, embedded.embeds)[..., : bridge.shape.settings.d_z]
         latents = F.pad(latents, (0, bridge.shape.settings.d_z - latents.shape[-1]))
         return bridge.ears[self.context.receiver.ear](F.layer_norm(latents, latents.shape[-1:]), shares.sum(-1) > 0)
 
@@ -8407,11 +8407,11 @@ class TextMethod(Method):
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Text and anchor; the bytes are the text's own UTF-8."""
-        found = self.context.receiver.answers(examples, None, text=True)
+        answers = self.context.receiver.answers(examples, None, text=True)
         sizes = [len(self.context.text(example).encode()) for example in examples]
         lm, part = self.context.setup.receiver, self.context.setup.part
         counts = [len(lm.ids(part.receiver_text(example))) for example in examples]
-        return [replace(a, nbytes=size, tokens=n) for a, size, n in zip(found, sizes, counts, strict=True)]
+        return [replace(a, nbytes=size, tokens=n) for a, size, n in zip(answers, sizes, counts, strict=True)]
 
 
 RowsOf = Mapping[str, Sequence[Row]]  # the records of each method
@@ -8432,10 +8432,10 @@ class Kind:
         """A registered method's; of any other one nothing is known."""
         if name == CONSTANT or name not in METHODS:
             return cls("control", "none") if name == CONSTANT else cls("unknown")
-        part = METHODS[name]
-        other: Any = "bridge" if name == "bridge" else "trained" if part.trained else "rival"
-        drawn: Any = "bridge" if part.bridged else "own" if part.seeded else "none"
-        return cls("control" if part.control else other, drawn)
+        method = METHODS[name]
+        role: Any = "bridge" if name == "bridge" else "trained" if method.trained else "rival"
+        drawn: Any = "bridge" if method.bridged else "own" if method.seeded else "none"
+        return cls("control" if method.control else role, drawn)
 
     @property
     def control(self) -> bool:
@@ -8445,8 +8445,8 @@ class Kind:
 
 def kinds_of(facts: Row, names: Iterable[str]) -> dict[str, Kind]:
     """What each method of an evaluation is: as registered here, else as its facts say."""
-    kept, drawn = facts.get("kind", {}), facts.get("drawn", {})
-    return {n: Kind(kept[n], drawn.get(n, "bridge")) if n in kept and n not in METHODS else Kind.of(n) for n in names}
+    known, drawn = facts.get("kind", {}), facts.get("drawn", {})
+    return {n: Kind(known[n], drawn.get(n, "bridge")) if n in known and n not in METHODS else Kind.of(n) for n in names}
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -8468,7 +8468,7 @@ class Metric:
     def __init__(self, settings: DataSettings) -> None:
         self.config: Any = self.Config.of(settings)
 
-    def score(self, said: str, golds: Sequence[str]) -> float:
+    def score(self, prediction: str, golds: Sequence[str]) -> float:
         """What a written answer is worth beside the accepted ones."""
         raise NotImplementedError
 
@@ -8479,11 +8479,11 @@ class Metric:
     def constant(self, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]]:
         """(the best constant answer, its score on each record), of the hundred commonest gold answers."""
         golds = [[str(gold) for gold in row.get("gold", ())] for row in rows]
-        counts = collections.Counter(gold for own in golds for gold in dict.fromkeys(own))
+        counts = collections.Counter(gold for accepted in golds for gold in dict.fromkeys(accepted))
         common = sorted(counts, key=lambda gold: (-counts[gold], gold))[:100]
-        tried = {answer: [self.score(answer, own) if own else 0.0 for own in golds] for answer in common}
-        best = max(tried, key=lambda answer: sum(tried[answer]), default="")
-        return best, tried.get(best, [0.0] * len(rows))
+        scores = {text: [self.score(text, accepted) if accepted else 0.0 for accepted in golds] for text in common}
+        best = max(scores, key=lambda text: sum(scores[text]), default="")
+        return best, scores.get(best, [0.0] * len(rows))
 
 
 METRICS: Registry[type[Metric]] = Registry("metrics", "metric", Metric, DataSettings)
@@ -8511,8 +8511,8 @@ class ExactMatch(Metric):
 
     graded = False
 
-    def score(self, said: str, golds: Sequence[str]) -> float:
-        return max(exact_match(said, gold) for gold in golds)
+    def score(self, prediction: str, golds: Sequence[str]) -> float:
+        return max(exact_match(prediction, gold) for gold in golds)
 
 
 @METRICS.register("gen_accuracy")
@@ -8529,8 +8529,8 @@ class GeneratedAccuracy(ExactMatch):
 class TokenF1(Metric):
     """F1 of the generated answer's words beside a gold answer's, by the task's own rule."""
 
-    def score(self, said: str, golds: Sequence[str]) -> float:
-        return max(token_f1(said, gold) for gold in golds)
+    def score(self, prediction: str, golds: Sequence[str]) -> float:
+        return max(token_f1(prediction, gold) for gold in golds)
 
     def of(self, part: Task, example: Example, answer: Answer) -> float | None:
         best = max(part.f1(answer.text, gold, example) for gold in example.answers)
@@ -8551,16 +8551,16 @@ def field_of(metric: str) -> str:
 
 def record_of(part: Task, example: Example, answer: Answer, gold_tokens: int = 0) -> dict[str, Any]:
     """One row of records.jsonl; ``gold_tokens`` are those of the shortest accepted answer."""
-    scores = {field_of(name): kind(part.settings).of(part, example, answer) for name, kind in METRICS.items()}
+    metrics = {field_of(name): metric(part.settings).of(part, example, answer) for name, metric in METRICS.items()}
     row: dict[str, Any] = {
         "id": example.id, "gold": list(example.answers), "generated": answer.text, "bytes": answer.nbytes, "tokens": answer.tokens,
-        "gold_tokens": gold_tokens, **{field: value for field, value in scores.items() if value is not None},
+        "gold_tokens": gold_tokens, **{field: value for field, value in metrics.items() if value is not None},
         "nll_per_token": answer.nll_per_token, "first_correct": answer.first_correct,
         "cluster": digest_of(example.context or example.question),  # rows on one text are no independent samples
     }  # fmt: skip
     if part.words:
-        of_words = class_scores(part, example, answer)
-        row |= {"label": example.label, "prediction": argmax(of_words), "scores": of_words}
+        scores = class_scores(part, example, answer)
+        row |= {"label": example.label, "prediction": argmax(scores), "scores": scores}
     return row
 
 
@@ -8611,37 +8611,37 @@ def sealed(row: Row) -> dict[str, Any]:
     return bare | {"sum": f"{zlib.crc32(json.dumps(bare, sort_keys=True).encode()):08x}"}
 
 
-def records_in(path: Path, own: bool = False) -> list[dict[str, Any]]:
+def records_in(path: Path, mend: bool = False) -> list[dict[str, Any]]:
     """The records of a file, checked: of the right form, unchanged since they were written, without contradiction.
 
     Records of releases before the sums have none; in one set of records either all do or none. Of two equal rows, or of a
     failed and a whole one, the later counts.
     """
-    rows, kept, summed = [], dict[tuple[str, str, str], dict[str, Any]](), dict[str, bool]()
-    aside = {"seconds": None, "sum": None}  # the time that equal rows took may differ
-    for number, row in enumerate(read_rows(path, own), 1):
+    rows, latest, summed = [], dict[tuple[str, str, str], dict[str, Any]](), dict[str, bool]()
+    ignored = {"seconds": None, "sum": None}  # the time that equal rows took may differ
+    for number, row in enumerate(read_rows(path, mend), 1):
         where = f"{path} line {number}"
         if not isinstance(row, dict):
             raise LatentWireError(f"{where} is no record; mend or remove that line")
         try:
             Record(**row)
         except (ValidationError, TypeError) as error:
-            told = explain(error).removeprefix("--") if isinstance(error, ValidationError) else str(error)
-            raise LatentWireError(f"{where} is no record: {told}; mend or remove that line") from None
+            reason = explain(error).removeprefix("--") if isinstance(error, ValidationError) else str(error)
+            raise LatentWireError(f"{where} is no record: {reason}; mend or remove that line") from None
         if "sum" in row and sealed(row)["sum"] != row["sum"]:
             raise LatentWireError(
                 f"{where} was changed after it was written (its sum differs); remove it, and eval computes it again"
             )
         if summed.setdefault(row["key"], "sum" in row) != ("sum" in row):
             raise LatentWireError(f"{where} lost its sum; remove that line, and eval computes it again")
-        name = row["key"], row["method"], row["id"]
-        before = kept.get(name)
-        if before and "error" not in row and "error" not in before and before | aside != row | aside:
+        key = row["key"], row["method"], row["id"]
+        earlier = latest.get(key)
+        if earlier and "error" not in row and "error" not in earlier and earlier | ignored != row | ignored:
             raise LatentWireError(
                 f"{where} contradicts an earlier line of example {row['id']!r} and method {row['method']}; remove one of them"
             )
-        if not before or "error" not in row:
-            kept[name] = row
+        if not earlier or "error" not in row:
+            latest[key] = row
         rows.append(row)
     return rows
 
@@ -8654,10 +8654,10 @@ def answers_digest(rows: Iterable[tuple[str, Sequence[str], int | None]]) -> str
 RowsByExample = dict[str, dict[str, dict[str, Any]]]  # records by method and id
 
 
-def check_kept(path: Path, rows: RowsByExample, examples: Iterable[Example]) -> None:
+def check_records(path: Path, rows: RowsByExample, examples: Iterable[Example]) -> None:
     """Refuse records of this very program that lost their sums, or whose gold answer is not the example's."""
     gold = {example.id: list(example.answers) for example in examples}
-    for row in itertools.chain(*(own.values() for own in rows.values())):
+    for row in itertools.chain(*(by_id.values() for by_id in rows.values())):
         wrong = "" if "sum" in row else "lost its sum"
         if row["gold"] != gold.get(row["id"], row["gold"]):
             wrong = "has another gold answer than the data"
@@ -8669,11 +8669,11 @@ def check_kept(path: Path, rows: RowsByExample, examples: Iterable[Example]) -> 
 
 def compute_rows(method: Method, examples: Sequence[Example], size: int, save: Callable[[list[Row]], Any]) -> None:
     """Answer all ``examples``, short texts first; one that fails is a row with its error, never a missing row."""
-    part, said = method.context.setup.part, method.context.receiver.prompting.answer_token_ids
+    part, answer_ids = method.context.setup.part, method.context.receiver.prompting.answer_token_ids
     for group in batches(sorted(examples, key=lambda e: len(e.context)), size):
         started, reason = time.perf_counter(), ""
         try:
-            sizes = [min(len(said(gold)) for gold in e.answers) for e in group]
+            sizes = [min(len(answer_ids(gold)) for gold in e.answers) for e in group]
             rows = [record_of(part, *row) for row in zip(group, method.answers(group), sizes, strict=True)]
         except (AttributeError, MemoryError, *UNFIT) as error:
             reason = f"{type(error).__name__}: {error}"
@@ -8691,8 +8691,8 @@ def average(rows: Sequence[Row], name: str) -> float | None:
     """Mean of a field over the rows that have it; failed rows count as 0 for scores."""
     scored = name in ("first_correct", *map(field_of, METRICS))
     values = [0.0 if "error" in row and scored else row.get(name) for row in rows]
-    kept = [float(value) for value in values if value is not None]
-    return sum(kept) / len(kept) if kept else None
+    present = [float(value) for value in values if value is not None]
+    return sum(present) / len(present) if present else None
 
 
 def headline_values(rows: Sequence[Row], headline: str) -> list[float]:
@@ -8720,9 +8720,9 @@ def macro_f1(rows: Sequence[Row]) -> float | None:
         return None
     from sklearn.metrics import f1_score
 
-    known = {row["id"]: row["label"] for row in rows if "label" in row}
-    gold, said = [known.get(row["id"], -1) for row in rows], [row.get("prediction", -1) for row in rows]
-    return float(f1_score(gold, said, average="macro", labels=sorted({*gold} - {-1}), zero_division=0.0))
+    labels = {row["id"]: row["label"] for row in rows if "label" in row}
+    gold, predictions = [labels.get(row["id"], -1) for row in rows], [row.get("prediction", -1) for row in rows]
+    return float(f1_score(gold, predictions, average="macro", labels=sorted({*gold} - {-1}), zero_division=0.0))
 
 
 def interval_over(values: Scores, rows: Sequence[Row], seed: int) -> list[float]:
@@ -8758,13 +8758,13 @@ def untested(
         "all rows share one context, so nothing is known of others": clusters is not None and len(set(clusters)) < 2,
         f"what {', '.join(unknown)} is was never recorded (evaluate again with its --plugin)": bool(unknown),
     }  # fmt: skip
-    return [text for text, so in missing.items() if so]
+    return [text for text, applies in missing.items() if applies]
 
 
 def leaks_in(scores: Mapping[str, Scores], constant: Scores, p_of: Callable[[Scores, Scores], float]) -> list[str]:
     """Controls that answer better than the best constant answer: they, or the order of the rows, give something away."""
     level = max(2e-4, 0.001 / max(1, len(scores)))  # a permutation's least: 1e-4
-    return [name for name, own in scores.items() if sum(own) > sum(constant) and p_of(own, constant) <= level]
+    return [name for name, values in scores.items() if sum(values) > sum(constant) and p_of(values, constant) <= level]
 
 
 def verdict_on(
@@ -8795,8 +8795,8 @@ def verdict_on(
 
 def best_of(headline: str, means: Mapping[str, float], kinds: Mapping[str, Kind], broken: Container[str]) -> str:
     """The verdict where there is no bridge: which method is best, controls and broken ones aside."""
-    whole = [name for name in means if name not in broken and not kinds[name].control] or [*means]
-    best = max(whole, key=means.__getitem__)
+    candidates = [name for name in means if name not in broken and not kinds[name].control] or [*means]
+    best = max(candidates, key=means.__getitem__)
     return f"best: {best}, {headline} {means[best]:.3f}"
 
 
@@ -8819,23 +8819,23 @@ def compare(by_method: RowsOf, headline: str, seed: int, facts: Row | None = Non
     kinds, clusters = kinds_of(facts, by_method), clusters_of(by_method["bridge"])
     answer, constant = constant_values(by_method["bridge"], {"headline": headline, **(facts or {})})
     values = {name: headline_values(rows, headline) for name, rows in by_method.items()} | {CONSTANT: constant}
-    means = {name: sum(own) / len(own) for name, own in values.items()}
+    means = {name: sum(scores) / len(scores) for name, scores in values.items()}
 
     def p_of(a: Scores, b: Scores) -> float:
         return paired_p(a, b, seed, clusters=clusters, graded=METRICS[headline].graded)[0]
 
-    p_values = {name: p_of(values["bridge"], own) for name, own in values.items() if name != "bridge"}
+    p_values = {name: p_of(values["bridge"], scores) for name, scores in values.items() if name != "bridge"}
     controls = {name: values[name] for name in by_method if kinds[name].control}
     leaks = [] if facts.get("asked_apart") else leaks_in(controls, constant, p_of)
     missing = untested(kinds, len(constant), clusters, facts.get("unfinished", ""), facts.get("overlap", 0))
     tests: dict[str, dict[str, Any]] = {name: {"p": p_values[name]} for name in (*controls, CONSTANT)}
     same = {name: tuple(values[name]) for name in tests}
     judged = verdict_on(headline, means, tests, same, len(constant), missing, leaks)
-    told = {"p_bridge_vs": p_values, "best_constant": means[CONSTANT], "constant_answer": answer, "leaks": leaks}
+    comparison = {"p_bridge_vs": p_values, "best_constant": means[CONSTANT], "constant_answer": answer, "leaks": leaks}
     if controls:
         best, p = max(controls, key=means.__getitem__), max(row["p_corrected"] for row in tests.values())
-        told |= {"best_control": best, "p": p}
-    return {**told, **judged, "communication": bool(judged["communication"])}
+        comparison |= {"best_control": best, "p": p}
+    return {**comparison, **judged, "communication": bool(judged["communication"])}
 
 
 def check_asked(settings: EvalSettings, trained: TrainSettings, bridge: Bridge, sender: Reader, anchor: str) -> None:
@@ -8849,20 +8849,20 @@ def check_asked(settings: EvalSettings, trained: TrainSettings, bridge: Bridge, 
     bos, after = settings.append_bos_after_prefix, trained.append_bos_after_prefix
     if bos != "auto" and (bos == "yes") != (after == "yes"):
         raise LatentWireError(f"--append_bos_after_prefix {bos}: the checkpoint has {after}; leave the flag out")
-    asked = tuple(sender.layer_index(text) for text in settings.source_layer or ())
-    if asked and asked != shape.layers:
-        raise LatentWireError(f"--source_layer {asked}: the checkpoint reads {shape.layers}; leave the flag out")
+    layers = tuple(sender.layer_index(text) for text in settings.source_layer or ())
+    if layers and layers != shape.layers:
+        raise LatentWireError(f"--source_layer {layers}: the checkpoint reads {shape.layers}; leave the flag out")
 
 
 def evaluated_settings(settings: EvalSettings, trained: TrainSettings, words: Sequence[str]) -> TrainSettings:
     """The run's settings with what evaluation may change: data, device and dtype; another own file keeps the classes."""
-    own = (
+    changeable = (
         "data_dir", "device", "sender_device", "receiver_device", "device_map", "load_in_8bit", "load_in_4bit", "offline",
         "trust_remote_code", "plugin", "state_cache", "context", "delimiter", "encoding",
         "text_column", "question_column", "label_column", "labels",
         *(name for config in METRICS.configs() for name in config.model_fields),
     )  # fmt: skip
-    changed = {name: getattr(settings, name) for name in own if name in settings.model_fields_set}
+    changed = {name: getattr(settings, name) for name in changeable if name in settings.model_fields_set}
     if settings.dataset:
         changed["dataset"] = settings.dataset
         if settings.dataset not in TASKS and words:
@@ -8894,14 +8894,14 @@ def evaluated_rows(
 
     The probe is fitted on the train rows, so they are left empty where they are another task's or have changed.
     """
-    home = make_task(trained.model_copy(update={"data_dir": run.data_dir, "offline": run.offline}))
-    for known, shown in itertools.product(*(getattr(one, "parts", {"": one}).values() for one in (home, part))):
-        if shown.name and shown.name in known.related:
-            raise LatentWireError(f"{known.name} and {shown.name} share texts: never train on one and report the other")
+    origin = make_task(trained.model_copy(update={"data_dir": run.data_dir, "offline": run.offline}))
+    for known, test in itertools.product(*(getattr(task, "parts", {"": task}).values() for task in (origin, part))):
+        if test.name and test.name in known.related:
+            raise LatentWireError(f"{known.name} and {test.name} share texts: never train on one and report the other")
     same = data_key(run) == data_key(trained)
-    own, source = training_splits(home, trained)
+    splits, source = training_splits(origin, trained)
     if settings.split == "validation":
-        rows = own["validation"] if same else []
+        rows = splits["validation"] if same else []
     elif isinstance(part, OwnFile) and not same:
         rows, source = distinct_ids(hash_order(part.labelled_rows("test"), seed=0)), str(part.path)
     else:
@@ -8909,22 +8909,22 @@ def evaluated_rows(
     rows = rows[: settings.num_samples]
     if not rows:
         raise LatentWireError(f"--split {settings.split}: no rows; leave out --dataset or evaluate the test split")
-    overlap = overlapping([home.sender_text(e) for e in own["train"]], [part.sender_text(e) for e in rows], source)
-    train = own["train"] if same and data_digest(own["train"]) == digest else []
-    return {"train": train, "validation": own["validation"], "evaluated": rows}, source, overlap
+    overlap = overlapping([origin.sender_text(e) for e in splits["train"]], [part.sender_text(e) for e in rows], source)
+    train = splits["train"] if same and data_digest(splits["train"]) == digest else []
+    return {"train": train, "validation": splits["validation"], "evaluated": rows}, source, overlap
 
 
 def open_context(settings: EvalSettings, checkpoint: Checkpoint, ear: int = 0) -> EvalContext:
     """Bridge, models and rows for an evaluation with one of its receivers."""
     bridge, trained, task = checkpoint.bridge(), checkpoint.settings, checkpoint.state["task"]
     if settings.codec:
-        own = bridge.shape.settings.model_copy(update={"codec": CODECS.name_of(settings.codec)})
-        bridge.shape = replace(bridge.shape, settings=own)
+        shape_settings = bridge.shape.settings.model_copy(update={"codec": CODECS.name_of(settings.codec)})
+        bridge.shape = replace(bridge.shape, settings=shape_settings)
     run = evaluated_settings(settings, trained, task["words"])
     part = make_task(run)
     splits, source, overlap = evaluated_rows(settings, part, run, trained, task["train_digest"])
     sender = open_reader(run)
-    names = [one.name for one in bridge.shape.ears]
+    names = [spec.name for spec in bridge.shape.ears]
     receiver = load_lm(names[ear], run, run.offline, run.receiver_device)
     first = receiver if bridge.wants_heard else None
     if first and ear:
@@ -8944,33 +8944,33 @@ def chosen_methods(settings: AskedSettings, setup: Setup) -> list[str]:
     """The methods to run, in registration order; those that need labelled train rows only where there are some."""
     wanted = named_methods(settings.methods) if settings.methods else {n for n, m in METHODS.items() if m.usual}
     bridged = isinstance(settings, EvalSettings)
-    fitting = {name: part for name, part in METHODS.items() if name in wanted and (bridged or not part.bridged)}
-    return [name for name, part in fitting.items() if part.suits(setup, settings)]
+    fitting = {name: method for name, method in METHODS.items() if name in wanted and (bridged or not method.bridged)}
+    return [name for name, method in fitting.items() if method.suits(setup, settings)]
 
 
 def named_methods(words: Iterable[str]) -> set[str]:
     """Methods by name, by a group's name (``control``: all of them), or ``all``."""
-    found: set[str] = set()
+    names: set[str] = set()
     for word in words:
         group = {METHODS.name_of(n) for n in (*METHODS, *METHODS.aliases) if word == "all" or n.startswith(f"{word}:")}
-        found |= group if group and word not in METHODS else {METHODS.name_of(word)}
-    return found
+        names |= group if group and word not in METHODS else {METHODS.name_of(word)}
+    return names
 
 
 def results_file(folder: Path, settings: EvalSettings, context: EvalContext) -> Path:
     """``results.json`` for the run's own test rows, else named by data set or split; never another bridge's file."""
-    run, codec, home = context.settings, context.bridge.shape.settings.codec, folder / "config.json"
-    trained = json_in(home).get("dataset") if home.exists() else run.dataset
+    run, codec, config_file = context.settings, context.bridge.shape.settings.codec, folder / "config.json"
+    trained = json_in(config_file).get("dataset") if config_file.exists() else run.dataset
     rows = "-validation" if settings.split == "validation" else ""
-    other = f"-{context.setup.part.name or 'own'}" if run.dataset != trained else rows
-    heard = re.sub(r"[^\w.-]+", "_", f"-{context.setup.receiver.name}") if context.receiver.ear else ""
-    path = folder / f"results{other}{heard}{'' if codec == CODECS.name_of(run.codec) else f'-{codec}'}.json"
+    data = f"-{context.setup.part.name or 'own'}" if run.dataset != trained else rows
+    receiver = re.sub(r"[^\w.-]+", "_", f"-{context.setup.receiver.name}") if context.receiver.ear else ""
+    path = folder / f"results{data}{receiver}{'' if codec == CODECS.name_of(run.codec) else f'-{codec}'}.json"
     if path.exists() and json_in(path).get("provenance", {}).get("bridge") != context.bridge.fingerprint():
         raise LatentWireError(f"{path} holds results of another bridge; choose another --output_dir")
     return path
 
 
-def beside_earlier(path: Path, n: int, key: str, asked: str) -> tuple[Path, dict[str, Any]]:
+def beside_earlier(path: Path, n: int, key: str, settings_digest: str) -> tuple[Path, dict[str, Any]]:
     """Where an evaluation's results go beside a whole earlier one at ``path``, and that one's facts if it asked the same.
 
     The same question adds its methods; fewer rows, or other settings, never take the place of what is there.
@@ -8978,13 +8978,13 @@ def beside_earlier(path: Path, n: int, key: str, asked: str) -> tuple[Path, dict
     if not path.exists() or not facts_file(path).exists():
         return path, {}
     facts = json_in(facts_file(path))
-    made = facts.get("provenance", {})
-    if (made.get("record_key"), made.get("asked")) == (key, asked):
+    provenance = facts.get("provenance", {})
+    if (provenance.get("record_key"), provenance.get("asked")) == (key, settings_digest):
         return path, facts
     if facts.get("n", 0) > n:
-        return beside_earlier(path.with_name(f"{path.stem}-n{n}.json"), n, key, asked)
-    if facts.get("n") == n and made.get("asked") not in (None, asked):
-        return beside_earlier(path.with_name(f"{path.stem}-{asked[:6]}.json"), n, key, asked)
+        return beside_earlier(path.with_name(f"{path.stem}-n{n}.json"), n, key, settings_digest)
+    if facts.get("n") == n and provenance.get("asked") not in (None, settings_digest):
+        return beside_earlier(path.with_name(f"{path.stem}-{settings_digest[:6]}.json"), n, key, settings_digest)
     return path, {}
 
 
@@ -9003,21 +9003,21 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
         named_methods(settings.methods or ())
         bridge = checkpoint.bridge()
         ears = [bridge.ear_of(name) for name in settings.receivers or (ear.name for ear in bridge.shape.ears)]
-        where, done, contexts = settings.output_dir or folder_of_run(checkpoint.folder), [], []
+        folder, measured, contexts = settings.output_dir or folder_of_run(checkpoint.folder), [], []
         for ear in ears:
             context = open_context(settings, checkpoint, ear)
-            context.home, context.report, context.signals = where, report, signals
-            with turn_at(where / "records.jsonl", patient=False):
+            context.home, context.report, context.signals = folder, report, signals
+            with turn_at(folder / "records.jsonl", patient=False):
                 plan = planned_evaluation(settings, checkpoint, context, made_with, report)
-                done.append((*measure(context, *plan, report), plan[-1]))
+                measured.append((*measure(context, *plan, report), plan[-1]))
             contexts += [] if settings.sequential_eval else [context]
-        first, _, output = done[0]
-        if len(done) > 1:
-            beside: dict[str, Any] = {"beside": [path.name for _, _, path in done]}
-            if len(contexts) > 1 and all("bridge" in rows for _, rows, _ in done):
-                beside["joint"] = joint([rows["bridge"] for _, rows, _ in done], contexts, settings.seed)
+        first, _, output = measured[0]
+        if len(measured) > 1:
+            beside: dict[str, Any] = {"beside": [path.name for _, _, path in measured]}
+            if len(contexts) > 1 and all("bridge" in rows for _, rows, _ in measured):
+                beside["joint"] = joint([rows["bridge"] for _, rows, _ in measured], contexts, settings.seed)
             write_json(facts_file(output), json_in(facts_file(output)) | beside)
-            first |= beside | {"receivers": told_of_receivers([results for results, _, _ in done])}
+            first |= beside | {"receivers": told_of_receivers([results for results, _, _ in measured])}
             write_json(output, first)
         return first
 
@@ -9027,24 +9027,24 @@ def told_of_receivers(results: Sequence[Row]) -> dict[str, Any]:
     return {r["provenance"]["receiver"]["name"]: {k: r[k] for k in ("methods", "verdict")} for r in results}
 
 
-def joint(heard: Sequence[Sequence[Row]], contexts: Sequence[EvalContext], seed: int) -> dict[str, Any]:
+def joint(records: Sequence[Sequence[Row]], contexts: Sequence[EvalContext], seed: int) -> dict[str, Any]:
     """What several receivers of the same latents do together: rescoring, the best of them, and how often they agree.
 
     Each one's answer is scored by the sum of all receivers' log-likelihoods under their own messages.
     """
     examples, part = contexts[0].examples, contexts[0].setup.part
-    texts = [[row.get("generated", "") for row in rows] for rows in zip(*heard, strict=True)]
+    texts = [[row.get("generated", "") for row in rows] for rows in zip(*records, strict=True)]
     scored = [context.receiver.rescore(examples, context.messages, texts) for context in contexts]
     sums = [[sum(column) for column in zip(*rows, strict=True)] for rows in zip(*scored, strict=True)]
     chosen = [row[argmax(total)] for row, total in zip(texts, sums, strict=True)]
     values: dict[str, list[float]] = {
         "rescored": [max(token_f1(text, gold) for gold in e.answers) for text, e in zip(chosen, examples, strict=True)],
         "rescored_correct": [part.correct(text, e) for text, e in zip(chosen, examples, strict=True)],
-        "oracle": [max(row.get("f1", 0.0) for row in rows) for rows in zip(*heard, strict=True)],
-        "oracle_correct": [max(row.get("gen_correct", 0.0) for row in rows) for rows in zip(*heard, strict=True)],
+        "oracle": [max(row.get("f1", 0.0) for row in rows) for rows in zip(*records, strict=True)],
+        "oracle_correct": [max(row.get("gen_correct", 0.0) for row in rows) for rows in zip(*records, strict=True)],
         "agreement": [float(len({normalize_answer(text) for text in row}) == 1) for row in texts],
     }
-    return {n: {"mean": sum(v) / len(v), "ci": interval_over(v, heard[0], seed)} for n, v in values.items()}
+    return {n: {"mean": sum(v) / len(v), "ci": interval_over(v, records[0], seed)} for n, v in values.items()}
 
 
 def compression(context: EvalContext) -> dict[str, Any]:
@@ -9066,13 +9066,13 @@ def written_back(context: EvalContext, count: int = 64) -> dict[str, Any]:
     sacrebleu, receiver, lm = require("sacrebleu"), context.receiver, context.setup.receiver
     examples, opening = context.examples[:count], context.setup.receiver.ids("\nText:")
     texts = [context.text(example) for example in examples]
-    said: list[str] = []
+    generated: list[str] = []
     for rows in batches(range(len(examples)), 16):
         soft = receiver.open([context.messages[i] for i in rows])
         prefill = lm.prefill(receiver.prompting.joined(soft, [opening] * len(rows), None, left=True))
-        said += lm.generate(prefill, max(len(lm.ids(texts[i])) for i in rows), line=False)
-    score = sacrebleu.corpus_bleu(said, [texts])
-    return {"bleu": score.score / 100, "n": len(examples), "signature": str(score), "first": [texts[0], said[0]]}
+        generated += lm.generate(prefill, max(len(lm.ids(texts[i])) for i in rows), line=False)
+    score = sacrebleu.corpus_bleu(generated, [texts])
+    return {"bleu": score.score / 100, "n": len(examples), "signature": str(score), "first": [texts[0], generated[0]]}
 
 
 def encode_text(
@@ -9093,12 +9093,12 @@ def encoded(
     part, sender = task_of(opened.state["task"], trained), open_reader(trained)
     opened.check(sender)
     opened.lend_lora(sender)
-    said = part.sender_text(Example("0", text, question, ("",)))
+    source_text = part.sender_text(Example("0", text, question, ("",)))
     device = resolve_device(trained.receiver_device or trained.device)  # where training had the bridge
     first = load_lm(bridge.shape.ears[0].name, trained, trained.offline, str(device)) if bridge.wants_heard else None
     writer = Sender(sender, bridge.to(device), text_limit(trained, sender), first)
-    data = writer.message([said], bridge.language(ear), ear).to_bytes()
-    return data, len(writer.ids(said)), len(sender_ids(sender, said, 10**9))
+    data = writer.message([source_text], bridge.language(ear), ear).to_bytes()
+    return data, len(writer.ids(source_text)), len(sender_ids(sender, source_text, 10**9))
 
 
 def answer_message(
@@ -9134,10 +9134,10 @@ def record_base(context: EvalContext, made_with: Row, *more: Any) -> str:
     """Names what is behind every row of an evaluation: models, rows, prompts, decoding, this program, and ``more``."""
     setup, receiver = context.setup, context.receiver
     models = [setup.sender.identity(), setup.receiver.identity(), str(setup.receiver.dtype)]
-    rows = [data_digest(own) for own in (context.examples, setup.splits["train"], setup.splits["validation"])]
-    decoding = [receiver.max_new_tokens, receiver.how.model_dump(), asked_alike(setup.part, receiver.prompting)]
-    metrics = [[name, made, kind.Config.of(setup.part.settings).model_dump(mode="json")] for name, kind in METRICS.items()
-               if (made := plugin_of(kind))]  # fmt: skip
+    rows = [data_digest(split) for split in (context.examples, setup.splits["train"], setup.splits["validation"])]
+    decoding = [receiver.max_new_tokens, receiver.how.model_dump(), prompt_identity(setup.part, receiver.prompting)]
+    metrics = [[name, plugins, kind.Config.of(setup.part.settings).model_dump(mode="json")] for name, kind in METRICS.items()
+               if (plugins := plugin_of(kind))]  # fmt: skip
     return digest_of([models, rows, decoding, made_with["source_sha256"], *more, *metrics])
 
 
@@ -9146,71 +9146,71 @@ def record_keys(context: EvalContext, names: Sequence[str], bases: Mapping[bool,
     keys = {}
     for name in names:
         kind = METHODS[name]
-        read = (*kind.own, *kind.Config.model_fields)
-        own: dict[str, Any] = {field: content_of(getattr(context.asked, field, None)) for field in read}
-        own |= {"plugins": made} if (made := plugin_of(kind)) else {}
-        own |= {"seed": str(context.seed)} if kind.seeded else {}
+        fields = (*kind.own, *kind.Config.model_fields)
+        values: dict[str, Any] = {field: content_of(getattr(context.asked, field, None)) for field in fields}
+        values |= {"plugins": plugins} if (plugins := plugin_of(kind)) else {}
+        values |= {"seed": str(context.seed)} if kind.seeded else {}
         base = bases[kind.bridged]
-        keys[name] = digest_of([base, own, name]) if own else base
+        keys[name] = digest_of([base, values, name]) if values else base
     return keys
 
 
 def rows_under(keys: Mapping[str, str], rows: Iterable[dict[str, Any]], failed: Container[str] = ()) -> RowsByExample:
     """Records with the keys of these methods; of the methods ``failed`` also rows with an error that have no better one."""
-    found: RowsByExample = {name: {} for name in keys}
+    by_method: RowsByExample = {name: {} for name in keys}
     for row in rows:
-        name, own = row["method"], found.get(row["method"], {})
-        if keys.get(name) == row["key"] and ("error" not in row or (name in failed and row["id"] not in own)):
-            own[row["id"]] = row
-    return found
+        name, by_id = row["method"], by_method.get(row["method"], {})
+        if keys.get(name) == row["key"] and ("error" not in row or (name in failed and row["id"] not in by_id)):
+            by_id[row["id"]] = row
+    return by_method
 
 
-def rows_at_hand(context: EvalContext, keys: Mapping[str, str], where: Path) -> RowsByExample:
+def rows_at_hand(context: EvalContext, keys: Mapping[str, str], folder: Path) -> RowsByExample:
     """Whole rows of the methods that ``keys`` name; ``--fresh_eval`` puts them aside first.
 
     Of methods without a bridge, rows of the same run with another seed are taken over.
     """
-    path, fresh, begun = where / "records.jsonl", context.asked.fresh_eval, where / "fresh_eval.json"
-    kept = records_in(path, own=True)  # mends a torn last line even when nothing of it is used
+    path, fresh, begun = folder / "records.jsonl", context.asked.fresh_eval, folder / "fresh_eval.json"
+    records = records_in(path, mend=True)  # mends a torn last line even when nothing of it is used
     # a --fresh_eval that was stopped has left the keys whose rows it replaced
     if fresh and not (begun.exists() and json_in(begun) == keys):
-        again = [row for row in kept if keys.get(row["method"]) == row["key"]]
-        kept = [row for row in kept if keys.get(row["method"]) != row["key"]]
+        replaced = [row for row in records if keys.get(row["method"]) == row["key"]]
+        records = [row for row in records if keys.get(row["method"]) != row["key"]]
         with unbroken():
-            append_rows(where / "records-replaced.jsonl", again)  # nothing that was saved is lost
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            append_rows(folder / "records-replaced.jsonl", replaced)  # nothing that was saved is lost
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in records).encode())
             write_json(begun, keys)
-    by_method = rows_under(keys, kept)
-    check_kept(path, by_method, context.examples)
+    by_method = rows_under(keys, records)
+    check_records(path, by_method, context.examples)
     taken: RowsByExample = {}
-    for row in [] if fresh else rows_of_other_seeds(where):
+    for row in [] if fresh else rows_of_other_seeds(folder):
         name = row["method"]
         if keys.get(name) == row["key"] and not METHODS[name].bridged and row["id"] not in by_method[name]:
             by_method[name][row["id"]] = taken.setdefault(name, {})[row["id"]] = row
     if taken:
-        check_kept(where.parent, taken, context.examples)
-        append_rows(path, itertools.chain(*(own.values() for own in taken.values())))
-        told = {key: one for folder in other_seeds(where) for key, one in details_in(folder).items()}
-        if told := {keys[name]: told[keys[name]] for name in taken if keys[name] in told}:
-            write_json(where / "details.json", told | details_in(where))
+        check_records(folder.parent, taken, context.examples)
+        append_rows(path, itertools.chain(*(by_id.values() for by_id in taken.values())))
+        details = {key: detail for sibling in other_seeds(folder) for key, detail in details_in(sibling).items()}
+        if details := {keys[name]: details[keys[name]] for name in taken if keys[name] in details}:
+            write_json(folder / "details.json", details | details_in(folder))
     return by_method
 
 
-def keep(method: Method, key: str, done: dict[str, dict[str, Any]], where: Path, rows: Sequence[Row]) -> None:
+def keep(method: Method, key: str, done: dict[str, dict[str, Any]], folder: Path, rows: Sequence[Row]) -> None:
     """Add a method's rows to ``done`` and the records, after what it tells of itself: whole rows are never computed again."""
-    known, told = details_in(where), {"method": method.name, **(method.details or {})}
-    if method.details is not None and known.get(key) != told:
-        write_json(where / "details.json", known | {key: told})
+    known, details = details_in(folder), {"method": method.name, **(method.details or {})}
+    if method.details is not None and known.get(key) != details:
+        write_json(folder / "details.json", known | {key: details})
     if rows:
-        full = [sealed({"key": key, "method": method.name, **row}) for row in rows]
-        append_rows(where / "records.jsonl", full)
-        done.update({row["id"]: row for row in full})
+        records = [sealed({"key": key, "method": method.name, **row}) for row in rows]
+        append_rows(folder / "records.jsonl", records)
+        done.update({row["id"]: row for row in records})
         method.context.tick(f"evaluating {method.name}", len(done), len(method.context.examples))
 
 
-def run_methods(context: EvalContext, keys: Mapping[str, str], where: Path) -> RowsOf:
+def run_methods(context: EvalContext, keys: Mapping[str, str], folder: Path) -> RowsOf:
     """Rows by method, each with its record key, in the order of the examples; finished rows are never computed again."""
-    examples, asked, by_method = context.examples, context.asked, rows_at_hand(context, keys, where)
+    examples, asked, by_method = context.examples, context.asked, rows_at_hand(context, keys, folder)
     named = {METHODS.name_of(word) for word in asked.methods or () if word in METHODS}
     context.skipped = {}
     for name, done in by_method.items():
@@ -9219,7 +9219,7 @@ def run_methods(context: EvalContext, keys: Mapping[str, str], where: Path) -> R
         try:
             method = METHODS[name](context)
             try:
-                compute_rows(method, todo, asked.batch_size, functools.partial(keep, method, keys[name], done, where))
+                compute_rows(method, todo, asked.batch_size, functools.partial(keep, method, keys[name], done, folder))
             finally:
                 method.end()
         except LatentWireError as error:
@@ -9227,38 +9227,38 @@ def run_methods(context: EvalContext, keys: Mapping[str, str], where: Path) -> R
                 raise
             context.skipped[name] = str(error)  # of a group that was asked for, it cannot run on these rows
             continue
-        keep(method, keys[name], done, where, [])
-    (where / "fresh_eval.json").unlink(missing_ok=True)
+        keep(method, keys[name], done, folder, [])
+    (folder / "fresh_eval.json").unlink(missing_ok=True)
     ran = [name for name in keys if name not in context.skipped]
     return {name: [by_method[name][example.id] for example in examples] for name in ran}
 
 
-def details_in(where: Path) -> dict[str, Any]:
+def details_in(folder: Path) -> dict[str, Any]:
     """What methods told about themselves in an evaluation's folder, by record key."""
-    path = where / "details.json"
+    path = folder / "details.json"
     return json_object(path) if path.exists() else {}
 
 
-def other_seeds(where: Path) -> list[Path]:
+def other_seeds(folder: Path) -> list[Path]:
     """The folders beside ``seed<N>``."""
-    return [p for p in sorted(where.parent.glob("seed*")) if p != where] if where.name.startswith("seed") else []
+    return [p for p in sorted(folder.parent.glob("seed*")) if p != folder] if folder.name.startswith("seed") else []
 
 
-def rows_of_other_seeds(where: Path) -> Iterator[dict[str, Any]]:
+def rows_of_other_seeds(folder: Path) -> Iterator[dict[str, Any]]:
     """Whole records in the folders beside ``seed<N>``."""
-    for folder in other_seeds(where):
-        yield from (row for row in records_in(folder / "records.jsonl") if "error" not in row)
+    for sibling in other_seeds(folder):
+        yield from (row for row in records_in(sibling / "records.jsonl") if "error" not in row)
 
 
 def no_better(rows: Sequence[Row], bars: Mapping[str, Scores], headline: str, seed: int) -> list[str]:
     """The bars (scores by name) that a trained method does not beat by a paired test; → what is wrong, in words."""
-    own, clusters, found = headline_values(rows, headline), clusters_of(rows), []
+    scores, clusters, faults = headline_values(rows, headline), clusters_of(rows), []
     for name, bar in bars.items():
-        p, _ = paired_p(own, bar, seed, clusters=clusters, graded=METRICS[headline].graded)
-        if sum(own) <= sum(bar) or p >= 0.05:
-            means = f"{sum(own) / len(own):.3f} beside {sum(bar) / len(bar):.3f}"
-            found.append(f"{NO_BETTER} {PLAIN_NAMES.get(name, name)} ({means}, p {p:.2g})")
-    return found
+        p, _ = paired_p(scores, bar, seed, clusters=clusters, graded=METRICS[headline].graded)
+        if sum(scores) <= sum(bar) or p >= 0.05:
+            means = f"{sum(scores) / len(scores):.3f} beside {sum(bar) / len(bar):.3f}"
+            faults.append(f"{NO_BETTER} {PLAIN_NAMES.get(name, name)} ({means}, p {p:.2g})")
+    return faults
 
 
 NO_BETTER = "it was trained and is no better than"
@@ -9268,26 +9268,26 @@ def gates(kind: Kind, rows: Sequence[Row], words: Sequence[str], longest: int) -
     """What shows that a method is broken, not beaten: worse than guessing, one class only, no words, gold cut off."""
     if kind.control or len(rows) < 20 or any("error" in row for row in rows):
         return []
-    found: list[str] = []
+    faults: list[str] = []
     n = len(rows)
     if words:
         chance = sum(1 / len(row.get("scores") or words) for row in rows) / n
-        right = sum(row["correct"] for row in rows) / n
-        if right < chance - 2 * math.sqrt(chance * (1 - chance) / n):
-            found.append(f"accuracy {right:.3f} is below chance ({chance:.3f}) by more than two standard errors")
+        accuracy = sum(row["correct"] for row in rows) / n
+        if accuracy < chance - 2 * math.sqrt(chance * (1 - chance) / n):
+            faults.append(f"accuracy {accuracy:.3f} is below chance ({chance:.3f}) by more than two standard errors")
         if len({row["prediction"] for row in rows}) == 1 and len({row["label"] for row in rows}) > 1:
-            found.append(f"it always says {words[rows[0]['prediction']]!r}")
+            faults.append(f"it always says {words[rows[0]['prediction']]!r}")
     else:
         empty = sum(not row["generated"].strip() for row in rows) / n
         if empty > 0.05:
-            found.append(f"{empty:.1%} of its answers are empty")
+            faults.append(f"{empty:.1%} of its answers are empty")
         cut = sum(row["gold_tokens"] > longest for row in rows) / n
         if cut > 0.05:
-            found.append(f"{cut:.1%} of the gold answers are longer than the {longest} tokens it may say")
-    return found
+            faults.append(f"{cut:.1%} of the gold answers are longer than the {longest} tokens it may say")
+    return faults
 
 
-def asked_alike(part: Task, prompting: Prompting) -> list[Any]:
+def prompt_identity(part: Task, prompting: Prompting) -> list[Any]:
     """What is said around the text: two evaluations may share a table only where this is equal."""
     return [part.words, part.sender_prompt, part.receiver_prompt, prompting.anchor, part.agnostic, prompting.chat]
 
@@ -9316,47 +9316,48 @@ def facts_of(context: EvalContext, split: str, made_with: Row) -> dict[str, Any]
         **metric_facts(part), "answers": answers_digest((e.id, e.answers, e.label) for e in context.examples), "sealed": True,
         "provenance": {
             **made_with, "receiver": receiver.identity(), "data": setup.source, "data_digest": data_digest(context.examples),
-            "prompts": digest_of(asked_alike(part, context.receiver.prompting)), "seed_of_training": settings.seed,
+            "prompts": digest_of(prompt_identity(part, context.receiver.prompting)), "seed_of_training": settings.seed,
             "device": str(receiver.device), "dtype": str(receiver.dtype),
         },
     })  # fmt: skip
 
 
-def gated(facts: Row, rows: RowsOf) -> dict[str, list[str]]:
+def gated(facts: Row, by_method: RowsOf) -> dict[str, list[str]]:
     """The broken methods of an evaluation and what is wrong with each; a trained one must beat every constant answer."""
-    headline, kinds, found = facts["headline"], kinds_of(facts, rows), {}
-    silent = rows.get("control:none", ())
-    for name, own in rows.items():
+    headline, kinds, faults = facts["headline"], kinds_of(facts, by_method), {}
+    silent = by_method.get("control:none", ())
+    for name, rows in by_method.items():
         bars: dict[str, Sequence[float]] = {}
-        if kinds[name].kind == "trained" and len(own) >= LEAST_ROWS and not any("error" in row for row in own):
-            bars[CONSTANT] = constant_values(own, facts)[1]
-            if headline == "f1" and len(silent) == len(own):
+        if kinds[name].kind == "trained" and len(rows) >= LEAST_ROWS and not any("error" in row for row in rows):
+            bars[CONSTANT] = constant_values(rows, facts)[1]
+            if headline == "f1" and len(silent) == len(rows):
                 bars["control:none"] = headline_values(silent, headline)
-        wrong = gates(kinds[name], own, facts["words"], facts["longest"])
-        found[name] = wrong + no_better(own, bars, headline, facts["seed"])
-    return {name: words for name, words in found.items() if words}
+        broken = gates(kinds[name], rows, facts["words"], facts["longest"])
+        faults[name] = broken + no_better(rows, bars, headline, facts["seed"])
+    return {name: words for name, words in faults.items() if words}
 
 
-def results_from(facts: Row, rows: RowsOf, details: Row) -> dict[str, Any]:
+def results_from(facts: Row, by_method: RowsOf, details: Row) -> dict[str, Any]:
     """What results.json says: all of it from the facts, the records, and what methods told about themselves."""
-    headline, seed, made = facts["headline"], facts["seed"], facts["provenance"]
-    rows = {name: sorted(own, key=lambda row: str(row["id"])) for name, own in rows.items()}  # pairs are of one example
-    methods = {name: summarize(found, headline, seed) for name, found in rows.items()}
-    keys = {name: made.get("record_keys", {}).get(name, made["record_key"]) for name in rows}
-    kinds, broken = kinds_of(facts, rows), gated(facts, rows)
-    if "bridge" in made:
-        told = compare(rows, headline, seed, facts)
-        if against := told.get("p_bridge_vs"):
-            told["p_bridge_vs"] = {name: p for name, p in against.items() if name not in broken}
+    headline, seed, provenance = facts["headline"], facts["seed"], facts["provenance"]
+    # pairs are of one example
+    by_method = {name: sorted(rows, key=lambda row: str(row["id"])) for name, rows in by_method.items()}
+    methods = {name: summarize(rows, headline, seed) for name, rows in by_method.items()}
+    keys = {name: provenance.get("record_keys", {}).get(name, provenance["record_key"]) for name in by_method}
+    kinds, broken = kinds_of(facts, by_method), gated(facts, by_method)
+    if "bridge" in provenance:
+        comparison = compare(by_method, headline, seed, facts)
+        if p_values := comparison.get("p_bridge_vs"):
+            comparison["p_bridge_vs"] = {name: p for name, p in p_values.items() if name not in broken}
     else:
         means = {name: summary[headline] for name, summary in methods.items()}
-        told = {"verdict": best_of(headline, means, kinds, broken)}
+        comparison = {"verdict": best_of(headline, means, kinds, broken)}
     return {
         **{name: value for name, value in facts.items() if name not in ("words", "longest", "seed", "order", "unfinished")},
-        "methods": methods, **told,
+        "methods": methods, **comparison,
         "gates": {name: {"broken": words, "fails": kinds[name].kind == "trained"} for name, words in broken.items()},
         "details": {name: details[key] for name, key in keys.items() if key in details},
-        "seconds": {name: average(own, "seconds") for name, own in rows.items()},
+        "seconds": {name: average(rows, "seconds") for name, rows in by_method.items()},
     }  # fmt: skip
 
 
@@ -9370,8 +9371,8 @@ def unfinished(checkpoint: Checkpoint) -> str:
     folder, state = checkpoint.folder, checkpoint.state
     run = Run(folder_of_run(folder))
     if not run.config_path.exists():
-        known = state.get("finished", False)
-        return "" if known else f"{folder} does not say that its training was finished; evaluate the run folder itself"
+        ended = state.get("finished", False)
+        return "" if ended else f"{folder} does not say that its training was finished; evaluate the run folder itself"
     if run.done:
         return ""
     newest, steps = state["progress"]["step"], state["steps"]
@@ -9389,14 +9390,14 @@ def planned_evaluation(
     run, setup, state, codec = context.settings, context.setup, checkpoint.state, context.bridge.shape.settings.codec
     if settings.codec and CODECS.name_of(settings.codec) == CODECS.name_of(run.codec):
         settings = settings.model_copy(update={"codec": None})  # the run's own, said aloud
-    weights, both = context.bridge.fingerprint(), [codec, settings.token_budget_k]
+    weights, shared = context.bridge.fingerprint(), [codec, settings.token_budget_k]
     run_of = {name: value for name, value in run.determining().items() if name != "seed"}
-    key = record_base(context, made_with, weights, content_of(settings.prompt), settings.seed, *both)
+    key = record_base(context, made_with, weights, content_of(settings.prompt), settings.seed, *shared)
     # all that counts where there is no bridge
-    alone = record_base(context, made_with, weights if run.use_lora else "", run_of, *both)
-    usual, asked = results_file(context.home, settings, context), asked_digest(run_of, settings)
+    alone = record_base(context, made_with, weights if run.use_lora else "", run_of, *shared)
+    usual, settings_digest = results_file(context.home, settings, context), asked_digest(run_of, settings)
     stopped = unfinished(checkpoint)
-    output, earlier = beside_earlier(usual, len(context.examples), key, asked)
+    output, earlier = beside_earlier(usual, len(context.examples), key, settings_digest)
     if stopped:
         report.say(f"careful: {stopped}")
     if output != usual:
@@ -9408,13 +9409,13 @@ def planned_evaluation(
     keys = record_keys(context, chosen_methods(settings, setup), {True: key, False: alone})
     with threads_for(setup.sender, setup.receiver):
         report.say(f"{context.store.truncated:.1%} of the texts were cut; {len(context.messages)} messages to send")
-        about = {
-            "checkpoint": str(checkpoint.folder), "record_key": key, "record_keys": keys, "asked": asked,
+        provenance = {
+            "checkpoint": str(checkpoint.folder), "record_key": key, "record_keys": keys, "asked": settings_digest,
             "bridge": weights, "language": context.receiver.name, "codec": codec, "step": state["progress"]["step"],
             "sender": state["sender"], "task": state["task"], "latent_len": context.bridge.shape.settings.latent_len,
             "layers": list(context.bridge.shape.layers), "sender_texts_cut": context.store.truncated,
         }  # fmt: skip
-        facts = facts_of(context, settings.split, {**made_with, **about})
+        facts = facts_of(context, settings.split, {**made_with, **provenance})
         facts |= {"compression": compression(context), "finished": not stopped, "unfinished": stopped}
         facts |= {"reconstruction": written_back(context)} if settings.bleu else {}
         if settings.artifacts and "bridge" in keys and output.name == "results.json":
@@ -9434,41 +9435,41 @@ def measure(
         write_json(facts_file(output), facts)
     with threads_for(context.setup.sender, context.setup.receiver):
         rows = run_methods(context, keys, output.parent)
-    for name, why in context.skipped.items():
-        report.say(f"{name} cannot run here: {why}")
+    for name, reason in context.skipped.items():
+        report.say(f"{name} cannot run here: {reason}")
     if not rows:
         name = next(iter(keys))
         raise LatentWireError(f"no method ran; {name}: {context.skipped[name]}")
     facts |= {"order": [*rows], "skipped": context.skipped}
-    if kept := kept_rows(output.parent, context.examples, earlier, rows):
-        both = {**rows, **kept}
-        rows = {name: both[name] for name in in_order(both)}
-        known = {name: earlier["provenance"]["record_keys"][name] for name in kept}
+    if added := earlier_rows(output.parent, context.examples, earlier, rows):
+        merged = {**rows, **added}
+        rows = {name: merged[name] for name in in_order(merged)}
+        earlier_keys = {name: earlier["provenance"]["record_keys"][name] for name in added}
         for field in ("kind", "drawn"):
-            own = {name: earlier[field][name] for name in kept if name in earlier.get(field, {})}
-            facts[field] = facts[field] | own
-        facts |= {"order": [*rows], "provenance": facts["provenance"] | {"record_keys": keys | known}}
+            recorded = {name: earlier[field][name] for name in added if name in earlier.get(field, {})}
+            facts[field] = facts[field] | recorded
+        facts |= {"order": [*rows], "provenance": facts["provenance"] | {"record_keys": keys | earlier_keys}}
     write_json(facts_file(output), facts)
     results = results_from(facts, rows, details_in(output.parent))
     write_json(output, results)
     return results, rows
 
 
-def kept_rows(where: Path, examples: Sequence[Example], earlier: Row, ran: Iterable[str]) -> RowsOf:
+def earlier_rows(folder: Path, examples: Sequence[Example], earlier: Row, ran: Iterable[str]) -> RowsOf:
     """Whole rows of an earlier evaluation's other methods; a control's failed ones as well, or the verdict would forget it."""
-    path, keys = where / "records.jsonl", earlier.get("provenance", {}).get("record_keys", {})
+    path, keys = folder / "records.jsonl", earlier.get("provenance", {}).get("record_keys", {})
     wanted = {name: keys[name] for name in earlier.get("order", ()) if name in keys and name not in {*ran}}
     controls = {name for name, kind in kinds_of(earlier, wanted).items() if kind.control}
     rows = rows_under(wanted, records_in(path) if wanted else (), failed=controls)
     if earlier.get("sealed"):
-        check_kept(path, rows, examples)
-    whole = {name: own for name, own in rows.items() if all(example.id in own for example in examples)}
-    if lost := [name for name in controls if name not in whole]:
+        check_records(path, rows, examples)
+    complete = {name: by_id for name, by_id in rows.items() if all(example.id in by_id for example in examples)}
+    if missing := [name for name in controls if name not in complete]:
         raise LatentWireError(
-            f"{path} has {len(rows[lost[0]])} of {len(examples)} rows of {lost[0]}, a control of the evaluation before; "
-            f"name it as well: --methods {','.join([*ran, *lost])}"
+            f"{path} has {len(rows[missing[0]])} of {len(examples)} rows of {missing[0]}, a control of the evaluation before; "
+            f"name it as well: --methods {','.join([*ran, *missing])}"
         )
-    return {name: [own[example.id] for example in examples] for name, own in whole.items()}
+    return {name: [by_id[example.id] for example in examples] for name, by_id in complete.items()}
 
 
 def save_artifacts(context: EvalContext, path: Path, count: int, looked_at: int = 20) -> None:
@@ -9480,13 +9481,13 @@ def save_artifacts(context: EvalContext, path: Path, count: int, looked_at: int 
 
     latents, mask = padded(context.latents[:count])
     tensors = {"latents": latents.half().contiguous(), "mask": mask}
-    examples, seen = context.examples[:looked_at], []
+    examples, attentions = context.examples[:looked_at], []
     about: dict[str, Any] = {"ids": [e.id for e in context.examples[:count]], "words": list(context.setup.part.words),
                              "labels": [e.label for e in context.examples[:count]], "tokens": []}  # fmt: skip
 
-    def look(module: nn.Module, given: Any, named: dict[str, Any], _: Any) -> None:
-        if not named.get("need_weights"):
-            seen.append(module(*given, **named | {"need_weights": True, "average_attn_weights": False})[1])
+    def look(module: nn.Module, args: Any, kwargs: dict[str, Any], _: Any) -> None:
+        if not kwargs.get("need_weights"):
+            attentions.append(module(*args, **kwargs | {"need_weights": True, "average_attn_weights": False})[1])
 
     blocks = [module for module in context.bridge.modules() if isinstance(module, ResamplerBlock)]
     if blocks and isinstance(context.setup.sender, LM):
@@ -9496,9 +9497,9 @@ def save_artifacts(context: EvalContext, path: Path, count: int, looked_at: int 
                 hooks.callback(block.look.register_forward_hook(look, with_kwargs=True).remove)
             context.writer.message(texts, context.receiver.name, context.receiver.ear)
         spans = context.writer.spans(texts)
-        about["tokens"] = [[text[a:b] for a, b in own] for text, own in zip(texts, spans, strict=True)]
+        about["tokens"] = [[text[a:b] for a, b in row] for text, row in zip(texts, spans, strict=True)]
         parts = [
-            torch.stack([*one], 1) for one in batches(seen, context.bridge.shape.settings.depth)
+            torch.stack([*group], 1) for group in batches(attentions, context.bridge.shape.settings.depth)
         ]  # shared and private
         tensors["attention"] = torch.cat(parts, 3).half().cpu()
     write_atomic(path, save(tensors, {"about": json.dumps(about)}))
@@ -9506,9 +9507,9 @@ def save_artifacts(context: EvalContext, path: Path, count: int, looked_at: int 
 
 def asked_digest(run_of: Row, asked: AskedSettings) -> str:
     """Every setting behind an evaluation's numbers but seeds, rows and methods: what seeds of one result have in common."""
-    other = {"seed", "seeds", "methods", "checkpoint", "receivers", "num_samples", "bleu", "sequential_eval", "datasets",
+    ignored = {"seed", "seeds", "methods", "checkpoint", "receivers", "num_samples", "bleu", "sequential_eval", "datasets",
              "dataset", "prompt", "wrong_task"}  # fmt: skip
-    return digest_of([run_of, {name: value for name, value in asked.determining().items() if name not in other}])
+    return digest_of([run_of, {name: value for name, value in asked.determining().items() if name not in ignored}])
 
 
 # §12 BASELINES: every rival, as a Method
@@ -9768,7 +9769,7 @@ class Compressed(ReadingMethod):
         part, lm, found = self.context.setup.part, self.receiver.lm, []
         for e in examples:
             asked = 0 if part.agnostic else len(lm.ids(part.receiver_text(replace(e, context=""))))
-            room = max(1, self.context.kept(e) - asked)
+            room = max(1, self.context.token_budget(e) - asked)
             found.append(e.context if len(lm.ids(e.context)) <= room else self.compress(e, room))
         return found
 
@@ -10067,7 +10068,7 @@ class TunedMethod(ReadingMethod):
         models = [setup.sender.identity(), setup.receiver.identity(), str(setup.receiver.dtype), self.context.seed]
         rows = [data_digest(setup.splits[name]) for name in ("train", "validation")]
         own = {name: str(getattr(asked, name)) for name in self.own}
-        how = [asked_alike(setup.part, self.receiver.prompting), own]
+        how = [prompt_identity(setup.part, self.receiver.prompting), own]
         key = digest_of([self.name, rate, list(plan), models, rows, how, sha256_of(Path(__file__))])
         return Checkpoints(self.context.home / f"{self.name.replace(':', '_')}-{key}" / "checkpoint", keep=1)
 

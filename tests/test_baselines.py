@@ -622,9 +622,9 @@ def test_a_token_budget_keeps_the_question_and_exactly_so_many_tokens(keep, coun
 def test_a_budget_may_be_a_share_of_the_text_or_as_many_as_latents(free):
     lm, example = free.setup.receiver, free.examples[0]
     whole = len(lm.ids(free.setup.part.receiver_text(example)))
-    assert asking(free, budget_ratio=3.0).kept(example) == round(whole / 3)
-    assert asking(free, soft_tokens=7).kept(example) == 7
-    assert asking(free, token_budget_k=9).kept(example) == 9
+    assert asking(free, budget_ratio=3.0).token_budget(example) == round(whole / 3)
+    assert asking(free, soft_tokens=7).token_budget(example) == 7
+    assert asking(free, token_budget_k=9).token_budget(example) == 9
 
 
 @pytest.mark.parametrize("count", [15, 16, 17, 31, 32, 33, 400])
@@ -1259,7 +1259,7 @@ def test_without_names_an_evaluation_runs_its_usual_methods(channel):
 def test_beside_a_bridge_budgets_are_those_of_its_message(channel):
     example = channel.examples[0]
     long = replace(example, context="ab" * 2000)
-    assert channel.kept(example) == channel.bridge.shape.settings.latent_len == channel.slots
+    assert channel.token_budget(example) == channel.bridge.shape.settings.latent_len == channel.slots
     size = len(channel.messages[channel.position[example.id]])
     assert lw.METHODS["byte_budget"](channel).contexts([long]) == [long.context[:size]]
     assert channel.speaker is not channel.setup.sender or len(channel.setup.sender.blocks) == 2
