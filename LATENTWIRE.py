@@ -9535,31 +9535,31 @@ class ProbeMethod(Method):
         if not asked and self.context.receiver.bridge and self.role == "sender":
             return [self.context.bridge.shape.layers]
         assert isinstance(reader, LM)
-        found: list[tuple[int, ...]] = [(reader.layer_index(text),) for text in asked or ("0.5", "0.75", "1.0")]
-        if max(found)[0] > reader.top:
-            raise LatentWireError(f"--probe_layers {max(found)[0]}: this bridge's sender is loaded up to {reader.top}")
-        return found
+        layers: list[tuple[int, ...]] = [(reader.layer_index(text),) for text in asked or ("0.5", "0.75", "1.0")]
+        if max(layers)[0] > reader.top:
+            raise LatentWireError(f"--probe_layers {max(layers)[0]}: this bridge's sender is loaded up to {reader.top}")
+        return layers
 
     def features(self, examples: Sequence[Example], layers: Sequence[int], pooling: str) -> Any:
         """(B, L·D) as numpy."""
         texts = [self.context.text(example) for example in examples]
         train, evaluated = self.stores[tuple(layers)]
-        own = all(text in evaluated.index for text in texts)  # a text may stand in both
-        return (evaluated if own else train).pooled(texts, pooling).numpy()
+        all_evaluated = all(text in evaluated.index for text in texts)  # a text may stand in both
+        return (evaluated if all_evaluated else train).pooled(texts, pooling).numpy()
 
     @functools.cached_property
     def stores(self) -> dict[tuple[int, ...], tuple[StateStore, StateStore]]:
         """States of the train rows and of the evaluated ones, by layers."""
-        both = self.context.setup.splits["train"], self.context.examples
+        train, evaluated = self.context.setup.splits["train"], self.context.examples
         states = functools.partial(self.context.states_of, reader=getattr(self.context.setup, self.role))
-        return {layers: (states(both[0], layers), states(both[1], layers)) for layers in self.layers}
+        return {layers: (states(train, layers), states(evaluated, layers)) for layers in self.layers}
 
     @functools.cached_property
     def best(self) -> tuple[Any, tuple[int, ...], str]:
         """The fitted pipeline of the best set of layers and pooling by cross-validation on train."""
         from sklearn import decomposition, linear_model, metrics, model_selection, pipeline, preprocessing
 
-        train, told, found = self.context.setup.splits["train"], [], []
+        train, scores, models = self.context.setup.splits["train"], [], []
         labels, gold = [example.label for example in train], [example.label for example in self.context.examples]
         counts = collections.Counter(labels[:10_000])
         folds = min(3, sorted(counts.values())[-2]) if len(counts) > 1 else 0
@@ -9567,7 +9567,9 @@ class ProbeMethod(Method):
             raise UnfitRows(
                 f"{self.name}: only one class has two of the {len(train)} train rows, so it cannot be cross-validated"
             )
-        tried = [i for i, label in enumerate(labels[:10_000]) if counts[label] >= folds]  # every fold holds each class
+        cv_rows = [
+            i for i, label in enumerate(labels[:10_000]) if counts[label] >= folds
+        ]  # every fold holds each class
         plan = [*itertools.product(self.layers, self.context.asked.pooling)]
         for number, (layers, pooling) in enumerate(plan, 1):
             x = self.features(train, layers, pooling)
@@ -9575,26 +9577,26 @@ class ProbeMethod(Method):
             regression = linear_model.LogisticRegression(max_iter=1000)
             steps = pipeline.make_pipeline(preprocessing.StandardScaler(), *large, regression)
             search = model_selection.GridSearchCV(steps, {"logisticregression__C": self.CS}, cv=folds)
-            search.fit(x[tried], [labels[i] for i in tried])
+            search.fit(x[cv_rows], [labels[i] for i in cv_rows])
             fitted = search.best_estimator_.fit(x, labels)
-            said = fitted.predict(self.features(self.context.examples, layers, pooling))
-            told.append({
+            pred = fitted.predict(self.features(self.context.examples, layers, pooling))
+            scores.append({
                 "layers": list(layers), "pooling": pooling, "C": search.best_params_["logisticregression__C"],
                 "cross_validation": float(search.best_score_),
-                "macro_f1": float(metrics.f1_score(gold, said, average="macro")), "accuracy": float((said == gold).mean()),
+                "macro_f1": float(metrics.f1_score(gold, pred, average="macro")), "accuracy": float((pred == gold).mean()),
             })  # fmt: skip
-            found.append((fitted, layers, pooling))
+            models.append((fitted, layers, pooling))
             self.context.tick(self.name, number, len(plan))
-        self.details = {"tried": told}
-        return found[max(range(len(found)), key=lambda i: told[i]["cross_validation"])]
+        self.details = {"tried": scores}
+        return models[max(range(len(models)), key=lambda i: scores[i]["cross_validation"])]
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Class log-probabilities; a class that train never showed has none."""
         model, layers, pooling = self.best
-        found = model.predict_log_proba(self.features(examples, layers, pooling))
+        log_probs = model.predict_log_proba(self.features(examples, layers, pooling))
         words = self.context.setup.part.words
         columns = {label: i for i, label in enumerate(model.classes_)}
-        rows = [tuple(float(r[columns[i]]) if i in columns else -1e9 for i in range(len(words))) for r in found]
+        rows = [tuple(float(row[columns[i]]) if i in columns else -1e9 for i in range(len(words))) for row in log_probs]
         return [Answer(words[argmax(row)], row) for row in rows]
 
 
@@ -9627,8 +9629,8 @@ class ReadingMethod(Method):
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """After BOS, the prompt and the anchor; bytes and tokens are those of what stands for the text."""
         contexts, prompting, lm = self.contexts(examples), self.receiver.prompting, self.receiver.lm
-        before = [*lm.bos, *prompting.frame[0]]
-        rows = [[*before, *prompting.ending(text)] for text in self.prompts(examples, contexts)]
+        head = [*lm.bos, *prompting.frame[0]]
+        rows = [[*head, *prompting.ending(text)] for text in self.prompts(examples, contexts)]
         longest, window = max(map(len, rows)), getattr(lm.config, "max_position_embeddings", None)
         if window and longest + self.receiver.max_new_tokens > window:
             raise LatentWireError(
@@ -9637,8 +9639,8 @@ class ReadingMethod(Method):
         sizes = [len(text.encode()) for text in contexts]
         gold = max(len(prompting.answer_ids(example.answers[0])) for example in examples)
         most = max(self.receiver.max_new_tokens, gold, *map(len, prompting.label_ids))
-        found = self.receiver.go_on(lm.prefill_ids(rows, most), examples, sizes)
-        return [replace(answer, tokens=len(lm.ids(text))) for answer, text in zip(found, contexts, strict=True)]
+        answers = self.receiver.go_on(lm.prefill_ids(rows, most), examples, sizes)
+        return [replace(answer, tokens=len(lm.ids(text))) for answer, text in zip(answers, contexts, strict=True)]
 
 
 add_variant(
@@ -9688,8 +9690,8 @@ class SenderLabel(ReadingMethod):
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """A class word where there are such, else the sender's words."""
-        words, said = self.context.setup.part.words, METHODS["zeroshot:sender"](self.context).answers(examples)
-        pairs = zip(said, examples, strict=True)
+        words, answers = self.context.setup.part.words, METHODS["zeroshot:sender"](self.context).answers(examples)
+        pairs = zip(answers, examples, strict=True)
         return [words[argmax(answer.scores, e.options)] if words else answer.text for answer, e in pairs]
 
     def prompts(self, examples: Sequence[Example], contexts: Sequence[str]) -> list[str]:
@@ -9733,12 +9735,12 @@ class ByteBudget(ReadingMethod):
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """Whole characters only; a question that latents would have to hold counts."""
-        context, found = self.context, []
+        context, contexts = self.context, []
         for example in examples:
-            asked = 0 if context.setup.part.agnostic else len(example.question.encode())
+            question_bytes = 0 if context.setup.part.agnostic else len(example.question.encode())
             count = context.asked.byte_budget or len(context.messages[context.position[example.id]])
-            found.append(example.context.encode()[: max(0, count - asked)].decode(errors="ignore"))
-        return found
+            contexts.append(example.context.encode()[: max(0, count - question_bytes)].decode(errors="ignore"))
+        return contexts
 
 
 class Compressed(ReadingMethod):
@@ -9749,7 +9751,7 @@ class Compressed(ReadingMethod):
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
         """Where a causal model is there and answers are free; else only when it is named."""
-        named = next(name for name, part in METHODS.items() if part is cls) in (settings.methods or ())
+        named = next(name for name, kind in METHODS.items() if kind is cls) in (settings.methods or ())
         model = isinstance(setup.sender, LM) or settings.compressor is not None
         return super().suits(setup, settings) and model and (named or not setup.part.words)
 
@@ -9766,12 +9768,12 @@ class Compressed(ReadingMethod):
     def contexts(self, examples: Sequence[Example]) -> list[str]:
         """Each context, compressed to its budget, in which a question that latents would have to hold counts; one that fits
         already is left as it is."""
-        part, lm, found = self.context.setup.part, self.receiver.lm, []
+        part, lm, contexts = self.context.setup.part, self.receiver.lm, []
         for e in examples:
-            asked = 0 if part.agnostic else len(lm.ids(part.receiver_text(replace(e, context=""))))
-            room = max(1, self.context.token_budget(e) - asked)
-            found.append(e.context if len(lm.ids(e.context)) <= room else self.compress(e, room))
-        return found
+            question_tokens = 0 if part.agnostic else len(lm.ids(part.receiver_text(replace(e, context=""))))
+            room = max(1, self.context.token_budget(e) - question_tokens)
+            contexts.append(e.context if len(lm.ids(e.context)) <= room else self.compress(e, room))
+        return contexts
 
 
 @METHODS.register("selective")
@@ -9786,19 +9788,19 @@ class Selective(Compressed):
         packed = lay_out(lm, None, [ids], before=lm.bos)
         hidden = lm.forward(packed, use_cache=False).last_hidden_state[0]
         first = len(lm.bos)
-        predicted = torch.cat([lm.logits(part).log_softmax(-1).gather(1, wanted[:, None])[:, 0] for part, wanted in zip(
+        predicted = torch.cat([lm.logits(rows).log_softmax(-1).gather(1, labels[:, None])[:, 0] for rows, labels in zip(
             hidden[max(0, first - 1) : -1].split(256),
             torch.tensor(ids if first else ids[1:], device=hidden.device).split(256), strict=True)])  # fmt: skip
         surprise = (-predicted).tolist() if first else [math.inf, *(-predicted).tolist()]
         order = sorted(range(len(ids)), key=lambda i: (-surprise[i], i))
 
-        def kept(count: int) -> str:
+        def kept_text(count: int) -> str:
             chosen = {at for i in order[:count] for at in range(*spans[i])}  # several tokens may share one character
             return "".join(example.context[at] for at in sorted(chosen)).strip()
 
         counts = range(len(ids), 0, -1)
-        dropped = bisect.bisect_left(counts, True, key=lambda count: len(reader.ids(kept(count))) <= budget)
-        return kept(len(ids) - dropped)
+        dropped = bisect.bisect_left(counts, True, key=lambda count: len(reader.ids(kept_text(count))) <= budget)
+        return kept_text(len(ids) - dropped)
 
 
 class CompressorMends:
@@ -9821,7 +9823,7 @@ class CompressorMends:
     @torch.no_grad()
     def get_ppl(
         self, text: str, granularity: str = "sentence", input_ids: Any = None, attention_mask: Any = None,
-        past_key_values: Any = None, return_kv: bool = False, **asked: Any,
+        past_key_values: Any = None, return_kv: bool = False, **options: Any,
     ) -> Any:  # fmt: skip
         """Nats per token, with keys and values as the lists of pairs that the package works on.
 
@@ -9830,45 +9832,45 @@ class CompressorMends:
         from transformers import DynamicCache
 
         if input_ids is None:
-            found = self.tokenizer(text, return_tensors="pt").to(self.device)
-            input_ids, attention_mask = found["input_ids"], found["attention_mask"]
-        whole = past_key_values is None and asked.get("end") is None
-        key = (tuple(input_ids[0].tolist()), granularity, *asked.values())
+            tokens = self.tokenizer(text, return_tensors="pt").to(self.device)
+            input_ids, attention_mask = tokens["input_ids"], tokens["attention_mask"]
+        whole = past_key_values is None and options.get("end") is None
+        key = (tuple(input_ids[0].tolist()), granularity, *options.values())
         if whole and key in self.read:
             return (self.read[key], None) if return_kv else self.read[key]
         past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
-        end = min(asked.get("end") or input_ids.shape[1], past + self.max_position_embeddings)
+        end = min(options.get("end") or input_ids.shape[1], past + self.max_position_embeddings)
         cache = DynamicCache(ddp_cache_data=past_key_values)  # without config: no layer slides, nothing is dropped
-        before = {"attention_mask": attention_mask[:, :end], "past_key_values": cache}
-        out = self.model(input_ids[:, past:end], **before, use_cache=True)
+        inputs = {"attention_mask": attention_mask[:, :end], "past_key_values": cache}
+        out = self.model(input_ids[:, past:end], **inputs, use_cache=True)
         logits, labels = out.logits[..., :-1, :], input_ids[..., past + 1 : end]
         real = (attention_mask[:, past:end] == 1)[..., :-1].reshape(-1)
         logits = logits.reshape(-1, logits.size(-1))[real].float()
         nats = F.cross_entropy(logits, labels.reshape(-1)[real], reduction="none")
-        at = asked.get("condition_pos_id", 0)
-        sides = {"before": slice(at), "after": slice(at, None)}
-        nats = nats[sides.get(asked.get("condition_mode", ""), slice(None))]
-        found = nats.mean() if granularity == "sentence" else nats
+        position = options.get("condition_pos_id", 0)
+        sides = {"before": slice(position), "after": slice(position, None)}
+        nats = nats[sides.get(options.get("condition_mode", ""), slice(None))]
+        loss = nats.mean() if granularity == "sentence" else nats
         if whole:
             if len(self.read) == 256:
                 self.read.clear()
-            self.read[key] = found
-        return (found, [(layer.keys, layer.values) for layer in out.past_key_values.layers]) if return_kv else found
+            self.read[key] = loss
+        return (loss, [(layer.keys, layer.values) for layer in out.past_key_values.layers]) if return_kv else loss
 
     def iterative_compress_prompt(
-        self, context: list[str], target_token: float, iterative_size: int = 200, start: int = 0, **rest: Any
+        self, context: list[str], target_token: float, iterative_size: int = 200, start: int = 0, **options: Any
     ) -> Any:
         """Size 0: equal windows of at most 200 tokens of what is left; a last one that is not full stays whole."""
         count = len(self.tokenizer("\n\n".join(context), add_special_tokens=False).input_ids) - start
         size = iterative_size or max(1, count // math.ceil(max(1, count) / 200))
-        return super().iterative_compress_prompt(context, target_token, size, start=start, **rest)  # type: ignore[misc]
+        return super().iterative_compress_prompt(context, target_token, size, start=start, **options)  # type: ignore[misc]
 
     def get_compressed_input(
-        self, loss: Any, input_ids: Any, attention_mask: Any, end: int = 200, iterative_size: int = 200, **rest: Any
+        self, loss: Any, input_ids: Any, attention_mask: Any, end: int = 200, iterative_size: int = 200, **options: Any
     ) -> Any:
         """A window never begins before the prompt does."""
         reach = max(end, iterative_size)
-        return super().get_compressed_input(loss, input_ids, attention_mask, reach, iterative_size, **rest)  # type: ignore[misc]
+        return super().get_compressed_input(loss, input_ids, attention_mask, reach, iterative_size, **options)  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -9900,7 +9902,7 @@ class LLMLingua(Compressed):
         """The package's object."""
         return prompt_compressor(self.model)
 
-    def how(self, example: Example, rate: float) -> dict[str, Any]:
+    def package_options(self, example: Example, rate: float) -> dict[str, Any]:
         """The package's options."""
         return dict(self.options)
 
@@ -9910,20 +9912,21 @@ class LLMLingua(Compressed):
 
     def compress(self, example: Example, budget: int) -> str:
         """Of at most eight rates the one whose result comes nearest, by false position (Illinois)."""
-        lm, found, before = self.receiver.lm, list[tuple[int, str]](), 0
+        lm, candidates, previous_gap = self.receiver.lm, list[tuple[int, str]](), 0
         low, under, high, over = 0.0, -float(budget), 1.0, float(len(lm.ids(example.context)) - budget)
         for _ in range(8):
             rate = low + (high - low) * under / (under - over)
-            told = self.compressor.compress_prompt(self.pieces(example.context), rate=rate, **self.how(example, rate))
-            text = str(told["compressed_prompt"]).strip()
+            options = self.package_options(example, rate)
+            result = self.compressor.compress_prompt(self.pieces(example.context), rate=rate, **options)
+            text = str(result["compressed_prompt"]).strip()
             gap = len(lm.ids(text)) - budget
-            found.append((abs(gap), text))
+            candidates.append((abs(gap), text))
             if abs(gap) <= 0.05 * budget:
                 break
-            worn = 2 if gap * before > 0 else 1  # the end that stays a second time counts half
-            low, under, high, over = (rate, gap, high, over / worn) if gap < 0 else (low, under / worn, rate, gap)
-            before = gap
-        return min(found)[1]
+            divisor = 2 if gap * previous_gap > 0 else 1  # the end that stays a second time counts half
+            low, under, high, over = (rate, gap, high, over / divisor) if gap < 0 else (low, under / divisor, rate, gap)
+            previous_gap = gap
+        return min(candidates)[1]
 
 
 @METHODS.register("longllmlingua")
@@ -9932,9 +9935,9 @@ class LongLLMLingua(LLMLingua):
 
     needs = ("llmlingua", "questions")
 
-    def how(self, example: Example, rate: float) -> dict[str, Any]:
+    def package_options(self, example: Example, rate: float) -> dict[str, Any]:
         """Its authors' options; rates spread around the asked one by no more than that, or small budgets are not met."""
-        return super().how(example, rate) | {
+        return super().package_options(example, rate) | {
             "question": example.question, "rank_method": "longllmlingua", "condition_in_question": "after_condition",
             "condition_compare": True, "reorder_context": "sort", "dynamic_context_compression_ratio": min(0.3, rate),
         }  # fmt: skip
@@ -9942,8 +9945,8 @@ class LongLLMLingua(LLMLingua):
     def pieces(self, context: str) -> list[str]:
         """Paragraphs, or the sentences of a single one: these are ranked by the question."""
         lines = context.split("\n")
-        found = lines if len(lines) > 1 else re.split(r"(?<=[.!?])\s+", context)
-        return [piece for piece in map(str.strip, found) if piece]
+        pieces = lines if len(lines) > 1 else re.split(r"(?<=[.!?])\s+", context)
+        return [piece for piece in map(str.strip, pieces) if piece]
 
 
 @METHODS.register("llmlingua2")
@@ -9963,17 +9966,17 @@ class LLMLingua2(LLMLingua):
                 f"--llmlingua2_model {name}: its path must hold xlm-roberta-large or bert-base-multilingual-cased, by "
                 "which llmlingua tells tokenizers apart"
             )
-        before = random.getstate(), numpy.random.get_state(), cudnn.deterministic, cudnn.benchmark, dict(os.environ)
-        how = {"trust_remote_code": False, "local_files_only": self.context.settings.offline}
+        state = random.getstate(), numpy.random.get_state(), cudnn.deterministic, cudnn.benchmark, dict(os.environ)
+        model_config = {"trust_remote_code": False, "local_files_only": self.context.settings.offline}
         try:
             with llmlingua_counting(str.split) as package, torch.random.fork_rng(range(torch.cuda.device_count())):
-                return package.PromptCompressor(name, str(self.receiver.lm.device), how, use_llmlingua2=True)
+                return package.PromptCompressor(name, str(self.receiver.lm.device), model_config, use_llmlingua2=True)
         finally:
-            random.setstate(before[0])
-            numpy.random.set_state(before[1])
-            cudnn.deterministic, cudnn.benchmark = before[2:4]
+            random.setstate(state[0])
+            numpy.random.set_state(state[1])
+            cudnn.deterministic, cudnn.benchmark = state[2:4]
             os.environ.pop("PYTHONHASHSEED", None)
-            os.environ.update(before[4])
+            os.environ.update(state[4])
 
 
 @METHODS.register("ensemble")
@@ -9984,14 +9987,14 @@ class Ensemble(ReadingMethod):
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Sums of normalised log-likelihoods."""
-        words, found = self.context.setup.part.words, []
-        own = self.receiver.answers(examples, None, text=True)
-        others = METHODS["zeroshot:sender"](self.context).answers(examples)
-        for e, *pair in zip(examples, own, others, strict=True):
-            each = [torch.tensor(answer.scores[: e.options or len(words)]).log_softmax(-1) for answer in pair]
-            scores, read = sum(each[1:], each[0]).tolist(), pair[1]
-            found.append(Answer(words[argmax(scores)], tuple(scores), nbytes=read.nbytes, tokens=read.tokens))
-        return found
+        words, answers = self.context.setup.part.words, []
+        receiver_answers = self.receiver.answers(examples, None, text=True)
+        sender_answers = METHODS["zeroshot:sender"](self.context).answers(examples)
+        for e, *pair in zip(examples, receiver_answers, sender_answers, strict=True):
+            log_probs = [torch.tensor(answer.scores[: e.options or len(words)]).log_softmax(-1) for answer in pair]
+            scores, read = sum(log_probs[1:], log_probs[0]).tolist(), pair[1]
+            answers.append(Answer(words[argmax(scores)], tuple(scores), nbytes=read.nbytes, tokens=read.tokens))
+        return answers
 
 
 @METHODS.register("kv_cache")
@@ -10003,9 +10006,9 @@ class KVTransfer(ReadingMethod):
         """Where the receiver can read the sender's cache at all."""
         if not isinstance(setup.sender, LM):
             return False
-        own, other, probe = setup.sender.config, setup.receiver.config, "The quick brown fox: 12 + 30 = 42."
+        sender, receiver, probe = setup.sender.config, setup.receiver.config, "The quick brown fox: 12 + 30 = 42."
         sizes = ("num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size", "model_type")
-        alike = all(getattr(own, name, None) == getattr(other, name, None) for name in sizes)
+        alike = all(getattr(sender, name, None) == getattr(receiver, name, None) for name in sizes)
         return alike and setup.sender.ids(probe) == setup.receiver.ids(probe)
 
     @torch.no_grad()
@@ -10013,12 +10016,13 @@ class KVTransfer(ReadingMethod):
         """Only the anchor is the receiver's own reading."""
         lm, speaker, part = self.context.setup.receiver, self.context.speaker, self.context.setup.part
         rows = [speaker.ids(part.receiver_text(example)) for example in examples]
-        read = speaker.prefill(lay_out(speaker, None, rows, before=lm.bos, left=True))
+        prefill = speaker.prefill(lay_out(speaker, None, rows, before=lm.bos, left=True))
         ids = torch.tensor([self.receiver.prompting.ending()] * len(rows), device=lm.device)
-        ready = lm.extend(read, ids, torch.ones_like(ids, dtype=torch.bool))
-        size = sum(2 * k.shape[1] * k.shape[3] * k.element_size() for k in (layer.keys for layer in read.cache.layers))
-        found = zip(self.receiver.go_on(ready, examples), rows, strict=True)
-        return [replace(answer, tokens=len(row), nbytes=size * len(row)) for answer, row in found]
+        ready = lm.extend(prefill, ids, torch.ones_like(ids, dtype=torch.bool))
+        keys = [layer.keys for layer in prefill.cache.layers]
+        size = sum(2 * k.shape[1] * k.shape[3] * k.element_size() for k in keys)  # bytes per token
+        pairs = zip(self.receiver.go_on(ready, examples), rows, strict=True)
+        return [replace(answer, tokens=len(row), nbytes=size * len(row)) for answer, row in pairs]
 
 
 class TunedMethod(ReadingMethod):
@@ -10062,40 +10066,40 @@ class TunedMethod(ReadingMethod):
             random.Random(f"{seed} {first}").shuffle(groups)
             yield from groups
 
-    def kept_in(self, rate: float, plan: Sequence[Any]) -> Checkpoints:
+    def checkpoints_of(self, rate: float, plan: Sequence[Any]) -> Checkpoints:
         """Where one training is kept, so that a rival that is told to stop goes on."""
         setup, asked = self.context.setup, self.context.asked
         models = [setup.sender.identity(), setup.receiver.identity(), str(setup.receiver.dtype), self.context.seed]
         rows = [data_digest(setup.splits[name]) for name in ("train", "validation")]
-        own = {name: str(getattr(asked, name)) for name in self.own}
-        how = [prompt_identity(setup.part, self.receiver.prompting), own]
-        key = digest_of([self.name, rate, list(plan), models, rows, how, sha256_of(Path(__file__))])
+        options = {name: str(getattr(asked, name)) for name in self.own}
+        recipe = [prompt_identity(setup.part, self.receiver.prompting), options]
+        key = digest_of([self.name, rate, list(plan), models, rows, recipe, sha256_of(Path(__file__))])
         return Checkpoints(self.context.home / f"{self.name.replace(':', '_')}-{key}" / "checkpoint", keep=1)
 
     def fit(self, rate: float) -> tuple[float, dict[str, Tensor]]:
         """One training; → its lowest validation loss (the last training loss where no rows are held out), and its values."""
         context, rows = self.context, self.context.setup.splits["train"]
-        few = max(32, min(200, len(rows) // 4))  # choosing costs less than learning
-        held = sorted(context.setup.splits["validation"][:few], key=lambda example: len(context.text(example)))
+        count = max(32, min(200, len(rows) // 4))  # choosing costs less than learning
+        held = sorted(context.setup.splits["validation"][:count], key=lambda example: len(context.text(example)))
         seed_everything(context.seed)
         parameters = self.begin()
         optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
         size = min(context.asked.rival_batch, len(rows))
         steps, plan = context.rival_steps(size), OptimSettings(lr=rate)
-        place = self.kept_in(rate, [steps, size]) if context.home != Path() else None
-        best, last, done, checked, kept = math.inf, math.inf, 0, 0, dict[str, Tensor]()
+        checkpoints = self.checkpoints_of(rate, [steps, size]) if context.home != Path() else None
+        best, last_loss, done, checked, values = math.inf, math.inf, 0, 0, dict[str, Tensor]()
 
         def save() -> None:
             """Keep what was learned so far."""
-            if place and done:
-                tensors: dict[str, Any] = {"now": parameters, "kept": kept, "optimizer": optimizer_tensors(optimizer)}
-                state = {"done": done, "checked": checked, "best": repr(best), "last": repr(last)}
-                place.save(done, {name: group for name, group in tensors.items() if group}, state)
+            if checkpoints and done:
+                tensors: dict[str, Any] = {"now": parameters, "kept": values, "optimizer": optimizer_tensors(optimizer)}
+                state = {"done": done, "checked": checked, "best": repr(best), "last": repr(last_loss)}
+                checkpoints.save(done, {name: group for name, group in tensors.items() if group}, state)
 
-        if begun := place and place.newest(Silent(), SavedRival):
-            tensors, state = begun
-            done, checked, best, last = state["done"], state["checked"], float(state["best"]), float(state["last"])
-            kept = dict(tensors.get("kept", {}))
+        if saved := checkpoints and checkpoints.newest(Silent(), SavedRival):
+            tensors, state = saved
+            done, checked, best, last_loss = state["done"], state["checked"], float(state["best"]), float(state["last"])
+            values = dict(tensors.get("kept", {}))
             restore_optimizer(optimizer, tensors["optimizer"])
             for name, value in tensors["now"].items():
                 parameters[name].data.copy_(value)
@@ -10110,36 +10114,36 @@ class TunedMethod(ReadingMethod):
                     torch.nn.utils.clip_grad_norm_([*parameters.values()], 1.0)
                     with unbroken():
                         optimizer.step()
-                        done, last = step, float(loss.detach())
+                        done, last_loss = step, float(loss.detach())
                 if step > checked and (step % max(1, math.ceil(steps / 4)) == 0 or step == steps):
                     with torch.no_grad():
                         losses = [float(self.loss(group)) * len(group) for group in batches(held, size)]
-                    found = sum(losses) / len(held) if held else last
+                    held_loss = sum(losses) / len(held) if held else last_loss
                     with unbroken():
                         checked = step
-                        if found < best or not kept:
-                            best, kept = min(best, found), {name: p.detach().clone() for name, p in parameters.items()}
+                        if held_loss < best or not values:
+                            best, values = min(best, held_loss), {n: p.detach().clone() for n, p in parameters.items()}
                         save()
                 self.context.tick(f"{self.name} at {rate:g}", step, steps)
         except Interrupted:
             save()
             raise
-        return best, kept
+        return best, values
 
     @functools.cached_property
     def tuned(self) -> dict[str, nn.Parameter]:
         """The parameters of the best learning rate, in place."""
         asked, unit = self.context.asked, self.receiver.lm.embed_rms if self.relative else 1.0
         rates = asked.rival_lrs or [rate * unit for rate in self.rates[: asked.rival_tries]]
-        tried = {} if self.diverged else {rate: self.fit(rate) for rate in rates}
-        best = min(tried, key=lambda rate: tried[rate][0], default=math.nan)
-        if self.diverged or not math.isfinite(tried[best][0]):
+        fits = {} if self.diverged else {rate: self.fit(rate) for rate in rates}
+        best = min(fits, key=lambda rate: fits[rate][0], default=math.nan)
+        if self.diverged or not math.isfinite(fits[best][0]):
             self.diverged = True  # the next batch does not train it again
             raise RuntimeError("training diverged at every learning rate; give smaller ones with --rival_lrs")
-        losses = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, (loss, _) in tried.items()}
+        losses = {f"{rate:g}": loss if math.isfinite(loss) else None for rate, (loss, _) in fits.items()}
         self.details = {"learning_rate": best, "validation_loss": losses}
         parameters = self.begin()
-        for name, value in tried[best][1].items():
+        for name, value in fits[best][1].items():
             parameters[name].data.copy_(value)
         return parameters
 
@@ -10148,11 +10152,11 @@ class TunedMethod(ReadingMethod):
         assert self.tuned
         lm = self.receiver.lm
         sizes = [len(self.context.text(example).encode()) if self.reads else 0 for example in examples]
-        before, lm.always_tuned = lm.always_tuned, True
+        was_tuned, lm.always_tuned = lm.always_tuned, True
         try:
             return self.receiver.respond(self.pack(examples, answers=False), examples, sizes)
         finally:
-            lm.always_tuned = before
+            lm.always_tuned = was_tuned
 
 
 @METHODS.register("lora")
@@ -10193,10 +10197,11 @@ class PromptTuning(TunedMethod):
 
         lm, part, count = self.receiver.lm, self.context.setup.part, self.context.slots
         sizes: dict[str, Any] = {"num_virtual_tokens": count, "token_dim": lm.width, "num_transformer_submodules": 1}
-        kind = PromptTuningConfig(task_type="CAUSAL_LM", **sizes)
-        self.prompt = PromptEmbedding(kind, lm.table).to(lm.device).float()
-        aim = f"Answer with one of: {', '.join(part.words)}. " if part.words else "Answer the question in a few words. "
-        ids = (lm.ids(aim) * count)[:count]
+        config = PromptTuningConfig(task_type="CAUSAL_LM", **sizes)
+        self.prompt = PromptEmbedding(config, lm.table).to(lm.device).float()
+        words = ", ".join(part.words)
+        prompt = f"Answer with one of: {words}. " if words else "Answer the question in a few words. "
+        ids = (lm.ids(prompt) * count)[:count]
         with torch.no_grad():
             self.prompt.embedding.weight.copy_(lm.embed(torch.tensor(ids, device=lm.device)))
         return dict(self.prompt.named_parameters())
@@ -10235,17 +10240,17 @@ class TrainedBridge(Method):
         rates: list[float | None] = [*asked.rival_lrs] if asked.rival_lrs else [None]
         if len(rates) > 1 and not self.context.setup.splits["validation"]:
             raise LatentWireError(f"{name}: no validation rows to choose among --rival_lrs; name one learning rate")
-        tried = {rate: self.trained_at(rate) for rate in rates}
-        bests = {rate: load_checkpoint(folder / "checkpoint" / "best")[1]["progress"] for rate, folder in tried.items()}
-        found = {rate: Progress(**progress) for rate, progress in bests.items()}
-        best = max(found, key=lambda rate: found[rate].mark)
+        runs = {rate: self.trained_at(rate) for rate in rates}
+        states = {rate: load_checkpoint(folder / "checkpoint" / "best")[1]["progress"] for rate, folder in runs.items()}
+        progress_at = {rate: Progress(**progress) for rate, progress in states.items()}
+        best = max(progress_at, key=lambda rate: progress_at[rate].mark)
         if asked.rival_lrs:
-            told = {f"{rate:g}": progress.best_validation for rate, progress in found.items()}
-            validation = {rate: {n: v for n, v in own.items() if n.startswith("val_")} for rate, own in told.items()}
+            scores = {f"{rate:g}": progress.best_validation for rate, progress in progress_at.items()}
+            validation = {rate: {n: v for n, v in row.items() if n.startswith("val_")} for rate, row in scores.items()}
             self.details = {"learning_rate": best, "validation": validation}
-        own = asked.model_dump(include=set(AskedSettings.fields()), exclude={"methods"}, exclude_unset=True)
-        context = open_context(EvalSettings(**own, checkpoint=tried[best]), Checkpoint.open(tried[best]))
-        context.home = tried[best]
+        values = asked.model_dump(include=set(AskedSettings.fields()), exclude={"methods"}, exclude_unset=True)
+        context = open_context(EvalSettings(**values, checkpoint=runs[best]), Checkpoint.open(runs[best]))
+        context.home = runs[best]
         return BridgeMethod(context)
 
     def trained_at(self, rate: float | None) -> Path:
@@ -10260,8 +10265,8 @@ class TrainedBridge(Method):
             length = {"steps": steps, "eval_every": math.ceil(steps / 3), "epochs": None, "batch_size": size}
             length |= {"effective_batch": None, "grad_accum": 1}
         length |= {} if rate is None else {"lr": rate}
-        own = [self.changes(), length, context.seed, context.settings.determining()]
-        folder = context.home / f"{self.name}-{digest_of(own)}"
+        identity = [self.changes(), length, context.seed, context.settings.determining()]
+        folder = context.home / f"{self.name}-{digest_of(identity)}"
         base = context.settings.model_dump(exclude_unset=True, exclude=set(self.dropped)) | length | {
             "latent_len": context.slots, "output_dir": folder, "auto_resume": True, "resume": None, "seeds": None,
             "samples": len(rows), "seed": context.seed,
@@ -10296,14 +10301,14 @@ class SameLabel(ShuffledControl):
     @functools.cached_property
     def partner(self) -> list[int]:
         """A random cycle through each class; one that is alone keeps its own."""
-        examples, found = self.context.examples, [*range(len(self.context.examples))]
+        examples, partners = self.context.examples, [*range(len(self.context.examples))]
         rng = random.Random(self.context.seed)
         for label in {e.label for e in examples}:
             rows = [i for i, e in enumerate(examples) if e.label == label]
             rng.shuffle(rows)
             for here, there in zip(rows, rows[1:] + rows[:1], strict=True):
-                found[here] = there
-        return found
+                partners[here] = there
+        return partners
 
 
 @METHODS.register("control:wrong_task")
@@ -10316,7 +10321,7 @@ class WrongTask(Method):
     @functools.cached_property
     def inner(self) -> Method:
         """That bridge with this task's rows and words."""
-        asked, setup, own = self.context.asked, self.context.setup, self.context.receiver
+        asked, setup, end = self.context.asked, self.context.setup, self.context.receiver
         assert asked.wrong_task is not None
         checkpoint = Checkpoint.open(asked.wrong_task)
         bridge, name = checkpoint.bridge(), checkpoint.state["task"]["name"]
@@ -10325,7 +10330,7 @@ class WrongTask(Method):
         checkpoint.check(setup.sender, setup.receiver)
         if isinstance(setup.sender, LM) and max(bridge.shape.layers) > setup.sender.top:
             setup = replace(setup, sender=self.context.speaker)
-        receiver = Receiver(own.prompting, bridge.to(setup.receiver.device), own.max_new_tokens, own.how)
+        receiver = Receiver(end.prompting, bridge.to(setup.receiver.device), end.max_new_tokens, end.how)
         first = setup.receiver if bridge.wants_heard else None
         return BridgeMethod(EvalContext(setup, checkpoint.settings, asked, receiver, first))
 
@@ -10340,19 +10345,19 @@ LAPTOP = {"samples": 320, "rival_tries": 2, "relay_tokens": 16}
 
 def sized(settings: BaselineSettings, report: Report) -> BaselineSettings:
     """Settings for this machine."""
-    own = {name: value for name, value in LAPTOP.items() if name not in settings.model_fields_set}
-    if resolve_device(settings.device).type != "cpu" or not own:
+    changes = {name: value for name, value in LAPTOP.items() if name not in settings.model_fields_set}
+    if resolve_device(settings.device).type != "cpu" or not changes:
         return settings
-    report.say(f"CPU: --{' --'.join(f'{name} {value}' for name, value in own.items())}; other values win")
-    return settings.model_copy(update=own)
+    report.say(f"CPU: --{' --'.join(f'{name} {value}' for name, value in changes.items())}; other values win")
+    return settings.model_copy(update=changes)
 
 
 def context_of(settings: BaselineSettings, dataset: str, seed: int) -> EvalContext:
     """Models and rows of one data set."""
     shared = {*DataSettings.fields(), *ModelSettings.fields(), *DecodeSettings.fields()}
     shared |= {"sender", "receiver", "samples", "val_samples", "data_seed", "max_tokens", "protocol", "state_cache"}
-    given = {name: getattr(settings, name) for name in shared & settings.model_fields_set}
-    run = TrainSettings(**given | {"dataset": dataset, "seed": seed, "encoder": "hidden", "init": "none", "pooler": "resampler",
+    values = {name: getattr(settings, name) for name in shared & settings.model_fields_set}
+    run = TrainSettings(**values | {"dataset": dataset, "seed": seed, "encoder": "hidden", "init": "none", "pooler": "resampler",
                                    "latent_len": settings.soft_tokens, "epochs": 1})  # fmt: skip
     run, _ = resolve(run)
     part = make_task(run)
@@ -10376,14 +10381,14 @@ def planned_rivals(
     key = record_base(context, made_with, run.max_tokens)
     report.say(f"{setup.part.name or run.dataset}: {len(context.examples)} rows of {setup.source}, "
                f"{len(setup.splits['train'])} train rows; {len(names)} methods into {context.home}")  # fmt: skip
-    own = {
+    provenance = {
         "record_key": key, "record_keys": record_keys(context, names, {True: key, False: key}),
         "sender": setup.sender.identity(),
         "asked": asked_digest({k: v for k, v in run.determining().items() if k != "seed"}, asked),
         "task": setup.describe(context.receiver.prompting.anchor), "latent_len": context.slots, "layers": None,
         "settings": asked.model_dump(mode="json"),
     }  # fmt: skip
-    facts = facts_of(context, "test", {**made_with, **own})
+    facts = facts_of(context, "test", {**made_with, **provenance})
     facts["provenance"]["seed_of_training"] = context.seed
     return facts, {}, context.home / "results.json"
 
@@ -10409,19 +10414,19 @@ def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
             base = settings.output_dir / re.sub(r"[^\w.-]+", "_", dataset) if settings.datasets else settings.output_dir
             context = context_of(settings, dataset, seeds[0])
             suited = chosen_methods(settings, context.setup)
-            left = [word for word in words if word in METHODS and METHODS.name_of(word) not in suited]
-            if left and suited:
-                report.say(f"{', '.join(left)} cannot run on {dataset}; see 'list methods'")
+            unsuited = [word for word in words if word in METHODS and METHODS.name_of(word) not in suited]
+            if unsuited and suited:
+                report.say(f"{', '.join(unsuited)} cannot run on {dataset}; see 'list methods'")
             for seed in seeds:
                 names = [name for name in suited if seed == seeds[0] or METHODS[name].seeded]
                 if not names:
                     continue
                 context.seed, context.asked = seed, context.asked.model_copy(update={"seed": seed})
-                where = base / f"seed{seed}" if len(seeds) > 1 else base
-                with saving(where):
-                    where.mkdir(parents=True, exist_ok=True)
-                context.home, context.report, context.signals = where, report, signals
-                with turn_at(where / "records.jsonl", patient=False):
+                folder = base / f"seed{seed}" if len(seeds) > 1 else base
+                with saving(folder):
+                    folder.mkdir(parents=True, exist_ok=True)
+                context.home, context.report, context.signals = folder, report, signals
+                with turn_at(folder / "records.jsonl", patient=False):
                     runs.append(measure(context, *planned_rivals(context, names, made_with, report), report)[0])
     if not runs:
         raise LatentWireError(f"none of {', '.join(sorted(named))} can run on {datasets[0]}; see 'list methods'")
