@@ -7943,7 +7943,7 @@ class Receiver:
 
     @torch.no_grad()
     def open(self, data: Sequence[bytes]) -> SoftPrompt:
-        """Messages written by this very bridge → one batch of soft prompts (B, K, D_r)."""
+        """B serialised messages of this very bridge → soft prompts (B, K, D_r); LatentWireError for any other bytes."""
         assert self.bridge is not None
         shape, free = self.bridge.shape, self.bridge.wants_windows
         count = None if free and self.bridge.ratio else shape.settings.latent_len
@@ -7953,7 +7953,10 @@ class Receiver:
         return self.bridge.decode(replace(messages[0], latents=latents, mask=mask if free else None), self.ear)
 
     def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
-        """One Answer per example; the same message with the same gold answer (constant controls) is heard only once."""
+        """One Answer per example; the same message with the same gold answer (constant controls) is heard only once.
+
+        ``data`` are B serialised messages, or None: the receiver reads the prompt alone, with the example's text if ``text``.
+        """
         messages = data if data is not None else [None] * len(examples)
         per_example = text or self.prompting.part.agnostic or self.how.first_token_temperature > 0
         keys = [(m, e.answers[0], e.id if per_example else None, text) for m, e in zip(messages, examples, strict=True)]
@@ -7974,11 +7977,11 @@ class Receiver:
         return [replace(answer, tokens=int(count)) for answer, count in zip(answers, counts, strict=True)]
 
     def respond(self, packed: Packed, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
-        """What the receiver says to prompts, each of some bytes."""
+        """What the receiver says to B prompts; ``sizes`` are the bytes that travelled for each, which its Answer repeats."""
         return self.go_on(self.lm.prefill(packed), examples, sizes)
 
     def go_on(self, prefill: Prefill, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
-        """The same after a prompt that was read already."""
+        """The same after B prompts that were read already: class words, gold answer, first token and text of each."""
         end = [self.lm.tokenizer.eos_token_id]  # what an empty answer is
         gold = [self.prompting.gold_ids(example.answers[0]) or end for example in examples]
         labels = self.prompting.label_ids
@@ -7994,7 +7997,7 @@ class Receiver:
     def rescore(
         self, examples: Sequence[Example], data: Sequence[bytes], texts: Sequence[Sequence[str]]
     ) -> list[list[float]]:
-        """Log-likelihood of each of several answers to each example under its message."""
+        """Log-likelihood (nats, all tokens counted) of each of several answers to each example under its message: (B, n)."""
         scores: list[list[float]] = []
         for rows in batches([*zip(examples, data, texts, strict=True)], 32):
             group, messages, candidates = zip(*rows, strict=True)
@@ -8044,7 +8047,7 @@ class EvalContext(Silent):
         return self.setup.part.sender_text(example)
 
     def states_of(self, examples: Sequence[Example], layers: Sequence[int], reader: Reader | None = None) -> StateStore:
-        """Hidden states of ``examples``, the sender's or another reader's."""
+        """Hidden states of ``examples``, (tokens, L, D_s) of each, the sender's or another reader's."""
         reader = reader or self.setup.sender
         texts, cache = [self.text(example) for example in examples], self.settings.state_cache
         tick = functools.partial(self.tick, "sender states" if reader is self.setup.sender else "receiver states")
@@ -8052,7 +8055,7 @@ class EvalContext(Silent):
 
     @functools.cached_property
     def speaker(self) -> LM:
-        """The whole sender, which can answer and write; a bridge's own stops at the layer that is read."""
+        """The whole sender, which can answer and write, or LatentWireError; a bridge's own stops at the layer that is read."""
         sender, name = self.setup.sender, self.settings.sender
         if isinstance(sender, LM) and len(sender.blocks) == sender.n_layers and not sender.lora:
             return sender
@@ -8141,12 +8144,12 @@ class EvalContext(Silent):
 
     @functools.cached_property
     def mean_latents(self) -> Tensor:
-        """Their mean, slot by slot."""
+        """Their mean (K, D_w), slot by slot, over the messages that have that slot."""
         latents, mask = padded(self.latents)
         return weighted_mean(mask.T[:, None].float(), latents.transpose(0, 1))[:, 0]
 
     def wrap(self, latents: Tensor) -> bytes:
-        """Other latents (K, D_w) through the same door."""
+        """Other latents (K, D_w) as a serialised message with the bridge's codec."""
         return Message(latents[None], self.bridge.shape.settings.codec, self.receiver.name).to_bytes()
 
 
@@ -8165,7 +8168,8 @@ def at_hand(setup: Setup, asked: AskedSettings) -> set[str]:
 class Method:
     """A way to answer. Override ``message`` to send other latents, or ``answers`` to work another way altogether.
 
-    ``control`` marks ways that carry nothing about the example: the bridge must beat every one of them.
+    ``control`` marks ways that carry nothing about the example: the bridge must beat every one of them. Failed ``answers``
+    are rows with an error; a LatentWireError ends the run, or only the method where just a group of methods was named.
     """
 
     Config: ClassVar[type[Settings]] = Settings
@@ -8469,11 +8473,11 @@ class Metric:
         self.config: Any = self.Config.of(settings)
 
     def score(self, prediction: str, golds: Sequence[str]) -> float:
-        """What a written answer is worth beside the accepted ones."""
+        """What a written answer is worth beside the accepted ones, 0 to 1."""
         raise NotImplementedError
 
     def of(self, part: Task, example: Example, answer: Answer) -> float | None:
-        """An example's score; None where a task has none of this kind."""
+        """An example's score, 0 to 1; None where a task has none of this kind."""
         return self.score(answer.text, example.answers)
 
     def constant(self, rows: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]]:
@@ -8612,7 +8616,7 @@ def sealed(row: Row) -> dict[str, Any]:
 
 
 def records_in(path: Path, mend: bool = False) -> list[dict[str, Any]]:
-    """The records of a file, checked: of the right form, unchanged since they were written, without contradiction.
+    """The records of a file; LatentWireError where one has another form, was changed after it was written, or contradicts.
 
     Records of releases before the sums have none; in one set of records either all do or none. Of two equal rows, or of a
     failed and a whole one, the later counts.
@@ -8715,7 +8719,7 @@ def constant_values(rows: Sequence[Row], facts: Row) -> tuple[str, list[float]]:
 
 
 def macro_f1(rows: Sequence[Row]) -> float | None:
-    """F1 of each class that occurs, averaged; a failed row is wrong."""
+    """F1 of each class that occurs, averaged; a failed row is wrong. None where nothing was classified."""
     if not any("prediction" in row for row in rows):
         return None
     from sklearn.metrics import f1_score
@@ -8762,7 +8766,7 @@ def untested(
 
 
 def leaks_in(scores: Mapping[str, Scores], constant: Scores, p_of: Callable[[Scores, Scores], float]) -> list[str]:
-    """Controls that answer better than the best constant answer: they, or the order of the rows, give something away."""
+    """Controls that beat the best constant answer at p ≤ max(2e-4, 0.001 / their number): they, or the rows, leak."""
     level = max(2e-4, 0.001 / max(1, len(scores)))  # a permutation's least: 1e-4
     return [name for name, values in scores.items() if sum(values) > sum(constant) and p_of(values, constant) <= level]
 
@@ -8839,7 +8843,7 @@ def compare(by_method: RowsOf, headline: str, seed: int, facts: Row | None = Non
 
 
 def check_asked(settings: EvalSettings, trained: TrainSettings, bridge: Bridge, sender: Reader, anchor: str) -> None:
-    """Flags that repeat what the checkpoint knows may never contradict it."""
+    """LatentWireError where a flag that repeats what the checkpoint knows contradicts it."""
     shape = bridge.shape
     known = {"soft_tokens": shape.settings.latent_len, "calibration": shape.settings.calibration, "anchor_text": anchor}
     for name, value in known.items():
@@ -8949,7 +8953,7 @@ def chosen_methods(settings: AskedSettings, setup: Setup) -> list[str]:
 
 
 def named_methods(words: Iterable[str]) -> set[str]:
-    """Methods by name, by a group's name (``control``: all of them), or ``all``."""
+    """Methods by name, by a group's name (``control``: all of them), or ``all``; LatentWireError for any other word."""
     names: set[str] = set()
     for word in words:
         group = {METHODS.name_of(n) for n in (*METHODS, *METHODS.aliases) if word == "all" or n.startswith(f"{word}:")}
@@ -9078,7 +9082,7 @@ def written_back(context: EvalContext, count: int = 64) -> dict[str, Any]:
 def encode_text(
     checkpoint: Path, text: str, question: str = "", receiver: str | None = None, trust_remote_code: bool = False
 ) -> bytes:
-    """The message of one text, serialised; ``receiver`` matters where latents are private."""
+    """The message of one text, serialised; ``receiver`` matters where latents are private (LatentWireError: none of that name)."""
     return encoded(checkpoint, text, question, receiver, trust_remote_code)[0]
 
 
@@ -9104,8 +9108,11 @@ def encoded(
 def answer_message(
     checkpoint: Path, data: bytes, question: str = "", receiver: str | None = None, trust_remote_code: bool = False
 ) -> str:
-    """What one receiver of the latent language answers to a message: a class word where there are such, else its own
-    words. It sees nothing else but the question."""
+    """What one receiver of the latent language answers to a message: a class word where there are such, else its own words.
+
+    It sees nothing else but the question. LatentWireError: bytes of no message, or of another bridge; no such receiver; a
+    question that this run's messages do not hold is missing.
+    """
     opened = Checkpoint.open(checkpoint)
     bridge, trained = opened.bridge(), opened.settings.model_copy(update={"trust_remote_code": trust_remote_code})
     ear, task = bridge.ear_of(receiver) if receiver else 0, opened.state["task"]
@@ -9541,7 +9548,7 @@ class ProbeMethod(Method):
         return layers
 
     def features(self, examples: Sequence[Example], layers: Sequence[int], pooling: str) -> Any:
-        """(B, L·D) as numpy."""
+        """Pooled states (B, L·D_s), layers side by side, as numpy float32."""
         texts = [self.context.text(example) for example in examples]
         train, evaluated = self.stores[tuple(layers)]
         all_evaluated = all(text in evaluated.index for text in texts)  # a text may stand in both
@@ -9591,7 +9598,7 @@ class ProbeMethod(Method):
         return models[max(range(len(models)), key=lambda i: scores[i]["cross_validation"])]
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
-        """Class log-probabilities; a class that train never showed has none."""
+        """Class log-probabilities; a class that train never showed has -1e9."""
         model, layers, pooling = self.best
         log_probs = model.predict_log_proba(self.features(examples, layers, pooling))
         words = self.context.setup.part.words
@@ -9762,12 +9769,14 @@ class Compressed(ReadingMethod):
         return load_lm(name, context.settings, context.settings.offline) if name else context.speaker
 
     def compress(self, example: Example, budget: int) -> str:
-        """The context in about ``budget`` receiver tokens."""
+        """The context in about ``budget`` receiver tokens (1 or more)."""
         raise NotImplementedError
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
-        """Each context, compressed to its budget, in which a question that latents would have to hold counts; one that fits
-        already is left as it is."""
+        """Each context, compressed to its budget; one that fits already is left as it is.
+
+        A question that latents would have to hold counts in the budget.
+        """
         part, lm, contexts = self.context.setup.part, self.receiver.lm, []
         for e in examples:
             question_tokens = 0 if part.agnostic else len(lm.ids(part.receiver_text(replace(e, context=""))))
@@ -10013,7 +10022,7 @@ class KVTransfer(ReadingMethod):
 
     @torch.no_grad()
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
-        """Only the anchor is the receiver's own reading."""
+        """Only the anchor is the receiver's own reading; bytes are those of all keys and values of the text's tokens."""
         lm, speaker, part = self.context.setup.receiver, self.context.speaker, self.context.setup.part
         rows = [speaker.ids(part.receiver_text(example)) for example in examples]
         prefill = speaker.prefill(lay_out(speaker, None, rows, before=lm.bos, left=True))
@@ -10041,7 +10050,7 @@ class TunedMethod(ReadingMethod):
         raise NotImplementedError
 
     def soft(self, count: int) -> SoftPrompt | None:
-        """What ``count`` rows read in front of the text."""
+        """What ``count`` rows read in front of the text, (count, K, D_r)."""
         return None
 
     def pack(self, examples: Sequence[Example], answers: bool) -> Packed:
@@ -10049,7 +10058,7 @@ class TunedMethod(ReadingMethod):
         return self.receiver.prompting.pack(self.soft(len(examples)), examples, text=self.reads, answers=answers)
 
     def loss(self, examples: Sequence[Example]) -> Tensor:
-        """Cross-entropy of the answer alone."""
+        """Cross-entropy of the answer alone: nats per token, the mean of the rows' means."""
         return supervise(self.receiver.lm, self.pack(examples, answers=True), tuned=True).mean_per_row()
 
     def course(self, steps: int, size: int) -> Iterator[Sequence[Example]]:
@@ -10077,7 +10086,7 @@ class TunedMethod(ReadingMethod):
         return Checkpoints(self.context.home / f"{self.name.replace(':', '_')}-{key}" / "checkpoint", keep=1)
 
     def fit(self, rate: float) -> tuple[float, dict[str, Tensor]]:
-        """One training; → its lowest validation loss (the last training loss where no rows are held out), and its values."""
+        """One training; → its lowest validation loss (nats a token; the last training loss if no rows are held out), its values."""
         context, rows = self.context, self.context.setup.splits["train"]
         count = max(32, min(200, len(rows) // 4))  # choosing costs less than learning
         held = sorted(context.setup.splits["validation"][:count], key=lambda example: len(context.text(example)))
@@ -10132,7 +10141,7 @@ class TunedMethod(ReadingMethod):
 
     @functools.cached_property
     def tuned(self) -> dict[str, nn.Parameter]:
-        """The parameters of the best learning rate, in place."""
+        """The parameters of the best learning rate, in place; RuntimeError where every rate diverged."""
         asked, unit = self.context.asked, self.receiver.lm.embed_rms if self.relative else 1.0
         rates = asked.rival_lrs or [rate * unit for rate in self.rates[: asked.rival_tries]]
         fits = {} if self.diverged else {rate: self.fit(rate) for rate in rates}
@@ -10207,7 +10216,7 @@ class PromptTuning(TunedMethod):
         return dict(self.prompt.named_parameters())
 
     def soft(self, count: int) -> SoftPrompt:
-        """The same for every row."""
+        """The same (K, D_r) for every row."""
         embeds = self.prompt(torch.arange(self.context.slots, device=self.receiver.lm.device))
         return SoftPrompt(embeds.expand(count, -1, -1))
 
@@ -10219,8 +10228,10 @@ add_variant(
 
 
 class TrainedBridge(Method):
-    """A bridge of another kind, trained in a folder of its own on the same rows, in ``eval`` with the steps of the bridge
-    beside it (where ``rival_steps`` are not given)."""
+    """A bridge of another kind, trained in a folder of its own on the same rows.
+
+    In ``eval`` it has the steps of the bridge beside it, where ``rival_steps`` are not given.
+    """
 
     usual, bridged, seeded, trained = False, False, True, True
     own, needs = ("rival_steps", "rival_epochs", "rival_lrs", "soft_tokens"), ("sender", "train rows")
@@ -10394,7 +10405,7 @@ def planned_rivals(
 
 
 def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
-    """Rivals on one or several data sets; what a seed changes once for each seed, the rest once; → summary with all runs."""
+    """Rivals on one or several data sets; what a seed changes once for each seed, the rest once; → ``{"runs": [results]}``."""
     prepare_cuda(settings)
     load_plugins(settings.plugin)
     words = settings.methods or ["all"]
