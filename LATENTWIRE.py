@@ -8806,20 +8806,20 @@ def best_of(headline: str, means: Mapping[str, float], kinds: Mapping[str, Kind]
 
 def compare(by_method: RowsOf, headline: str, seed: int, facts: Row | None = None) -> dict[str, Any]:
     """p of bridge against every other method and the best constant answer, and the verdict; ``facts`` are the evaluation's."""
-    facts, unshown = facts or {}, {"communication": False}
+    facts, not_shown = facts or {}, {"communication": False}
     errors = [(name, row["error"]) for name, rows in by_method.items() for row in rows if "error" in row]
     if errors:
         failed = dict(collections.Counter(name for name, _ in errors))
         counts = ", ".join(f"{count} of {name}" for name, count in failed.items())
         verdict = f"not tested: rows failed ({counts}; first: {errors[0][1]}); the same command computes them again"
-        return unshown | {"failed": failed, "verdict": verdict}
+        return not_shown | {"failed": failed, "verdict": verdict}
     if "bridge" not in by_method:
-        return unshown | {"verdict": "not tested: the bridge was not evaluated"}
+        return not_shown | {"verdict": "not tested: the bridge was not evaluated"}
     n = facts.get("n", max(map(len, by_method.values())))
     short = [f"{name} has {len(rows)} of {n} rows" for name, rows in by_method.items() if len(rows) != n]
     if short:
         missing = [f"{', '.join(short)} (the same eval command computes what is missing)"]
-        return unshown | {"missing": missing, "verdict": f"not tested: {missing[0]}"}
+        return not_shown | {"missing": missing, "verdict": f"not tested: {missing[0]}"}
     kinds, clusters = kinds_of(facts, by_method), clusters_of(by_method["bridge"])
     answer, constant = constant_values(by_method["bridge"], {"headline": headline, **(facts or {})})
     values = {name: headline_values(rows, headline) for name, rows in by_method.items()} | {CONSTANT: constant}
@@ -9177,16 +9177,16 @@ def rows_at_hand(context: EvalContext, keys: Mapping[str, str], folder: Path) ->
 
     Of methods without a bridge, rows of the same run with another seed are taken over.
     """
-    path, fresh, begun = folder / "records.jsonl", context.asked.fresh_eval, folder / "fresh_eval.json"
+    path, fresh, marker = folder / "records.jsonl", context.asked.fresh_eval, folder / "fresh_eval.json"
     records = records_in(path, mend=True)  # mends a torn last line even when nothing of it is used
     # a --fresh_eval that was stopped has left the keys whose rows it replaced
-    if fresh and not (begun.exists() and json_in(begun) == keys):
+    if fresh and not (marker.exists() and json_in(marker) == keys):
         replaced = [row for row in records if keys.get(row["method"]) == row["key"]]
         records = [row for row in records if keys.get(row["method"]) != row["key"]]
         with unbroken():
             append_rows(folder / "records-replaced.jsonl", replaced)  # nothing that was saved is lost
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in records).encode())
-            write_json(begun, keys)
+            write_json(marker, keys)
     by_method = rows_under(keys, records)
     check_records(path, by_method, context.examples)
     taken: RowsByExample = {}
@@ -9401,19 +9401,19 @@ def planned_evaluation(
     run_of = {name: value for name, value in run.determining().items() if name != "seed"}
     key = record_base(context, made_with, weights, content_of(settings.prompt), settings.seed, *shared)
     # all that counts where there is no bridge
-    alone = record_base(context, made_with, weights if run.use_lora else "", run_of, *shared)
-    usual, settings_digest = results_file(context.home, settings, context), asked_digest(run_of, settings)
+    bridgeless_key = record_base(context, made_with, weights if run.use_lora else "", run_of, *shared)
+    default_path, settings_digest = results_file(context.home, settings, context), asked_digest(run_of, settings)
     stopped = unfinished(checkpoint)
-    output, earlier = beside_earlier(usual, len(context.examples), key, settings_digest)
+    output, earlier = beside_earlier(default_path, len(context.examples), key, settings_digest)
     if stopped:
         report.say(f"careful: {stopped}")
-    if output != usual:
-        report.say(f"{usual} holds an evaluation of more rows or other settings; this one goes to {output.name}")
+    if output != default_path:
+        report.say(f"{default_path} holds an evaluation of more rows or other settings; this one goes to {output.name}")
     report.say(
         f"evaluating {checkpoint.folder} with {setup.receiver.name}: {len(context.examples)} rows of {setup.source}, "
         f"{setup.overlap} of them also in the training rows; record key {key}"
     )
-    keys = record_keys(context, chosen_methods(settings, setup), {True: key, False: alone})
+    keys = record_keys(context, chosen_methods(settings, setup), {True: key, False: bridgeless_key})
     with threads_for(setup.sender, setup.receiver):
         report.say(f"{context.store.truncated:.1%} of the texts were cut; {len(context.messages)} messages to send")
         provenance = {
@@ -9489,8 +9489,8 @@ def save_artifacts(context: EvalContext, path: Path, count: int, looked_at: int 
     latents, mask = padded(context.latents[:count])
     tensors = {"latents": latents.half().contiguous(), "mask": mask}
     examples, attentions = context.examples[:looked_at], []
-    about: dict[str, Any] = {"ids": [e.id for e in context.examples[:count]], "words": list(context.setup.part.words),
-                             "labels": [e.label for e in context.examples[:count]], "tokens": []}  # fmt: skip
+    metadata: dict[str, Any] = {"ids": [e.id for e in context.examples[:count]], "words": list(context.setup.part.words),
+                                "labels": [e.label for e in context.examples[:count]], "tokens": []}  # fmt: skip
 
     def look(module: nn.Module, args: Any, kwargs: dict[str, Any], _: Any) -> None:
         if not kwargs.get("need_weights"):
@@ -9504,18 +9504,18 @@ def save_artifacts(context: EvalContext, path: Path, count: int, looked_at: int 
                 hooks.callback(block.look.register_forward_hook(look, with_kwargs=True).remove)
             context.writer.message(texts, context.receiver.name, context.receiver.ear)
         spans = context.writer.spans(texts)
-        about["tokens"] = [[text[a:b] for a, b in row] for text, row in zip(texts, spans, strict=True)]
+        metadata["tokens"] = [[text[a:b] for a, b in row] for text, row in zip(texts, spans, strict=True)]
         parts = [
             torch.stack([*group], 1) for group in batches(attentions, context.bridge.shape.settings.depth)
         ]  # shared and private
         tensors["attention"] = torch.cat(parts, 3).half().cpu()
-    write_atomic(path, save(tensors, {"about": json.dumps(about)}))
+    write_atomic(path, save(tensors, {"about": json.dumps(metadata)}))
 
 
 def asked_digest(run_of: Row, asked: AskedSettings) -> str:
     """Every setting behind an evaluation's numbers but seeds, rows and methods: what seeds of one result have in common."""
     ignored = {"seed", "seeds", "methods", "checkpoint", "receivers", "num_samples", "bleu", "sequential_eval", "datasets",
-             "dataset", "prompt", "wrong_task"}  # fmt: skip
+               "dataset", "prompt", "wrong_task"}  # fmt: skip
     return digest_of([run_of, {name: value for name, value in asked.determining().items() if name not in ignored}])
 
 
@@ -9843,9 +9843,9 @@ class CompressorMends:
         if input_ids is None:
             tokens = self.tokenizer(text, return_tensors="pt").to(self.device)
             input_ids, attention_mask = tokens["input_ids"], tokens["attention_mask"]
-        whole = past_key_values is None and options.get("end") is None
+        cacheable = past_key_values is None and options.get("end") is None
         key = (tuple(input_ids[0].tolist()), granularity, *options.values())
-        if whole and key in self.read:
+        if cacheable and key in self.read:
             return (self.read[key], None) if return_kv else self.read[key]
         past = 0 if past_key_values is None else past_key_values[0][0].shape[2]
         end = min(options.get("end") or input_ids.shape[1], past + self.max_position_embeddings)
@@ -9860,7 +9860,7 @@ class CompressorMends:
         sides = {"before": slice(position), "after": slice(position, None)}
         nats = nats[sides.get(options.get("condition_mode", ""), slice(None))]
         loss = nats.mean() if granularity == "sentence" else nats
-        if whole:
+        if cacheable:
             if len(self.read) == 256:
                 self.read.clear()
             self.read[key] = loss
@@ -10001,8 +10001,8 @@ class Ensemble(ReadingMethod):
         sender_answers = METHODS["zeroshot:sender"](self.context).answers(examples)
         for e, *pair in zip(examples, receiver_answers, sender_answers, strict=True):
             log_probs = [torch.tensor(answer.scores[: e.options or len(words)]).log_softmax(-1) for answer in pair]
-            scores, read = sum(log_probs[1:], log_probs[0]).tolist(), pair[1]
-            answers.append(Answer(words[argmax(scores)], tuple(scores), nbytes=read.nbytes, tokens=read.tokens))
+            scores, sender = sum(log_probs[1:], log_probs[0]).tolist(), pair[1]
+            answers.append(Answer(words[argmax(scores)], tuple(scores), nbytes=sender.nbytes, tokens=sender.tokens))
         return answers
 
 
@@ -10027,10 +10027,10 @@ class KVTransfer(ReadingMethod):
         rows = [speaker.ids(part.receiver_text(example)) for example in examples]
         prefill = speaker.prefill(lay_out(speaker, None, rows, before=lm.bos, left=True))
         ids = torch.tensor([self.receiver.prompting.ending()] * len(rows), device=lm.device)
-        ready = lm.extend(prefill, ids, torch.ones_like(ids, dtype=torch.bool))
+        extended = lm.extend(prefill, ids, torch.ones_like(ids, dtype=torch.bool))
         keys = [layer.keys for layer in prefill.cache.layers]
         size = sum(2 * k.shape[1] * k.shape[3] * k.element_size() for k in keys)  # bytes per token
-        pairs = zip(self.receiver.go_on(ready, examples), rows, strict=True)
+        pairs = zip(self.receiver.go_on(extended, examples), rows, strict=True)
         return [replace(answer, tokens=len(row), nbytes=size * len(row)) for answer, row in pairs]
 
 
@@ -10089,7 +10089,7 @@ class TunedMethod(ReadingMethod):
         """One training; → its lowest validation loss (nats a token; the last training loss if no rows are held out), its values."""
         context, rows = self.context, self.context.setup.splits["train"]
         count = max(32, min(200, len(rows) // 4))  # choosing costs less than learning
-        held = sorted(context.setup.splits["validation"][:count], key=lambda example: len(context.text(example)))
+        held_out = sorted(context.setup.splits["validation"][:count], key=lambda example: len(context.text(example)))
         seed_everything(context.seed)
         parameters = self.begin()
         optimizer = torch.optim.AdamW(parameters.values(), lr=rate, weight_decay=0.0)
@@ -10126,8 +10126,8 @@ class TunedMethod(ReadingMethod):
                         done, last_loss = step, float(loss.detach())
                 if step > checked and (step % max(1, math.ceil(steps / 4)) == 0 or step == steps):
                     with torch.no_grad():
-                        losses = [float(self.loss(group)) * len(group) for group in batches(held, size)]
-                    held_loss = sum(losses) / len(held) if held else last_loss
+                        losses = [float(self.loss(group)) * len(group) for group in batches(held_out, size)]
+                    held_loss = sum(losses) / len(held_out) if held_out else last_loss
                     with unbroken():
                         checked = step
                         if held_loss < best or not values:
@@ -10369,7 +10369,7 @@ def context_of(settings: BaselineSettings, dataset: str, seed: int) -> EvalConte
     shared |= {"sender", "receiver", "samples", "val_samples", "data_seed", "max_tokens", "protocol", "state_cache"}
     values = {name: getattr(settings, name) for name in shared & settings.model_fields_set}
     run = TrainSettings(**values | {"dataset": dataset, "seed": seed, "encoder": "hidden", "init": "none", "pooler": "resampler",
-                                   "latent_len": settings.soft_tokens, "epochs": 1})  # fmt: skip
+                                    "latent_len": settings.soft_tokens, "epochs": 1})  # fmt: skip
     run, _ = resolve(run)
     part = make_task(run)
     splits, _ = training_splits(part, run)
