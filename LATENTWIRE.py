@@ -5947,13 +5947,13 @@ class Prompting:
     bos_after: bool = False
     max_answer_tokens: int = 10_000
     chat: bool = False
-    kept_frame: tuple[TokenIds, TokenIds] | None = None
+    saved_frame: tuple[TokenIds, TokenIds] | None = None
     """The chat frame that training had, where a template may write another one today (a date)."""
 
     @functools.cached_property
     def frame(self) -> tuple[TokenIds, TokenIds]:
         """What the receiver's chat template puts before and after a user's words."""
-        return self.kept_frame or self.receiver.chat_frame() if self.chat else ([], [])
+        return self.saved_frame or self.receiver.chat_frame() if self.chat else ([], [])
 
     def answer_token_ids(self, answer: str) -> TokenIds:
         """Ids of an answer after the anchor, or at the beginning of a turn."""
@@ -5982,23 +5982,23 @@ class Prompting:
 
     def after(self, example: Example | None = None, text: bool = True, soft: int = 0, answer: int = 0) -> TokenIds:
         """Ids before the answer: the anchor, after the full text or, without ``text``, the question if it is the receiver's."""
-        said = "" if example is None else (self.part.receiver_text if text else self.part.question_text)(example)
-        return self.ending(said, soft, answer)
+        prompt = "" if example is None else (self.part.receiver_text if text else self.part.question_text)(example)
+        return self.ending(prompt, soft, answer)
 
-    def ending(self, said: str = "", soft: int = 0, answer: int = 0) -> TokenIds:
+    def ending(self, text: str = "", soft: int = 0, answer: int = 0) -> TokenIds:
         """Ids of some words and what always follows them, between ``soft`` latents and an answer of so many tokens."""
         lm, before = self.receiver, len(self.receiver.bos) + len(self.frame[0]) + soft
-        whole = [*lm.ids(said), *self.frame[1], *lm.ids(self.anchor)] if self.chat else lm.ids(said + self.anchor)
-        over = before + len(whole) + max(answer, min(self.longest + 1, self.max_answer_tokens)) - lm.most
-        if over <= 0 or not said:
-            return whole
-        words = lm.ids(said)  # a model with learned positions has no place for all of them
-        return [*words[: max(0, len(words) - over - 1)], *self.frame[1], *lm.ids(self.anchor)]
+        ids = [*lm.ids(text), *self.frame[1], *lm.ids(self.anchor)] if self.chat else lm.ids(text + self.anchor)
+        excess = before + len(ids) + max(answer, min(self.longest + 1, self.max_answer_tokens)) - lm.most
+        if excess <= 0 or not text:
+            return ids
+        text_ids = lm.ids(text)  # a model with learned positions has no place for all of them
+        return [*text_ids[: max(0, len(text_ids) - excess - 1)], *self.frame[1], *lm.ids(self.anchor)]
 
     def refuse_long(self, latents: int, written: int = 0) -> None:
         """A model with learned positions must have room for latents, anchor and answer, or training would end in a crash.
 
-        ``written`` tokens of text follow the latents where it is read back.
+        ``written`` tokens of text follow the latents where it is read back. Raises LatentWireError where there is no room.
         """
         lm, answer = self.receiver, max(written, min(self.max_answer_tokens, 10_000))
         need = len(lm.bos) + len(self.frame[0]) + latents + len(self.ending()) + answer + 1
@@ -6019,7 +6019,7 @@ class Prompting:
             if soft is not None:
                 whole = [soft.embeds.shape[1]] * len(examples)
                 latents = whole if soft.mask is None else soft.mask.sum(1).tolist()
-        after = [self.after(row, text, *own) for row, *own in zip(examples, latents, sizes, strict=True)]
+        after = [self.after(example, text, *room) for example, *room in zip(examples, latents, sizes, strict=True)]
         return self.joined(soft, after, gold, left=not answers)
 
     def joined(
@@ -6052,7 +6052,7 @@ class ForwardContext:
         return self.prompting.receiver
 
     @property
-    def part(self) -> ReceiverHead:
+    def head(self) -> ReceiverHead:
         """The bridge's part for this receiver."""
         return self.bridge.ears[self.ear]
 
@@ -6066,11 +6066,13 @@ class ForwardContext:
         return replace(self.prompting.pack(soft, self.examples, text=text, answers=True), keys=self.states.keys)
 
     def read_back(self, soft: SoftPrompt, opening: str, texts: Sequence[str], count: int) -> Tensor:
-        """Cross-entropy of the texts' first ``count`` tokens after a soft prompt and an opening, the rows' mean."""
-        wanted = [self.receiver.ids(text)[:count] or [self.receiver.pad] for text in texts]
-        after = [self.receiver.ids(opening)] * len(wanted)
-        found = supervise(self.receiver, replace(self.prompting.joined(soft, after, wanted), keys=self.states.keys))
-        return found.mean_per_row()
+        """Cross-entropy of the texts' first ``count`` tokens after a soft prompt and an opening, the rows' mean ()."""
+        target = [self.receiver.ids(text)[:count] or [self.receiver.pad] for text in texts]
+        after = [self.receiver.ids(opening)] * len(target)
+        supervised = supervise(
+            self.receiver, replace(self.prompting.joined(soft, after, target), keys=self.states.keys)
+        )
+        return supervised.mean_per_row()
 
     def embedded(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
         """Embeddings (B, T, D_r) of ids, in units of the table's RMS, and their mask (B, T)."""
@@ -6080,19 +6082,19 @@ class ForwardContext:
 
 @dataclass(frozen=True)
 class Supervised:
-    """Logits (N, V) at supervised positions only, with each token's target, batch row and index in its answer."""
+    """Logits (N, V) at the N supervised positions of a batch, with each token's target, batch row and index in its answer (N,)."""
 
     logits: Tensor
     targets: Tensor
     rows: Tensor
     order: Tensor
-    heard: ForwardContext | None = None
+    forward: ForwardContext | None = None
 
     @property
     def batch(self) -> ForwardContext:
         """What led there."""
-        assert self.heard is not None
-        return self.heard
+        assert self.forward is not None
+        return self.forward
 
     @functools.cached_property
     def nats(self) -> Tensor:
@@ -6100,7 +6102,7 @@ class Supervised:
         return F.cross_entropy(self.logits, self.targets, reduction="none")
 
     def mean_per_row(self, chosen: Tensor | None = None) -> Tensor:
-        """Mean over each row's chosen tokens, all by default, then over rows: as for one batch of many so for many of one."""
+        """Mean () over each row's chosen tokens (N,), all by default, then over rows: one batch of many counts as many of one."""
         return self.row_means(self.nats, self.order >= 0 if chosen is None else chosen).mean()
 
     def row_means(self, values: Tensor, chosen: Tensor) -> Tensor:
@@ -6111,16 +6113,16 @@ class Supervised:
         return sums / sizes
 
     def first_accuracy(self) -> Tensor:
-        """Share of rows whose first answer token has the highest logit."""
+        """Share () of rows whose first answer token has the highest logit."""
         first = self.order == 0
         return (self.logits[first].argmax(-1) == self.targets[first]).float().mean()
 
 
-def supervise(lm: LM, packed: Packed, heard: ForwardContext | None = None, tuned: bool = False) -> Supervised:
+def supervise(lm: LM, packed: Packed, batch: ForwardContext | None = None, tuned: bool = False) -> Supervised:
     """One forward of the frozen LM; logits only where an answer token is predicted (Gemma's vocabulary is 262k)."""
     hidden = lm.forward(packed, tuned=tuned, use_cache=False).last_hidden_state
     logits = lm.logits(hidden[packed.rows, packed.columns])
-    return Supervised(logits, packed.targets, packed.rows, packed.order, heard)
+    return Supervised(logits, packed.targets, packed.rows, packed.order, batch)
 
 
 class Loss:
@@ -6130,25 +6132,25 @@ class Loss:
     """Settings that it brings: a class of its own in its place, whose fields become flags."""
 
     partners: ClassVar[bool] = False
-    """Whether it compares each row with one of another answer, in ``found.batch.partners``."""
+    """Whether it compares each row with one of another answer, in ``supervised.batch.partners``."""
 
     def __init__(self, settings: LossSettings) -> None:
         self.settings = settings
         self.config: Any = self.Config.of(settings)
 
-    def term(self, found: Supervised) -> Tensor:
-        """Logits (N, V) of the answers' tokens, and in ``found.batch`` all that led there → the mean over rows ()."""
+    def term(self, supervised: Supervised) -> Tensor:
+        """Logits (N, V) of the answers' tokens, and in ``supervised.batch`` all that led there → the mean over rows ()."""
         raise NotImplementedError
 
 
 @functools.cache
-def weighed(name: str, part: type[Loss]) -> type[Settings]:
+def weighed(name: str, loss: type[Loss]) -> type[Settings]:
     """The settings that a term brings: its own, and its weight where the losses have none of that name."""
     if f"{name}_weight" in LossSettings.model_fields:
-        return part.Config
-    weight: Any = (float, setting(1.0, f"Weight of: {help_of(part)}", ge=0))
-    own = part.Config.__doc__ if part.Config is not Settings else f"Loss {name}"
-    return create_model(f"{part.__name__}.Config", __base__=part.Config, __doc__=own, **{f"{name}_weight": weight})
+        return loss.Config
+    weight: Any = (float, setting(1.0, f"Weight of: {help_of(loss)}", ge=0))
+    title = loss.Config.__doc__ if loss.Config is not Settings else f"Loss {name}"
+    return create_model(f"{loss.__name__}.Config", __base__=loss.Config, __doc__=title, **{f"{name}_weight": weight})
 
 
 LOSSES: Registry[type[Loss]] = Registry("losses", "loss", Loss, LossSettings, weighed)
@@ -6158,32 +6160,32 @@ LOSSES: Registry[type[Loss]] = Registry("losses", "loss", Loss, LossSettings, we
 class AnswerCE(Loss):
     """Teacher-forced cross-entropy over the whole answer and its end token."""
 
-    def term(self, found: Supervised) -> Tensor:
-        return found.mean_per_row()
+    def term(self, supervised: Supervised) -> Tensor:
+        return supervised.mean_per_row()
 
 
 @LOSSES.register("k_token_ce")
 class KTokenCE(Loss):
     """Mean cross-entropy of the first K answer tokens, all from the same forward pass."""
 
-    def term(self, found: Supervised) -> Tensor:
-        return found.mean_per_row(found.order < self.settings.k_token_ce)
+    def term(self, supervised: Supervised) -> Tensor:
+        return supervised.mean_per_row(supervised.order < self.settings.k_token_ce)
 
 
 @LOSSES.register("first_token_ce")
 class FirstTokenCE(Loss):
     """Cross-entropy of the first answer token."""
 
-    def term(self, found: Supervised) -> Tensor:
-        return found.mean_per_row(found.order == 0)
+    def term(self, supervised: Supervised) -> Tensor:
+        return supervised.mean_per_row(supervised.order == 0)
 
 
 @LOSSES.register("first_token_entropy")
 class FirstTokenEntropy(Loss):
     """Minus the entropy (nats) of the first answer token's distribution: a bonus for staying undecided."""
 
-    def term(self, found: Supervised) -> Tensor:
-        logs = found.logits[found.order == 0].log_softmax(-1)
+    def term(self, supervised: Supervised) -> Tensor:
+        logs = supervised.logits[supervised.order == 0].log_softmax(-1)
         return (logs.exp() * logs).sum(-1).mean()
 
 
@@ -6196,13 +6198,13 @@ class Distillation(Loss):
 
         kd_tau: float = setting(1.0, "Temperature of the distillation.", gt=0)
 
-    def term(self, found: Supervised) -> Tensor:
-        batch, tau = found.batch, self.config.kd_tau
+    def term(self, supervised: Supervised) -> Tensor:
+        batch, tau = supervised.batch, self.config.kd_tau
         with torch.no_grad():
             teacher = supervise(batch.receiver, batch.answered(None, text=True)).logits
-        student = (found.logits / tau).log_softmax(-1)
+        student = (supervised.logits / tau).log_softmax(-1)
         distance = F.kl_div(student, (teacher / tau).log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        return found.row_means(distance, found.order < self.settings.k_token_ce).mean() * tau**2
+        return supervised.row_means(distance, supervised.order < self.settings.k_token_ce).mean() * tau**2
 
 
 @LOSSES.register("state_kd")
@@ -6219,23 +6221,23 @@ class StateDistillation(Loss):
             ["0.25", "0.5", "0.75"], "Layers of that distance: index or fraction of depth."
         )
 
-    def term(self, found: Supervised) -> Tensor:
-        batch, lm = found.batch, found.batch.receiver
+    def term(self, supervised: Supervised) -> Tensor:
+        batch, lm = supervised.batch, supervised.batch.receiver
         layers = [lm.layer_index(text) for text in self.config.state_kd_layers]
-        packed, told = batch.answered(batch.soft), batch.answered(None, text=True)
+        student, teacher = batch.answered(batch.soft), batch.answered(None, text=True)
         with torch.no_grad():
-            wanted = [h[told.rows, told.columns].float() for h in lm.hidden_states(told, layers)]
-        states = [h[packed.rows, packed.columns].float() for h in lm.hidden_states(packed, layers)]
-        first = found.order < self.settings.k_token_ce
-        parts = [
-            found.row_means((s - w).square().mean(-1), first) / found.row_means(w.square().mean(-1), first)
-            for s, w in zip(states, wanted, strict=True)
+            teacher_states = [h[teacher.rows, teacher.columns].float() for h in lm.hidden_states(teacher, layers)]
+        student_states = [h[student.rows, student.columns].float() for h in lm.hidden_states(student, layers)]
+        first = supervised.order < self.settings.k_token_ce
+        errors = [
+            supervised.row_means((s - t).square().mean(-1), first) / supervised.row_means(t.square().mean(-1), first)
+            for s, t in zip(student_states, teacher_states, strict=True)
         ]
-        return torch.stack(parts).mean()
+        return torch.stack(errors).mean()
 
 
 def distance(a: Tensor, b: Tensor, metric: str, mask: Tensor | None = None) -> Tensor:
-    """Distance of vectors (B, T, D): 1 - cosine, squared error, or both; the mean of each row's mean over its ``mask`` (B, T).
+    """Distance () of vectors (B, T, D): 1 - cosine, squared error, or both; the mean of each row's mean over its ``mask`` (B, T).
 
     A row without vectors is at no distance.
     """
@@ -6252,68 +6254,69 @@ def distance(a: Tensor, b: Tensor, metric: str, mask: Tensor | None = None) -> T
 class LatentAlign(Loss):
     """Distance of the first soft token to the embedding of the answer's first token."""
 
-    def term(self, found: Supervised) -> Tensor:
-        batch = found.batch
-        wanted, _ = batch.embedded([batch.prompting.answer_ids(e.answers[0])[:1] for e in batch.examples])
-        own = batch.soft.embeds[:, :1] / batch.receiver.embed_rms
-        return distance(own, wanted[:, :1], self.settings.latent_align_metric)
+    def term(self, supervised: Supervised) -> Tensor:
+        batch = supervised.batch
+        target, _ = batch.embedded([batch.prompting.answer_ids(e.answers[0])[:1] for e in batch.examples])
+        embeds = batch.soft.embeds[:, :1] / batch.receiver.embed_rms
+        return distance(embeds, target[:, :1], self.settings.latent_align_metric)
 
 
 @LOSSES.register("latent_prefix_align")
 class LatentPrefixAlign(Loss):
     """Distance of the first soft tokens to the embeddings of the answer's tokens, slot by slot."""
 
-    def term(self, found: Supervised) -> Tensor:
-        batch = found.batch
-        wanted, mask = batch.embedded([batch.prompting.gold_ids(e.answers[0]) for e in batch.examples])
-        count = min(wanted.shape[1], batch.soft.embeds.shape[1])
+    def term(self, supervised: Supervised) -> Tensor:
+        batch = supervised.batch
+        target, mask = batch.embedded([batch.prompting.gold_ids(e.answers[0]) for e in batch.examples])
+        count = min(target.shape[1], batch.soft.embeds.shape[1])
         mask = mask[:, :count] if batch.soft.mask is None else mask[:, :count] & batch.soft.mask[:, :count]
-        own = batch.soft.embeds[:, :count] / batch.receiver.embed_rms
-        return distance(own, wanted[:, :count], self.settings.latent_align_metric, mask)
+        embeds = batch.soft.embeds[:, :count] / batch.receiver.embed_rms
+        return distance(embeds, target[:, :count], self.settings.latent_align_metric, mask)
 
 
 @LOSSES.register("gist")
 class GistError(Loss):
     """Squared error of the gist head's reconstruction of the text's first embeddings."""
 
-    def term(self, found: Supervised) -> Tensor:
-        batch, head = found.batch, found.batch.part.gist
-        if head is None:
+    def term(self, supervised: Supervised) -> Tensor:
+        batch, gist = supervised.batch, supervised.batch.head.gist
+        if gist is None:
             raise LatentWireError("--gist_weight needs the head that reconstructs; add --use_gist_head")
-        made, keys = head(batch.message.latents, batch.message.mask), batch.states.keys
-        wanted, mask = batch.embedded([batch.receiver.ids(text)[: made.shape[1]] for text in batch.texts])
+        rebuilt, keys = gist(batch.message.latents, batch.message.mask), batch.states.keys
+        target, mask = batch.embedded([batch.receiver.ids(text)[: rebuilt.shape[1]] for text in batch.texts])
         if keys:  # drawn for the longest target, so that a row's own follow from its key alone
-            draws = [torch.rand(made.shape[1], generator=torch.Generator().manual_seed(key ^ 2)) for key in keys]
-            kept = torch.stack(draws)[:, : mask.shape[1]] >= head.config.gist_mask_prob
-            mask = mask & kept.to(mask.device)
-        return distance(made[:, : wanted.shape[1]], wanted, "mse", mask)
+            draws = [torch.rand(rebuilt.shape[1], generator=torch.Generator().manual_seed(key ^ 2)) for key in keys]
+            chosen = torch.stack(draws)[:, : mask.shape[1]] >= gist.config.gist_mask_prob
+            mask = mask & chosen.to(mask.device)
+        return distance(rebuilt[:, : target.shape[1]], target, "mse", mask)
 
 
 @LOSSES.register("reconstruction")
 class Reconstruction(Loss):
     """Cross-entropy of the text's own first tokens, read back from its latents."""
 
-    def term(self, found: Supervised) -> Tensor:
-        return found.batch.read_back(found.batch.soft, "\nText:", found.batch.texts, self.settings.language_tokens)
+    def term(self, supervised: Supervised) -> Tensor:
+        batch = supervised.batch
+        return batch.read_back(batch.soft, "\nText:", batch.texts, self.settings.language_tokens)
 
 
 @LOSSES.register("continuation")
 class Continuation(Loss):
     """Cross-entropy of the text's second half after latents that saw its first half only."""
 
-    def term(self, found: Supervised) -> Tensor:
-        batch, spans = found.batch, found.batch.states.spans
+    def term(self, supervised: Supervised) -> Tensor:
+        batch, spans = supervised.batch, supervised.batch.states.spans
         if spans is None:
             raise LatentWireError("--continuation_weight needs windows; add --pooler window")
         if batch.bridge.encoder.reads == "sentence":
             raise LatentWireError("--continuation_weight needs an encoder whose first half has not read the second")
         cuts = torch.tensor([[len(text) // 2] for text in batch.texts], device=spans.device)
-        heard = batch.states.heard
-        early = replace(batch.states, mask=batch.states.mask & (spans[..., 1] <= cuts),
-                        heard=heard and replace(heard, mask=heard.mask & (heard.spans[..., 1] <= cuts)))  # fmt: skip
-        soft = batch.bridge.decode(batch.bridge.encode(early, ear=batch.ear), batch.ear, batch.states.keys)
-        rest = [text[len(text) // 2 :] for text in batch.texts]
-        return batch.read_back(soft, "", rest, self.settings.language_tokens)
+        tokens = batch.states.heard
+        first_half = replace(batch.states, mask=batch.states.mask & (spans[..., 1] <= cuts),
+                             heard=tokens and replace(tokens, mask=tokens.mask & (tokens.spans[..., 1] <= cuts)))  # fmt: skip
+        soft = batch.bridge.decode(batch.bridge.encode(first_half, ear=batch.ear), batch.ear, batch.states.keys)
+        second_halves = [text[len(text) // 2 :] for text in batch.texts]
+        return batch.read_back(soft, "", second_halves, self.settings.language_tokens)
 
 
 @LOSSES.register("contrast")
@@ -6327,12 +6330,12 @@ class Contrast(Loss):
 
     partners = True
 
-    def term(self, found: Supervised) -> Tensor:
-        batch = found.batch
+    def term(self, supervised: Supervised) -> Tensor:
+        batch = supervised.batch
         assert batch.partners is not None
         other = supervise(batch.receiver, batch.answered(batch.partners.soft))
-        every = found.order >= 0
-        gain = found.row_means(other.nats, every) - found.row_means(found.nats, every)
+        every = supervised.order >= 0
+        gain = supervised.row_means(other.nats, every) - supervised.row_means(supervised.nats, every)
         return (self.config.contrast_margin - gain).clamp(min=0).mean()
 
 
@@ -6340,31 +6343,31 @@ class Contrast(Loss):
 class Manifold(Loss):
     """Squared distance of each soft prompt's mean and deviation by dimension to the table's, in its RMS."""
 
-    def term(self, found: Supervised) -> Tensor:
-        lm, embeds, mask = found.batch.receiver, found.batch.soft.embeds, found.batch.soft.mask
+    def term(self, supervised: Supervised) -> Tensor:
+        lm, embeds, mask = supervised.batch.receiver, supervised.batch.soft.embeds, supervised.batch.soft.mask
         real = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask.float()
-        own = weighted_mean(real[:, None], embeds)  # (B, 1, D_r)
-        spread = weighted_mean(real[:, None], (embeds - own).square())[:, 0].clamp(min=1e-12).sqrt()
+        centre = weighted_mean(real[:, None], embeds)  # (B, 1, D_r)
+        spread = weighted_mean(real[:, None], (embeds - centre).square())[:, 0].clamp(min=1e-12).sqrt()
         mean, deviation = lm.table_statistics
-        parts = (own[:, 0] - mean).square().mean(-1) + (spread - deviation).square().mean(-1)
-        return parts.mean() / lm.embed_rms**2
+        errors = (centre[:, 0] - mean).square().mean(-1) + (spread - deviation).square().mean(-1)
+        return errors.mean() / lm.embed_rms**2
 
 
 @LOSSES.register("scale")
 class ScaleError(Loss):
     """Squared distance of the adapter's learned scale to 1."""
 
-    def term(self, found: Supervised) -> Tensor:
-        return (found.batch.part.adapter.scale - 1).square()
+    def term(self, supervised: Supervised) -> Tensor:
+        return (supervised.batch.head.adapter.scale - 1).square()
 
 
 @LOSSES.register("rms")
 class RmsError(Loss):
     """Squared distance of the uncalibrated prompt's RMS to the table's, in units of the table's."""
 
-    def term(self, found: Supervised) -> Tensor:
-        batch = found.batch
-        square = batch.part.adapter.raw(batch.message.latents).square().mean(-1)  # (B, K)
+    def term(self, supervised: Supervised) -> Tensor:
+        batch = supervised.batch
+        square = batch.head.adapter.raw(batch.message.latents).square().mean(-1)  # (B, K)
         real = torch.ones_like(square) if batch.message.mask is None else batch.message.mask.to(square)
         raw = ((square * real).sum(1) / real.sum(1)).sqrt()
         return (raw / batch.receiver.embed_rms - 1).square().mean()
@@ -6376,18 +6379,18 @@ class Diversity(Loss):
 
     partners = True
 
-    def term(self, found: Supervised) -> Tensor:
-        batch = found.batch
+    def term(self, supervised: Supervised) -> Tensor:
+        batch = supervised.batch
         assert batch.partners is not None
-        both = batch.soft, batch.partners.soft
-        real = [soft.embeds if soft.mask is None else soft.embeds * soft.mask[..., None] for soft in both]
+        softs = batch.soft, batch.partners.soft
+        real = [soft.embeds if soft.mask is None else soft.embeds * soft.mask[..., None] for soft in softs]
         most = max(embeds.shape[1] for embeds in real)
-        own, other = (F.pad(embeds, (0, 0, 0, most - embeds.shape[1])).flatten(1) for embeds in real)
-        return F.cosine_similarity(own, other, dim=1).mean()
+        prompts, others = (F.pad(embeds, (0, 0, 0, most - embeds.shape[1])).flatten(1) for embeds in real)
+        return F.cosine_similarity(prompts, others, dim=1).mean()
 
 
 def first_token_weight(settings: LossSettings, step: int, steps: int) -> float:
-    """The first token's weight at a step, as its schedule says."""
+    """The first token's weight at a step, counted from 1, as its schedule says: constant, warm-up or half a cosine."""
     base = settings.first_token_ce_weight
     if settings.first_token_ce_schedule == "warmup":
         return base * min(1.0, step / 200)
@@ -6404,31 +6407,34 @@ def weights_of(settings: LossSettings) -> dict[str, float]:
     return {name: weight for name, weight in weights.items() if weight}
 
 
-def total_loss(found: Supervised, settings: LossSettings) -> tuple[Tensor, dict[str, float]]:
-    """The weighted sum of the terms whose weight is not 0, and each term's own value."""
+def total_loss(supervised: Supervised, settings: LossSettings) -> tuple[Tensor, dict[str, float]]:
+    """The weighted sum () of the terms whose weight is not 0, with gradients, and each term's own value, unweighted."""
     weights = weights_of(settings)
-    terms = {name: LOSSES[name](settings).term(found) for name in weights}
+    terms = {name: LOSSES[name](settings).term(supervised) for name in weights}
     values = {name: float(value.detach()) for name, value in terms.items()}
     if settings.first_token_autoscale and terms.keys() >= {"first_token_ce", "answer_ce"}:
-        first, every = found.row_means(found.nats, found.order == 0), found.row_means(found.nats, found.order >= 0)
+        first = supervised.row_means(supervised.nats, supervised.order == 0)
+        every = supervised.row_means(supervised.nats, supervised.order >= 0)
         lag = (first / every.clamp(min=1e-6)).detach().clamp(1.0, 8.0)  # each row's own
         terms["first_token_ce"] = (lag * first).mean()
     total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
     return total, {f"loss_{name}": value for name, value in values.items()}
 
 
-def text_step(heard: ForwardContext, settings: ScheduleSettings) -> tuple[Tensor, Supervised]:
-    """A text step: the soft prompt's distance to the text's own embeddings, pooled evenly to its length, in table RMS²;
-    and the answer's cross-entropy after the text itself, which only LoRA can lower."""
-    wanted, mask = heard.embedded([heard.receiver.ids(text) or [heard.receiver.pad] for text in heard.texts])
-    most, slots = heard.soft.embeds.shape[1], heard.message.mask
+def text_step(batch: ForwardContext, settings: ScheduleSettings) -> tuple[Tensor, Supervised]:
+    """A text step: the soft prompt's distance to the text's own embeddings, pooled evenly to its length, in table RMS².
+
+    With LoRA also the answer's cross-entropy after the text itself, which nothing else can lower; → loss (), predictions.
+    """
+    target, mask = batch.embedded([batch.receiver.ids(text) or [batch.receiver.pad] for text in batch.texts])
+    most, slots = batch.soft.embeds.shape[1], batch.message.mask
     shares = partition_mask(mask, most if slots is None else slots.sum(1, keepdim=True), most).float()  # (B, K, T)
-    own = heard.soft.embeds / heard.receiver.embed_rms
-    gap = distance(own, weighted_mean(shares, wanted), "mse", shares.sum(-1) > 0)
-    packed, lora = heard.answered(None, text=True), bool(heard.receiver.lora)
+    embeds = batch.soft.embeds / batch.receiver.embed_rms
+    gap = distance(embeds, weighted_mean(shares, target), "mse", shares.sum(-1) > 0)
+    packed, lora = batch.answered(None, text=True), bool(batch.receiver.lora)
     with contextlib.nullcontext() if lora else torch.no_grad():
-        found = supervise(heard.receiver, packed, tuned=True)
-    return settings.text_align_weight * gap + (found.mean_per_row() if lora else 0.0), found
+        supervised = supervise(batch.receiver, packed, tuned=True)
+    return settings.text_align_weight * gap + (supervised.mean_per_row() if lora else 0.0), supervised
 
 
 # §10 TRAINING: one loop, its checkpoint and its log

@@ -189,7 +189,7 @@ def test_alignment_and_gist_with_nothing_to_compare_cost_nothing() -> None:
     one = made("--use_gist_head", "--gist_mask_prob", "0.999999")
     seen = found(one, places=range(3))
     blind = replace(seen.batch.soft, mask=torch.zeros_like(seen.batch.soft.mask))
-    seen = replace(seen, heard=replace(seen.batch, soft=blind))
+    seen = replace(seen, forward=replace(seen.batch, soft=blind))
     assert loss("latent_prefix_align", seen) == loss("gist", seen) == 0
     assert loss("gist", found(one)) > 0.1  # rows outside a training stream have no keys, and nothing is masked
 
@@ -223,7 +223,7 @@ def test_table_statistics_scale_and_size_are_nothing_at_their_targets() -> None:
     lm, seen = one.receiver, found(one)
     ids = torch.linspace(0, lm.table.weight.shape[0] - 1, 8192).long().unique()
     heard = seen.batch
-    table = replace(seen, heard=replace(heard, soft=lw.SoftPrompt(lm.embed(ids)[None])))
+    table = replace(seen, forward=replace(heard, soft=lw.SoftPrompt(lm.embed(ids)[None])))
     assert loss("manifold", table) < 1e-10
     mean, deviation = lm.embed(ids).mean(0), lm.embed(ids).std(0, correction=0)
     parts = [
@@ -231,7 +231,7 @@ def test_table_statistics_scale_and_size_are_nothing_at_their_targets() -> None:
         for own in prompts(seen)
     ]
     assert loss("manifold", seen) == pytest.approx(float(sum(parts)) / 3 / lm.embed_rms**2, rel=1e-4)
-    lone = replace(seen, heard=replace(heard, soft=lw.SoftPrompt(lm.embed(ids[:1])[None])))
+    lone = replace(seen, forward=replace(heard, soft=lw.SoftPrompt(lm.embed(ids[:1])[None])))
     assert math.isfinite(loss("manifold", lone))
     adapter = one.bridge.ears[0].adapter
     with torch.no_grad():
