@@ -6069,10 +6069,8 @@ class ForwardContext:
         """Cross-entropy of the texts' first ``count`` tokens after a soft prompt and an opening, the rows' mean ()."""
         target = [self.receiver.ids(text)[:count] or [self.receiver.pad] for text in texts]
         after = [self.receiver.ids(opening)] * len(target)
-        supervised = supervise(
-            self.receiver, replace(self.prompting.joined(soft, after, target), keys=self.states.keys)
-        )
-        return supervised.mean_per_row()
+        packed = replace(self.prompting.joined(soft, after, target), keys=self.states.keys)
+        return supervise(self.receiver, packed).mean_per_row()
 
     def embedded(self, rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
         """Embeddings (B, T, D_r) of ids, in units of the table's RMS, and their mask (B, T)."""
@@ -6455,7 +6453,7 @@ class Silent(Report):
 
 
 def learning_rate(settings: OptimSettings, step: int, steps: int) -> float:
-    """Linear warm-up to the peak, then half a cosine down to 2 % of it; ``step`` counts from 1."""
+    """Linear warm-up to the peak, then half a cosine (Loshchilov & Hutter 2017) down to 2 % of it; ``step`` counts from 1."""
     warmup = min(settings.warmup_steps if settings.warmup_steps is not None else steps // 20, steps // 2)
     if step <= warmup:
         return settings.lr * step / warmup
@@ -6484,7 +6482,7 @@ def permutation(seed: int, epoch: int, rows: int) -> list[int]:
 
 
 def offloaded_adamw(groups: Sequence[Mapping[str, Any]], **options: Any) -> torch.optim.AdamW:
-    """AdamW whose state and master weights live in CPU memory; the device holds weights and gradients only.
+    """AdamW with its state and master weights in CPU memory (ZeRO-Offload, Ren et al. 2021); the device has weights and gradients.
 
     A step fetches the gradients and brings the weights back; loading its state takes the device's weights, loaded before.
     """
@@ -6509,19 +6507,19 @@ def profiling(folder: Path) -> Any:
     """torch's profiler over six steps; the trace opens in chrome://tracing or ui.perfetto.dev."""
     from torch import profiler
 
-    def save(found: Any) -> None:
-        table = found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
+    def save(profile: Any) -> None:
+        table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
         write_atomic(folder / "operators.txt", table.encode())
-        found.export_chrome_trace(str(folder / "trace.json"))
+        profile.export_chrome_trace(str(folder / "trace.json"))
 
     return profiler.profile(schedule=profiler.schedule(wait=1, warmup=1, active=6, repeat=1), on_trace_ready=save)
 
 
 def resident(word: str) -> int | None:
     """Bytes of this process, VmRSS now or VmHWM at most (proc(5)); None where the system does not tell."""
-    told = Path("/proc/self/status")
-    found = re.search(rf"{word}:\s+(\d+) kB", told.read_text()) if told.exists() else None
-    return int(found[1]) * 1024 if found else None
+    status = Path("/proc/self/status")
+    match = re.search(rf"{word}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(match[1]) * 1024 if match else None
 
 
 def peak_memory(device: torch.device) -> int:
@@ -6553,13 +6551,15 @@ Clock = Callable[..., None]
 class Costs:
     """Seconds of some work by part, forward and backward: a gradient that reaches a border ends the part behind it."""
 
-    def __init__(self, wanted: bool = True, parts: Sequence[str] = ()) -> None:
-        self.wanted, self.seconds = wanted, dict.fromkeys(parts, 0.0)
+    def __init__(self, enabled: bool = True, parts: Sequence[str] = ()) -> None:
+        self.enabled, self.seconds = enabled, dict.fromkeys(parts, 0.0)
 
     def start(self, now: bool = True) -> Clock:
-        """``clock(part, border, behind)``: the time since the last call was ``part``'s; the backward pass through
-        ``border`` ends the time of ``behind``."""
-        if not (self.wanted and now):
+        """``clock(part, border, behind)``: the time since the last call was ``part``'s.
+
+        The backward pass through ``border`` ends the time of ``behind``.
+        """
+        if not (self.enabled and now):
             return lambda *_: None
         last = synchronized_time()
 
@@ -6579,7 +6579,7 @@ class Costs:
 
 
 def trackers(settings: TrainSettings, folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Where else a row of the log goes."""
+    """Where else a row of the log goes; LatentWireError where the package for it is missing."""
     if "tensorboard" in settings.track:
         require("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
@@ -6623,7 +6623,7 @@ class Sender:
         return [sender_spans(self.reader, text, self.limit) for text in texts]
 
     def collect(self, texts: Iterable[str], where: str, tick: Callable[[int, int], None], *owner: Any) -> StateStore:
-        """Read all texts once and keep their states; ``where`` is memory or disk."""
+        """Read all texts once and keep their states; ``where`` is memory or disk, ``tick(done, total)`` is told how far it is."""
         self.store = collect_states(self.reader, texts, self.bridge.shape.layers, self.limit, where, tick, *owner)
         return self.store
 
@@ -6648,11 +6648,11 @@ class Sender:
     def located(self, states: States, texts: Sequence[str], first: LM | None = None) -> States:
         """States with the characters (B, T, 2) of their tokens, and with the texts as tokens of the receiver ``first``."""
         spans = pad_spans(self.spans(texts), states.mask.shape[1], states.mask.device)
-        heard = first.heard(texts) if first else None
-        if heard:  # nothing of what was cut off
-            seen = covered_by(spans, torch.ones(spans.shape[:2], device=spans.device), heard.spans)
-            heard = replace(heard, mask=heard.mask & (seen > 1e-9))
-        return replace(states, spans=spans, heard=heard)
+        tokens = first.heard(texts) if first else None
+        if tokens:  # nothing of what was cut off
+            shares = covered_by(spans, torch.ones(spans.shape[:2], device=spans.device), tokens.spans)
+            tokens = replace(tokens, mask=tokens.mask & (shares > 1e-9))
+        return replace(states, spans=spans, heard=tokens)
 
     def message(self, texts: Sequence[str], language: str, ear: int = 0) -> Message:
         """One Message (B, K, D_w) of all texts; ``language`` is ``bridge.language(ear)`` of the receiver number ``ear``."""
@@ -6669,8 +6669,8 @@ class Trainer:
         self.promptings = [prompting_of(settings, self.part, lm) for lm in setup.receivers]
         self.prompting = self.promptings[0]
         epoch_steps = math.ceil(len(self.train_rows) / settings.rows_per_step)
-        asked = math.ceil(settings.epochs * epoch_steps) if settings.epochs else DEFAULT_STEPS
-        self.steps = asked if settings.steps is None else settings.steps
+        default_steps = math.ceil(settings.epochs * epoch_steps) if settings.epochs else DEFAULT_STEPS
+        self.steps = default_steps if settings.steps is None else settings.steps
         self.eval_every = settings.eval_every or max(1, self.steps // 10)
         self.checkpoints = Checkpoints(run.folder / "checkpoint", settings.keep_checkpoints)
         seed_everything(settings.seed)
@@ -6698,25 +6698,25 @@ class Trainer:
         """Small float16 gradients would vanish."""
 
     def adopt(self, folder: Path) -> None:
-        """Take a trained run's bridge; what it already has stays frozen, only new receivers' parts learn."""
+        """Take a trained run's bridge, of this shape or LatentWireError; it stays frozen, only new receivers' parts learn."""
         checkpoint = Checkpoint.open(folder)
         old = checkpoint.bridge()
-        wanted = replace(self.bridge.shape, ears=self.bridge.shape.ears[: len(old.shape.ears)])
-        if differing := [k for k, v in old.shape.saved().items() if wanted.saved()[k] != v]:
-            words = ", ".join(differing)
-            raise LatentWireError(f"--extend {folder}: that bridge differs in {words}; leave these flags out")
+        shape = replace(self.bridge.shape, ears=self.bridge.shape.ears[: len(old.shape.ears)])
+        if differing := [k for k, v in old.shape.saved().items() if shape.saved()[k] != v]:
+            names = ", ".join(differing)
+            raise LatentWireError(f"--extend {folder}: that bridge differs in {names}; leave these flags out")
         self.bridge.load_state_dict(old.state_dict(), strict=False)
         self.fresh = [*range(len(old.shape.ears), len(self.bridge.ears))]
         self.bridge.requires_grad_(False)
         for ear in self.fresh:
-            for own in (self.bridge.ears[ear], *self.bridge.pooler.private[ear : ear + 1]):
-                own.requires_grad_(True)
-        for name, kept in checkpoint.tensors.get("lora", {}).items():
-            self.lora[name].data.copy_(kept)
+            for module in (self.bridge.ears[ear], *self.bridge.pooler.private[ear : ear + 1]):
+                module.requires_grad_(True)
+        for name, tensor in checkpoint.tensors.get("lora", {}).items():
+            self.lora[name].data.copy_(tensor)
             self.lora[name].requires_grad_(False)
 
     def go_on_from(self, folder: Path) -> None:
-        """Begin with a trained run's weights, all of which go on learning."""
+        """Begin with a trained run's weights, of this shape or LatentWireError; all of them go on learning."""
         tensors = Checkpoint.open(folder).tensors
         try:
             self.bridge.load_state_dict(dict(tensors["bridge"]))
@@ -6777,8 +6777,8 @@ class Trainer:
             if self.bridge.ears[ear].adapter.colour is not None:
                 self.bridge.ears[ear].adapter.colour.data = torch.stack(self.setup.receivers[ear].table_statistics)
         if fresh and self.bridge.start is not None:
-            some = [*dict.fromkeys(texts)][:256]
-            self.bridge.begin([self.sample(group) for group in batches(some, 16)], self.fresh)
+            samples = [*dict.fromkeys(texts)][:256]
+            self.bridge.begin([self.sample(group) for group in batches(samples, 16)], self.fresh)
         size = self.settings.batch_size
         self.progress.micro = self.progress.micro or (self.fitting() if size == "auto" else size)
 
@@ -6807,7 +6807,7 @@ class Trainer:
     def compares(self) -> bool:
         """Whether a term compares rows with rows of another answer."""
         names = [name for name in weights_of(self.settings) if LOSSES[name].partners]
-        if names and any(all(alike(one, other) for other in self.train_rows) for one in self.train_rows):
+        if names and any(all(alike(row, other) for other in self.train_rows) for row in self.train_rows):
             raise LatentWireError(
                 f"--{names[0]}_weight compares rows of different answers, and one answer is that of all {len(self.train_rows)} "
                 f"training rows"
@@ -6817,9 +6817,9 @@ class Trainer:
     def partner_of(self, place: int) -> Example:
         """A row of another answer than the one at a place of the stream: a pure function of seed and place."""
         rows = self.train_rows
-        own = rows[row_at(self.settings.seed, place, len(rows))]
+        example = rows[row_at(self.settings.seed, place, len(rows))]
         start = int(digest_of([self.settings.seed, place, "partner"]), 16)
-        return next(row for i in range(len(rows)) if not alike(own, row := rows[(start + i) % len(rows)]))
+        return next(row for i in range(len(rows)) if not alike(example, row := rows[(start + i) % len(rows)]))
 
     def ear_at(self, step: int) -> int:
         """The receiver of a step: sampled, the same for all rows and processes."""
@@ -6843,13 +6843,13 @@ class Trainer:
         if settings.ratio:
             self.bridge.ratio = settings.ratio[min(len(settings.ratio) - 1, int(progress * len(settings.ratio)))]
         self.bridge.quantize = settings.quantize_from < 1 and progress >= settings.quantize_from
-        now: dict[str, Any] = {}
+        overrides: dict[str, Any] = {}
         if settings.first_token_ce_schedule != "none":
-            now["first_token_ce_weight"] = first_token_weight(settings, step, self.steps)
+            overrides["first_token_ce_weight"] = first_token_weight(settings, step, self.steps)
         if settings.adaptive_k_start or settings.adaptive_k_end:
-            first = settings.adaptive_k_start or settings.k_token_ce
-            now["k_token_ce"] = round(first + ((settings.adaptive_k_end or settings.k_token_ce) - first) * progress)
-        return settings.model_copy(update=now) if now else settings
+            first, last = (k or settings.k_token_ce for k in (settings.adaptive_k_start, settings.adaptive_k_end))
+            overrides["k_token_ce"] = round(first + (last - first) * progress)
+        return settings.model_copy(update=overrides) if overrides else settings
 
     def backward(self, places: Sequence[int]) -> dict[str, float]:
         """Gradients of some rows of a step, named by their places in the endless stream; → their share of its values."""
@@ -6857,18 +6857,18 @@ class Trainer:
         settings, ear, text = self.scheduled(step), self.ear_at(step), self.reads_text(step)
         examples = [self.train_rows[row_at(settings.seed, place, len(self.train_rows))] for place in places]
         clock = self.costs.start(3 <= step <= 8)
-        heard = self.hear(examples, ear, places, clock)
+        batch = self.hear(examples, ear, places, clock)
         if self.compares and not text:
-            heard = replace(heard, partners=self.hear([self.partner_of(place) for place in places], ear, places))
+            batch = replace(batch, partners=self.hear([self.partner_of(place) for place in places], ear, places))
         if text:
-            loss, found = text_step(heard, settings)
-            terms, tokens = {"loss_text_align": float(loss.detach())}, float(len(found.targets))
+            loss, supervised = text_step(batch, settings)
+            terms, tokens = {"loss_text_align": float(loss.detach())}, float(len(supervised.targets))
         else:
-            packed = heard.answered(heard.soft)
-            found, tokens = supervise(heard.receiver, packed, heard), float(packed.mask.sum())
-            loss, terms = total_loss(found, settings)
+            packed = batch.answered(batch.soft)
+            supervised, tokens = supervise(batch.receiver, packed, batch), float(packed.mask.sum())
+            loss, terms = total_loss(supervised, settings)
             if settings.log_shapes and not self.shown:
-                self.report.say(f"shapes: {shapes_of(heard.states, heard.message, heard.soft, packed, found)}")
+                self.report.say(f"shapes: {shapes_of(batch.states, batch.message, batch.soft, packed, supervised)}")
                 self.shown = True
         weight = len(places) / settings.rows_per_step
         clock("receiver")
@@ -6879,15 +6879,15 @@ class Trainer:
                 raise
             raise LatentWireError(f"{error} at step {step}; lower --lr or use --dtype float32") from None
         clock("encoder")
-        values = {"loss": float(loss.detach()), **terms, "first_acc": float(found.first_accuracy())}
+        values = {"loss": float(loss.detach()), **terms, "first_acc": float(supervised.first_accuracy())}
         return {name: value * weight for name, value in values.items()} | {"tokens": tokens}
 
     def gradients(self, step: int, size: int) -> dict[str, float]:
         """This process's share of a step, ``size`` rows at a time; → its share of the step's values."""
         for parameter in self.parameters:
             parameter.grad = None
-        for part in self.bridge.ears:
-            part.adapter.noted = [0.0, 0.0]
+        for head in self.bridge.ears:
+            head.adapter.noted = [0.0, 0.0]
         seed_everything(self.settings.seed, step)
         rows = self.settings.rows_per_step
         sums: dict[str, float] = collections.defaultdict(float)
@@ -6899,18 +6899,18 @@ class Trainer:
     def halving(self, which: Literal["micro", "group"], work: Callable[[int], dict[str, float]]) -> dict[str, float]:
         """``work(rows at a time)``; when memory runs out in any process, all do it again with half as many rows."""
         while True:
-            size, found, number = getattr(self.progress, which), {}, 0
+            size, sums, number = getattr(self.progress, which), {}, 0
             with short_of_memory() as short:
                 try:
                     with breakable(self.run.folder, which):
-                        found = work(size)
+                        sums = work(size)
                 except Interrupted as stop:
                     number = stop.number
             missed, number = map(int, self.world.all_reduce_max(bool(short), number))
             if number:  # agreed; a validation that is cut short is done anew
                 raise Interrupted(self.run.folder, f"step {self.progress.step}", number)
             if not missed:
-                return self.world.total(found)
+                return self.world.total(sums)
             if size == 1:
                 raise LatentWireError(
                     "one row at a time does not fit into memory; use --gradient_checkpointing, a smaller --max_tokens, or "
@@ -6947,12 +6947,12 @@ class Trainer:
             return not self.world.all_reduce_max(bool(short))[0]
 
         most = math.ceil(rows / self.world.size)
-        found = most if fits(most) else max(1, bisect.bisect(range(1, most), False, key=lambda size: not fits(size)))
-        self.report.say(f"--batch_size auto: {found} rows at a time, {rows} per optimizer step")
-        return found
+        size = most if fits(most) else max(1, bisect.bisect(range(1, most), False, key=lambda size: not fits(size)))
+        self.report.say(f"--batch_size auto: {size} rows at a time, {rows} per optimizer step")
+        return size
 
     def step(self) -> dict[str, float]:
-        """One optimizer step; → its row for the log."""
+        """One optimizer step; → its row for the log. Raises LatentWireError where the gradient is not finite."""
         started, step = time.perf_counter(), self.progress.step + 1
         ear = self.ear_at(step)
         sums = self.halving("micro", functools.partial(self.gradients, step))
@@ -6964,7 +6964,7 @@ class Trainer:
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad.div_(self.loss_scale)
-        parts = self.parts_of_gradient() if self.settings.debug else {}
+        part_norms = self.parts_of_gradient() if self.settings.debug else {}
         norm = float(nn.utils.clip_grad_norm_(self.parameters, self.settings.clip))
         if not math.isfinite(norm):
             raise LatentWireError(f"the loss is not finite at step {step}; lower --lr or use --dtype float32")
@@ -6976,10 +6976,10 @@ class Trainer:
         seconds = time.perf_counter() - started
         self.progress.seconds += seconds
         times = {"tokens_per_s": tokens / seconds, "seconds": self.progress.seconds}
-        more: dict[str, Any] = {"receiver": self.setup.receivers[ear].name} if self.promptings[1:] else {}
-        more |= {"mode": "text"} if self.reads_text(step) else {}
+        tags: dict[str, Any] = {"receiver": self.setup.receivers[ear].name} if self.promptings[1:] else {}
+        tags |= {"mode": "text"} if self.reads_text(step) else {}
         memory = {"peak_memory_bytes": peak_memory(self.receiver.device)} if self.settings.profile_memory else {}
-        return {"step": step, **sums, "grad_norm": norm, "lr": rate, **times, **more, **parts, **memory}
+        return {"step": step, **sums, "grad_norm": norm, "lr": rate, **times, **tags, **part_norms, **memory}
 
     def parts_of_gradient(self) -> dict[str, float]:
         """The gradient's norm in each part of the bridge and of its receivers' parts."""
@@ -6991,7 +6991,7 @@ class Trainer:
         return {f"grad_{part}": math.sqrt(value) for part, value in squares.items()}
 
     def validate(self) -> dict[str, float]:
-        """Loss, and accuracy by full-label likelihood where the task has class words, on the held-out rows."""
+        """Loss in nats per token, and accuracy by full-label likelihood where the task has class words, on the held-out rows."""
         started = time.perf_counter()
         self.scheduled(self.progress.step)  # of a run that goes on with its validation, too
         self.bridge.eval()
@@ -7000,8 +7000,8 @@ class Trainer:
         self.bridge.train()
         self.progress.seconds += time.perf_counter() - started
         count = len(self.validation_rows)
-        found = {"val_loss": sums["loss"] / count}
-        return found | ({"val_accuracy": sums["right"] / count} if self.part.words else {})
+        metrics = {"val_loss": sums["loss"] / count}
+        return metrics | ({"val_accuracy": sums["right"] / count} if self.part.words else {})
 
     @torch.no_grad()
     def validation_sums(self, size: int) -> dict[str, float]:
@@ -7009,14 +7009,14 @@ class Trainer:
         sums = {"loss": 0.0, "right": 0.0}
         share = [*batches(self.world.share_of(self.validation_rows), size)]
         for examples, ear in itertools.product(share, self.fresh):
-            heard = self.hear(examples, ear)
-            lm, labels = heard.receiver, heard.prompting.label_ids
-            found = supervise(lm, heard.answered(heard.soft))
-            sums["loss"] += float(found.mean_per_row()) * len(examples) / len(self.fresh)
+            batch = self.hear(examples, ear)
+            lm, labels = batch.receiver, batch.prompting.label_ids
+            supervised = supervise(lm, batch.answered(batch.soft))
+            sums["loss"] += float(supervised.mean_per_row()) * len(examples) / len(self.fresh)
             if self.part.words:
-                prefill = lm.prefill(heard.prompting.pack(heard.soft, examples))
+                prefill = lm.prefill(batch.prompting.pack(batch.soft, examples))
                 scored = zip(lm.score(prefill, [labels] * len(examples)), examples, strict=True)
-                right = sum(argmax(by_length_of(labels, row), e.options) == e.label for row, e in scored)
+                right = sum(argmax(by_length_of(labels, scores), e.options) == e.label for scores, e in scored)
                 sums["right"] += right / len(self.fresh)
         return sums
 
@@ -7057,7 +7057,7 @@ class Trainer:
             "schema": 3, "progress": dict(self.progress), "steps": self.steps, "shape": self.bridge.shape.saved(),
             "settings": self.settings.model_dump(mode="json"), "sender": self.sender.identity(),
             "receivers": [lm.identity() for lm in self.setup.receivers], "task": self.setup.describe(self.prompting.anchor)
-            | {"frames": {one.receiver.name: one.frame for one in self.promptings if one.chat}},
+            | {"frames": {prompting.receiver.name: prompting.frame for prompting in self.promptings if prompting.chat}},
             "bridge": self.bridge.fingerprint(), "source_sha256": sha256_of(Path(__file__)),
             "world_size": self.world.size, "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID"),
             "plugins": plugins_of(self.settings.plugin),
@@ -7067,17 +7067,17 @@ class Trainer:
         """Go on from the newest whole checkpoint: weights, optimizer, position; the log is cut back to it."""
         if self.world.is_main:
             sweep(self.run.folder)
-        found = self.world.broadcast(self.checkpoints.newest(self.report) if self.world.is_main else None)
-        if found:
-            self.take_up(*found)
+        loaded = self.world.broadcast(self.checkpoints.newest(self.report) if self.world.is_main else None)
+        if loaded:
+            self.take_up(*loaded)
         path = self.run.folder / "diagnostics.jsonl"
         if path.exists() and self.world.is_main:
             logged = self.progress.step - bool(self.progress.pending)  # a step is logged after its validation
-            kept = [row for row in read_rows(path) if row["step"] <= logged]
-            write_atomic(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            rows = [row for row in read_rows(path) if row["step"] <= logged]
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
     def take_up(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint, which must be of this bridge and of these rows."""
+        """Go on from a checkpoint; LatentWireError where it is of another bridge or of other rows."""
         folder = self.run.folder
         ask_for_plugins(state, folder)
         if state["shape"] != json.loads(json.dumps(self.bridge.shape.saved())):
@@ -7100,10 +7100,10 @@ class Trainer:
 
     def best_is_ahead(self) -> bool:
         """Whether ``checkpoint/best`` is of steps that a kill has taken from the run, or cannot be read."""
-        kept = self.kept_best()
-        return self.checkpoints.best.exists() and (kept is None or kept[1]["progress"]["step"] > self.progress.step)
+        best = self.load_best()
+        return self.checkpoints.best.exists() and (best is None or best[1]["progress"]["step"] > self.progress.step)
 
-    def kept_best(self) -> Kept | None:
+    def load_best(self) -> Loaded | None:
         """What ``checkpoint/best`` holds; None where it cannot be read, and the next validation chooses anew."""
         try:
             return load_checkpoint(self.checkpoints.best)
@@ -7130,11 +7130,14 @@ class Trainer:
             self.progress.finished, self.progress.stale = False, 0
             if self.world.is_main:
                 (folder / "DONE").unlink(missing_ok=True)
-                if kept := self.kept_best():  # a copy of it alone is of a finished run no more
-                    save_checkpoint(self.checkpoints.best, kept[0], kept[1] | {"finished": False, "steps": self.steps})
+                if best := self.load_best():  # a copy of it alone is of a finished run no more
+                    save_checkpoint(self.checkpoints.best, best[0], best[1] | {"finished": False, "steps": self.steps})
 
     def train(self) -> dict[str, Any]:
-        """The loop: step, log, validate, keep the best, stop early or when asked; → summary."""
+        """The loop: step, log, validate, keep the best, stop early or when asked; → summary.
+
+        Raises Interrupted after a signal, once all is saved, and LatentWireError where the loss is not finite.
+        """
         self.restore()
         alone = self.world.size == 1  # several have collectives in between, and look at their signals there
         with breakable(self.run.folder, "the sender states") if alone else contextlib.nullcontext():
@@ -7182,9 +7185,9 @@ class Trainer:
             self.progress.pending = {}
             if not math.isfinite(row["val_loss"]):
                 best = self.progress.best_step
-                kept = f"the best so far is of step {best}" if best else "nothing was saved"
+                saved = f"the best so far is of step {best}" if best else "nothing was saved"
                 raise LatentWireError(
-                    f"the validation loss is not finite at step {step} ({kept}); a lower --lr or --dtype float32 is another run: "
+                    f"the validation loss is not finite at step {step} ({saved}); a lower --lr or --dtype float32 is another run: "
                     f"start it in another --output_dir"
                 )
             if self.consider(row):
@@ -7197,8 +7200,8 @@ class Trainer:
             for track in self.trackers:
                 track(row)
         self.report.tick("training", step, self.steps, f"loss {row['loss']:.3f}")
-        waited = self.world.is_main and time.monotonic() - self.saved_at >= self.settings.checkpoint_interval
-        number, late = self.world.all_reduce_max(SIGNALS[0] if SIGNALS else 0, waited)
+        overdue = self.world.is_main and time.monotonic() - self.saved_at >= self.settings.checkpoint_interval
+        number, late = self.world.all_reduce_max(SIGNALS[0] if SIGNALS else 0, overdue)
         if due or late or number:
             self.save()
         if number and not self.progress.finished:
@@ -7213,7 +7216,7 @@ def alike(a: Example, b: Example) -> bool:
 
 
 def summary_of(folder: Path, progress: Progress) -> dict[str, Any]:
-    """What ``train`` returns: the run's folder, its length and its best validation."""
+    """What ``train`` returns: the run's folder, its steps, its seconds at work and its best validation."""
     steps = {"steps": progress.step, "best_step": progress.best_step, "seconds": progress.seconds}
     validation = {name: value for name, value in progress.best_validation.items() if name.startswith("val_")}
     return {"run": str(folder), **steps, **validation}
@@ -7227,7 +7230,7 @@ def validation_line(row: Mapping[str, Any], steps: int, progress: Progress) -> s
 
 
 def by_length_of(labels: Sequence[TokenIds], scores: Sequence[float]) -> list[float]:
-    """Log-likelihoods of class words, divided by their token counts where these differ."""
+    """Log-likelihoods of class words in nats, divided by their token counts where these differ."""
     equal = len({len(label) for label in labels}) == 1
     return [score / (1 if equal else len(label)) for score, label in zip(scores, labels, strict=True)]
 
@@ -7244,23 +7247,23 @@ def restore_lora(lora: Mapping[str, nn.Parameter], tensors: Mapping[str, Mapping
 
 
 def prompting_of(
-    settings: TrainSettings, part: Task, lm: LM, anchor: str | None = None, frames: Mapping[str, Any] | None = None
+    settings: TrainSettings, task: Task, lm: LM, anchor: str | None = None, frames: Mapping[str, Any] | None = None
 ) -> Prompting:
     """The one way in which a run prompts a receiver; ``frames`` are the chat frames that its training had."""
     mode, anchor = settings.anchor_mode, settings.anchor_text if anchor is None else anchor
     if mode == "none" or anchor is None:
-        anchor = {"text": part.anchor, "chat": "", "none": "\n"}[mode]
-    after = settings.append_bos_after_prefix == "yes" and mode != "chat"
-    said, kept = anchor.rstrip(" "), (frames or {}).get(lm.name)  # an answer brings its own space
-    return Prompting(lm, part, said, after, settings.max_answer_tokens, mode == "chat", kept and (kept[0], kept[1]))
+        anchor = {"text": task.anchor, "chat": "", "none": "\n"}[mode]
+    chat, bos_after = mode == "chat", settings.append_bos_after_prefix == "yes" and mode != "chat"
+    anchor, frame = anchor.rstrip(" "), (frames or {}).get(lm.name)  # an answer brings its own space
+    return Prompting(lm, task, anchor, bos_after, settings.max_answer_tokens, chat, frame and (frame[0], frame[1]))
 
 
 def stages_of(settings: ScheduleSettings) -> str:
-    """The stages as one lower-case word: A,B,C → abc."""
-    found = "".join(settings.stages).lower()
-    if set(found) - set("abc") or not found:
-        raise LatentWireError(f"--stages {found!r}: give A, B and C, such as --stages A,B,C")
-    return found
+    """The stages as one lower-case word, A,B,C → abc; LatentWireError where there are others or none."""
+    stages = "".join(settings.stages).lower()
+    if set(stages) - set("abc") or not stages:
+        raise LatentWireError(f"--stages {stages!r}: give A, B and C, such as --stages A,B,C")
+    return stages
 
 
 def text_limit(settings: TrainSettings, sender: Reader) -> int:
@@ -7269,28 +7272,28 @@ def text_limit(settings: TrainSettings, sender: Reader) -> int:
     return max(1, settings.max_bytes // ByteReader.PATCH) if patches else min(settings.max_tokens, sender.most)
 
 
-def questions_cut(part: Task, examples: Sequence[Example], sender: Reader, limit: int) -> float:
-    """The share of questions of which something is lost when long texts are cut."""
+def questions_cut(task: Task, examples: Sequence[Example], sender: Reader, limit: int) -> float:
+    """The share, 0 to 1, of questions of which something is lost when texts are cut to ``limit`` tokens."""
     lost = 0
     for example in examples:
-        text, wanted = part.sender_text(example), len(example.question.split())
-        if len(sender_ids(sender, text, 10**9)) > limit and wanted:
+        text, words = task.sender_text(example), len(example.question.split())
+        if len(sender_ids(sender, text, 10**9)) > limit and words:
             start = text.find(example.question)
             end = start + len(example.question)
-            lost += sum(start <= a and b <= end for a, b in sender_spans(sender, text, limit)) < wanted
+            lost += sum(start <= a and b <= end for a, b in sender_spans(sender, text, limit)) < words
     return lost / max(1, len(examples))
 
 
 def dropped(soft: SoftPrompt, keys: Sequence[int], settings: ScheduleSettings, progress: float) -> SoftPrompt:
-    """Latent dropout: each row keeps some of its soft tokens, chosen by its key, and at least one."""
+    """Latent dropout: each row keeps some of its K soft tokens, chosen by its key, and at least one; they are the mask (B, K)."""
     course = min(1.0, progress) ** settings.latent_keep_power
-    kept = settings.latent_keep_start + (settings.latent_keep_end - settings.latent_keep_start) * course
-    if kept >= 1:
+    keep = settings.latent_keep_start + (settings.latent_keep_end - settings.latent_keep_start) * course
+    if keep >= 1:
         return soft
     draws = [torch.rand(soft.embeds.shape[1], generator=torch.Generator().manual_seed(key ^ 1)) for key in keys]
     draw = torch.stack(draws).to(soft.embeds.device)
     draw = draw if soft.mask is None else draw.masked_fill(~soft.mask, 2.0)
-    return replace(soft, mask=(draw <= draw.amin(1, keepdim=True).clamp(min=kept)) & (draw < 2))
+    return replace(soft, mask=(draw <= draw.amin(1, keepdim=True).clamp(min=keep)) & (draw < 2))
 
 
 def optimizer_tensors(optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -7308,7 +7311,7 @@ def restore_optimizer(optimizer: torch.optim.AdamW, tensors: Mapping[str, Tensor
     optimizer.load_state_dict(whole)
 
 
-Kept = tuple[dict[str, dict[str, "Tensor"]], dict[str, Any]]  # a checkpoint's tensors by group and name, and its state
+Loaded = tuple[dict[str, dict[str, "Tensor"]], dict[str, Any]]  # a checkpoint: tensors by group and name, and its state
 
 
 @dataclass(frozen=True)
@@ -7330,20 +7333,20 @@ class Checkpoints:
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: dict[str, Any]) -> None:
         """Write a step's checkpoint; others go."""
         save_checkpoint(self.folder / f"step-{step:08d}", tensors, state)
-        spelled = self.folder.with_name("preempt_checkpoint")  # the documents look for it there
-        if not spelled.is_symlink() and not spelled.exists():
+        link = self.folder.with_name("preempt_checkpoint")  # the documents look for it there
+        if not link.is_symlink() and not link.exists():
             with contextlib.suppress(OSError):  # a file system without links
-                spelled.symlink_to(self.folder.name)
+                link.symlink_to(self.folder.name)
         self.prune(step)
 
     def prune(self, step: int) -> None:
         """Remove checkpoints older than the ``keep`` newest up to ``step``, and any of a future that was given up."""
-        kept = [path for path in self.steps() if int(path.name[5:]) <= step][: self.keep]
-        for path in set(self.steps()) - set(kept):
+        recent = [path for path in self.steps() if int(path.name[5:]) <= step][: self.keep]
+        for path in set(self.steps()) - set(recent):
             shutil.rmtree(path)
 
-    def newest(self, report: Report, form: type[Saved] | None = None) -> Kept | None:
-        """The newest whole checkpoint; a damaged one is named and the one before it taken."""
+    def newest(self, report: Report, form: type[Saved] | None = None) -> Loaded | None:
+        """The newest whole checkpoint, None before the first; a damaged one is named and skipped, LatentWireError where all are."""
         sweep(self.folder)
         for path in self.steps():
             try:
@@ -7474,8 +7477,8 @@ class SavedState(Saved):
     plugins: list[SavedPlugin] = []
 
 
-def load_checkpoint(folder: Path, form: type[Saved] = SavedState) -> Kept:
-    """What ``save_checkpoint`` wrote, its sums checked, its state of the right form."""
+def load_checkpoint(folder: Path, form: type[Saved] = SavedState) -> Loaded:
+    """What ``save_checkpoint`` wrote, its sums checked, its state of the right form; anything else is a LatentWireError."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -7496,9 +7499,9 @@ def load_checkpoint(folder: Path, form: type[Saved] = SavedState) -> Kept:
             first = error.errors()[0]
             raise ValueError(f"state.json, {'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from None
         tensors = {}
-        for name, wanted in state["sha256"].items():
+        for name, sha256 in state["sha256"].items():
             data = (folder / f"{name}.safetensors").read_bytes()
-            if hashlib.sha256(data).hexdigest() != wanted:
+            if hashlib.sha256(data).hexdigest() != sha256:
                 raise LatentWireError(f"checkpoint {folder} is corrupt: {name}.safetensors does not match its sum")
             tensors[name] = load(data)
         if form is SavedState and "bridge" not in tensors:
@@ -7510,7 +7513,7 @@ def load_checkpoint(folder: Path, form: type[Saved] = SavedState) -> Kept:
 
 
 def shape_in(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BridgeShape:
-    """The shape that a state claims, once a bridge of it without memory has shown the very tensors that are there."""
+    """The shape that a state claims, once a bridge of it without memory has shown the very tensors there; else ValueError."""
     shape = BridgeShape.load(state["shape"])
     sizes = (shape.sender_width, *(n for ear in shape.ears for n in (ear.width, ear.layers)), *shape.layers)
     if not all(type(n) is int and n >= 0 for n in sizes) or not shape.layers:
@@ -7519,21 +7522,21 @@ def shape_in(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BridgeS
         raise ValueError("the bridge has other receivers")
     if max(shape.layers) > state["sender"].get("layers", math.inf):
         raise ValueError(f"it reads layer {max(shape.layers)} of {state['sender']['layers']}")
-    loops = (
+    counts = (
         shape.settings.depth,
         Refiner.Config.of(shape.settings).latent_refiner_layers,
         len(shape.ears),
         *(len(ear.readers) for ear in shape.ears),
     )
-    if max(loops) > len(tensors):  # building costs time even without memory
-        raise ValueError(f"{max(loops)} parts of {len(tensors)} tensors")
+    if max(counts) > len(tensors):  # building costs time even without memory
+        raise ValueError(f"{max(counts)} parts of {len(tensors)} tensors")
     with torch.device("meta"):
-        wanted = {name: (tuple(one.shape), one.dtype) for name, one in Bridge(shape).state_dict().items()}
-    found = {name: (tuple(one.shape), one.dtype) for name, one in tensors.items()}
-    if differing := sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name)):
-        here, there = found.get(differing[0], "missing"), wanted.get(differing[0], "nothing of that name")
+        expected = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in Bridge(shape).state_dict().items()}
+    actual = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if differing := sorted(name for name in {*expected, *actual} if expected.get(name) != actual.get(name)):
+        here, there = actual.get(differing[0], "missing"), expected.get(differing[0], "nothing of that name")
         raise ValueError(f"{differing[0]} is {here}, wanted is {there}")
-    if not all(one.isfinite().all() for one in tensors.values()):
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
         raise ValueError("not all numbers are finite")
     return shape
 
@@ -7543,23 +7546,23 @@ SPELLED = r".*\.pt|epoch\d+|step\d+|ckpt|checkpoint|latest|preempt_checkpoint"
 
 
 def checkpoint_in(path: Path) -> Path | None:
-    """The checkpoint folder at a path, in it, or beside it where the documents spell it so."""
+    """The checkpoint folder at a path, in it, or beside it where the documents spell it so; None where there is none."""
     for place in (path, *([path.parent] if re.fullmatch(SPELLED, path.name) else [])):
-        kept = Checkpoints(place / "checkpoint")
-        for folder in (place, place / "best", kept.best, *kept.steps()):
+        checkpoints = Checkpoints(place / "checkpoint")
+        for folder in (place, place / "best", checkpoints.best, *checkpoints.steps()):
             if recovered(folder).joinpath("state.json").is_file():
                 return folder
     return None
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The checkpoint folder behind a run folder, a checkpoint folder or the documents' spelling of one."""
-    if found := checkpoint_in(path):  # what is there is meant as it is written
-        return found
+    """The checkpoint folder behind a run folder, a checkpoint folder or the documents' spelling of one, or LatentWireError."""
+    if folder := checkpoint_in(path):  # what is there is meant as it is written
+        return folder
     if any(character in str(path) for character in "*?["):
         matching = sorted(glob.glob(str(path)) or glob.glob(str(path.parent)), key=os.path.getmtime)
-        if matching and (found := checkpoint_in(Path(matching[-1]))):
-            return found
+        if matching and (folder := checkpoint_in(Path(matching[-1]))):
+            return folder
     for run in (path, *path.parents[:2]):
         if (run / "config.json").is_file():
             command = f"train --resume {shlex.quote(str(run))}"
@@ -7594,12 +7597,12 @@ class Checkpoint:
 
     @functools.cached_property
     def parts(self) -> tuple[BridgeShape, TrainSettings]:
-        """The bridge's shape and the run's settings, which must agree with each other and with the tensors."""
+        """The bridge's shape and the run's settings; LatentWireError where they disagree with each other or the tensors."""
         try:
             shape = shape_in(self.state, self.tensors["bridge"])
             trained = TrainSettings(**{**self.state["settings"], **TRUST})
-            own = BridgeShape.parts_of(trained)
-            differing = [name for name in PartSettings.fields() if getattr(own, name) != getattr(shape.settings, name)]
+            expected = BridgeShape.parts_of(trained)
+            differing = [k for k in PartSettings.fields() if getattr(expected, k) != getattr(shape.settings, k)]
             if differing:
                 raise ValueError(f"its shape and its settings differ in {', '.join(differing)}")
         except (AttributeError, LatentWireError, *UNFIT) as error:
@@ -7621,10 +7624,10 @@ class Checkpoint:
         return bridge.eval()
 
     def check(self, reader: Reader | None, *receivers: LM) -> None:
-        """Refuse other models of the same name than the checkpoint's own."""
-        kept = {identity["name"]: identity for identity in self.state["receivers"]}
+        """Refuse other models of the same name than the checkpoint's own, with a LatentWireError."""
+        identities = {identity["name"]: identity for identity in self.state["receivers"]}
         pairs: list[tuple[str, Any, Any]] = [("sender", self.state["sender"], reader)] if reader else []
-        pairs += [("receiver", kept[lm.name], lm) for lm in receivers]
+        pairs += [("receiver", identities[lm.name], lm) for lm in receivers]
         for role, identity, model in pairs:
             here = model.identity()
             changed = [f"{k} {v!r} there, {here.get(k)!r} here" for k, v in identity.items() if here.get(k) != v]
@@ -7640,7 +7643,7 @@ class Checkpoint:
 
 
 def open_bridge(folder: Path) -> tuple[Bridge, TrainSettings, dict[str, Any]]:
-    """A trained bridge, its settings and its state, from nothing but its path: a checkpoint, or the run that has it."""
+    """A trained bridge, its settings and its state, from its path alone (a checkpoint, a run); raises like ``Checkpoint.open``."""
     checkpoint = Checkpoint.open(Path(folder))
     return checkpoint.bridge(), checkpoint.settings, dict(checkpoint.state)
 
@@ -7682,33 +7685,33 @@ def as_interlingua(settings: TrainSettings) -> TrainSettings:
     several = settings.receivers or settings.llama_id or settings.qwen_id
     names = (settings.dataset or "").split(",")
     reading = all(name in TASKS and issubclass(TASKS[name], QuestionAnswering) for name in names)
-    asked, bytes_asked = {"encoder", "pooler", "init"} & settings.model_fields_set, settings.encoder == "byte"
-    if settings.extend or asked - ({"encoder"} if bytes_asked else set()):
+    explicit, by_bytes = {"encoder", "pooler", "init"} & settings.model_fields_set, settings.encoder == "byte"
+    if settings.extend or explicit - ({"encoder"} if by_bytes else set()):
         return settings
-    if not (several or bytes_asked or (reading and not settings.sender)):
+    if not (several or by_bytes or (reading and not settings.sender)):
         return settings
-    own = {name: value for name, value in INTERLINGUA.items() if name not in settings.model_fields_set}
-    return settings.model_copy(update=own | ({"encoder": "hidden"} if settings.sender and not bytes_asked else {}))
+    defaults = {name: value for name, value in INTERLINGUA.items() if name not in settings.model_fields_set}
+    return settings.model_copy(update=defaults | ({"encoder": "hidden"} if settings.sender and not by_bytes else {}))
 
 
 def resolve(settings: TrainSettings) -> tuple[TrainSettings, str]:
     """Settings with the models filled in, and why they were chosen."""
     settings = as_interlingua(settings)
-    own = ENCODERS[settings.encoder].reads != "sender"
+    senderless = ENCODERS[settings.encoder].reads != "sender"
     named = [settings.receiver, *(settings.receivers or ()), settings.llama_id, settings.qwen_id]
-    receivers = [*dict.fromkeys(name for name in ([settings.sender] if own else []) + named if name)]
-    if own and receivers:
+    receivers = [*dict.fromkeys(name for name in ([settings.sender] if senderless else []) + named if name)]
+    if senderless and receivers:
         sender, why = None, "as given"
     else:
         first = receivers[0] if receivers else None
         sender, first, why = pick_models(settings.model_copy(update={"receiver": first}))
-        receivers = [first, sender] if own else receivers or [first]
+        receivers = [first, sender] if senderless else receivers or [first]
     device = resolve_device(settings.device)
-    tiny = all(name.startswith("tiny-") for name in (*receivers, *([sender] if sender and not own else [])))
+    tiny = all(name.startswith("tiny-") for name in (*receivers, *([sender] if sender and not senderless else [])))
     best = "float32" if tiny else str(resolve_dtype("auto", device)).removeprefix("torch.")
     dtype = best if settings.dtype == "auto" else settings.dtype
     dataset = TASKS.name_of(settings.dataset) if settings.dataset and settings.dataset in TASKS else settings.dataset
-    models = {"sender": None if own else sender, "receiver": receivers[0], "llama_id": None, "qwen_id": None}
+    models = {"sender": None if senderless else sender, "receiver": receivers[0], "llama_id": None, "qwen_id": None}
     rest = {"receivers": receivers if receivers[1:] else None, "dtype": dtype, "dataset": dataset}
     for kind in ("encoder", "pooler", "adapter", "codec"):
         rest[kind] = REGISTRIES[f"{kind}s"].name_of(getattr(settings, kind))
@@ -7744,9 +7747,9 @@ def run_folder(settings: TrainSettings) -> Path:
 def notes_on(settings: TrainSettings) -> Iterator[str]:
     """Why an accepted flag has nothing to do."""
     loader = ("dataloader_pin_memory", "num_dataloader_workers", "use_optimized_dataloader")
-    given = [name for name in loader if getattr(settings, name) != TrainSettings.fields()[name].default]
-    if given:
-        yield f"--{', --'.join(given)}: not needed, sender states are computed once and cached, no loader waits for data"
+    flags = [name for name in loader if getattr(settings, name) != TrainSettings.fields()[name].default]
+    if flags:
+        yield f"--{', --'.join(flags)}: not needed, sender states are computed once and cached, no loader waits for data"
     if settings.eval_seeds:
         yield "--eval_seeds: greedy answers are the same for every seed; --seeds trains several runs"
 
@@ -7759,21 +7762,24 @@ def prepare_cuda(settings: ModelSettings) -> None:
 
 
 def extended(settings: TrainSettings) -> TrainSettings:
-    """Settings of ``--extend RUN``: that run's own, its receivers and the new ones, with what was given now on top."""
+    """Settings of ``--extend RUN``: that run's own with what was given now on top; LatentWireError without a new receiver."""
     if not settings.extend:
         return settings
     checkpoint = Checkpoint.open(settings.extend)
     old = checkpoint.settings
-    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    explicit = {name: getattr(settings, name) for name in settings.model_fields_set}
     new = [name for name in (settings.receiver, *(settings.receivers or ())) if name and name not in receivers_of(old)]
     if not new:
         raise LatentWireError(f"--extend {settings.extend}: name a new receiver, such as --receivers tiny-gemma")
-    own = {"extend": checkpoint.folder, "receiver": receivers_of(old)[0], "receivers": [*receivers_of(old), *new]}
-    return TrainSettings.build({**given, **own}, {str(settings.extend): old.determining()})
+    overrides = {"extend": checkpoint.folder, "receiver": receivers_of(old)[0], "receivers": [*receivers_of(old), *new]}
+    return TrainSettings.build({**explicit, **overrides}, {str(settings.extend): old.determining()})
 
 
 def train_run(settings: TrainSettings, report: Report) -> dict[str, Any]:
-    """Train one bridge in its run folder, alone or as one of several processes; → summary of the run."""
+    """Train one bridge in its run folder, alone or as one of several processes; → summary of the run, as ``summary_of``.
+
+    Raises LatentWireError where settings, data, models or an earlier run do not fit, and Interrupted after a signal.
+    """
     prepare_cuda(settings)
     load_plugins(settings.plugin)
     with catching_signals():
@@ -7803,25 +7809,25 @@ def text_sizes(settings: TrainSettings, texts: Sequence[str]) -> tuple[list[int]
     return [len(text) // 4 for text in texts], "about "
 
 
-def data_lines(part: Task, settings: TrainSettings, splits: Splits, source: str) -> list[str]:
+def data_lines(task: Task, settings: TrainSettings, splits: Splits, source: str) -> list[str]:
     """At most five lines for the user: what was understood, what is left aside, what is cut, what it costs."""
     train = splits["train"]
-    kind = f"{len(part.words)} classes: {counted(train)}" if part.words else "free answers"
-    known = f"{part.name or Path(str(settings.dataset)).name} from {source}: {kind}"
-    lines = part.understood() if isinstance(part, OwnFile) else [known]
+    kind = f"{len(task.words)} classes: {counted(train)}" if task.words else "free answers"
+    summary = f"{task.name or Path(str(settings.dataset)).name} from {source}: {kind}"
+    lines = task.understood() if isinstance(task, OwnFile) else [summary]
     by_bytes = ENCODERS[settings.encoder].reads == "bytes"
     limit = max(1, settings.max_bytes // ByteReader.PATCH) if by_bytes else settings.max_tokens
-    sizes, about = text_sizes(settings, [part.sender_text(example) for example in train[:1000]])
+    sizes, about = text_sizes(settings, [task.sender_text(example) for example in train[:1000]])
     cut = sum(size > limit for size in sizes) / max(1, len(sizes))
     steps = settings.steps or DEFAULT_STEPS
     if settings.epochs:
         steps = math.ceil(settings.epochs * len(train) / settings.rows_per_step)
-    rounds = steps * settings.rows_per_step / max(1, len(train))
+    epochs = steps * settings.rows_per_step / max(1, len(train))
     lines += [
         f"{len(train)} train, {len(splits['validation'])} validation rows; {about}{cut:.1%} of texts are longer than "
         f"{limit} tokens and are cut (the longest: {max(sizes, default=0)})",
         f"cost: each text is read once by the sender; {steps} steps of {settings.rows_per_step} rows, "
-        f"{rounds:.2g} times through the train rows",
+        f"{epochs:.2g} times through the train rows",
     ]
     return [f"data: {line}" for line in lines]
 
@@ -7830,7 +7836,7 @@ def data_lines(part: Task, settings: TrainSettings, splits: Splits, source: str)
 def train_in(world: World, settings: TrainSettings, report: Report) -> dict[str, Any]:
     """One process's part of ``train_run``, which a signal ends in certain places only."""
     settings, why = world.broadcast(resolve(extended(settings)))
-    part = make_task(settings)
+    task = make_task(settings)
     check_parts(settings)
     for name in settings.track:
         require(name)
@@ -7844,13 +7850,13 @@ def train_in(world: World, settings: TrainSettings, report: Report) -> dict[str,
     resume = bool(settings.resume) or (settings.auto_resume and run.config_path.exists())
     if world.is_main:
         run.check(settings, resume)
-    asked, settings = settings, world.broadcast(as_begun(settings, run))
+    requested, settings = settings, world.broadcast(as_begun(settings, run))
     at_once = breakable(folder, "step 0") if world.size == 1 else contextlib.nullcontext()
     with at_once, world.main_first():
-        splits, source = training_splits(part, settings)
-        for line in data_lines(part, settings, splits, source):
+        splits, source = training_splits(task, settings)
+        for line in data_lines(task, settings, splits, source):
             report.say(line)
-        if part.words and len({example.label for example in splits["train"]}) < 2:
+        if task.words and len({example.label for example in splits["train"]}) < 2:
             count, word = len(splits["train"]), splits["train"][0].answers[0] if splits["train"] else "none"
             raise LatentWireError(
                 f"all {count} training rows taken from {source} are of class {word!r}, so nothing can be learned; take more "
@@ -7867,29 +7873,29 @@ def train_in(world: World, settings: TrainSettings, report: Report) -> dict[str,
         if settings.ratio:  # the longest message
             latents = math.ceil(text_limit(settings, sender) / min(settings.ratio))
         for lm in (receiver, *others):  # before the folder is this run's
-            prompting_of(settings, part, lm).refuse_long(latents, written)
+            prompting_of(settings, task, lm).refuse_long(latents, written)
     if world.is_main:
-        Run.start(folder, asked, resume)
+        Run.start(folder, requested, resume)
     if world.broadcast(run.done and not longer(settings, run)):
         report.say(f"{folder} is finished already; evaluate it: eval --checkpoint {shlex.quote(str(folder))}")
-        found = Checkpoints(folder / "checkpoint").newest(report)
-        if not found:
+        loaded = Checkpoints(folder / "checkpoint").newest(report)
+        if not loaded:
             raise LatentWireError(f"{folder} is marked DONE but has no checkpoint; take another --output_dir")
-        return summary_of(folder, Progress(**found[1]["progress"]))
+        return summary_of(folder, Progress(**loaded[1]["progress"]))
     if number := int(world.all_reduce_max(SIGNALS[0] if SIGNALS else 0)[0]):
         raise Interrupted(folder, "step 0", number)
     if world.size > 1:
         report.say(f"{world.size} processes share {settings.rows_per_step} rows per step")
     with threads_for(sender, receiver, *others), alone_in(folder) if world.is_main else contextlib.nullcontext():
-        setup = Setup(sender, receiver, part, splits, source, others=tuple(others))
+        setup = Setup(sender, receiver, task, splits, source, others=tuple(others))
         return Trainer(settings, run, setup, report, world).train()
 
 
 def check_parts(settings: TrainSettings) -> None:
-    """Parts that do not fit together are told before any work."""
+    """Parts that do not fit together are a LatentWireError before any work."""
     if POOLERS[settings.pooler].per_window or (settings.init == "none" and not settings.ratio):
         return
-    fitting = " or ".join(name for name, part in POOLERS.items() if part.per_window)
+    fitting = " or ".join(name for name, pooler in POOLERS.items() if pooler.per_window)
     raise LatentWireError(f"--init and --ratio work on windows; add --pooler {fitting} (given: {settings.pooler!r})")
 
 
@@ -7910,8 +7916,8 @@ def devices_of(settings: ModelSettings) -> str:
     """Where the models are, in words."""
     if settings.device_map:
         return "all devices"
-    own = (settings.sender_device or settings.device, settings.receiver_device or settings.device)
-    return " and ".join(dict.fromkeys(str(resolve_device(name)) for name in own))
+    devices = (settings.sender_device or settings.device, settings.receiver_device or settings.device)
+    return " and ".join(dict.fromkeys(str(resolve_device(device)) for device in devices))
 
 
 # §11 EVALUATION: methods, controls and the verdict
