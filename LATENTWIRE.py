@@ -116,8 +116,8 @@ def prints_text_only() -> bool:
     """Whether this process only handles text (help, list, slurm, status, ...) and so can do without torch's 0.6 s."""
     words = sys.argv[1:]
     flags = {"--help", "-h", "--version"} & set(words)
-    own_code = any(word.startswith("--plugin") for word in words)
-    return __name__ == "__main__" and not own_code and (not words or bool(flags) or words[0] in TEXT_ONLY_COMMANDS)
+    plugin = any(word.startswith("--plugin") for word in words)
+    return __name__ == "__main__" and not plugin and (not words or bool(flags) or words[0] in TEXT_ONLY_COMMANDS)
 
 
 class NoTorch:
@@ -128,8 +128,8 @@ class NoTorch:
     def __getattr__(self, name: str) -> NoTorch:
         return self
 
-    def __call__(self, part: Any = None, *args: Any, **options: Any) -> Any:
-        return part if callable(part) else self
+    def __call__(self, target: Any = None, *args: Any, **options: Any) -> Any:
+        return target if callable(target) else self
 
 
 if TYPE_CHECKING or not prints_text_only():
@@ -171,10 +171,10 @@ def suggest(wrong: str, known: Iterable[str]) -> str:
 
 def plain(text: Any) -> str:
     """Text without what a terminal would obey: control characters, direction marks and the like become ``\\x1b``."""
-    kept = "\n\t\u200c\u200d"  # the last two join letters
+    allowed = "\n\t\u200c\u200d"  # the last two join letters
     return "".join(
-        sign if sign in kept or unicodedata.category(sign) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else sign.encode("unicode_escape").decode() for sign in str(text)
+        character if character in allowed or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else character.encode("unicode_escape").decode() for character in str(text)
     )  # fmt: skip
 
 
@@ -236,8 +236,8 @@ class Registry(Mapping[str, Part]):
 
     def configs(self) -> list[type[Any]]:
         """The settings that parts bring, each class once."""
-        found = dict.fromkeys(itertools.starmap(self.config, self.items()))
-        return [config for config in found if config.model_fields]
+        configs = dict.fromkeys(itertools.starmap(self.config, self.items()))
+        return [config for config in configs if config.model_fields]
 
     def name_of(self, name: str) -> str:
         """The registered name behind any accepted spelling."""
@@ -303,28 +303,28 @@ def plugins_of(paths: Iterable[str]) -> list[dict[str, str]]:
 
 def plugin_of(*parts: Any) -> list[str]:
     """Digests of the plug-ins that define these parts, or what they inherit."""
-    origins = [own.__module__ for part in parts for own in getattr(part, "__mro__", (part,))]
+    origins = [base.__module__ for part in parts for base in getattr(part, "__mro__", (part,))]
     return sorted({name[-12:] for name in origins if name.startswith("latentwire_plugin_")})
 
 
 def ask_for_plugins(state: Mapping[str, Any], where: Path) -> None:
     """Refuse what was made with a plug-in that this command line does not give: nothing of a checkpoint is run unasked."""
-    named = [(one["name"], one["sha256"]) for one in state.get("plugins", ())]
+    named = [(plugin["name"], plugin["sha256"]) for plugin in state.get("plugins", ())]
     if "plugins" not in state:  # an older release kept paths alone
         named = [(Path(path).name, "") for path in state["settings"].get("plugin") or ()]
     by_name = {name: key for key, name in PLUGINS.items()}
     for name, key in named:
         if key in PLUGINS or (not key and name in by_name):
             continue
-        asked = f"--plugin {shlex.quote(name)}"
+        flag = f"--plugin {shlex.quote(name)}"
         if name in by_name:
             raise LatentWireError(
                 f"{where} was made with plug-in {name} of SHA-256 {key[:12]}, the one given here is {by_name[name][:12]}; "
-                f"give the file it was made with: {asked}"
+                f"give the file it was made with: {flag}"
             )
         raise LatentWireError(
             f"{where} was made with plug-in {name} (SHA-256 {key[:12] or 'unknown'}), and code is only run when it is asked "
-            f"for; read that file, then add: {asked}"
+            f"for; read that file, then add: {flag}"
         )
 
 
@@ -404,8 +404,8 @@ class Settings(BaseModel):
         """This class, or one derived from it with the settings that registered parts bring."""
         if cls.whole:
             return cls
-        homes = [one for one in REGISTRIES.values() if one.home and issubclass(cls, one.home)]
-        return completed(cls, tuple(config for one in homes for config in one.configs()))
+        registries = [registry for registry in REGISTRIES.values() if registry.home and issubclass(cls, registry.home)]
+        return completed(cls, tuple(config for registry in registries for config in registry.configs()))
 
     @classmethod
     def fields(cls) -> dict[str, FieldInfo]:
@@ -442,8 +442,8 @@ class Settings(BaseModel):
         parent = section.rpartition(".")[2]
         stem = parent.removesuffix("s")
         names = [known[word] for word in (f"{parent}_{short}", f"{stem}_{short}", short) if word in known]
-        own = stem not in SECTIONS or (names and re.match(f"(use_)?(latent_)?{stem}", names[0]))
-        if names and own:  # coprocessor.dropout is not the bridge's dropout
+        fits = stem not in SECTIONS or (names and re.match(f"(use_)?(latent_)?{stem}", names[0]))
+        if names and fits:  # coprocessor.dropout is not the bridge's dropout
             return names[0]
         raise LatentWireError(f"unknown setting {key!r} in {where}{suggest(short, known)} (all of them: train --help)")
 
@@ -486,12 +486,12 @@ class Settings(BaseModel):
         """Defaults < the layers ``below`` by where they come from, lowest first < ``flags``, validated."""
         values: dict[str, Any] = {}
         for where, layer in {**(below or {}), "flags": flags}.items():
-            own = cls.named(layer, where)
+            layer_values = cls.named(layer, where)
             if where not in ("flags", "--override"):
-                refuse_trust(own, where, cls.named(flags, "flags"))
-                own = {name: value for name, value in own.items() if name not in TRUST}
-            rivals = {rival for group in EXCLUSIVE if group & own.keys() for rival in group}
-            values = {name: value for name, value in values.items() if name not in rivals} | own
+                refuse_trust(layer_values, where, cls.named(flags, "flags"))
+                layer_values = {name: value for name, value in layer_values.items() if name not in TRUST}
+            rivals = {rival for group in EXCLUSIVE if group & layer_values.keys() for rival in group}
+            values = {name: value for name, value in values.items() if name not in rivals} | layer_values
         try:
             return cls(**values)
         except ValidationError as error:
@@ -499,8 +499,8 @@ class Settings(BaseModel):
             if first["type"] != "missing":
                 raise LatentWireError(explain(error)) from None
             name = str(first["loc"][0])
-            shown = name.upper() if cls.extras(name)["positional"] else f"--{name}"
-            raise LatentWireError(f"{shown} is missing: {cls.fields()[name].description}") from None
+            argument = name.upper() if cls.extras(name)["positional"] else f"--{name}"
+            raise LatentWireError(f"{argument} is missing: {cls.fields()[name].description}") from None
 
     def determining(self) -> dict[str, Any]:
         """The settings that determine the result; those that only say how to run it are left out."""
@@ -517,17 +517,19 @@ def completed(kind: type[Settings], configs: tuple[type[Settings], ...]) -> Any:
     """``kind`` with the fields of ``configs``, which parts bring; two settings of one spelling are refused."""
     if not configs:
         return kind
-    owner: dict[str, type[Settings]] = {}
-    for part in (kind, *configs):
-        for word in [word for name, info in part.model_fields.items() for word in (name, *extra_of(info)["aliases"])]:
-            if not issubclass(part, before := owner.setdefault(word, part)):
+    owners: dict[str, type[Settings]] = {}
+    for config in (kind, *configs):
+        for word in [word for name, info in config.model_fields.items() for word in (name, *extra_of(info)["aliases"])]:
+            if not issubclass(config, first := owners.setdefault(word, config)):
                 raise LatentWireError(
-                    f"--{word} of {part.__qualname__} is a setting of {before.__qualname__}; rename it"
+                    f"--{word} of {config.__qualname__} is a setting of {first.__qualname__}; rename it"
                 )
-    last = [part for part in configs if not any(other is not part and issubclass(other, part) for other in configs)]
+    most_derived = [
+        config for config in configs if not any(other is not config and issubclass(other, config) for other in configs)
+    ]
     space = {"__doc__": kind.__doc__, "__module__": kind.__module__, "whole": True}
     metaclass: Any = type(kind)
-    return metaclass(kind.__name__, (*last, kind), space)
+    return metaclass(kind.__name__, (*most_derived, kind), space)
 
 
 def refuse_trust(layer: Mapping[str, Any], where: str, flags: Mapping[str, Any]) -> None:
@@ -580,16 +582,16 @@ def as_written(text: str, depth: int = 20, most: int = 10_000) -> Any:
     import yaml
 
     events = yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    left = most
+    remaining = most
 
     def inside() -> Iterator[Any]:
         return itertools.takewhile(lambda event: not isinstance(event, yaml.CollectionEndEvent), events)
 
     def take(event: Any, level: int, place: str) -> Any:
-        nonlocal left
-        left -= 1
+        nonlocal remaining
+        remaining -= 1
         where = f"line {event.start_mark.line + 1}"
-        if left < 0:
+        if remaining < 0:
             raise ValueError(f"{where}: more than {most} values")
         if level > depth:
             raise ValueError(f"{where}: nested deeper than {depth}")
@@ -625,9 +627,9 @@ def explain(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ").replace("Input", "it", 1)
     if not name:
         return message
-    shown = repr(first.get("input"))
-    given = "" if first["type"] == "missing" else f" (given: {shown if len(shown) <= 80 else shown[:77] + '...'})"
-    return f"--{name}: {message[0].lower() + message[1:]}{given}"
+    value = repr(first.get("input"))
+    suffix = "" if first["type"] == "missing" else f" (given: {value if len(value) <= 80 else value[:77] + '...'})"
+    return f"--{name}: {message[0].lower() + message[1:]}{suffix}"
 
 
 def takes_list(annotation: Any) -> bool:
@@ -637,7 +639,7 @@ def takes_list(annotation: Any) -> bool:
 
 def switch_words(annotation: Any) -> list[str]:
     """What a flag that may stand alone can be given: yes, no, and further words of its type; of other flags nothing."""
-    further = [word for part in get_args(annotation) for word in get_args(part)]
+    further = [word for option in get_args(annotation) for word in get_args(option)]
     return [*YES, *NO, *further] if bool in (annotation, *get_args(annotation)) else []
 
 
@@ -649,15 +651,15 @@ def parse_flags(words: Sequence[str], *kinds: type[Settings], many: bool = False
     """
     known = {spelling: (kind, name) for kind in reversed(kinds) for spelling, name in kind.spellings().items()}
     parsed: dict[type[Settings], dict[str, str]] = {kind: {} for kind in kinds}
-    places = [name for name in kinds[0].fields() if kinds[0].extras(name)["positional"]]
+    positionals = [name for name in kinds[0].fields() if kinds[0].extras(name)["positional"]]
     queue = collections.deque(words)
     while queue:
         word = queue.popleft()
         if not re.match("--|-[a-z]$", word):
-            place = next((name for name in places if name not in parsed[kinds[0]]), None)
-            if place is None:
+            positional = next((name for name in positionals if name not in parsed[kinds[0]]), None)
+            if positional is None:
                 raise LatentWireError(f"{word!r} is not a flag; flags look like --dataset sst2")
-            queue.extendleft([word, f"--{place}"])
+            queue.extendleft([word, f"--{positional}"])
             continue
         key, _, inline = word.lstrip("-").partition("=")
         key = key.replace("-", "_")
@@ -681,8 +683,8 @@ def parse_flags(words: Sequence[str], *kinds: type[Settings], many: bool = False
             raise LatentWireError(f"--{key} takes yes or no, not {values[0]!r}")
         if switch and (negated or values[0].lower() in (*YES, *NO)):
             values = ["no" if negated or values[0].lower() in NO else "yes"]
-        before = [parsed[kind][name]] if name in REPEATED and name in parsed[kind] else []
-        parsed[kind][name] = REPEATED.get(name, ",").join([*before, *values])
+        earlier = [parsed[kind][name]] if name in REPEATED and name in parsed[kind] else []
+        parsed[kind][name] = REPEATED.get(name, ",").join([*earlier, *values])
     return list(parsed.values())
 
 
@@ -711,14 +713,14 @@ class SharedFlags(Settings):
 def divided(kind: type[Settings], words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words of flags that ``kind`` knows, and all others; values stay with their flag."""
     known = {*kind.spellings(), *DRY}
-    parts: dict[bool, list[str]] = {True: [], False: []}
-    mine = False
+    groups: dict[bool, list[str]] = {True: [], False: []}
+    matches = False
     for word in words:
         if word.startswith("--"):
             key = word[2:].partition("=")[0].replace("-", "_")
-            mine = key in known or key.removeprefix("no_") in known
-        parts[mine].append(word)
-    return parts[True], parts[False]
+            matches = key in known or key.removeprefix("no_") in known
+        groups[matches].append(word)
+    return groups[True], groups[False]
 
 
 PLUGIN = setting(
@@ -793,10 +795,10 @@ class ModelSettings(Settings):
         short = [name for key, name in (("bf16", "bfloat16"), ("fp16", "float16")) if values.get(key) is True]
         if not short:
             return values
-        given = {*short, values.get("dtype") or short[0]}
-        if len(given) > 1:
-            raise ValueError(f"--bf16, --fp16 and --dtype disagree: {', '.join(sorted(map(str, given)))}; give one")
-        return {**values, "dtype": given.pop()}
+        dtypes = {*short, values.get("dtype") or short[0]}
+        if len(dtypes) > 1:
+            raise ValueError(f"--bf16, --fp16 and --dtype disagree: {', '.join(sorted(map(str, dtypes)))}; give one")
+        return {**values, "dtype": dtypes.pop()}
 
 
 class BridgeSettings(Settings):
@@ -1331,11 +1333,11 @@ SMOKE: dict[str, Any] = {
 def add_preset(name: str, text: str, values: Mapping[str, Any], *aliases: str, among: Registry[Any] = PRESETS) -> None:
     """Register ``values`` as a preset, or ``among`` others, with its help text."""
 
-    def part() -> dict[str, Any]:
+    def preset() -> dict[str, Any]:
         return dict(values)
 
-    part.__doc__ = text
-    among.register(name, *aliases)(part)
+    preset.__doc__ = text
+    among.register(name, *aliases)(preset)
 
 
 SMOKE_TESTS: dict[str, dict[str, Any]] = {
@@ -1403,8 +1405,8 @@ def settings_from(
 ) -> tuple[Any, SharedFlags]:
     """Command-line words as (validated settings, over the values of ``suite``; the flags that every command shares)."""
     load_named_plugins(words)
-    flags, given = parse_flags(words, kind, SharedFlags)
-    shared = SharedFlags.build(given)
+    flags, shared_flags = parse_flags(words, kind, SharedFlags)
+    shared = SharedFlags.build(shared_flags)
     return kind.build(flags, layers_below(shared, suite)), shared
 
 
@@ -1412,14 +1414,14 @@ def settings_from(
 
 
 @contextlib.contextmanager
-def saving(what: Path) -> Iterator[None]:
+def saving(path: Path) -> Iterator[None]:
     """Turns a failed write into one line; whatever was saved before stays. No signal cuts it in two."""
     try:
         with unbroken():
             yield
     except OSError as error:
         raise LatentWireError(
-            f"cannot write {what}: {error.strerror or error}; what was saved before is kept"
+            f"cannot write {path}: {error.strerror or error}; what was saved before is kept"
         ) from error
 
 
@@ -1460,19 +1462,19 @@ def json_in(path: Path) -> Any:
 
 def json_object(path: Path) -> dict[str, Any]:
     """A JSON file's object, or one line on what is wrong with it."""
-    found = json_in(path)
-    if not isinstance(found, dict):
+    value = json_in(path)
+    if not isinstance(value, dict):
         raise LatentWireError(f"{path} is no JSON object; mend or remove it")
-    return found
+    return value
 
 
-def each_once(pairs: list[tuple[str, Any]], said: str = "a key stands there twice") -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]], message: str = "a key stands there twice") -> dict[str, Any]:
     """A JSON object of which no key stands there twice, or a ValueError that may name it."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    value = dict(pairs)
+    if len(value) < len(pairs):
         counts = collections.Counter(name for name, _ in pairs)
-        raise ValueError(said.format(next(name for name, count in counts.items() if count > 1)))
-    return found
+        raise ValueError(message.format(next(name for name, count in counts.items() if count > 1)))
+    return value
 
 
 def strict_json(data: bytes | str, depth: int = 32, constant: Callable[[str], Any] = no_constant) -> Any:
@@ -1483,7 +1485,7 @@ def strict_json(data: bytes | str, depth: int = 32, constant: Callable[[str], An
         raise ValueError("too deep") from None
     level = [value]
     for _ in range(depth):
-        nested = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        nested = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))]
         level = [*itertools.chain(*nested)]
         if not level:
             return value
@@ -1507,8 +1509,8 @@ def sweep(folder: Path) -> None:
         recovered(folder / path.name[1:-4])
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob(".*"):
-        owner = re.fullmatch(r"\..+\.(?:tmp-(\d+)|(\d+)\.tmp)", path.name)
-        pid = int(owner[1] or owner[2]) if owner else None
+        match = re.fullmatch(r"\..+\.(?:tmp-(\d+)|(\d+)\.tmp)", path.name)
+        pid = int(match[1] or match[2]) if match else None
         if pid is not None and (pid == os.getpid() or not psutil.pid_exists(pid)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -1600,22 +1602,22 @@ SIGNALS = Signals()
 @contextlib.contextmanager
 def breakable(folder: Path | None, where: str) -> Iterator[None]:
     """A signal ends this block at once, wherever it computes: nothing in it is worth keeping that is not saved."""
-    before, SIGNALS.place = SIGNALS.place, (folder, where)
+    previous, SIGNALS.place = SIGNALS.place, (folder, where)
     try:
         SIGNALS.heed()  # told before
         yield
     finally:
-        SIGNALS.place = before
+        SIGNALS.place = previous
 
 
 @contextlib.contextmanager
 def unbroken() -> Iterator[None]:
     """Signals are noted, and heeded after this block: it is done whole."""
-    before, SIGNALS.place = SIGNALS.place, None
+    previous, SIGNALS.place = SIGNALS.place, None
     try:
         yield
     finally:
-        SIGNALS.place = before
+        SIGNALS.place = previous
     SIGNALS.heed()
 
 
@@ -1632,8 +1634,8 @@ def catching_signals() -> Iterator[Sequence[int]]:
             signal.signal(signal.SIGINT, previous[signal.SIGINT])
         SIGNALS.heed()
 
-    wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    previous = {number: signal.signal(number, note) for number in wanted}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+    previous = {number: signal.signal(number, note) for number in numbers}
     SIGNALS.caught = True
     try:
         yield SIGNALS
@@ -1677,7 +1679,7 @@ def turn_at(place: Path, patient: bool) -> Iterator[bool]:
     if os.name != "posix":  # Windows has no such lock
         yield False
         return
-    lock, told = place.with_name(f".{place.name}.lock"), False
+    lock, announced = place.with_name(f".{place.name}.lock"), False
     while True:
         with saving(lock):
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -1689,9 +1691,9 @@ def turn_at(place: Path, patient: bool) -> Iterator[bool]:
         os.close(handle)
         if locked is False and not patient:
             raise LatentWireError(f"another process works at {place}; wait for it, or take another --output_dir")
-        if locked is False and not told:
+        if locked is False and not announced:
             tell(f"waiting for another process that works at {place}", sys.stderr)
-            told = True
+            announced = True
         time.sleep(0.1)
     try:
         yield bool(locked)
@@ -1706,11 +1708,11 @@ def package_versions() -> dict[str, str]:
     from importlib import metadata
 
     names = ("torch", "transformers", "tokenizers", "datasets", "peft", "safetensors", "numpy", "scipy", "scikit-learn")
-    found = {}
+    versions = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def nameless(value: Any) -> Any:
@@ -1732,8 +1734,8 @@ def nameless(value: Any) -> Any:
 def environment() -> dict[str, Any]:
     """Where and with what a run was made."""
     git = shutil.which("git")
-    asked = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"] if git else ["false"]
-    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"] if git else ["false"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "latentwire": __version__,
         "source_sha256": sha256_of(Path(__file__)),
@@ -1798,15 +1800,15 @@ class Run:
             return
         saved = type(settings)().determining() | self.saved()  # a newer setting had its default
         changed = {k: (saved.get(k), new) for k, new in settings.determining().items() if saved.get(k) != new}
-        said = {k: f"{k} {old!r} there, {new!r} now" for k, (old, new) in changed.items()}
-        if differing := "; ".join(said[k] for k, (old, new) in changed.items() if not grew(k, old, new)):
+        differences = {k: f"{k} {old!r} there, {new!r} now" for k, (old, new) in changed.items()}
+        if differing := "; ".join(differences[k] for k, (old, new) in changed.items() if not grew(k, old, new)):
             raise LatentWireError(
                 f"{self.folder} holds a different run ({differing}); choose another --output_dir, or give these "
                 f"as they were ('train --help' marks what may differ)"
             )
         if changed and not resume:
             raise LatentWireError(
-                f"{self.folder} holds a shorter run ({'; '.join(said.values())}); add --resume to go on to the new length, "
+                f"{self.folder} holds a shorter run ({'; '.join(differences.values())}); add --resume to go on to the new length, "
                 f"or choose another --output_dir"
             )
         if not resume:
@@ -1822,12 +1824,12 @@ def private(name: str) -> Path:
     with saving(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if hasattr(os, "geteuid"):  # not on Windows
-            seen = folder.lstat()
-            if folder.is_symlink() or seen.st_uid != os.geteuid():
+            status = folder.lstat()
+            if folder.is_symlink() or status.st_uid != os.geteuid():
                 raise LatentWireError(
                     f"cache folder {folder} belongs to somebody else or is a link; set LATENTWIRE_CACHE to a folder of your own"
                 )
-            if seen.st_mode & 0o077:
+            if status.st_mode & 0o077:
                 folder.chmod(0o700)
     return folder
 
@@ -1838,14 +1840,14 @@ def sum_of(path: Path) -> str:
     before, started = stamp(path.stat()), time.time_ns()
     name = hashlib.sha256(json.dumps([str(path.resolve()), *before]).encode()).hexdigest()
     with contextlib.suppress(LatentWireError, OSError, ValueError):  # without a cache it is computed each time
-        known = (private("sums") / name).read_text(encoding="ascii")
-        if re.fullmatch(r"[0-9a-f]{64}", known):
-            return known
-    found = sha256_of(path)
+        cached = (private("sums") / name).read_text(encoding="ascii")
+        if re.fullmatch(r"[0-9a-f]{64}", cached):
+            return cached
+    digest = sha256_of(path)
     if before == stamp(path.stat()) and started - max(before[3:]) > 2e9:  # a younger one could change at that very time
         with contextlib.suppress(LatentWireError):
-            write_atomic(private("sums") / name, found.encode())
-    return found
+            write_atomic(private("sums") / name, digest.encode())
+    return digest
 
 
 def batches(items: Sequence[Part], size: int) -> Iterator[Sequence[Part]]:
@@ -2701,7 +2703,7 @@ def read_json(path: Path, settings: DataSettings) -> Table:
 def parsed(where: str, text: str) -> Any:
     """One JSON value; a name that stands twice, or nesting without end, is refused."""
     try:
-        return json.loads(text, object_pairs_hook=functools.partial(each_once, said="two values named {!r}"))
+        return json.loads(text, object_pairs_hook=functools.partial(each_once, message="two values named {!r}"))
     except ValueError as error:
         raise LatentWireError(f"{where}: not JSON ({error})") from None
     except RecursionError:
