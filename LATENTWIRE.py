@@ -1917,11 +1917,11 @@ def cluster_sums(values: Any, clusters: Clusters) -> tuple[Any, Any]:
         return data, np.ones(len(data))
     if len(clusters) != len(data):
         raise LatentWireError(f"{len(data)} scores and {len(clusters)} names of clusters: each score needs one")
-    number = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
-    where = np.array([number[name] for name in clusters])
-    sums = np.zeros((len(number), data.shape[1]))
-    np.add.at(sums, where, data)
-    return sums, np.bincount(where).astype(float)
+    index_of = {name: i for i, name in enumerate(dict.fromkeys(clusters))}
+    indices = np.array([index_of[name] for name in clusters])
+    sums = np.zeros((len(index_of), data.shape[1]))
+    np.add.at(sums, indices, data)
+    return sums, np.bincount(indices).astype(float)
 
 
 def bootstrap_interval(
@@ -1942,14 +1942,14 @@ def bootstrap_interval(
     if float(np.ptp(sums / sizes)) < 1e-12:
         return float(data.mean()), float(data.mean())
     if method == "bca":
-        found = bootstrap(
+        result = bootstrap(
             (sums, sizes), lambda x, n, axis=-1: x.sum(axis) / n.sum(axis), paired=True, n_resamples=resamples,
             vectorized=True, method="BCa", batch=256, rng=rng,
         )  # fmt: skip
-        return float(found.confidence_interval.low), float(found.confidence_interval.high)
+        return float(result.confidence_interval.low), float(result.confidence_interval.high)
     # equal scores are counted, not drawn one by one: a resample is one multinomial draw over the different ones
     levels, counts = np.unique(np.stack([sums, sizes], 1), axis=0, return_counts=True)
-    draws = [len(some) for some in batches(range(resamples), max(1, 2_000_000 // len(levels)))]
+    draws = [len(batch) for batch in batches(range(resamples), max(1, 2_000_000 // len(levels)))]
     totals = np.concatenate([rng.multinomial(len(sums), counts / len(sums), size=n) @ levels for n in draws])
     low, high = np.quantile(totals[:, 0] / totals[:, 1], [0.025, 0.975])
     return float(low), float(high)
@@ -1958,9 +1958,9 @@ def bootstrap_interval(
 def crossed_interval(scores: Any, clusters: Clusters = None, single: bool = False) -> tuple[float, float, float]:
     """Scores (n, seeds), seeds and examples both drawn at random → 95 % interval of the mean, and p of a mean of zero.
 
-    The parts of a two-way random layout's variance (Cornfield and Tukey 1956): what the rows add to the rest, and the seeds'
-    mean square whole, since three seeds cannot say what of it is the rest's. Student's t of their degrees of freedom,
-    weighted by the parts (Cochran and Cox 1950); never narrower than a quarter of the rest's own variance allows. ``single``:
+    The parts of a two-way random layout's variance (Cornfield and Tukey 1956): what the rows add to the residual, and the
+    seeds' mean square whole, since three seeds cannot say what of it is residual. Student's t of their degrees of freedom,
+    weighted by the parts (Cochran and Cox 1950); never narrower than a quarter of the residual variance allows. ``single``:
     the scores are differences to one training of another method, whose deviation over seeds is taken to be as large as the
     one that is seen. Raises ``LatentWireError`` with fewer than two of either.
     """
@@ -1974,21 +1974,21 @@ def crossed_interval(scores: Any, clusters: Clusters = None, single: bool = Fals
     if n < 2 or s < 2:
         raise LatentWireError(f"{n} independent examples and {s} seeds: an interval over both needs two of each")
     mean, rows, columns = float(data.mean()), data.mean(1), data.mean(0)
-    rest = float(((data - rows[:, None] - columns[None] + mean) ** 2).sum()) / ((n - 1) * (s - 1)) / (n * s)
-    by_row, by_seed = max(0.0, float(rows.var(ddof=1)) / n - rest), float(columns.var(ddof=1)) / s
-    by_seed += s * max(0.0, by_seed - rest / 2) if single else 0.0
-    total, floor = by_row + by_seed, rest / 4
+    residual = float(((data - rows[:, None] - columns[None] + mean) ** 2).sum()) / ((n - 1) * (s - 1)) / (n * s)
+    by_row, by_seed = max(0.0, float(rows.var(ddof=1)) / n - residual), float(columns.var(ddof=1)) / s
+    by_seed += s * max(0.0, by_seed - residual / 2) if single else 0.0
+    total, floor = by_row + by_seed, residual / 4
     if max(total, floor) < 1e-24:
         return mean, mean, float(abs(mean) < 1e-12)
 
-    def half(alpha: float) -> float:
-        of_rows, of_seeds, of_rest = map(float, -stdtrit([n - 1, s - 1, (n - 1) * (s - 1)], alpha / 2))
+    def half_width(alpha: float) -> float:
+        of_rows, of_seeds, of_residual = map(float, -stdtrit([n - 1, s - 1, (n - 1) * (s - 1)], alpha / 2))
         weighted = (of_rows * by_row + of_seeds * by_seed) / math.sqrt(total) if total > 1e-24 else 0.0
-        return max(weighted, of_rest * math.sqrt(floor))
+        return max(weighted, of_residual * math.sqrt(floor))
 
-    least = -30 if half(1e-30) > abs(mean) else None
-    p = 1e-30 if least is None else 10 ** float(brentq(lambda level: half(10**level) - abs(mean), least, 0))
-    return mean - half(0.05), mean + half(0.05), p
+    lowest = -30 if half_width(1e-30) > abs(mean) else None
+    p = 1e-30 if lowest is None else 10 ** float(brentq(lambda level: half_width(10**level) - abs(mean), lowest, 0))
+    return mean - half_width(0.05), mean + half_width(0.05), p
 
 
 def mcnemar_exact(a: Scores, b: Scores) -> float:
@@ -2010,14 +2010,14 @@ def paired_permutation(a: Scores, b: Scores, seed: int = 0, resamples: int = 9_9
     if counts.sum() < 2:
         return 1.0
     if counts.sum() <= math.log2(resamples):  # few enough to count every flip
-        how: Any = {"permutation_type": "samples", "vectorized": True, "n_resamples": resamples}
-        return float(permutation_test((sums[sums != 0],), np.sum, **how).pvalue)
-    rng, seen, beyond = np.random.default_rng(seed), abs(float(sums.sum())), 0
+        options: Any = {"permutation_type": "samples", "vectorized": True, "n_resamples": resamples}
+        return float(permutation_test((sums[sums != 0],), np.sum, **options).pvalue)
+    rng, observed, extreme = np.random.default_rng(seed), abs(float(sums.sum())), 0
     for draws in batches(range(resamples), max(1, 2_000_000 // len(sizes))):
         # equal differences flip by one binomial draw instead of one by one, which is the same lottery
         heads = rng.binomial(counts, 0.5, size=(len(draws), len(sizes)))
-        beyond += int((np.abs((2 * heads - counts) @ sizes) >= seen - 1e-9 * max(1.0, seen)).sum())
-    return (beyond + 1) / (resamples + 1)
+        extreme += int((np.abs((2 * heads - counts) @ sizes) >= observed - 1e-9 * max(1.0, observed)).sum())
+    return (extreme + 1) / (resamples + 1)
 
 
 def paired_t(a: Scores, b: Scores) -> float:
@@ -2035,26 +2035,26 @@ def wilcoxon_p(a: Scores, b: Scores) -> float:
     import numpy as np
     from scipy.stats import rankdata, wilcoxon
 
-    differences = paired_gaps(a, b)
-    differences = differences[differences != 0]
-    if not len(differences):
+    gaps = paired_gaps(a, b)
+    gaps = gaps[gaps != 0]
+    if not len(gaps):
         return 1.0
-    if len(differences) > 50:  # the normal approximation
-        return float(wilcoxon(differences, method="asymptotic").pvalue)
-    ranks = (2 * rankdata(np.abs(differences))).astype(int)  # ties have half ranks
-    ways = np.ones(1)  # all flips of the signs are counted: exact, ties or not
+    if len(gaps) > 50:  # the normal approximation
+        return float(wilcoxon(gaps, method="asymptotic").pvalue)
+    ranks = (2 * rankdata(np.abs(gaps))).astype(int)  # ties have half ranks
+    distribution = np.ones(1)  # all flips of the signs are counted: exact, ties or not
     for rank in ranks:
-        ways = (np.pad(ways, (0, rank)) + np.pad(ways, (rank, 0))) / 2
-    seen = int(ranks[differences > 0].sum())
-    return min(1.0, 2 * float(min(ways[: seen + 1].sum(), ways[seen:].sum())))
+        distribution = (np.pad(distribution, (0, rank)) + np.pad(distribution, (rank, 0))) / 2
+    observed = int(ranks[gaps > 0].sum())
+    return min(1.0, 2 * float(min(distribution[: observed + 1].sum(), distribution[observed:].sum())))
 
 
 def cohens_d(a: Scores, b: Scores) -> float | None:
     """Cohen's d of paired scores: mean difference over its own deviation (d_z; Lakens 2013); None without any spread."""
-    differences = paired_gaps(a, b)
-    if (differences == differences[0]).all():  # of one value the deviation is rounding, not zero
+    gaps = paired_gaps(a, b)
+    if (gaps == gaps[0]).all():  # of one value the deviation is rounding, not zero
         return None
-    return float(differences.mean()) / float(differences.std(ddof=1))
+    return float(gaps.mean()) / float(gaps.std(ddof=1))
 
 
 def hedges_g(a: Scores, b: Scores) -> float | None:
@@ -2065,16 +2065,18 @@ def hedges_g(a: Scores, b: Scores) -> float | None:
     return d * math.exp(math.lgamma(freedom / 2) - math.lgamma((freedom - 1) / 2)) / math.sqrt(freedom / 2)
 
 
-def corrected(p_values: Scores, how: str = "holm") -> list[float]:
+def corrected(p_values: Scores, correction: str = "holm") -> list[float]:
     """p-values after a correction for their number: holm, bonferroni, fdr_bh (bh), fdr_by (by) or none."""
-    if how != "none" and how not in CORRECTIONS:
-        raise LatentWireError(f"unknown correction {how!r}{suggest(how, CORRECTIONS)} ({', '.join(CORRECTIONS)}, none)")
-    if how == "none" or not p_values:
+    if correction != "none" and correction not in CORRECTIONS:
+        raise LatentWireError(
+            f"unknown correction {correction!r}{suggest(correction, CORRECTIONS)} ({', '.join(CORRECTIONS)}, none)"
+        )
+    if correction == "none" or not p_values:
         return list(p_values)
     multitest = require("statsmodels.stats.multitest")
     gc.freeze()  # its Holm collects garbage at each call: half a second beside 100,000 records
     try:
-        return [float(p) for p in multitest.multipletests(p_values, method=CORRECTIONS[how])[1]]
+        return [float(p) for p in multitest.multipletests(p_values, method=CORRECTIONS[correction])[1]]
     finally:
         gc.unfreeze()
 
@@ -2105,13 +2107,13 @@ def battery(a: Scores, b: Scores, seed: int = 0, resamples: int = 10_000, cluste
     gaps = paired_gaps(a, b).tolist()
     one_cluster = clusters is not None and len(set(clusters)) < 2  # nothing is known of others: p is 1
     p, test = paired_p(a, b, seed, resamples, clusters)
-    flipped = p if test == "permutation" else paired_permutation(a, b, seed, resamples - 1, clusters)
+    p_permutation = p if test == "permutation" else paired_permutation(a, b, seed, resamples - 1, clusters)
     ci = (-1.0, 1.0) if one_cluster else bootstrap_interval(gaps, seed, resamples, clusters=clusters)
     if len(set(gaps)) == 1 and not one_cluster:  # all alike: rows not seen may differ, as Wilson bounds them
-        most = wilson_interval(0, len(set(clusters)) if clusters is not None else len(gaps))[1]
-        ci = (max(-1.0, gaps[0] - most), min(1.0, gaps[0] + most))
+        bound = wilson_interval(0, len(set(clusters)) if clusters is not None else len(gaps))[1]
+        ci = (max(-1.0, gaps[0] - bound), min(1.0, gaps[0] + bound))
     return {
-        "difference": sum(gaps) / len(gaps), "ci": list(ci), "p": p, "test": test, "p_permutation": flipped,
+        "difference": sum(gaps) / len(gaps), "ci": list(ci), "p": p, "test": test, "p_permutation": p_permutation,
         "p_mcnemar": None if test == "permutation" else p, "p_t": paired_t(a, b), "p_wilcoxon": wilcoxon_p(a, b),
         "cohens_d": cohens_d(a, b), "hedges_g": hedges_g(a, b), "n": len(gaps),
     }  # fmt: skip
@@ -2150,16 +2152,16 @@ def comprehensive_comparison_report(
     if wrong or n < 2:
         sizes = ", ".join([f"{baseline_name} has {n}", *wrong])
         raise LatentWireError(f"scores must be of the same two or more examples: {sizes}")
-    scores = {name: finite(own).tolist() for name, own in {baseline_name: baseline_scores, **method_scores}.items()}
-    means = {name: {"mean": sum(own) / n, "ci": list(bootstrap_interval(own, random_state, n_bootstrap, "bca"))}
-             for name, own in scores.items()}  # fmt: skip
-    found = {m: battery(scores[m], scores[baseline_name], random_state, n_bootstrap) for m in method_scores}
-    mark_corrected(found, correction, alpha)
+    scores = {name: finite(data).tolist() for name, data in {baseline_name: baseline_scores, **method_scores}.items()}
+    means = {name: {"mean": sum(values) / n, "ci": list(bootstrap_interval(values, random_state, n_bootstrap, "bca"))}
+             for name, values in scores.items()}  # fmt: skip
+    comparisons = {m: battery(scores[m], scores[baseline_name], random_state, n_bootstrap) for m in method_scores}
+    mark_corrected(comparisons, correction, alpha)
     warnings = [f"n = {n} is small: intervals and tests are rough below 20 examples"] if n < 20 else []
     results = {"baseline": baseline_name, "n": n, "correction": correction, "alpha": alpha, "warnings": warnings,
-               "means": means, "comparisons": found}  # fmt: skip
+               "means": means, "comparisons": comparisons}  # fmt: skip
     lines = [f"{baseline_name}: mean {means[baseline_name]['mean']:.4f}, n {n}", *(f"careful: {w}" for w in warnings)]
-    for name, row in found.items():
+    for name, row in comparisons.items():
         low, high = row["ci"]
         lines.append(
             f"{name}: mean {means[name]['mean']:.4f}, difference {row['difference']:+.4f} ({low:+.4f} to {high:+.4f}), "
@@ -2192,8 +2194,8 @@ def hash_order(examples: Iterable[Example], seed: int) -> list[Example]:
 def clean_split(examples: Iterable[Example], cut: int, seed: int = 0) -> tuple[list[Example], list[Example]]:
     """The first ``cut`` examples in hash order and the rest; the cut moves on until it separates no equal texts."""
     ordered = hash_order(examples, seed)
-    shown = [(example.context, example.question) for example in ordered]
-    while 0 < cut < len(shown) and shown[cut - 1] == shown[cut]:
+    texts = [(example.context, example.question) for example in ordered]
+    while 0 < cut < len(texts) and texts[cut - 1] == texts[cut]:
         cut += 1
     return ordered[:cut], ordered[cut:]
 
@@ -2224,18 +2226,18 @@ def exact_match(text: str, gold: str) -> float:
 
 def token_f1(text: str, gold: str) -> float:
     """SQuAD 1.1's F1 over normalised words; an answer without words scores 0."""
-    said, wanted = normalize_answer(text).split(), normalize_answer(gold).split()
-    shared = sum(min(said.count(word), wanted.count(word)) for word in set(said))
-    return 2 * shared / (len(said) + len(wanted)) if shared else 0.0
+    predicted, expected = normalize_answer(text).split(), normalize_answer(gold).split()
+    shared = sum(min(predicted.count(word), expected.count(word)) for word in set(predicted))
+    return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0
 
 
 def last_number(text: str) -> float | None:
     """The last number in ``text`` as a person reads it: -$5, −5, .5, 1e3, 1,000 and 1 000."""
-    found = [*NUMBER.finditer(text)]
-    if not found:
+    matches = [*NUMBER.finditer(text)]
+    if not matches:
         return None
-    sign, whole, rest, power = found[-1].groups("")
-    number = float(re.sub(r"\D", "", whole) + rest + power)
+    sign, integer, fraction, exponent = matches[-1].groups("")
+    number = float(re.sub(r"\D", "", integer) + fraction + exponent)
     return (number if sign in ("", *"$€£¥") else -number) if math.isfinite(number) else None
 
 
@@ -2280,8 +2282,8 @@ class Task:
 
     def question_text(self, example: Example) -> str:
         """What the receiver reads between the soft prompt and the anchor: the question, if the sender did not see it."""
-        asked = self.receiver_prompt.partition("{context}")[2] if self.agnostic and example.question else ""
-        return asked.format(question=example.question)
+        prompt = self.receiver_prompt.partition("{context}")[2] if self.agnostic and example.question else ""
+        return prompt.format(question=example.question)
 
     def receiver_text(self, example: Example) -> str:
         """What the receiver reads in the full-text method, up to the anchor."""
@@ -2290,8 +2292,8 @@ class Task:
     def correct(self, text: str, example: Example) -> float:
         """Whether a generated answer is right, 0 or 1; a class word keeps its articles, or "A" would equal nothing said."""
         if self.words:
-            said, *golds = (each.lower().translate(PUNCTUATION).split() for each in (text, *example.answers))
-            return float(said in golds)
+            predicted, *golds = (answer.lower().translate(PUNCTUATION).split() for answer in (text, *example.answers))
+            return float(predicted in golds)
         return max(exact_match(text, gold) for gold in example.answers)
 
     def f1(self, text: str, gold: str, example: Example) -> float:
@@ -2317,13 +2319,13 @@ class Task:
                     f"{source} row {index + 1} does not fit 'show {self.name}' ({type(error).__name__}: {error}); "
                     f"its columns: {', '.join(row)}"
                 ) from None
-        kept = [example for example in examples if example is not None]
-        without = [number for number, example in enumerate(examples, 1) if example is not None and not example.answers]
-        if without:
-            raise LatentWireError(f"{source} row {without[0]} has no answer, so it cannot be scored; delete such rows")
-        if not kept:
+        usable = [example for example in examples if example is not None]
+        empty = [number for number, example in enumerate(examples, 1) if example is not None and not example.answers]
+        if empty:
+            raise LatentWireError(f"{source} row {empty[0]} has no answer, so it cannot be scored; delete such rows")
+        if not usable:
             raise LatentWireError(f"{source} has no usable rows; check its columns against 'show {self.name}'")
-        return kept, source
+        return usable, source
 
 
 TASKS: Registry[type[Task]] = Registry("datasets", "dataset")
@@ -2332,25 +2334,25 @@ TASKS: Registry[type[Task]] = Registry("datasets", "dataset")
 def task(name: str, *aliases: str) -> Callable[[type[Task]], type[Task]]:
     """Register a Task class and tell it its name."""
 
-    def add(part: type[Task]) -> type[Task]:
-        part.name, part.folder = name, part.folder or "".join(part.hub[:1]).rpartition("/")[2]
-        return TASKS.register(name, *aliases)(part)
+    def add(task_class: type[Task]) -> type[Task]:
+        task_class.name, task_class.folder = name, task_class.folder or "".join(task_class.hub[:1]).rpartition("/")[2]
+        return TASKS.register(name, *aliases)(task_class)
 
     return add
 
 
 def data_folder_files(data_dir: Path | None, folder: str, split: str) -> list[Path]:
     """``<data_dir>/<folder>/<split>.parquet``, or the hub's shards ``<split>-00000-of-00002.parquet``, where there."""
-    given = data_dir or os.environ.get("LATENTWIRE_DATA")
-    if not given or not folder:
+    location = data_dir or os.environ.get("LATENTWIRE_DATA")
+    if not location or not folder:
         return []
-    root = Path(given)
+    root = Path(location)
     if not root.is_dir():
         raise LatentWireError(
             f"data folder {root} not found; --data_dir takes a folder such as DIR/{folder}/{split}.parquet"
         )
-    named = re.compile(rf"{split}(-\d+-of-\d+)?(-[0-9a-f]+)?")
-    return [path for path in sorted((root / folder).glob("*.parquet")) if named.fullmatch(path.stem)]
+    pattern = re.compile(rf"{split}(-\d+-of-\d+)?(-[0-9a-f]+)?")
+    return [path for path in sorted((root / folder).glob("*.parquet")) if pattern.fullmatch(path.stem)]
 
 
 @functools.cache
@@ -2376,19 +2378,19 @@ def prefer_offline(offline: bool) -> None:
         os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
 
-def hub_rows(part: Task, split: str, offline: bool) -> Iterable[Mapping[str, Any]]:
+def hub_rows(task: Task, split: str, offline: bool) -> Iterable[Mapping[str, Any]]:
     """A published split through ``datasets``."""
     prefer_offline(offline)
     import datasets
 
     try:
-        return datasets.load_dataset(*part.hub, split=split, revision=part.revision, trust_remote_code=False)
+        return datasets.load_dataset(*task.hub, split=split, revision=task.revision, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:160]
         raise LatentWireError(
-            f"dataset {part.name!r} is not in a data folder, and the hub did not give it ({type(error).__name__}: {reason}); "
-            f"set --data_dir DIR with DIR/{part.folder}/{split}.parquet, or run once online: "
-            f"hf download --repo-type dataset {part.hub[0]}"
+            f"dataset {task.name!r} is not in a data folder, and the hub did not give it ({type(error).__name__}: {reason}); "
+            f"set --data_dir DIR with DIR/{task.folder}/{split}.parquet, or run once online: "
+            f"hf download --repo-type dataset {task.hub[0]}"
         ) from None
 
 
@@ -2440,23 +2442,23 @@ def decoded(path: Path, data: bytes, encoding: str = "auto") -> tuple[str, tuple
     """A file's text, and what must be said of its encoding: by its mark, else UTF-8, else cp1252 where nothing is UTF-8."""
     marks = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
              (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))  # fmt: skip
-    asked = encoding if encoding != "auto" else next((name for mark, name in marks if data.startswith(mark)), "")
-    if not asked and data[:1000].count(0) > len(data[:1000]) // 4:  # ASCII in two bytes, without a mark
-        asked = "utf-16-be" if data[0] == 0 else "utf-16-le"
+    charset = encoding if encoding != "auto" else next((name for mark, name in marks if data.startswith(mark)), "")
+    if not charset and data[:1000].count(0) > len(data[:1000]) // 4:  # ASCII in two bytes, without a mark
+        charset = "utf-16-be" if data[0] == 0 else "utf-16-le"
     try:
-        return data.decode(asked or "utf-8"), (asked,) if asked and asked != "utf-8-sig" else ()
+        return data.decode(charset or "utf-8"), (charset,) if charset and charset != "utf-8-sig" else ()
     except LookupError:
         raise LatentWireError(f"--encoding {encoding} is unknown; give one such as utf-8, cp1252, utf-16") from None
     except UnicodeDecodeError as error:
         row, bad = data[: error.start].count(b"\n") + 1, data[error.start]
-    if not asked:
-        odd = [character for character in data.decode("utf-8", "surrogateescape") if character > "\x7f"]
-        foreign = sum("\udc80" <= character <= "\udcff" for character in odd)
-        if foreign > len(odd) - foreign:  # hardly anything is UTF-8
+    if not charset:
+        non_ascii = [character for character in data.decode("utf-8", "surrogateescape") if character > "\x7f"]
+        undecodable = sum("\udc80" <= character <= "\udcff" for character in non_ascii)
+        if undecodable > len(non_ascii) - undecodable:  # hardly anything is UTF-8
             with contextlib.suppress(UnicodeDecodeError):
                 return data.decode("cp1252"), ("cp1252",)
     raise LatentWireError(
-        f"data file {path} row {row}: byte 0x{bad:02x} is not {asked or 'utf-8'}; mend the row or give --encoding"
+        f"data file {path} row {row}: byte 0x{bad:02x} is not {charset or 'utf-8'}; mend the row or give --encoding"
     )
 
 
@@ -2464,10 +2466,10 @@ def look(paths: Sequence[Path], settings: DataSettings) -> Table:
     """Rows of one file, of the shards of one, or of a folder with one folder of texts per class."""
     tables = [look_at(path, settings) for path in paths]
     first = next((table for table in tables if table.rows), tables[0])
-    for other in tables:
-        if other.rows and set(other.columns) != set(first.columns):
+    for table in tables:
+        if table.rows and set(table.columns) != set(first.columns):
             raise LatentWireError(
-                f"data file {other.path} has other columns ({some_of(other.columns)}) than {first.path} "
+                f"data file {table.path} has other columns ({some_of(table.columns)}) than {first.path} "
                 f"({some_of(first.columns)})"
             )
     shards = [f"{len(tables)} shards"] if tables[1:] else []
@@ -2501,14 +2503,14 @@ def read_class_folders(path: Path, settings: DataSettings) -> Table:
     for file in (file for folder in class_folders(path) for file in sorted(folder.glob("*.txt"))):
         text, _ = decoded(file, content(file), settings.encoding)
         rows.append((f"data file {file}", {"text": text.strip(), "label": file.parent.name}))
-    left = ["unsup left out"] if (path / "unsup").is_dir() else []
-    return Table(path, rows, ("a folder of texts per class", *left))
+    notes = ["unsup left out"] if (path / "unsup").is_dir() else []
+    return Table(path, rows, ("a folder of texts per class", *notes))
 
 
 def class_folders(path: Path) -> list[Path]:
     """Folders of texts, but for texts without a class."""
-    found = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and folder.name != "unsup"]
-    return [folder for folder in found if next(folder.glob("*.txt"), None)]
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and folder.name != "unsup"]
+    return [folder for folder in folders if next(folder.glob("*.txt"), None)]
 
 
 def read_parquet(path: Path, settings: DataSettings) -> Table:
@@ -2536,8 +2538,8 @@ def read_parquet(path: Path, settings: DataSettings) -> Table:
 
 def some_of(names: Sequence[str]) -> str:
     """At most twenty names with commas, none longer than sixty characters: a file may bring thousands."""
-    shown = [name if len(name) <= 60 else f"{name[:59]}…" for name in names[:20]]
-    return ", ".join(shown) + (f", … {len(names) - 20} more" if len(names) > 20 else "")
+    shortened = [name if len(name) <= 60 else f"{name[:59]}…" for name in names[:20]]
+    return ", ".join(shortened) + (f", … {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def only_one(path: Path, names: Sequence[str]) -> None:
@@ -2559,52 +2561,52 @@ def leaves(row: Row, above: str = "") -> Iterator[str]:
 def at(row: Row, column: str) -> Any:
     """A field by its name or its dotted path; MISSING where there is none."""
     value: Any = row
-    for part in [column] if column in row else column.split("."):
-        if not isinstance(value, Mapping) or part not in value:
+    for key in [column] if column in row else column.split("."):
+        if not isinstance(value, Mapping) or key not in value:
             return MISSING
-        value = value[part]
+        value = value[key]
     return value
 
 
 def read_csv(path: Path, settings: DataSettings) -> Table:
     """Rows of a CSV or TSV file; the delimiter, quotes and whether there is a header are found out."""
     text, how = decoded(path, content(path), settings.encoding)
-    mark = delimiter_of(path, text, settings.delimiter)
-    if mark == " ":  # lines such as ``LOC:city Where is it?``: the first word, and the rest
+    delimiter = delimiter_of(path, text, settings.delimiter)
+    if delimiter == " ":  # lines such as ``LOC:city Where is it?``: the first word, and the rest
         lines = ((number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip())
         records = [(number, line.split(" ", 1)) for number, line in lines]
     else:
-        records = split_tabs(path, text) if mark == "\t" else split_csv(path, text, mark)
+        records = split_tabs(path, text) if delimiter == "\t" else split_csv(path, text, delimiter)
     if not records:
         return Table(path, [], how)
-    if mark != ("\t" if kind_of_file(path) == ".tsv" else ","):
-        how = (next((f"{name}s" for name, sign in DELIMITERS.items() if sign == mark), repr(mark)), *how)
-    (first, header), rest, said = records[0], records[1:], "the header"
-    if names_columns(header, [row for _, row in rest], settings):
+    if delimiter != ("\t" if kind_of_file(path) == ".tsv" else ","):
+        how = (next((f"{name}s" for name, char in DELIMITERS.items() if char == delimiter), repr(delimiter)), *how)
+    (first, header), body, reference = records[0], records[1:], "the header"
+    if names_columns(header, [row for _, row in body], settings):
         only_one(path, [name.strip() for name in header])
         columns = [name.strip() or str(number) for number, name in enumerate(header, 1)]
     else:
-        columns, rest, said = [str(number) for number in range(1, len(header) + 1)], records, f"row {first}"
+        columns, body, reference = [str(number) for number in range(1, len(header) + 1)], records, f"row {first}"
         how = (*how, "no header")
-    for number, row in rest:
+    for number, row in body:
         if len(row) != len(columns):
-            wrong = f"{'more' if len(row) > len(columns) else 'fewer'} cells than {said} has"
+            wrong = f"{'more' if len(row) > len(columns) else 'fewer'} cells than {reference} has"
             raise LatentWireError(f"data file {path} row {number}: {wrong} ({len(row)}, {len(columns)})")
-    return Table(path, placed(path, ((number, dict(zip(columns, row, strict=True))) for number, row in rest)), how)
+    return Table(path, placed(path, ((number, dict(zip(columns, row, strict=True))) for number, row in body)), how)
 
 
-def delimiter_of(path: Path, text: str, asked: str) -> str:
+def delimiter_of(path: Path, text: str, spelling: str) -> str:
     """What parts the columns: as asked, or what parts the first lines evenly, the suffix's own mark first."""
-    if asked != "auto":
-        mark = DELIMITERS.get(asked, "\t" if asked == r"\t" else asked)
-        if len(mark) == 1 and mark not in '"\r\n':
-            return mark
-        raise LatentWireError(f"--delimiter {asked!r}: give one character, or one of {', '.join(DELIMITERS)}")
-    own = "\t" if kind_of_file(path) == ".tsv" else ","
+    if spelling != "auto":
+        delimiter = DELIMITERS.get(spelling, "\t" if spelling == r"\t" else spelling)
+        if len(delimiter) == 1 and delimiter not in '"\r\n':
+            return delimiter
+        raise LatentWireError(f"--delimiter {spelling!r}: give one character, or one of {', '.join(DELIMITERS)}")
+    default = "\t" if kind_of_file(path) == ".tsv" else ","
     lines = [QUOTED.sub("", line) for line in text[:1_000_000].split("\n")[:50] if line.strip()][:20]
-    marks = [mark for mark in dict.fromkeys((own, ",", ";", "\t", "|")) if lines and mark in lines[0]]
-    even = [mark for mark in marks if len({line.count(mark) for line in lines}) == 1]
-    return [*even, *marks, own][0]
+    candidates = [char for char in dict.fromkeys((default, ",", ";", "\t", "|")) if lines and char in lines[0]]
+    even = [char for char in candidates if len({line.count(char) for line in lines}) == 1]
+    return [*even, *candidates, default][0]
 
 
 def split_tabs(path: Path, text: str) -> list[tuple[int, list[str]]]:
@@ -2615,13 +2617,13 @@ def split_tabs(path: Path, text: str) -> list[tuple[int, list[str]]]:
     if not quoted:
         return rows
     try:
-        found = split_csv(path, text, "\t")
+        records = split_csv(path, text, "\t")
     except LatentWireError:
-        found = rows
-    if len({len(row) for _, row in found}) == 1 and len(found) < len(rows):  # quoted cells with line ends in them
-        if len({len(row) for _, row in rows}) > 1 or any(values_of(found, i) for i in (0, -1)):
-            return found  # no cell holds a row of its own
-        unsure = next(number for number, row in found if any("\n" in cell for cell in row))
+        records = rows
+    if len({len(row) for _, row in records}) == 1 and len(records) < len(rows):  # quoted cells with line ends in them
+        if len({len(row) for _, row in rows}) > 1 or any(values_of(records, i) for i in (0, -1)):
+            return records  # no cell holds a row of its own
+        unsure = next(number for number, row in records if any("\n" in cell for cell in row))
         raise LatentWireError(
             f"data file {path} row {unsure}: one quoted cell of several lines, or stray quotes in several rows? "
             f"Save it as CSV, or take the quotes away"
@@ -2637,10 +2639,10 @@ def values_of(records: Sequence[tuple[int, list[str]]], column: int) -> set[str]
     return {value for value, count in counts.items() if count > 1} if len(counts) <= len(records) / 2 else set()
 
 
-def split_csv(path: Path, text: str, mark: str) -> list[tuple[int, list[str]]]:
+def split_csv(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
     """Records of a file with quoted cells; one that has swallowed whole rows is refused."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     records: list[tuple[int, list[str]]] = []
     begin = 1
     try:
@@ -2650,33 +2652,34 @@ def split_csv(path: Path, text: str, mark: str) -> list[tuple[int, list[str]]]:
             begin = reader.line_num + 1
     except csv.Error as error:
         raise LatentWireError(f"data file {path} row {begin}: {error}") from None
-    refuse_swallowed(path, records, mark)
+    refuse_swallowed(path, records, delimiter)
     return records
 
 
-def refuse_swallowed(path: Path, records: Sequence[tuple[int, list[str]]], mark: str) -> None:
+def refuse_swallowed(path: Path, records: Sequence[tuple[int, list[str]]], delimiter: str) -> None:
     """A stray quote joins rows into one cell: lines in it end, or begin, with what other rows have as last or first."""
-    long = [(number, cell) for number, row in records for cell in row if "\n" in cell and mark in cell]
-    usual = [values_of(records, column) for column in (0, -1)]
-    for number, cell in long:
+    cells = [(number, cell) for number, row in records for cell in row if "\n" in cell and delimiter in cell]
+    repeated = [values_of(records, column) for column in (0, -1)]
+    for number, cell in cells:
         lines = [line.rstrip("\r") for line in cell.split("\n")]
-        last = any(mark in line and line.rsplit(mark, 1)[1].strip('"') in usual[1] for line in lines[:-1])
-        if last or any(mark in line and line.split(mark, 1)[0].strip('"') in usual[0] for line in lines[1:]):
+        last = any(delimiter in line and line.rsplit(delimiter, 1)[1].strip('"') in repeated[1] for line in lines[:-1])
+        first = any(delimiter in line and line.split(delimiter, 1)[0].strip('"') in repeated[0] for line in lines[1:])
+        if last or first:
             raise LatentWireError(
                 f"data file {path} row {number}: a cell opened by a quote holds {len(lines)} lines that look like rows "
                 f'of their own; a quote inside a quoted cell is written twice (""), a stray one must go'
             )
 
 
-def names_columns(first: Sequence[str], rest: Sequence[Sequence[str]], settings: DataSettings) -> bool:
+def names_columns(first: Sequence[str], rows: Sequence[Sequence[str]], settings: DataSettings) -> bool:
     """Whether a file's first row is a header: it has a known name, or none of its cells is a value of its column."""
-    named = [getattr(settings, f"{role}_column") for role in OwnFile.guesses]
+    names = [getattr(settings, f"{role}_column") for role in OwnFile.guesses]
     known = {word.casefold() for words in OwnFile.guesses.values() for word in words}
-    known |= {name.casefold() for name in named if name and not name.isdecimal()}  # columns without a name are numbered
+    known |= {name.casefold() for name in names if name and not name.isdecimal()}  # columns without a name are numbered
     if any(cell.strip().casefold() in known for cell in first):
         return True
     for number, cell in enumerate(first):
-        column = [row[number] for row in rest[:1000] if len(row) > number]
+        column = [row[number] for row in rows[:1000] if len(row) > number]
         few = len(set(column)) <= len(column) / 2
         if few and (cell in column or (as_number(cell) is not None and all(as_number(c) is not None for c in column))):
             return False
@@ -2686,8 +2689,8 @@ def names_columns(first: Sequence[str], rest: Sequence[Sequence[str]], settings:
 def read_json(path: Path, settings: DataSettings) -> Table:
     """Rows of a JSON-lines file, of one list, of a mapping with one list such as ``{"data": [...]}``, of SQuAD's nesting."""
     text, how = decoded(path, content(path), settings.encoding)
-    if whole := whole_json(path, text):
-        rows = placed(path, enumerate(whole, 1))
+    if values := whole_json(path, text):
+        rows = placed(path, enumerate(values, 1))
     else:
         lines = ((n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip())
         rows = placed(path, ((number, parsed(f"data file {path} row {number}", line)) for number, line in lines))
@@ -2715,10 +2718,10 @@ def whole_json(path: Path, text: str) -> list[Any]:
     where, start = f"data file {path}", text.lstrip()[:1]
     if start == "[":
         return parsed(where, text)
-    found: dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     with contextlib.suppress(ValueError, RecursionError):  # several values, one a line: each is named by its own row
-        found = json.loads(text) if start == "{" else {}
-    lists = {name: value for name, value in found.items() if isinstance(value, list) and value}
+        tree = json.loads(text) if start == "{" else {}
+    lists = {name: value for name, value in tree.items() if isinstance(value, list) and value}
     lists = {name: value for name, value in lists.items() if all(isinstance(row, dict) for row in value)}
     if len(lists) > 1:
         raise LatentWireError(f"{where} holds several lists of rows ({', '.join(lists)}); keep one in a file")
@@ -2730,7 +2733,7 @@ def squad_rows(row: Row) -> list[Row]:
     paragraphs = row.get("paragraphs")
     if not (isinstance(paragraphs, list) and all(isinstance(p, dict) and "qas" in p for p in paragraphs)):
         return [row]
-    return [{"title": row.get("title"), "context": p.get("context"), **asked} for p in paragraphs for asked in p["qas"]]
+    return [{"title": row.get("title"), "context": p.get("context"), **qa} for p in paragraphs for qa in p["qas"]]
 
 
 class Classification(Task):
@@ -2813,12 +2816,12 @@ def package_file(package: str, fragment: str, requirement: str, sha256: str | No
         files = metadata.distribution(package).files or ()
     except metadata.PackageNotFoundError:
         raise LatentWireError(f"package {package} is not installed; {fix}") from None
-    found = [Path(str(file.locate())) for file in files if fragment in file.name]
-    if not found or not found[0].is_file():
+    paths = [Path(str(file.locate())) for file in files if fragment in file.name]
+    if not paths or not paths[0].is_file():
         raise LatentWireError(f"package {package} holds no {fragment}; {fix} --force-reinstall")
-    if sha256 and sum_of(found[0]) != sha256:
-        raise LatentWireError(f"{found[0]} is not the published file (its SHA-256 differs); {fix} --force-reinstall")
-    return found[0]
+    if sha256 and sum_of(paths[0]) != sha256:
+        raise LatentWireError(f"{paths[0]} is not the published file (its SHA-256 differs); {fix} --force-reinstall")
+    return paths[0]
 
 
 @task("boolq")
@@ -2854,8 +2857,9 @@ class GSM8K(Task):
     def correct(self, text: str, example: Example) -> float:
         """Numeric equality, 18.0 is 18, of what the published rule finds (the first ``#### 18``), else of the last number."""
         marked = re.search(r"#### (-?[0-9.,]+)", text)
-        said, wanted = last_number(marked[1].replace(",", "") if marked else text), last_number(example.answers[0])
-        return float(said is not None and said == wanted)
+        predicted = last_number(marked[1].replace(",", "") if marked else text)
+        expected = last_number(example.answers[0])
+        return float(predicted is not None and predicted == expected)
 
 
 class QuestionAnswering(Task):
@@ -2881,14 +2885,14 @@ class SQuAD(QuestionAnswering):
 class HotpotQA(QuestionAnswering):
     """HotpotQA (distractor): a question over ten paragraphs; the published dev set is the test."""
 
-    whole: ClassVar[set[str]] = {"yes", "no", "noanswer"}
+    atomic: ClassVar[set[str]] = {"yes", "no", "noanswer"}
     hub = ("hotpotqa/hotpot_qa", "distractor")
     splits: ClassVar = {"train": "train", "test": "validation"}
 
     def f1(self, text: str, gold: str, example: Example) -> float:
         """Its own script's: yes, no and noanswer share nothing with a longer answer."""
-        said, wanted = normalize_answer(text), normalize_answer(gold)
-        return 0.0 if said != wanted and self.whole & {said, wanted} else token_f1(text, gold)
+        predicted, expected = normalize_answer(text), normalize_answer(gold)
+        return 0.0 if predicted != expected and self.atomic & {predicted, expected} else token_f1(text, gold)
 
     def read(self, row: Mapping[str, Any], index: int) -> Example:
         """Supporting paragraphs first is a leak, so paragraphs keep the published order."""
@@ -2897,8 +2901,8 @@ class HotpotQA(QuestionAnswering):
         if self.settings.context == "supporting":
             facts = [*zip(row["supporting_facts"]["title"], row["supporting_facts"]["sent_id"], strict=True)]
             near = {(title, i + step) for title, i in facts for step in (-1, 0, 1)}
-            kept = [(title, [s for i, s in enumerate(own) if (title, i) in near]) for title, own in paragraphs]
-            paragraphs = [(title, own) for title, own in kept if own]
+            nearby = [(title, [s for i, s in enumerate(lines) if (title, i) in near]) for title, lines in paragraphs]
+            paragraphs = [(title, lines) for title, lines in nearby if lines]
         text = "\n".join(f"{title}: {''.join(sentences)}" for title, sentences in paragraphs)
         return Example(row["id"], text, row["question"].strip(), (row["answer"],))
 
@@ -3026,26 +3030,26 @@ class OwnFile(Task):
         """Files of each split; a single file, or a single folder of texts per class, is both splits' file."""
         if not self.path.is_dir():
             return {"": [self.path]}
-        found: dict[str, list[Path]] = {}
-        for home in filter(Path.is_dir, (self.path, self.path / "data")):
-            stems = {p: unpacked(p).stem if p.is_file() else p.name for p in sorted(home.iterdir())}
+        splits: dict[str, list[Path]] = {}
+        for folder in filter(Path.is_dir, (self.path, self.path / "data")):
+            stems = {p: unpacked(p).stem if p.is_file() else p.name for p in sorted(folder.iterdir())}
             for split, names in SPLIT_NAMES.items():
-                named = re.compile(rf"({'|'.join(names)})(-\d+-of-\d+)?(-[0-9a-f]+)?", re.IGNORECASE)
-                called = {p: match[1].lower() for p, stem in stems.items() if (match := named.fullmatch(stem))}
-                files = [p for p in called if p.is_file() and self.readable(p)]
-                files = files or [p for p in called if p.is_dir() and class_folders(p)]
-                if len({called[p] for p in files}) > 1:
-                    raise LatentWireError(f"{home} has {', '.join(p.name for p in files)}: which of them is {split}?")
+                pattern = re.compile(rf"({'|'.join(names)})(-\d+-of-\d+)?(-[0-9a-f]+)?", re.IGNORECASE)
+                split_names = {p: match[1].lower() for p, stem in stems.items() if (match := pattern.fullmatch(stem))}
+                files = [p for p in split_names if p.is_file() and self.readable(p)]
+                files = files or [p for p in split_names if p.is_dir() and class_folders(p)]
+                if len({split_names[p] for p in files}) > 1:
+                    raise LatentWireError(f"{folder} has {', '.join(p.name for p in files)}: which of them is {split}?")
                 if files:
                     self.refuse_gaps(files)
-                    found.setdefault(split, files)
-        if "train" in found:
-            return found
-        alone = [p for p in sorted(self.path.iterdir()) if p.is_file() and self.readable(p)]
+                    splits.setdefault(split, files)
+        if "train" in splits:
+            return splits
+        data_files = [p for p in sorted(self.path.iterdir()) if p.is_file() and self.readable(p)]
         if class_folders(self.path):
             return {"": [self.path]}
-        if len(alone) == 1 and not found:
-            return {"": alone}
+        if len(data_files) == 1 and not splits:
+            return {"": data_files}
         raise LatentWireError(f"{self.path} has no train.csv, train.jsonl or train.parquet, and no folders of texts")
 
     def readable(self, path: Path) -> bool:
@@ -3054,11 +3058,11 @@ class OwnFile(Task):
 
     def refuse_gaps(self, files: Sequence[Path]) -> None:
         """Shards of which one is not there."""
-        home, marks = files[0].parent, [found for p in files if (found := re.search(r"-(\d+)-of-(\d+)", p.name))]
-        if marks and len(marks) != (count := int(marks[0][2])):
-            raise LatentWireError(f"{home} has {len(marks)} of {count} shards {files[0].name}, ...")
-        if not marks and len(files) > 1:
-            raise LatentWireError(f"{home} has {' and '.join(p.name for p in files)}; keep one")
+        folder, shards = files[0].parent, [match for p in files if (match := re.search(r"-(\d+)-of-(\d+)", p.name))]
+        if shards and len(shards) != (count := int(shards[0][2])):
+            raise LatentWireError(f"{folder} has {len(shards)} of {count} shards {files[0].name}, ...")
+        if not shards and len(files) > 1:
+            raise LatentWireError(f"{folder} has {' and '.join(p.name for p in files)}; keep one")
 
     @functools.cached_property
     def test_files(self) -> tuple[list[Path], str]:
@@ -3079,24 +3083,24 @@ class OwnFile(Task):
         named = getattr(self.settings, f"{role}_column")
         if named:
             return named if any(f"{column}.".startswith(f"{named}.") for column in columns) else ""
-        for part in (lambda c: c.casefold(), lambda c: c.casefold().rpartition(".")[2]):
-            for wanted in self.guesses[role]:
-                found = [column for column in columns if part(column) == wanted]
-                if len(found) == 1 or wanted in found:
-                    return wanted if wanted in found else found[0]
+        for fold in (lambda c: c.casefold(), lambda c: c.casefold().rpartition(".")[2]):
+            for guess in self.guesses[role]:
+                matches = [column for column in columns if fold(column) == guess]
+                if len(matches) == 1 or guess in matches:
+                    return guess if guess in matches else matches[0]
         return ""
 
     def column(self, role: str, table: Table, optional: bool = False) -> str:
         """``find_column``, or an error that names the columns there are."""
-        found, named = self.find_column(role, table.columns), getattr(self.settings, f"{role}_column")
-        if not found and (named or not optional):
-            wanted = " or ".join(map(repr, (named,) if named else self.guesses[role][:7]))
+        name, named = self.find_column(role, table.columns), getattr(self.settings, f"{role}_column")
+        if not name and (named or not optional):
+            expected = " or ".join(map(repr, (named,) if named else self.guesses[role][:7]))
             hint = " or --delimiter" if len(table.columns) == 1 else ""
             raise LatentWireError(
-                f"{table.rows[0][0]} has no column {wanted} (its columns: {some_of(table.columns)}); "
+                f"{table.rows[0][0]} has no column {expected} (its columns: {some_of(table.columns)}); "
                 f"name one with --{role}_column{hint}"
             )
-        return found
+        return name
 
     def columns_in(self, table: Table) -> dict[str, str]:
         """Which column has which role; "" where there is none."""
@@ -3111,25 +3115,26 @@ class OwnFile(Task):
         if len(table.rows) < 10:
             raise LatentWireError(f"data file {table.path} has {len(table.rows)} rows; at least 10 are needed")
         text, question, choices, label = self.columns_in(table).values()
-        kept = []
+        rows = []
         for index, (where, row) in enumerate(table.rows):
-            said = self.cell(where, text, at(row, text))
-            asked = "" if not question or missing(at(row, question)) else self.cell(where, question, at(row, question))
+            context = self.cell(where, text, at(row, text))
+            query = "" if not question or missing(at(row, question)) else self.cell(where, question, at(row, question))
             gold = self.gold(where, label, at(row, label), table.names.get(label, ()))
             options, keys = self.options_of(where, choices, row) if choices else ((), ())
             if choices:
                 gold = (self.chosen(where, gold[0], options, keys),)
             lettered = (f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False))
-            kept.append((where, Example(str(index), "\n".join([said, *lettered]), asked, gold, options=len(options))))
-        return kept
+            context = "\n".join([context, *lettered])
+            rows.append((where, Example(str(index), context, query, gold, options=len(options))))
+        return rows
 
     def cell(self, where: str, name: str, value: Any) -> str:
         """A cell as text; an empty one, one that is no text, and half a character are refused."""
         if value is MISSING:
             raise LatentWireError(f"{where} has no {name}")
         if missing(value):
-            what = f" ({value})" if value is not None and not isinstance(value, str) else ""
-            raise LatentWireError(f"{where}: empty {name}{what}; fill it in or delete the row")
+            detail = f" ({value})" if value is not None and not isinstance(value, str) else ""
+            raise LatentWireError(f"{where}: empty {name}{detail}; fill it in or delete the row")
         if isinstance(value, bytes):
             value = value.decode("utf-8", "surrogateescape")
         if isinstance(value, list | dict | tuple):
@@ -3143,21 +3148,21 @@ class OwnFile(Task):
 
     def gold(self, where: str, name: str, value: Any, names: Sequence[str]) -> tuple[Any, ...]:
         """Accepted answers: one cell, a list of them, or SQuAD's mapping and lists with ``text``."""
-        found = value.get("text", value) if isinstance(value, dict) else value
-        if isinstance(found, list):
-            found = [item.get("text") if isinstance(item, dict) else item for item in found]
-            if not found:
+        accepted = value.get("text", value) if isinstance(value, dict) else value
+        if isinstance(accepted, list):
+            accepted = [item.get("text") if isinstance(item, dict) else item for item in accepted]
+            if not accepted:
                 raise LatentWireError(
                     f"{where}: no answer in {name}; a question without one cannot be scored, delete the row"
                 )
-            return tuple(dict.fromkeys(self.cell(where, name, item).strip() for item in found))
-        text = self.cell(where, name, found).strip()
-        number = as_number(found)
+            return tuple(dict.fromkeys(self.cell(where, name, item).strip() for item in accepted))
+        text = self.cell(where, name, accepted).strip()
+        number = as_number(accepted)
         if names and number is not None:
             if number != int(number) or not 0 <= number < len(names):
                 raise LatentWireError(f"{where}: {name} {text} has no name among the {len(names)} that the file brings")
             return (names[int(number)],)
-        return (found if isinstance(found, bool | int | float) else text,)
+        return (accepted if isinstance(accepted, bool | int | float) else text,)
 
     def options_of(self, where: str, name: str, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """A multiple-choice row's options and what its answer key calls them."""
@@ -3173,14 +3178,14 @@ class OwnFile(Task):
 
     def chosen(self, where: str, gold: Any, options: Sequence[str], keys: Sequence[str]) -> str:
         """The letter of the right option, by its key, its letter, its index or its own words."""
-        said, letters = str(gold).strip(), string.ascii_uppercase[: len(options)]
+        answer, letters = str(gold).strip(), string.ascii_uppercase[: len(options)]
         for names in (keys, letters, options):
-            if said in names:
-                return letters[[*names].index(said)]
+            if answer in names:
+                return letters[[*names].index(answer)]
         number = as_number(gold)
         if not keys and number is not None and number in range(len(options)):
             return letters[int(number)]
-        raise LatentWireError(f"{where}: answer {said!r} is none of its {len(options)} options")
+        raise LatentWireError(f"{where}: answer {answer!r} is none of its {len(options)} options")
 
     # -- classes
 
@@ -3194,9 +3199,9 @@ class OwnFile(Task):
         words = dict.fromkeys(str(value).strip() for value in values)
         numbers = [as_number(value) for value in values]
         distinct = sorted({n for n in numbers if n is not None}) if None not in numbers else []
-        asked = list(self.settings.labels or ())
-        self.meaning = self.mapped(asked, distinct, words)
-        if asked:
+        labels = list(self.settings.labels or ())
+        self.meaning = self.mapped(labels, distinct, words)
+        if labels:
             return tuple(dict.fromkeys(self.meaning.values()))
         if names := self.table.names.get(self.used["label"]):
             return names
@@ -3207,31 +3212,31 @@ class OwnFile(Task):
         if len(distinct) > 20 and distinct[-1] - distinct[0] >= 2 * len(distinct) + 1:  # sums and years are no classes
             return ()
         truths = all(str(value).strip().casefold() in ("true", "false") for value in values)
-        shown = ["false", "true"][: len(distinct)] if truths else [f"{n:g}" for n in distinct]
-        ends = ", ".join(shown if len(shown) <= 12 else [*shown[:5], "...", shown[-1]])
+        label_texts = ["false", "true"][: len(distinct)] if truths else [f"{n:g}" for n in distinct]
+        ends = ", ".join(label_texts if len(label_texts) <= 12 else [*label_texts[:5], "...", label_texts[-1]])
         example = "negative,positive" if len(distinct) == 2 else "first,second,third,..."
         raise LatentWireError(
             f"{self.path}: the labels are numbers ({ends}); say what they mean in their order, "
-            f"such as --labels {example}, or one by one, such as --labels {shown[0]}=...,{shown[-1]}=..."
+            f"such as --labels {example}, or one by one, such as --labels {label_texts[0]}=...,{label_texts[-1]}=..."
         )
 
-    def mapped(self, asked: Sequence[str], numbers: Sequence[float], words: Iterable[str]) -> dict[str, str]:
+    def mapped(self, labels: Sequence[str], numbers: Sequence[float], words: Iterable[str]) -> dict[str, str]:
         """What each label of the file means: ``--labels`` in the order of the values, or value by value."""
-        if not asked:
+        if not labels:
             return {}
-        if all("=" in item for item in asked):
-            pairs = [item.partition("=") for item in asked]
+        if all("=" in item for item in labels):
+            pairs = [item.partition("=") for item in labels]
             return {self.canonical(key.strip()): name.strip() for key, _, name in pairs}
-        if not numbers or set(words) <= set(asked):
-            return {word: word for word in asked}
-        if len(numbers) == len(asked):
-            return {self.canonical(n): name for n, name in zip(numbers, asked, strict=True)}
-        if 0 in numbers and all(n in range(len(asked)) for n in numbers):
-            return {str(i): name for i, name in enumerate(asked)}
-        shown = ", ".join(f"{n:g}" for n in numbers[:12])
+        if not numbers or set(words) <= set(labels):
+            return {word: word for word in labels}
+        if len(numbers) == len(labels):
+            return {self.canonical(n): name for n, name in zip(numbers, labels, strict=True)}
+        if 0 in numbers and all(n in range(len(labels)) for n in numbers):
+            return {str(i): name for i, name in enumerate(labels)}
+        listing = ", ".join(f"{n:g}" for n in numbers[:12])
         raise LatentWireError(
-            f"{self.path} has {len(numbers)} different labels ({shown}) and --labels {len(asked)} words; "
-            f"give each value its own, such as --labels {numbers[0]:g}={asked[0]},..."
+            f"{self.path} has {len(numbers)} different labels ({listing}) and --labels {len(labels)} words; "
+            f"give each value its own, such as --labels {numbers[0]:g}={labels[0]},..."
         )
 
     @staticmethod
@@ -3251,15 +3256,15 @@ class OwnFile(Task):
             return replace(row, answers=answers)
         word = self.meaning.get(self.canonical(row.answers[0]), answers[0])
         if word not in self.words:
-            shown = ", ".join([*self.words[:12], *(["..."] if self.words[12:] else [])])
-            raise LatentWireError(f"{where}: label {answers[0]!r} is not one of {shown}")
+            listing = ", ".join([*self.words[:12], *(["..."] if self.words[12:] else [])])
+            raise LatentWireError(f"{where}: label {answers[0]!r} is not one of {listing}")
         return replace(row, answers=(word,), label=self.words.index(word))
 
     def labelled_rows(self, split: str) -> list[Example]:
         """Every row of the split's file; a single file is the file of both splits."""
-        apart = self.test_files[0] if split == "test" else []
-        found = self.rows_in(look(apart, self.settings)) if apart else self.everything
-        return [self.labelled(where, row) for where, row in found]
+        test_files = self.test_files[0] if split == "test" else []
+        rows = self.rows_in(look(test_files, self.settings)) if test_files else self.everything
+        return [self.labelled(where, row) for where, row in rows]
 
     def load(self, split: str) -> tuple[list[Example], str]:
         """The split's own file, or the fixed fifth (test) and the rest (train) of the one file."""
@@ -3281,9 +3286,9 @@ class OwnFile(Task):
             kind = f"multiple choice with {' to '.join(map(str, sizes[:: max(1, len(sizes) - 1)]))} options"
         elif self.words:
             ordered = [(word, counts[word]) for word in self.words]
-            shown = ordered if len(ordered) <= 12 else sorted(ordered, key=lambda pair: -pair[1])[:5]
-            each = ", ".join(f"{word} {count}" for word, count in shown) + (", ..." if len(ordered) > 12 else "")
-            kind = f"{len(self.words)} classes: {each}"
+            listed = ordered if len(ordered) <= 12 else sorted(ordered, key=lambda pair: -pair[1])[:5]
+            counted = ", ".join(f"{word} {count}" for word, count in listed) + (", ..." if len(ordered) > 12 else "")
+            kind = f"{len(self.words)} classes: {counted}"
         else:
             kind = f"free answers ({len(counts)} different)"
         how = f" ({', '.join(table.how)})" if table.how else ""
@@ -3305,14 +3310,14 @@ class OwnFile(Task):
                 alike.setdefault(" ".join(value.casefold().split()), set()).add(value)
         near = [sorted(words) for words in alike.values() if len(words) > 1]
         rare = [word for word, count in counts.items() if count < 3]
-        found = [f"nearly equal classes {', '.join(map(repr, words))}" for words in near[:3]]
-        found += [f"classes of fewer than 3 rows: {', '.join(rare[:5])}"] if rare else []
-        return [f"look again: {'; '.join(found)}"] if found else []
+        notes = [f"nearly equal classes {', '.join(map(repr, words))}" for words in near[:3]]
+        notes += [f"classes of fewer than 3 rows: {', '.join(rare[:5])}"] if rare else []
+        return [f"look again: {'; '.join(notes)}"] if notes else []
 
 
-def its_own(name: str) -> Callable[..., Any]:
+def by_origin(name: str) -> Callable[..., Any]:
     """A mixture's method that the task of the example, its last argument, answers."""
-    return lambda self, *given: getattr(self.of(given[-1]), name)(*given)
+    return lambda self, *arguments: getattr(self.of(arguments[-1]), name)(*arguments)
 
 
 class Mixture(Task):
@@ -3322,20 +3327,20 @@ class Mixture(Task):
         super().__init__(settings)
         names = [name.strip() for name in (settings.dataset or "").split(",")]
         self.parts = {name: make_task(settings.model_copy(update={"dataset": name})) for name in names}
-        self.max_new_tokens = max(part.max_new_tokens for part in self.parts.values())
+        self.max_new_tokens = max(task.max_new_tokens for task in self.parts.values())
 
     def of(self, example: Example) -> Task:
         """The task an example comes from; a text of your own goes to the first."""
         return self.parts.get(example.id.partition(":")[0]) or next(iter(self.parts.values()))
 
-    sender_text, question_text, receiver_text = map(its_own, ("sender_text", "question_text", "receiver_text"))
-    correct, f1 = its_own("correct"), its_own("f1")
+    sender_text, question_text, receiver_text = map(by_origin, ("sender_text", "question_text", "receiver_text"))
+    correct, f1 = by_origin("correct"), by_origin("f1")
 
     def load(self, split: str) -> tuple[list[Example], str]:
         """All rows of all parts; an id says whose it is."""
-        found = {name: part.load(split) for name, part in self.parts.items()}
-        rows = [replace(e, id=f"{name}:{e.id}", label=None) for name, (part, _) in found.items() for e in part]
-        return rows, " + ".join(source for _, source in found.values())
+        loaded = {name: task.load(split) for name, task in self.parts.items()}
+        rows = [replace(e, id=f"{name}:{e.id}", label=None) for name, (examples, _) in loaded.items() for e in examples]
+        return rows, " + ".join(source for _, source in loaded.values())
 
 
 def make_task(settings: DataSettings) -> Task:
@@ -3346,9 +3351,11 @@ def make_task(settings: DataSettings) -> Task:
             "--dataset is missing; 'list datasets' shows the names, or give the path of your own file"
         )
     if name in TASKS:
-        own = [name for name in ("labels", *map("{}_column".format, OwnFile.guesses)) if getattr(settings, name)]
-        if own:
-            raise LatentWireError(f"--{own[0]} belongs to a file of your own; {name} knows its own (see 'show {name}')")
+        flags = [name for name in ("labels", *map("{}_column".format, OwnFile.guesses)) if getattr(settings, name)]
+        if flags:
+            raise LatentWireError(
+                f"--{flags[0]} belongs to a file of your own; {name} knows its own (see 'show {name}')"
+            )
     if "," in name and not Path(name).exists():
         return Mixture(settings)
     if name not in TASKS and (Path(name).suffix or Path(name).exists()):
@@ -3356,33 +3363,33 @@ def make_task(settings: DataSettings) -> Task:
     return TASKS[name](settings)
 
 
-def task_of(told: Mapping[str, Any], settings: DataSettings) -> Task:
+def task_of(saved: Mapping[str, Any], settings: DataSettings) -> Task:
     """The task of a checkpoint without its rows: a registered one, else as the checkpoint remembers it."""
     name = settings.dataset or ""
-    if name in TASKS or all(part.strip() in TASKS for part in name.split(",")):
+    if name in TASKS or all(word.strip() in TASKS for word in name.split(",")):
         return make_task(settings)
-    part = Task(settings)
-    part.words, part.anchor = tuple(told["words"]), told["anchor"]
-    part.sender_prompt, part.receiver_prompt = told["sender_prompt"], told["receiver_prompt"]
-    part.max_new_tokens = told.get("max_new_tokens", part.max_new_tokens)
-    return part
+    task = Task(settings)
+    task.words, task.anchor = tuple(saved["words"]), saved["anchor"]
+    task.sender_prompt, task.receiver_prompt = saved["sender_prompt"], saved["receiver_prompt"]
+    task.max_new_tokens = saved.get("max_new_tokens", task.max_new_tokens)
+    return task
 
 
-def training_splits(part: Task, settings: TrainSettings) -> tuple[Splits, str]:
+def training_splits(task: Task, settings: TrainSettings) -> tuple[Splits, str]:
     """Train and validation rows: hash-ordered, validation held out of train, equal texts never on both sides."""
-    published, source = part.load("train")
+    published, source = task.load("train")
     steps = DEFAULT_STEPS if settings.steps is None else settings.steps
-    seen = (steps or 32) * settings.rows_per_step  # more rows would never be looked at
-    most = min(settings.samples or len(published), len(published) if settings.epochs else seen)
+    reachable = (steps or 32) * settings.rows_per_step  # more rows would never be looked at
+    limit = min(settings.samples or len(published), len(published) if settings.epochs else reachable)
     tenth = max(1, len(published) // 10)
     validation, train = clean_split(published, min(settings.val_samples, tenth), settings.data_seed)
-    validation = validation[: max(32, most // 2)]  # in proportion to what is learned from
-    return {"train": distinct_ids(train[:most]), "validation": distinct_ids(validation)}, source
+    validation = validation[: max(32, limit // 2)]  # in proportion to what is learned from
+    return {"train": distinct_ids(train[:limit]), "validation": distinct_ids(validation)}, source
 
 
-def test_split(part: Task, count: int | None) -> tuple[list[Example], str]:
+def test_split(task: Task, count: int | None) -> tuple[list[Example], str]:
     """The first ``count`` test rows in hash order (published order may be sorted by label)."""
-    published, source = part.load("test")
+    published, source = task.load("test")
     return distinct_ids(hash_order(published, seed=0)[:count]), source
 
 
