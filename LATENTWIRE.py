@@ -154,7 +154,7 @@ UNFIT = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def require(module: str, package: str | None = None) -> Any:
-    """Import an optional library, or say in one line what to install."""
+    """Import an optional library; raises ``LatentWireError`` that says what to install where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -483,7 +483,7 @@ class Settings(BaseModel):
 
     @classmethod
     def build(cls, flags: Mapping[str, Any], below: Layers | None = None) -> Any:
-        """Defaults < the layers ``below`` by where they come from, lowest first < ``flags``, validated."""
+        """Defaults < the layers ``below`` by where they come from, lowest first < ``flags``; raises ``LatentWireError``."""
         values: dict[str, Any] = {}
         for where, layer in {**(below or {}), "flags": flags}.items():
             layer_values = cls.named(layer, where)
@@ -556,7 +556,7 @@ def flatten(tree: Mapping[str, Any], section: str = "") -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON or YAML file of settings."""
+    """A JSON or YAML file of settings, at most 1 MiB; raises ``LatentWireError`` where it is missing, larger or no mapping."""
     if not path.is_file():
         raise LatentWireError(f"config file {path} not found; --config takes a JSON or YAML file of settings")
     if path.stat().st_size > 2**20:
@@ -1453,7 +1453,7 @@ def no_constant(word: str) -> Any:
 
 
 def json_in(path: Path) -> Any:
-    """A JSON file's value, or one line on what is wrong with it."""
+    """A JSON file's value; raises ``LatentWireError`` where it cannot be read or is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=no_constant)
     except (OSError, ValueError, RecursionError) as error:
@@ -1461,7 +1461,7 @@ def json_in(path: Path) -> Any:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object, or one line on what is wrong with it."""
+    """A JSON file's object; raises ``LatentWireError`` where it cannot be read or is none."""
     value = json_in(path)
     if not isinstance(value, dict):
         raise LatentWireError(f"{path} is no JSON object; mend or remove it")
@@ -1548,7 +1548,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add JSON lines; a kill can tear the last one at most, and ``read_rows`` mends that."""
+    """Add JSON lines; a kill can tear the last one at most, and ``read_rows`` mends that. Raises where a number is not finite."""
     try:
         lines = [json.dumps(row, allow_nan=False) + "\n" for row in rows]
     except ValueError as error:
@@ -1558,7 +1558,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path, own: bool = True) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line torn by a kill is cut off, any other bad line is an error."""
+    """Rows of a JSON-lines file; a last line torn by a kill is left out, of an ``own`` file cut off; any other bad line raises."""
     if not path.exists():
         return []
     lines = path.read_bytes().splitlines(keepends=True)
@@ -1873,7 +1873,7 @@ def in_short(value: Any) -> str:
 
 
 def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval for a proportion (Wilson 1927)."""
+    """Wilson's score interval (low, high) of ``successes`` out of ``n`` (Wilson 1927); raises ``LatentWireError`` where n is 0."""
     from scipy.stats import binomtest
 
     if n < 1:
@@ -1908,7 +1908,7 @@ def paired_gaps(a: Scores, b: Scores) -> Any:
 
 
 def cluster_sums(values: Any, clusters: Clusters) -> tuple[Any, Any]:
-    """Scores (n,) or (n, seeds) summed over each cluster → (sums (m, seeds), sizes (m,)); without clusters, m = n."""
+    """Scores (n,) or (n, seeds) summed by cluster → (sums (m, seeds), sizes (m,)); m = n without. Raises where lengths differ."""
     import numpy as np
 
     data = finite(values)
@@ -1927,7 +1927,10 @@ def cluster_sums(values: Any, clusters: Clusters) -> tuple[Any, Any]:
 def bootstrap_interval(
     values: Scores, seed: int = 0, resamples: int = 10_000, method: str = "percentile", clusters: Clusters = None
 ) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of scores (n,), of whole ``clusters``: percentile, or BCa (Efron 1987, by scipy)."""
+    """95 % bootstrap interval (low, high) of the mean of scores (n,), of whole ``clusters``: percentile, or BCa (Efron 1987).
+
+    Of equal right/wrong scores it is Wilson's. Raises ``LatentWireError`` where all are of one cluster.
+    """
     import numpy as np
     from scipy.stats import bootstrap
 
@@ -1992,7 +1995,7 @@ def crossed_interval(scores: Any, clusters: Clusters = None, single: bool = Fals
 
 
 def mcnemar_exact(a: Scores, b: Scores) -> float:
-    """Two-sided exact McNemar p-value of paired right/wrong (McNemar 1947): a binomial test on the discordant pairs."""
+    """Two-sided exact McNemar p of paired right/wrong scores (n,) (McNemar 1947): a binomial test on the discordant pairs."""
     from scipy.stats import binomtest
 
     gaps = paired_gaps(a, b)
@@ -2001,7 +2004,7 @@ def mcnemar_exact(a: Scores, b: Scores) -> float:
 
 
 def paired_permutation(a: Scores, b: Scores, seed: int = 0, resamples: int = 9_999, clusters: Clusters = None) -> float:
-    """Two-sided sign-flip permutation p-value for the mean of paired differences; whole clusters flip together."""
+    """Two-sided sign-flip permutation p of paired scores (n,); whole clusters flip together; never 0 (Phipson and Smyth 2010)."""
     import numpy as np
     from scipy.stats import permutation_test
 
@@ -2021,7 +2024,7 @@ def paired_permutation(a: Scores, b: Scores, seed: int = 0, resamples: int = 9_9
 
 
 def paired_t(a: Scores, b: Scores) -> float:
-    """Two-sided p-value of Student's paired t."""
+    """Two-sided p-value of Student's paired t (1908) on scores (n,)."""
     from scipy.stats import ttest_1samp
 
     gaps = paired_gaps(a, b)
@@ -2066,7 +2069,7 @@ def hedges_g(a: Scores, b: Scores) -> float | None:
 
 
 def corrected(p_values: Scores, correction: str = "holm") -> list[float]:
-    """p-values after a correction for their number: holm, bonferroni, fdr_bh (bh), fdr_by (by) or none."""
+    """p-values after a correction for their number: holm, bonferroni, fdr_bh (bh), fdr_by (by) or none; raises for another name."""
     if correction != "none" and correction not in CORRECTIONS:
         raise LatentWireError(
             f"unknown correction {correction!r}{suggest(correction, CORRECTIONS)} ({', '.join(CORRECTIONS)}, none)"
@@ -2225,7 +2228,7 @@ def exact_match(text: str, gold: str) -> float:
 
 
 def token_f1(text: str, gold: str) -> float:
-    """SQuAD 1.1's F1 over normalised words; an answer without words scores 0."""
+    """SQuAD 1.1's F1 over normalised words, 0 to 1 (Rajpurkar et al. 2016); an answer without words scores 0."""
     predicted, expected = normalize_answer(text).split(), normalize_answer(gold).split()
     shared = sum(min(predicted.count(word), expected.count(word)) for word in set(predicted))
     return 2 * shared / (len(predicted) + len(expected)) if shared else 0.0
@@ -2297,7 +2300,7 @@ class Task:
         return max(exact_match(text, gold) for gold in example.answers)
 
     def f1(self, text: str, gold: str, example: Example) -> float:
-        """Partial credit for a generated answer beside one gold answer."""
+        """Partial credit, 0 to 1, for a generated answer beside one gold answer."""
         return token_f1(text, gold)
 
     def rows(self, split: str) -> tuple[Iterable[Mapping[str, Any]], str]:
@@ -2308,7 +2311,7 @@ class Task:
         return hub_rows(self, split, self.settings.offline), f"hub:{'/'.join(self.hub)}"
 
     def load(self, split: str) -> tuple[list[Example], str]:
-        """All examples of ``train`` or ``test`` in published order, and their source."""
+        """All of ``train`` or ``test`` in published order, and its source; raises ``LatentWireError`` where a row does not fit."""
         rows, source = self.rows(self.splits[split])
         examples = []
         for index, row in enumerate(rows):
@@ -2379,7 +2382,7 @@ def prefer_offline(offline: bool) -> None:
 
 
 def hub_rows(task: Task, split: str, offline: bool) -> Iterable[Mapping[str, Any]]:
-    """A published split through ``datasets``."""
+    """A published split through ``datasets``; raises ``LatentWireError`` where the hub does not give it."""
     prefer_offline(offline)
     import datasets
 
@@ -2430,7 +2433,7 @@ def kind_of_file(path: Path) -> str:
 
 
 def content(path: Path) -> bytes:
-    """A file's bytes, unpacked."""
+    """A file's bytes, unpacked; raises ``LatentWireError`` where they cannot be read."""
     try:
         with importlib.import_module(PACKED.get(path.suffix.lower(), "io")).open(path, "rb") as stream:
             return bytes(stream.read())
@@ -2596,7 +2599,7 @@ def read_csv(path: Path, settings: DataSettings) -> Table:
 
 
 def delimiter_of(path: Path, text: str, spelling: str) -> str:
-    """What parts the columns: as asked, or what parts the first lines evenly, the suffix's own mark first."""
+    """What parts the columns: as asked, or what parts the first lines evenly, the suffix's own delimiter first."""
     if spelling != "auto":
         delimiter = DELIMITERS.get(spelling, "\t" if spelling == r"\t" else spelling)
         if len(delimiter) == 1 and delimiter not in '"\r\n':
@@ -3344,7 +3347,7 @@ class Mixture(Task):
 
 
 def make_task(settings: DataSettings) -> Task:
-    """The task that ``--dataset`` names: registered, or the user's own file or folder, or several of them."""
+    """The task ``--dataset`` names: registered, the user's own file or folder, or several; else raises ``LatentWireError``."""
     name = settings.dataset
     if not name:
         raise LatentWireError(
