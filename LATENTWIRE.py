@@ -393,8 +393,8 @@ class Settings(BaseModel):
                 raise ValueError(f"--{name} {value:,} is too much; at most {most:,}")
         return self
 
-    whole: ClassVar[bool] = False
-    """Whether the class has what parts bring to it already."""
+    plain: ClassVar[type[Settings] | None] = None
+    """Of a class that has what parts bring to it already: the class that it completes."""
 
     def __new__(cls, **values: Any) -> Self:
         return super().__new__(cls.complete())  # __init__ is then that of the class with every field
@@ -402,10 +402,13 @@ class Settings(BaseModel):
     @classmethod
     def complete(cls) -> type[Self]:
         """This class, or one derived from it with the settings that registered parts bring."""
-        if cls.whole:
+        if cls.plain:
             return cls
         registries = [registry for registry in REGISTRIES.values() if registry.home and issubclass(cls, registry.home)]
         return completed(cls, tuple(config for registry in registries for config in registry.configs()))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # processes send settings to each other
+        return revived, (self.plain or type(self), dict(self), self.model_fields_set)
 
     @classmethod
     def fields(cls) -> dict[str, FieldInfo]:
@@ -512,6 +515,11 @@ class Settings(BaseModel):
         return digest_of([self.determining(), *map(sha256_of, map(Path, files))] if files else self.determining())
 
 
+def revived(kind: type[Settings], values: dict[str, Any], given: set[str]) -> Settings:
+    """Settings that another process sent, with what was ``given`` to it."""
+    return kind.complete().model_construct(given, **values)
+
+
 @functools.cache
 def completed(kind: type[Settings], configs: tuple[type[Settings], ...]) -> Any:
     """``kind`` with the fields of ``configs``, which parts bring; two settings of one spelling are refused."""
@@ -527,7 +535,7 @@ def completed(kind: type[Settings], configs: tuple[type[Settings], ...]) -> Any:
     most_derived = [
         config for config in configs if not any(other is not config and issubclass(other, config) for other in configs)
     ]
-    space = {"__doc__": kind.__doc__, "__module__": kind.__module__, "whole": True}
+    space = {"__doc__": kind.__doc__, "__module__": kind.__module__, "plain": kind}
     metaclass: Any = type(kind)
     return metaclass(kind.__name__, (*most_derived, kind), space)
 

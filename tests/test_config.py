@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -427,3 +428,12 @@ def test_every_setting_has_help_and_no_spelling_means_two_things(kind):
 def test_settings_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         lw.TrainSettings().steps = 5
+
+
+def test_settings_travel_between_processes():
+    """Also those that parts bring; what was given and what is a default stays known."""
+    settings = lw.TrainSettings.build({"dataset": "toy", "hidden_mult": 3})
+    again = pickle.loads(pickle.dumps(settings))
+    assert again == settings and type(again) is type(settings)
+    assert again.model_fields_set == settings.model_fields_set
+    assert again.hidden_mult == 3
