@@ -405,7 +405,7 @@ class Settings(BaseModel):
         if cls.plain:
             return cls
         registries = [registry for registry in REGISTRIES.values() if registry.home and issubclass(cls, registry.home)]
-        return completed(cls, tuple(config for registry in registries for config in registry.configs()))
+        return with_parts(cls, tuple((registry.kind, *registry.parts.items()) for registry in registries))
 
     def __reduce__(self) -> tuple[Any, ...]:  # processes send settings to each other
         return revived, (self.plain or type(self), dict(self), self.model_fields_set)
@@ -428,8 +428,7 @@ class Settings(BaseModel):
     @classmethod
     def spellings(cls) -> dict[str, str]:
         """Every accepted spelling (lower case, underscores) → field name."""
-        names = {name: name for name in cls.fields()}
-        return names | {alias: name for name in names for alias in cls.extras(name)["aliases"]}
+        return spellings_of(cls.complete())
 
     @classmethod
     def panel(cls, name: str) -> str:
@@ -518,6 +517,19 @@ class Settings(BaseModel):
 def revived(kind: type[Settings], values: dict[str, Any], given: set[str]) -> Settings:
     """Settings that another process sent, with what was ``given`` to it."""
     return kind.complete().model_construct(given, **values)
+
+
+@functools.cache
+def spellings_of(kind: type[Settings]) -> dict[str, str]:
+    """Every accepted spelling of a class's own fields → field name."""
+    aliases = {alias: name for name, info in kind.model_fields.items() for alias in extra_of(info)["aliases"]}
+    return {name: name for name in kind.model_fields} | aliases
+
+
+@functools.cache
+def with_parts(kind: type[Settings], parts: tuple[tuple[Any, ...], ...]) -> Any:
+    """``kind`` with the settings that these parts bring: (registry, parts by name) of all that are registered now."""
+    return completed(kind, tuple(config for registry, *_ in parts for config in REGISTRIES[registry].configs()))
 
 
 @functools.cache
