@@ -169,6 +169,11 @@ def suggest(wrong: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def brief(error: Any, limit: int = 160) -> str:
+    """What an error says, in one line of at most ``limit`` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
 def plain(text: Any) -> str:
     """Text without what a terminal would obey: control characters, direction marks and the like become ``\\x1b``."""
     allowed = "\n\t\u200c\u200d"  # the last two join letters
@@ -586,7 +591,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         tree = as_written(path.read_text(encoding="utf-8-sig"))  # JSON is a subset of YAML
     except (yaml.YAMLError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = brief(error, 300)
         raise LatentWireError(f"config file {path} is neither JSON nor YAML: {reason}") from None
     if not isinstance(tree, dict):
         raise LatentWireError(f'config file {path} must hold one mapping such as {{"dataset": "sst2"}}')
@@ -2409,7 +2414,7 @@ def hub_rows(task: Task, split: str, offline: bool) -> Iterable[Mapping[str, Any
     try:
         return datasets.load_dataset(*task.hub, split=split, revision=task.revision, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = brief(error)
         raise LatentWireError(
             f"dataset {task.name!r} is not in a data folder, and the hub did not give it ({type(error).__name__}: {reason}); "
             f"set --data_dir DIR with DIR/{task.folder}/{split}.parquet, or run once online: "
@@ -2547,7 +2552,7 @@ def read_parquet(path: Path, settings: DataSettings) -> Table:
         table = file.read()
         rows = placed(path, enumerate(table.to_pylist(), 1))
     except (pyarrow.ArrowException, OSError, *UNFIT) as error:  # of damaged files Arrow raises any of these
-        reason = " ".join(str(error).split())[:160]
+        reason = brief(error)
         raise LatentWireError(f"data file {path} is not readable Parquet: {reason}") from None
     names: dict[str, tuple[str, ...]] = {}
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
@@ -3427,11 +3432,6 @@ def distinct_ids(examples: list[Example]) -> list[Example]:
 # §6 MODELS: frozen language models behind one sequence contract
 
 TokenIds = list[int]
-
-
-def brief(error: Any, limit: int = 160) -> str:
-    """What an error says, in one line of at most ``most`` characters."""
-    return " ".join(str(error).split())[:limit]
 
 
 @dataclass(frozen=True)
@@ -6754,7 +6754,7 @@ class Trainer:
             self.bridge.load_state_dict(dict(tensors["bridge"]))
             restore_lora(self.lora, tensors)
         except (RuntimeError, KeyError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = brief(error)
             raise LatentWireError(
                 f"--start_from {folder}: that bridge has other parts ({reason}); give its flags"
             ) from None
@@ -7123,7 +7123,7 @@ class Trainer:
             restore_lora(self.lora, tensors)
             restore_optimizer(self.optimizer, tensors["optimizer"])
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = brief(error)
             raise LatentWireError(f"{folder} cannot be resumed: its tensors do not fit ({reason})") from None
         self.progress = Progress(**state["progress"])
         if self.world.broadcast(self.world.is_main and self.best_is_ahead()):
@@ -7539,7 +7539,7 @@ def load_checkpoint(folder: Path, form: type[Saved] = SavedState) -> Loaded:
         if form is SavedState and "bridge" not in tensors:
             raise ValueError("it has no bridge")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = brief(error)
         raise LatentWireError(f"checkpoint {folder} is missing or corrupt ({type(error).__name__}: {reason})") from None
     return tensors, state
 
@@ -7638,7 +7638,7 @@ class Checkpoint:
             if differing:
                 raise ValueError(f"its shape and its settings differ in {', '.join(differing)}")
         except (AttributeError, LatentWireError, *UNFIT) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = brief(error)
             raise LatentWireError(
                 f"checkpoint {self.folder} does not fit this program's bridge ({reason}); use its source.py"
             ) from None
