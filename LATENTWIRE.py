@@ -519,6 +519,20 @@ class Settings(BaseModel):
         return digest_of([self.determining(), *map(sha256_of, map(Path, files))] if files else self.determining())
 
 
+class Configurable:
+    """A kind of part whose classes may bring settings of their own."""
+
+    Config: ClassVar[type[Settings]] = Settings
+    """A class of its own in its place brings settings: its fields become flags."""
+    settings: Any
+    """All settings, where the part keeps them."""
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """Those of them that the part brought; made when they are asked for, since metrics are built for every row."""
+        return self.Config.of(self.settings)
+
+
 def revived(kind: type[Settings], values: dict[str, Any], given: set[str]) -> Settings:
     """Settings that another process sent, with what was ``given`` to it."""
     return kind.complete().model_construct(given, **values)
@@ -4909,11 +4923,8 @@ def zeroed(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
-class Encoder(nn.Module):
+class Encoder(Configurable, nn.Module):
     """Makes features of a text's tokens, built with the bridge's shape: subclass, register, and give ``forward``."""
-
-    Config: ClassVar[type[Settings]] = Settings
-    """Settings that it brings: a class of its own in its place, whose fields become flags."""
 
     reads: ClassVar[Literal["sender", "bytes", "sentence"]] = "sender"
     """What it is given: hidden states of the sender, the text's bytes, or a frozen sentence encoder's states."""
@@ -5139,11 +5150,8 @@ class ResamplerBlock(nn.Module):
 Pooled = tuple["Tensor", "Tensor | None"]
 
 
-class Pooler(nn.Module):
+class Pooler(Configurable, nn.Module):
     """Makes K latents of token features: subclass, register, and give ``forward``."""
-
-    Config: ClassVar[type[Settings]] = Settings
-    """Settings that it brings: a class of its own in its place, whose fields become flags."""
 
     per_window: ClassVar[bool] = False
     """Whether it makes one latent of each window, for which states need character spans."""
@@ -5283,14 +5291,11 @@ class StartPath(nn.Module):
         return self.ridge(weighted_mean(windows.tokens * weights[:, None], encoder.features(states))) * gain
 
 
-class Adapter(nn.Module):
+class Adapter(Configurable, nn.Module):
     """Affine map from wire to receiver, an offset per slot, RMS calibration, a learned scale.
 
     (B, K, D_w) → (B, K, D_r). Per example: x · rms_table / RMS(x) · scale, so every family gets tokens of its own size.
     """
-
-    Config: ClassVar[type[Settings]] = Settings
-    """Settings that it brings: a class of its own in its place, whose fields become flags."""
 
     seen_rms: Tensor
 
@@ -5380,14 +5385,11 @@ class MlpAdapter(Adapter):
         return super().raw(latents) + self.more(latents)
 
 
-class Feature(nn.Module):
+class Feature(Configurable, nn.Module):
     """Something more, which should start as nothing: subclass, register, and give ``forward``.
 
     It is built with the bridge's shape and, but for a ``message``, with one receiver's.
     """
-
-    Config: ClassVar[type[Settings]] = Settings
-    """Settings that it brings: a class of its own in its place, whose fields become flags."""
 
     switches: ClassVar[tuple[str, ...]] = ()
     """Settings of which one asks for it; a plug-in's may do without and is always there."""
@@ -6155,18 +6157,14 @@ def supervise(lm: LM, packed: Packed, batch: ForwardContext | None = None, tuned
     return Supervised(logits, packed.targets, packed.rows, packed.order, batch)
 
 
-class Loss:
+class Loss(Configurable):
     """A term of what is minimised: subclass, register as NAME, and give ``term``; --NAME_weight weighs it."""
-
-    Config: ClassVar[type[Settings]] = Settings
-    """Settings that it brings: a class of its own in its place, whose fields become flags."""
 
     partners: ClassVar[bool] = False
     """Whether it compares each row with one of another answer, in ``supervised.batch.partners``."""
 
     def __init__(self, settings: LossSettings) -> None:
         self.settings = settings
-        self.config: Any = self.Config.of(settings)
 
     def term(self, supervised: Supervised) -> Tensor:
         """Logits (N, V) of the answers' tokens, and in ``supervised.batch`` all that led there → the mean over rows ()."""
@@ -8209,15 +8207,12 @@ def at_hand(setup: Setup, asked: AskedSettings) -> set[str]:
     return {name for name, value in available.items() if value}
 
 
-class Method:
+class Method(Configurable):
     """A way to answer. Override ``message`` to send other latents, or ``answers`` to work another way altogether.
 
     ``control`` marks ways that carry nothing about the example: the bridge must beat every one of them. Failed ``answers``
     are rows with an error; a LatentWireError ends the run, or only the method where just a group of methods was named.
     """
-
-    Config: ClassVar[type[Settings]] = Settings
-    """Settings that it brings: a class of its own in its place, whose fields become flags."""
 
     control: ClassVar[bool] = False
     usual: ClassVar[bool] = True  # whether it runs when no methods are named
@@ -8503,18 +8498,16 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(dict.fromkeys(names), key=lambda name: known.index(name) if name in known else len(known))
 
 
-class Metric:
+class Metric(Configurable):
     """A score of answers from 0 to 1: subclass, register, and give ``score``. The one that a task's ``headline`` names decides."""
 
-    Config: ClassVar[type[Settings]] = Settings
-    """Settings that it brings: a class of its own in its place, whose fields become flags."""
     graded: ClassVar[bool] = True
     """Whether there is anything between right and wrong; it decides by which test two methods are compared."""
     field: ClassVar[str] = ""
     """What records call it, where that is not the name it is registered by."""
 
     def __init__(self, settings: DataSettings) -> None:
-        self.config: Any = self.Config.of(settings)
+        self.settings = settings
 
     def score(self, prediction: str, golds: Sequence[str]) -> float:
         """What a written answer is worth beside the accepted ones, 0 to 1."""
@@ -10751,15 +10744,11 @@ def bench_of(settings: BenchmarkSettings) -> Bench:
     return Bench(EvalContext(setup, run, EvalSettings(), listener, first_lm), settings)
 
 
-class Benchmark:
+class Benchmark(Configurable):
     """What is measured of every way from texts to answers: subclass, register, and give ``rows``."""
-
-    Config: ClassVar[type[Settings]] = Settings
-    """Settings that it brings: a class of its own in its place, whose fields become flags."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.settings = bench, bench.settings
-        self.config: Any = self.Config.of(bench.settings)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows of its table, numbers or words by column; ``..._ms`` is in milliseconds, ``..._mb`` in 10⁶ bytes."""
