@@ -151,6 +151,7 @@ def test_peak_memory_is_what_a_call_takes():
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_limits_are_of_a_real_device():
     limits = lw.device_limits(torch.device("cpu"), torch.float32)
     table, one = torch.ones(8192, 4096), torch.ones(4096, 1)
