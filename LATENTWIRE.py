@@ -4249,9 +4249,13 @@ class LM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden (N, D) → float32 (N, V). Contiguous: a strided slice is up to 560× slower on CPU."""
-        logits = self.head(hidden.contiguous()).to(self.device)
-        cap = getattr(self.config, "final_logit_softcapping", None)
+        logits, cap = self.head(hidden.contiguous()).to(self.device), self.cap
         return (torch.tanh(logits / cap) * cap if cap else logits).float()
+
+    @property
+    def cap(self) -> float | None:
+        """The number that a family's logits smoothly stay below (Gemma 2, arXiv 2408.00118, §2)."""
+        return getattr(self.config, "final_logit_softcapping", None)
 
     def forward(self, packed: Packed, tuned: bool = False, **options: Any) -> Any:
         """The backbone's output, hidden (B, T, D), on a packed batch; positions are explicit, as padding may be on either side."""
@@ -6112,11 +6116,50 @@ class ForwardContext:
         return self.receiver.embed(ids).float() / self.receiver.embed_rms, mask
 
 
+class FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy (N,) in nats of hidden (N, D) under a frozen head, and the likeliest tokens (N,).
+
+    The head's own output becomes the gradient in place, some rows at a time, and no float32 logits (N, V) are kept: with
+    262k tokens in a vocabulary those took a third of a step (as in Liger, Hsu et al., arXiv 2410.10989, §3.2).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, lm: LM) -> tuple[Tensor, Tensor]:
+        """Both; the gradient (N, D) of each row's nats is made at once, while its logits are there."""
+        learns, leaf = ctx.needs_input_grad[0], hidden.detach().requires_grad_()
+        with torch.set_grad_enabled(learns):
+            output = lm.head(leaf)
+        table, nats, best = output.detach(), list[Tensor](), list[Tensor]()
+        size = max(1, 2 ** (21 if table.device.type == "cpu" else 27) // table.shape[1])  # fits into a CPU's cache
+        for logits, target in zip(table.split(size), targets.to(table.device)[:, None].split(size), strict=True):
+            scores = (torch.tanh(logits / lm.cap) * lm.cap if lm.cap else logits).float()
+            (top, likeliest), aim = scores.max(-1, keepdim=True), scores.gather(1, target)
+            slope = 1 - (scores / lm.cap).square() if learns and lm.cap else None
+            total = scores.sub_(top).exp_().sum(-1, keepdim=True)
+            nats.append(total.log() + top - aim)
+            best.append(likeliest)
+            if learns:
+                gradient = scores.div_(total).scatter_add_(1, target, torch.full_like(aim, -1.0))
+                logits.copy_(gradient if slope is None else gradient * slope)
+        if learns:
+            ctx.save_for_backward(torch.autograd.grad(output, leaf, table)[0])
+        found = torch.cat(nats)[:, 0].to(hidden.device), torch.cat(best)[:, 0].to(hidden.device)
+        ctx.mark_non_differentiable(found[1])
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """(N,) → (N, D)."""
+        return gradients[0][:, None].to(ctx.saved_tensors[0].dtype) * ctx.saved_tensors[0], None, None
+
+
 @dataclass(frozen=True)
 class Supervised:
-    """Logits (N, V) at the N supervised positions of a batch, with each token's target, batch row and index in its answer (N,)."""
+    """Hidden states (N, D) at the N supervised positions of a batch, with each token's target, batch row and index in its
+    answer (N,)."""
 
-    logits: Tensor
+    lm: LM
+    hidden: Tensor
     targets: Tensor
     rows: Tensor
     order: Tensor
@@ -6129,9 +6172,20 @@ class Supervised:
         return self.forward
 
     @functools.cached_property
+    def logits(self) -> Tensor:
+        """Logits (N, V), for terms that compare whole distributions."""
+        return self.lm.logits(self.hidden)
+
+    @functools.cached_property
+    def judged(self) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of every supervised token and the likeliest token in its place (N,)."""
+        apply: Any = FrozenHeadLoss.apply
+        return apply(self.hidden, self.targets, self.lm)
+
+    @property
     def nats(self) -> Tensor:
         """Cross-entropy of every supervised token (N,)."""
-        return F.cross_entropy(self.logits, self.targets, reduction="none")
+        return self.judged[0]
 
     def mean_per_row(self, chosen: Tensor | None = None) -> Tensor:
         """Mean () over each row's chosen tokens (N,), all by default, then over rows: one batch of many counts as many of one."""
@@ -6147,14 +6201,13 @@ class Supervised:
     def first_accuracy(self) -> Tensor:
         """Share () of rows whose first answer token has the highest logit."""
         first = self.order == 0
-        return (self.logits[first].argmax(-1) == self.targets[first]).float().mean()
+        return (self.judged[1][first] == self.targets[first]).float().mean()
 
 
 def supervise(lm: LM, packed: Packed, batch: ForwardContext | None = None, tuned: bool = False) -> Supervised:
     """One forward of the frozen LM; logits only where an answer token is predicted (Gemma's vocabulary is 262k)."""
-    hidden = lm.forward(packed, tuned=tuned, use_cache=False).last_hidden_state
-    logits = lm.logits(hidden[packed.rows, packed.columns])
-    return Supervised(logits, packed.targets, packed.rows, packed.order, batch)
+    hidden = lm.forward(packed, tuned=tuned, use_cache=False).last_hidden_state[packed.rows, packed.columns]
+    return Supervised(lm, hidden, packed.targets, packed.rows, packed.order, batch)
 
 
 class Loss(Configurable):
@@ -10876,7 +10929,7 @@ class TrainingStep(Benchmark):
                 bridge.decode(bridge.encode(states)), bench.examples(texts), answers=True
             )
             supervised = supervise(lm, packed)
-            F.cross_entropy(supervised.logits, supervised.targets).backward()
+            supervised.nats.mean().backward()
             optimizer.step()
             optimizer.zero_grad()
             return packed.mask.shape[1]
