@@ -3932,6 +3932,11 @@ class Tokens:
     spans: Tensor
     mask: Tensor
 
+    def rows(self, chosen: Tensor) -> Tokens:
+        """Some of the texts (N,), without columns that are padding in all of them."""
+        width = int(widths_of(self.mask[chosen]).max())
+        return Tokens(*(value[chosen, :width] for value in (self.embeds, self.spans, self.mask)))
+
 
 @dataclass(frozen=True)
 class States:
@@ -3945,6 +3950,14 @@ class States:
     keys: tuple[int, ...] = ()
     spans: Tensor | None = None
     heard: Tokens | None = None
+
+    def rows(self, chosen: Tensor) -> States:
+        """Those of some texts (N,), without columns that are padding in all of them."""
+        width = int(widths_of(self.mask[chosen]).max())
+        keys = tuple(self.keys[row] for row in chosen.tolist()) if self.keys else ()
+        spans = None if self.spans is None else self.spans[chosen, :width]
+        heard = self.heard and self.heard.rows(chosen)
+        return States(self.hidden[chosen, :, :width], self.mask[chosen, :width], keys, spans, heard)
 
 
 @dataclass(frozen=True)
@@ -3981,6 +3994,22 @@ class Packed:
     soft: SoftPrompt | None = None
     at: Tensor | None = None  # (B, K) positions of the soft tokens
     keys: tuple[int, ...] = ()  # while training, a random key for each row
+
+    def of(self, chosen: Tensor) -> tuple[Packed, Tensor]:
+        """Some right-padded rows (N,), without columns that are padding in all of them, and the numbers of the supervised
+        tokens (M,) that are in them."""
+        soft, at = self.soft and self.soft.rows(chosen), None if self.at is None else self.at[chosen]
+        last = 0 if at is None else int(at.max()) + 1  # soft tokens that were dropped lie in the padding
+        width = max(last, int(widths_of(self.mask[chosen]).max()))
+        place = self.rows.new_full((len(self.mask),), -1)
+        place[chosen] = torch.arange(len(chosen), device=chosen.device)
+        kept = (place[self.rows] >= 0).nonzero()[:, 0]
+        embeds, mask, positions = (
+            v.index_select(0, chosen)[:, :width] for v in (self.embeds, self.mask, self.positions)
+        )
+        supervised = place[self.rows[kept]], self.columns[kept], self.targets[kept], self.order[kept]
+        keys = tuple(self.keys[row] for row in chosen.tolist()) if self.keys else ()
+        return Packed(embeds, mask, positions, *supervised, soft, at, keys), kept
 
 
 @dataclass(frozen=True)
@@ -4045,6 +4074,29 @@ class LoraDropout(nn.Module):
         return self.dropout.thin(rows, mask, [key ^ (self.number + 2) for key in keys]).view(values.shape)
 
 
+def short_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    """Attention of query (B, H, T, D) to key and value (B, H_kv, S, D) as the library calls it → (B, T, H, D), None.
+
+    Over short bfloat16 texts a CPU's fused kernel takes two to four times as long as these products, in training most of
+    all; the rest is left to it. Scores are in float32, as there.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    (batch, heads, length, width), (shared, seen) = query.shape, key.shape[1:3]
+    causal = mask is None and options.get("is_causal") is not False and length == seen
+    most = 2 ** (20 if query.requires_grad else 22)  # numbers of the table (B, H, T, S)
+    usual = (options.get("softcap"), options.get("position_bias"), options.get("cache"), options.get("dropout") or None)
+    if length == 1 or not (causal or mask is not None) or batch * heads * length * seen > most or usual != (None,) * 4:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    allowed = torch.ones(length, seen, dtype=torch.bool).tril() if mask is None else mask
+    scale = options.get("scaling") or width**-0.5
+    folded = query.reshape(batch, shared, -1, width).float()  # the heads that share keys are as many more queries
+    scores = (folded @ key.float().transpose(2, 3)).view(batch, heads, length, seen) * scale
+    weights = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min).softmax(-1).to(value.dtype)
+    output = (weights.view(batch, shared, -1, seen) @ value).view(batch, heads, length, -1)
+    return output.transpose(1, 2).contiguous(), None
+
+
 AS_TEXT: dict[str, Any] = {"add_special_tokens": False, "split_special_tokens": True}
 """How a tokenizer reads: nothing is added, and a special token that somebody wrote is letters."""
 Dropping = tuple["Tensor | None", tuple[int, ...]]
@@ -4069,6 +4121,8 @@ class LM:
         self.table, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.device: torch.device = self.table.weight.device if dispatched else device
         self.dtype: torch.dtype = self.table.weight.dtype
+        if not dispatched and device.type == "cpu" and self.dtype == torch.bfloat16:
+            self.attend_fast()
         self.n_layers: int = self.config.num_hidden_layers
         self.width: int = self.config.hidden_size
         label = f"model {name} ({self.config.model_type})"
@@ -4104,6 +4158,16 @@ class LM:
                 f"{label} is not supported here ({type(error).__name__}: {brief(error, 120)}); use a decoder that reads "
                 f"embeddings and keeps keys and values, such as Llama, Qwen, Gemma, Mistral, GPT-2"
             ) from None
+
+    def attend_fast(self) -> None:
+        """Give a model that takes its attention from the library's table ours for short texts."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
+
+        if self.model._can_set_attn_implementation() and self.config._attn_implementation == "sdpa":
+            AttentionInterface.register("latentwire", short_attention)
+            AttentionMaskInterface.register("latentwire", sdpa_mask)
+            self.model.set_attn_implementation("latentwire")
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint remembers of a model."""
@@ -4462,6 +4526,32 @@ def pad_rows(rows: Sequence[TokenIds], pad: int, device: torch.device, left: boo
     join = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left" if left else "right")
     ids = join([torch.tensor(row, dtype=torch.long) for row in rows], padding_value=pad)
     return ids.to(device), join([torch.ones(len(row), dtype=torch.bool) for row in rows]).to(device)
+
+
+def widths_of(mask: Tensor) -> Tensor:
+    """How wide each row (B,) of a right-padded mask (B, T) is: to its last real column, and at least 1."""
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask * columns).amax(1).clamp(min=1)
+
+
+def by_width(mask: Tensor, overhead: int = 64) -> list[Tensor]:
+    """Numbers of rows (N,) of a right-padded mask (B, T) in the groups that cost least: on a CPU padding is work.
+
+    A group costs its rows times its widest, and ``overhead``, in tokens. Elsewhere there is one group.
+    """
+    if mask.device.type != "cpu" or len(mask) == 1:
+        return [torch.arange(len(mask), device=mask.device)]
+    widths, order = widths_of(mask).sort()
+    costs, starts = [0], [0]  # of the first rows in this order: the least cost, and where the last group begins
+    for end, width in enumerate(widths.tolist(), 1):
+        cost, start = min((costs[start] + (end - start) * width + overhead, start) for start in range(end))
+        costs.append(cost)
+        starts.append(start)
+    groups, end = list[Tensor](), len(order)
+    while end:
+        groups.append(order[starts[end] : end].sort().values)
+        end = starts[end]
+    return groups
 
 
 def pad_spans(rows: Sequence[Sequence[tuple[int, int]]], width: int, device: torch.device) -> Tensor:
@@ -4838,6 +4928,15 @@ class Message:
         if tensors != codec.layout(sizes[0], sizes[1], width):
             raise ValueError("not latents in their codec, or not one scale per latent")
         return notes, (sizes[0], sizes[1], width)
+
+    @classmethod
+    def of(cls, messages: Sequence[Message], places: Tensor) -> Message:
+        """One message of several in one language, whose rows, one after the other, belong at ``places`` (B,)."""
+        masks = [torch.ones(m.latents.shape[:2], dtype=torch.bool) if m.mask is None else m.mask for m in messages]
+        longest, order = max(mask.shape[1] for mask in masks), places.argsort()
+        mask = torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks])[order]
+        pieces = [F.pad(m.latents, (0, 0, 0, longest - m.latents.shape[1])) for m in messages]
+        return replace(messages[0], latents=torch.cat(pieces)[order], mask=None if mask.all() else mask)
 
     def rows(self) -> list[Message]:
         """One message per example, of its real latents only: (1, its K, D_w)."""
@@ -5639,6 +5738,9 @@ class Bridge(nn.Module):
 
     def encode(self, states: States, name: str = "", ear: int = 0) -> Message:
         """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w); ``ear`` matters where latents are private."""
+        groups = by_width(states.mask)
+        if len(groups) > 1:
+            return Message.of([self.encode(states.rows(chosen), name, ear) for chosen in groups], torch.cat(groups))
         windows = self.windows(states) if self.wants_windows else None
         latents, mask = self.write(states, windows, ear), windows.mask if windows else None
         codec = self.shape.settings.codec
@@ -6206,7 +6308,11 @@ class Supervised:
 
 def supervise(lm: LM, packed: Packed, batch: ForwardContext | None = None, tuned: bool = False) -> Supervised:
     """One forward of the frozen LM; logits only where an answer token is predicted (Gemma's vocabulary is 262k)."""
-    hidden = lm.forward(packed, tuned=tuned, use_cache=False).last_hidden_state[packed.rows, packed.columns]
+    groups = [packed.of(chosen) for chosen in by_width(packed.mask)] if not lm.recompute else []
+    if len(groups) < 2:
+        groups = [(packed, torch.arange(len(packed.rows)))]
+    states = [lm.forward(p, tuned=tuned, use_cache=False).last_hidden_state[p.rows, p.columns] for p, _ in groups]
+    hidden = torch.cat(states)[torch.cat([kept for _, kept in groups]).argsort().to(states[0].device)]
     return Supervised(lm, hidden, packed.targets, packed.rows, packed.order, batch)
 
 

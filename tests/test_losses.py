@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,10 @@ ANSWERS = ("a cat", "b", "a dog in Rome")
 LATENT = ["--encoder", "byte", "--receiver", "tiny-qwen", "--pooler", "window", "--init", "copy", "--ratio", "2",
           "--d_z", "64", "--windows_on", "receiver", "--protocol", "question-agnostic"]  # fmt: skip
 KINDS = [name for name in lw.LOSSES if name not in ("answer_ce", "k_token_ce", "first_token_ce")]
+
+
+given: Any = SimpleNamespace(head=torch.clone, cap=None, logits=torch.clone)
+"""A model whose hidden states are its logits."""
 
 
 def examples(texts: Sequence[str] = TEXTS, answers: Sequence[str] = ANSWERS) -> list[lw.Example]:
@@ -108,7 +113,7 @@ def test_entropy_of_the_first_token() -> None:
     shares = seen.logits[seen.order == 0].softmax(-1)
     entropy = torch.distributions.Categorical(probs=shares).entropy().mean()
     assert loss("first_token_entropy", seen) == pytest.approx(-float(entropy), rel=1e-4)
-    flat = replace(seen, logits=torch.zeros_like(seen.logits))
+    flat = replace(seen, lm=given, hidden=torch.zeros_like(seen.logits))
     assert loss("first_token_entropy", flat) == pytest.approx(-math.log(seen.logits.shape[1]), rel=1e-5)
 
 
@@ -330,7 +335,7 @@ def test_contrast_wants_other_texts_latents_to_be_worse_by_a_margin() -> None:
     for margin in (0.0, 0.5, 3.0):
         wanted = sum(max(0.0, margin - gain) for gain in gains) / 3
         assert loss("contrast", seen, contrast_margin=margin) == pytest.approx(wanted, rel=1e-3, abs=1e-5)
-    better = replace(seen, logits=torch.nn.functional.one_hot(seen.targets, seen.logits.shape[1]) * 99.0)
+    better = replace(seen, lm=given, hidden=torch.nn.functional.one_hot(seen.targets, seen.logits.shape[1]) * 99.0)
     assert loss("contrast", better, contrast_margin=0.5) == 0
     lone = found(one, one.train_rows[:1], others=last[:1])  # one row is compared as well as many
     assert loss("contrast", lone, contrast_margin=3.0) == pytest.approx(max(0.0, 3.0 - gains[0]), rel=1e-3)
@@ -436,7 +441,7 @@ def test_autoscale_raises_the_first_token_while_it_lags(lag: float, factor: floa
     costs[0, 0], costs[0, 1:] = 2 * lag, (80 - 2 * lag) / 39
     logits = torch.stack([torch.zeros(80), costs.flatten().expm1().log().float()], 1)  # -log softmax of 0 is the cost
     row, order = torch.arange(2).repeat_interleave(40), torch.arange(40).repeat(2)
-    seen = lw.Supervised(logits, torch.zeros(80, dtype=torch.long), row, order)
+    seen = lw.Supervised(given, logits, torch.zeros(80, dtype=torch.long), row, order)
     for auto in (False, True):
         total, values = lw.total_loss(seen, lw.LossSettings(first_token_autoscale=auto, k_token_ce_weight=0))
         first = ((factor if auto else 1.0) * 2 * lag + 2) / 2
