@@ -301,9 +301,15 @@ class Script:
         self.lm, self.rows, self.step = lm, rows, 0
 
     def __call__(self, module: Any, args: Any, logits: torch.Tensor) -> torch.Tensor:
-        wanted = torch.tensor([row[min(self.step, len(row) - 1)] for row in self.rows])
+        wanted = torch.tensor(
+            [row[min(self.step, len(row) - 1)] for row in self.rows if not self.over(row[: self.step])]
+        )
+        assert len(wanted) == len(logits), "a row that has ended is read on"
         self.step += 1
         return torch.nn.functional.one_hot(wanted, logits.shape[-1]).to(logits.dtype) * 50
+
+    def over(self, ids: list[int]) -> bool:
+        return bool({*ids} & self.lm.ends) or "\n" in self.lm.tokenizer.decode(ids).lstrip()
 
     def said(self, max_new_tokens: int) -> list[str]:
         hook = self.lm.head.register_forward_hook(self)
@@ -399,7 +405,7 @@ def test_logits_are_made_only_where_an_answer_token_is_predicted(lm: lw.LM) -> N
     packed, answers = packed_answers(lm, soft_prompt(lm, len(TEXTS)))
     hook = lm.head.register_forward_pre_hook(lambda module, args: rows.append(tuple(args[0].shape)))
     try:
-        lw.supervise(lm, packed)
+        assert len(lw.supervise(lm, packed).nats) == sum(map(len, answers))
         prompts(lm)
     finally:
         hook.remove()

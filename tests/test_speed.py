@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from test_bridges import trainer
 from test_losses import LATENT, examples
-from test_models import load
+from test_models import load, tensor
 
 import LATENTWIRE as lw
 
@@ -193,3 +193,51 @@ def test_only_bfloat16_on_a_cpu_takes_it_and_answers_alike() -> None:
     packed = [lw.lay_out(lm, None, [lm.ids("the weather is"), lm.ids("x")], left=True) for lm in (half, whole)]
     mine, wanted = (lm.prefill(one).logits for lm, one in zip((half, whole), packed, strict=True))
     assert torch.allclose(mine, wanted, atol=0.05 * float(wanted.abs().max()))
+
+
+# ---- answers -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_beginnings_that_answers_share_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, texts = load("tiny-qwen"), ("card lost", "card lost abroad", "card late", "card", "top up", "pin", "pin")
+    candidates = [[lm.ids(text) for text in texts], [lm.ids(text) for text in texts[2:]]]
+    prefill = lm.prefill(lw.lay_out(lm, None, [lm.ids("which is it?"), lm.ids("and now")], left=True))
+    plain = []
+    for number, given in enumerate(candidates):
+        for ids in given:
+            state = prefill.rows(torch.tensor([number]))
+            logits = [state.logits]
+            for token in ids[:-1]:
+                state = lm.extend(state, tensor([token]), torch.ones(1, 1, dtype=torch.bool))
+                logits.append(state.logits)
+            plain.append(float(sum(row.log_softmax(-1)[0, token] for row, token in zip(logits, ids, strict=True))))
+    read = []
+    advance = lm.advance
+    monkeypatch.setattr(lm, "advance", lambda p, c, ids, real: read.append(ids.shape[0]) or advance(p, c, ids, real))
+    found = lm.score(prefill, candidates)
+    assert [score for row in found for score in row] == pytest.approx(plain, abs=1e-3)
+    assert read == [4 + 3], (
+        "'card los' is a beginning of 'card lost abroa', 'car' of 'card lat', and 'pin' stands twice"
+    )
+
+
+def test_packed_weights_answer_alike_and_only_where_nothing_learns() -> None:
+    settings = lw.ModelSettings(device="cpu", dtype="bfloat16")
+    plain, packed = lw.load_lm("tiny-qwen", settings), lw.load_lm("tiny-qwen", settings)
+    packed.pack()
+    packed.pack()  # once is enough
+    assert packed.packed and not plain.packed
+    inputs = [lw.lay_out(lm, None, [lm.ids("the weather"), lm.ids("x")], left=True) for lm in (plain, packed)]
+    wanted, found = (lm.prefill(one).logits for lm, one in zip((plain, packed), inputs, strict=True))
+    assert torch.allclose(found, wanted, atol=0.03 * float(wanted.abs().max()))
+    hidden = torch.randn(3, plain.width, dtype=torch.bfloat16, requires_grad=True)
+    assert torch.equal(plain.head(hidden), packed.head(hidden)) and packed.head(hidden).requires_grad
+
+
+@pytest.mark.parametrize(("dtype", "total"), [("float32", 2**40), ("bfloat16", 2**10)])
+def test_float32_and_models_as_large_as_memory_are_not_packed(dtype: str, total: int, monkeypatch: Any) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=total))
+    lm = lw.load_lm("tiny-qwen", lw.ModelSettings(device="cpu", dtype=dtype))
+    lm.pack()
+    assert not lm.packed and "forward" not in vars(lm.head)
