@@ -123,7 +123,7 @@ def prints_text_only() -> bool:
 class NoTorch:
     """Stands where torch would when only text is printed: every name exists, every decorator leaves things alone."""
 
-    Module = type("Module", (), {})
+    Module = Function = type("Module", (), {})  # what is derived from
 
     def __getattr__(self, name: str) -> NoTorch:
         return self
