@@ -115,7 +115,7 @@ TEXT_ONLY_COMMANDS = ("list", "show", "slurm", "status", "aggregate", "compare")
 def prints_text_only() -> bool:
     """Whether this process only handles text (help, list, slurm, status, ...) and so can do without torch's 0.6 s."""
     words = sys.argv[1:]
-    flags = {"--help", "-h", "--version"} & set(words)
+    flags = {"--help", "-h", "--help-all", "--version"} & set(words)
     plugin = any(word.startswith("--plugin") for word in words)
     return __name__ == "__main__" and not plugin and (not words or bool(flags) or words[0] in TEXT_ONLY_COMMANDS)
 
@@ -133,9 +133,15 @@ class NoTorch:
 
 
 if TYPE_CHECKING or not prints_text_only():
-    import torch
-    import torch.nn.functional as F
-    from torch import Tensor, nn
+    with contextlib.ExitStack() as afterwards:
+        if gc.isenabled():  # a third of importing torch was a search for garbage in what stays
+            gc.disable()
+            afterwards.callback(gc.enable)
+        import torch
+        import torch.nn.functional as F
+        from torch import Tensor, nn
+
+        gc.freeze()
 else:
     torch = nn = F = Tensor = NoTorch()
     gc.set_threshold(100_000)  # half a second leaves nothing to collect
@@ -779,7 +785,8 @@ class PluginSettings(Settings):
 def load_named_plugins(words: Sequence[str]) -> None:
     """Run the plug-ins that a command line names, before its other words are read: they may bring flags."""
     named, _ = parse_flags(divided(PluginSettings, words)[0], PluginSettings, SharedFlags)
-    load_plugins(PluginSettings.build(named).plugin)
+    if named:
+        load_plugins(PluginSettings.build(named).plugin)
 
 
 class DataSettings(Settings):
@@ -14213,6 +14220,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"\nstopped; what was finished is kept, the same command{again} goes on", file=sys.stderr)
         return 130
 
+
+gc.freeze()  # the classes and functions above stay as well
 
 if __name__ == "__main__":
     sys.exit(main())
