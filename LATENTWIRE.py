@@ -132,11 +132,20 @@ class NoTorch:
         return target if callable(target) else self
 
 
+@contextlib.contextmanager
+def no_search_for_garbage() -> Iterator[None]:
+    """Where much is made that stays: a third of importing torch, and of reading a tokenizer, was a search for garbage."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 if TYPE_CHECKING or not prints_text_only():
-    with contextlib.ExitStack() as afterwards:
-        if gc.isenabled():  # a third of importing torch was a search for garbage in what stays
-            gc.disable()
-            afterwards.callback(gc.enable)
+    with no_search_for_garbage():
         import torch
         import torch.nn.functional as F
         from torch import Tensor, nn
@@ -3568,6 +3577,7 @@ def dense_sums(folder: Path) -> dict[str, str]:
     return {path.name: sum_of(path) if path.is_file() else "" for path in files}
 
 
+@no_search_for_garbage()
 def pretrained(
     kind: str, name: str, source: str, file_options: Mapping[str, Any], dtype: torch.dtype, trust: bool = False,
     unused: str = "\0", **model_options: Any,
