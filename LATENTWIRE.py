@@ -3613,13 +3613,35 @@ def gguf_to_dense(pieces: Sequence[Path], name: str, sha256: str | None = None) 
     LatentWireError where sums differ, tensors lack, or this is one part of a split model.
     """
     key = sha256 or hashlib.sha256(b"".join(sum_of(piece).encode() for piece in pieces)).hexdigest()
-    target = recovered(private("models") / f"{name}-{key[:12]}")
-    if dense_sums(target) == json_or_none(target / "sums.json"):
+    return made_once(private("models") / f"{name}-{key[:12]}", functools.partial(convert_gguf, pieces, name, sha256))
+
+
+def in_dtype(dense: Path, name: str, dtype: torch.dtype) -> Path:
+    """``dense`` with its weights in ``dtype``, made once beside it: each load maps these instead of converting all anew."""
+    if dtype == torch.float32:
+        return dense
+    target = dense.with_name(f"{dense.name}-{str(dtype).removeprefix('torch.')}")
+    return made_once(target, functools.partial(convert_dtype, dense, name, dtype))
+
+
+def made_once(target: Path, make: Callable[[Path], None]) -> Path:
+    """``target``, a model's folder whose files have the sums that it lists; else one process makes it and others wait."""
+    if dense_sums(recovered(target)) == json_or_none(target / "sums.json"):
         return target
     with turn_at(target, patient=True):
         if dense_sums(target) != json_or_none(target / "sums.json"):  # nobody made it meanwhile
-            convert_gguf(pieces, name, sha256, target)
+            make(target)
     return target
+
+
+def convert_dtype(dense: Path, name: str, dtype: torch.dtype, target: Path) -> None:
+    """The files of ``dense``, with the weights as transformers has them in ``dtype`` and the sum of each file."""
+    model, _ = pretrained("AutoModelForCausalLM", name, str(dense), {"local_files_only": True}, dtype)
+    with replacing_folder(target) as temporary:
+        others = shutil.ignore_patterns("*.safetensors*", "sums.json")
+        shutil.copytree(dense, temporary, ignore=others, dirs_exist_ok=True)
+        model.save_pretrained(temporary)
+        write_json(temporary / "sums.json", dense_sums(temporary))
 
 
 @contextlib.contextmanager
@@ -3919,7 +3941,9 @@ def load_weights(
         raise LatentWireError(f"model {name} not found: no such file or folder")
     try:
         source = gguf_to_dense([path], path.stem) if path.is_file() else source
-        origin, file_options = name if source == path else str(source), {"local_files_only": local}
+        whole = source == path or "quantization_config" in model_options  # fewer bits are made of float32
+        origin = name if source == path else str(source if whole else in_dtype(source, name, dtype))
+        file_options = {"local_files_only": local}
         model, tokenizer = pretrained("AutoModelForCausalLM", name, origin, file_options, dtype, trust, **model_options)
     except model_errors() as error:
         raise LatentWireError(model_advice(name, error, local)) from None

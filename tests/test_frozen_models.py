@@ -858,6 +858,25 @@ def test_all_who_convert_a_model_at_once_succeed(gguf_model: Any, cache: Path, t
     assert codes == [0] * 6, [(tmp_path / f"log{i}").read_text()[-400:] for i, code in enumerate(codes) if code]
 
 
+def test_a_gguf_file_is_put_into_the_dtype_of_its_use_once(
+    gguf_model: Any, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy holds the bits that converting at each load gave, and is the same model to what refers to it."""
+    path = write_gguf(gguf_model, tmp_path / "a.gguf")
+    full, _, revision = lw.load_weights(str(path), torch.float32, offline=True)
+    half, _, same = lw.load_weights(str(path), torch.bfloat16, offline=True)
+    assert revision == same
+    assert full.state_dict().keys() == half.state_dict().keys()
+    for weight, rounded in zip(full.state_dict().values(), half.state_dict().values(), strict=True):
+        assert rounded.dtype == torch.bfloat16
+        assert torch.equal(weight.bfloat16(), rounded)
+    names = [folder.name for folder in sorted((cache / "models").glob("a-*"))]
+    assert names == [f"a-{revision}", f"a-{revision}-bfloat16"]
+    monkeypatch.setattr(lw, "convert_dtype", lambda *_: pytest.fail("made again"))
+    again, _, _ = lw.load_weights(str(path), torch.bfloat16, offline=True)
+    assert all(map(torch.equal, half.state_dict().values(), again.state_dict().values()))
+
+
 # ---- windows that cost nothing -------------------------------------------------------------------------------------------
 
 
