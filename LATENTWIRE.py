@@ -3707,7 +3707,7 @@ def launched() -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train one bridge together; each has its own frozen models and its share of every batch."""
+    """The processes that train or evaluate one bridge together; each has its own frozen models and its share of the rows."""
 
     rank: int = 0
     size: int = 1
@@ -3745,6 +3745,19 @@ class World:
                 torch.distributed.broadcast_object_list(objects)
         return objects[0]
 
+    def gather(self, value: Part) -> list[Part]:
+        """Every process's ``value``, anything that pickles, in the order of ranks, everywhere; LatentWireError if one died."""
+        values = [value] * self.size
+        if self.size > 1:
+            with self.collective_guard():
+                torch.distributed.all_gather_object(values, value)
+        return values
+
+    def refuse_spread(self, settings: ModelSettings) -> None:
+        """LatentWireError where each of several processes would spread its models over all devices."""
+        if settings.device_map and self.size > 1:
+            raise LatentWireError("--device_map spreads a model over all devices, which several processes cannot share")
+
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum of the gradients of all processes, in one message."""
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -3760,7 +3773,8 @@ class World:
             yield
         except RuntimeError as error:
             reason = f"process {self.rank} of {self.size} lost the others ({str(error).splitlines()[0][-120:]})"
-            raise LatentWireError(f"{reason}; see their errors, then go on with --auto_resume") from None
+            advice = "see their errors, then go on with --auto_resume (eval and baseline: with the same command)"
+            raise LatentWireError(f"{reason}; {advice}") from None
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
@@ -8140,8 +8154,7 @@ def train_in(world: World, settings: TrainSettings, report: Report) -> dict[str,
     if settings.rows_per_step < world.size:
         rows = settings.rows_per_step
         raise LatentWireError(f"{rows} rows per step cannot feed {world.size} processes; raise --batch_size")
-    if settings.device_map and world.size > 1:
-        raise LatentWireError("--device_map spreads a model over all devices, which several processes cannot share")
+    world.refuse_spread(settings)
     folder = run_folder(settings)
     run = Run(folder)
     resume = bool(settings.resume) or (settings.auto_resume and run.config_path.exists())
@@ -8248,7 +8261,8 @@ class Receiver:
         self.bridge = bridge
         self.ear = bridge.ear_of(prompting.receiver.name) if bridge else 0
         self.name = bridge.language(self.ear) if bridge else ""
-        self.known: dict[tuple[Any, ...], Answer] = {}
+        self.known: dict[tuple[Any, ...], Answer] = {}  # what was heard before this method began
+        self.heard: dict[tuple[Any, ...], Answer] = {}  # what it hears itself
 
     @torch.no_grad()
     def open(self, data: Sequence[bytes]) -> SoftPrompt:
@@ -8262,19 +8276,22 @@ class Receiver:
         return self.bridge.decode(replace(messages[0], latents=latents, mask=mask if free else None), self.ear)
 
     def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
-        """One Answer per example; the same message with the same gold answer (constant controls) is heard only once.
+        """One Answer per example; the same message with the same gold answer (constant controls) is heard once in a batch.
 
-        ``data`` are B serialised messages, or None: the receiver reads the prompt alone, with the example's text if ``text``.
+        Other batches of the method may be answered elsewhere, so what they hear counts from the next method on. ``data`` are
+        B serialised messages, or None: the receiver reads the prompt alone, with the example's text if ``text``.
         """
         messages = data if data is not None else [None] * len(examples)
         per_example = text or self.prompting.part.agnostic or self.how.first_token_temperature > 0
         keys = [(m, e.answers[0], e.id if per_example else None, text) for m, e in zip(messages, examples, strict=True)]
         unseen = {key: i for i, key in enumerate(keys) if key not in self.known}
+        new: dict[tuple[Any, ...], Answer] = {}
         if unseen:
             indices = list(unseen.values())
             answers = self.listen([examples[i] for i in indices], data and [data[i] for i in indices], text)
-            self.known |= zip(unseen, answers, strict=True)
-        return [self.known[key] for key in keys]
+            new = dict(zip(unseen, answers, strict=True))
+            self.heard |= {key: answer for key, answer in new.items() if key not in self.heard}
+        return [new[key] if key in new else self.known[key] for key in keys]
 
     def listen(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool) -> list[Answer]:
         """Answers to messages that were never heard before."""
@@ -8329,6 +8346,8 @@ class EvalContext(Silent):
     inside the evaluation reports to this context: its progress is passed on, its words are not.
     """
 
+    patience: ClassVar[float] = 60.0  # seconds between signs of life to others, for whom an hour's silence is death
+
     def __init__(
         self, setup: Setup, settings: TrainSettings, asked: AskedSettings, receiver: Receiver, first: LM | None = None
     ) -> None:
@@ -8339,16 +8358,28 @@ class EvalContext(Silent):
         self.home = Path()  # where the evaluation is kept
         self.report: Report | None = None  # who is told of progress, if anybody
         self.signals: Sequence[int] = ()
+        self.world = World()  # who shares its rows
+        self.heard_of_at: float | None = None  # when the others, who wait for the leader alone, last heard of it
         self.written: dict[str, TokenIds] = {}
         self.skipped: dict[str, str] = {}
 
-    def tick(self, job: str, done: int, total: int, note: str = "") -> None:
-        """Pass on how far a job is; a noted signal stops it here, at the next word."""
+    def tell(self, job: str, done: int, total: int) -> None:
+        """Pass on how far a job is."""
         if self.report is None:
             return
         self.report.tick(job, done, total)
         if SIGNALS.place:
             SIGNALS.place = self.home, f"{done} of {total} ({job})"
+
+    def tick(self, job: str, done: int, total: int, note: str = "") -> None:
+        """The same from inside a method: a noted signal stops it here, at the next word, and those who wait hear of it."""
+        self.tell(job, done, total)
+        if self.report is None:
+            return
+        if self.heard_of_at is not None and time.monotonic() - self.heard_of_at > self.patience:
+            with unbroken():
+                self.world.gather(None)
+            self.heard_of_at = time.monotonic()
         if self.signals and done < total:
             raise Interrupted(self.home, f"{done} of {total} ({job})", self.signals[0])
 
@@ -8356,12 +8387,14 @@ class EvalContext(Silent):
         """What the sender reads."""
         return self.setup.part.sender_text(example)
 
-    def states_of(self, examples: Sequence[Example], layers: Sequence[int], reader: Reader | None = None) -> StateStore:
-        """Hidden states of ``examples``, (tokens, L, D_s) of each, the sender's or another reader's."""
+    def states_of(
+        self, examples: Sequence[Example], layers: Sequence[int], reader: Reader | None = None, world: World = World()
+    ) -> StateStore:
+        """Hidden states of ``examples``, (tokens, L, D_s) of each, the sender's or another reader's; all of ``world`` ask."""
         reader = reader or self.setup.sender
         texts, cache = [self.text(example) for example in examples], self.settings.state_cache
         tick = functools.partial(self.tick, "sender states" if reader is self.setup.sender else "receiver states")
-        return collect_states(reader, texts, layers, text_limit(self.settings, reader), cache, tick, self.home)
+        return collect_states(reader, texts, layers, text_limit(self.settings, reader), cache, tick, self.home, world)
 
     @functools.cached_property
     def speaker(self) -> LM:
@@ -8430,8 +8463,8 @@ class EvalContext(Silent):
 
     @functools.cached_property
     def store(self) -> StateStore:
-        """Sender states of the evaluated examples."""
-        return self.states_of(self.examples, self.bridge.shape.layers)
+        """Sender states of the evaluated examples, computed by all processes together."""
+        return self.states_of(self.examples, self.bridge.shape.layers, world=self.world)
 
     @functools.cached_property
     def writer(self) -> Sender:
@@ -8491,6 +8524,7 @@ class Method(Configurable):
     seeded: ClassVar[bool] = False  # whether the seed changes it
     own: ClassVar[tuple[str, ...]] = ()  # the settings of an evaluation that change its answers
     needs: ClassVar[tuple[str, ...]] = ()  # what an evaluation must have, in the words of ``at_hand``
+    dealt: ClassVar[bool] = True  # whether several processes share its batches; of one that is trained they never do
     details: Row | None = None  # what it has to say about itself once it has answered
 
     @classmethod
@@ -8998,6 +9032,67 @@ def compute_rows(method: Method, examples: Sequence[Example], size: int, save: C
         save([{**row, "seconds": seconds} for row in rows])
 
 
+@dataclass
+class Share:
+    """What one process made of a batch, told to all: rows, what was heard and written on the way, and what ended it early."""
+
+    rows: list[Row] = field(default_factory=list)
+    heard: dict[tuple[Any, ...], Answer] = field(default_factory=dict)
+    written: dict[str, TokenIds] = field(default_factory=dict)
+    refusal: LatentWireError | None = None
+    stop: tuple[Path | None, str, int] | None = None  # folder, where, signal
+
+
+def share_of_batch(method: Method, group: Sequence[Example], size: int) -> Share:
+    """This process's batch, or none, as far as it gets; where there are several, a signal ends it in here only."""
+    context, share = method.context, Share()
+    context.receiver.heard, before = {}, dict(context.written)
+    try:
+        with breakable(context.home, "") if context.world.size > 1 else contextlib.nullcontext():
+            compute_rows(method, group, size, share.rows.extend)
+        if context.signals:
+            share.stop = context.home, "", context.signals[0]
+    except LatentWireError as error:
+        share.refusal = (UnfitRows if isinstance(error, UnfitRows) else LatentWireError)(str(error))
+    except Interrupted as stop:
+        share.stop = stop.folder, stop.where, stop.number
+    share.heard = context.receiver.heard
+    share.written = {key: ids for key, ids in context.written.items() if key not in before}
+    context.written = before
+    return share
+
+
+def share_rows(
+    method: Method, examples: Sequence[Example], size: int, save: Callable[[list[Row]], Any]
+) -> LatentWireError | None:
+    """Answer all ``examples`` in the batches and the order of one process, dealt out to all; → why not all, if so.
+
+    What is trained answers in the leader alone.
+    """
+    context, world, heard = method.context, method.context.world, dict[tuple[Any, ...], Answer]()
+    groups, total = [*batches(sorted(examples, key=lambda e: len(e.context)), size)], len(context.examples)
+    done, dealt = total - len(examples), method.dealt and not method.trained
+    for turn in batches(groups, world.size if dealt else 1):
+        context.heard_of_at = time.monotonic() if world.is_main and world.size > 1 and not dealt else None
+        own = share_of_batch(method, turn[world.rank] if world.rank < len(turn) else (), size)
+        context.heard_of_at = None
+        shares: list[Any] = world.gather(own)
+        while shares[0] is None:  # the leader is still training
+            shares = world.gather(own)
+        for share in shares:
+            if share.refusal:
+                return share.refusal
+            heard |= {key: answer for key, answer in share.heard.items() if key not in heard}  # the first counts
+            context.written |= share.written
+            done += len(share.rows)
+            if share.rows:
+                save(share.rows)
+        for folder, where, number in (share.stop for share in shares if share.stop):
+            raise Interrupted(folder, where or f"{done} of {total} (evaluating {method.name})", number)
+    context.receiver.known |= heard
+    return None
+
+
 def average(rows: Sequence[Row], name: str) -> float | None:
     """Mean of a field over the rows that have it; failed rows count as 0 for scores."""
     scored = name in ("first_correct", *map(field_of, METRICS))
@@ -9300,37 +9395,65 @@ def beside_earlier(path: Path, n: int, key: str, settings_digest: str) -> tuple[
 
 
 def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
-    """Evaluate a checkpoint with its controls; what is finished stays, also at a signal, and is not computed again; → results."""
-    if launched()[1] > 1:
-        raise LatentWireError("eval works in one process; start it without torchrun and with one srun task")
+    """Evaluate a checkpoint with its controls; what is finished stays, also at a signal, and is not computed again; → results.
+
+    Several processes share the rows and have the same results; the leader alone writes.
+    """
     if settings.checkpoint is None:
         raise LatentWireError("--checkpoint is missing; give the run folder that 'train' printed, such as runs/sst2")
-    asked_where = settings.output_dir or settings.checkpoint
-    with catching_signals() as signals, breakable(asked_where, "the beginning of the evaluation"):
-        prepare_cuda(settings)
-        made_with = environment()
-        load_plugins(settings.plugin)
-        checkpoint = Checkpoint.open(settings.checkpoint)
-        named_methods(settings.methods or ())
-        bridge = checkpoint.bridge()
-        ears = [bridge.ear_of(name) for name in settings.receivers or (ear.name for ear in bridge.shape.ears)]
-        folder, measured, contexts = settings.output_dir or folder_of_run(checkpoint.folder), [], []
-        for ear in ears:
+    with evaluating(settings, settings.output_dir or settings.checkpoint) as (world, signals):
+        return evaluate_in(world, settings, report if world.is_main else Silent(), signals)
+
+
+@contextlib.contextmanager
+def evaluating(settings: ModelSettings, folder: Path) -> Iterator[tuple[World, Sequence[int]]]:
+    """The processes of an evaluation and the signals they get. One alone is stopped anywhere, several between their batches."""
+    with catching_signals() as signals:
+        world = join(None)
+        at_once = breakable(folder, "the beginning of the evaluation") if world.size == 1 else unbroken()
+        with at_once:
+            prepare_cuda(settings)
+            yield world, signals
+
+
+def evaluate_in(world: World, settings: EvalSettings, report: Report, signals: Sequence[int]) -> dict[str, Any]:
+    """One process's part of ``eval_run``."""
+    made_with = environment()
+    load_plugins(settings.plugin)
+    assert settings.checkpoint is not None
+    checkpoint = Checkpoint.open(settings.checkpoint)
+    world.refuse_spread(evaluated_settings(settings, checkpoint.settings, ()))
+    named_methods(settings.methods or ())
+    bridge = checkpoint.bridge()
+    ears = [bridge.ear_of(name) for name in settings.receivers or (ear.name for ear in bridge.shape.ears)]
+    folder, measured, contexts = settings.output_dir or folder_of_run(checkpoint.folder), [], []
+    for ear in ears:
+        with world.main_first():
             context = open_context(settings, checkpoint, ear)
-            context.home, context.report, context.signals = folder, report, signals
-            with turn_at(folder / "records.jsonl", patient=False):
-                plan = planned_evaluation(settings, checkpoint, context, made_with, report)
-                measured.append((*measure(context, *plan, report), plan[-1]))
-            contexts += [] if settings.sequential_eval else [context]
-        first, _, output = measured[0]
-        if len(measured) > 1:
-            beside: dict[str, Any] = {"beside": [path.name for _, _, path in measured]}
-            if len(contexts) > 1 and all("bridge" in rows for _, rows, _ in measured):
-                beside["joint"] = joint([rows["bridge"] for _, rows, _ in measured], contexts, settings.seed)
-            write_json(facts_file(output), json_in(facts_file(output)) | beside)
-            first |= beside | {"receivers": told_of_receivers([results for results, _, _ in measured])}
-            write_json(output, first)
-        return first
+        context.home, context.report, context.signals, context.world = folder, report, signals, world
+        contexts += [] if settings.sequential_eval else [context]
+        if not world.is_main:
+            help_measure(context)
+            continue
+        with turn_at(folder / "records.jsonl", patient=False):
+            plan = planned_evaluation(settings, checkpoint, context, made_with, report)
+            measured.append((*measure(context, *plan, report), plan[-1]))
+    return world.broadcast(results_of_receivers(measured, contexts, settings.seed) if world.is_main else {})
+
+
+def results_of_receivers(
+    measured: Sequence[tuple[dict[str, Any], RowsOf, Path]], contexts: Sequence[EvalContext], seed: int
+) -> dict[str, Any]:
+    """The first receiver's results, where there are several with what they reach together, and kept so."""
+    first, _, output = measured[0]
+    if len(measured) > 1:
+        beside: dict[str, Any] = {"beside": [path.name for _, _, path in measured]}
+        if len(contexts) > 1 and all("bridge" in rows for _, rows, _ in measured):
+            beside["joint"] = joint([rows["bridge"] for _, rows, _ in measured], contexts, seed)
+        write_json(facts_file(output), json_in(facts_file(output)) | beside)
+        first |= beside | {"receivers": told_of_receivers([results for results, _, _ in measured])}
+        write_json(output, first)
+    return first
 
 
 def told_of_receivers(results: Sequence[Row]) -> dict[str, Any]:
@@ -9519,29 +9642,39 @@ def keep(method: Method, key: str, done: dict[str, dict[str, Any]], folder: Path
         records = [sealed({"key": key, "method": method.name, **row}) for row in rows]
         append_rows(folder / "records.jsonl", records)
         done.update({row["id"]: row for row in records})
-        method.context.tick(f"evaluating {method.name}", len(done), len(method.context.examples))
+        method.context.tell(f"evaluating {method.name}", len(done), len(method.context.examples))
+
+
+def answer_missing(
+    context: EvalContext, finished: Mapping[str, Container[str]], save: Callable[[Method, list[Row]], Any]
+) -> None:
+    """Answer, by each method that the leader names, the examples that it has not ``finished``; all processes do this at once."""
+    named = {METHODS.name_of(word) for word in context.asked.methods or () if word in METHODS}
+    context.skipped = {}
+    for name, ids in context.world.broadcast(finished).items():
+        if not (todo := [example for example in context.examples if example.id not in ids]):
+            continue
+        method = METHODS[name](context)
+        try:
+            refusal = share_rows(method, todo, context.asked.batch_size, functools.partial(save, method))
+        finally:
+            method.end()
+        if refusal is None:
+            save(method, [])
+        elif name in named or (context.asked.methods is None and not isinstance(refusal, UnfitRows)):
+            raise refusal
+        else:
+            context.skipped[name] = str(refusal)  # of a group that was asked for, it cannot run on these rows
 
 
 def run_methods(context: EvalContext, keys: Mapping[str, str], folder: Path) -> RowsOf:
     """Rows by method, each with its record key, in the order of the examples; finished rows are never computed again."""
-    examples, asked, by_method = context.examples, context.asked, rows_at_hand(context, keys, folder)
-    named = {METHODS.name_of(word) for word in asked.methods or () if word in METHODS}
-    context.skipped = {}
-    for name, done in by_method.items():
-        if not (todo := [example for example in examples if example.id not in done]):
-            continue
-        try:
-            method = METHODS[name](context)
-            try:
-                compute_rows(method, todo, asked.batch_size, functools.partial(keep, method, keys[name], done, folder))
-            finally:
-                method.end()
-        except LatentWireError as error:
-            if name in named or (asked.methods is None and not isinstance(error, UnfitRows)):
-                raise
-            context.skipped[name] = str(error)  # of a group that was asked for, it cannot run on these rows
-            continue
-        keep(method, keys[name], done, folder, [])
+    examples, by_method = context.examples, rows_at_hand(context, keys, folder)
+
+    def save(method: Method, rows: list[Row]) -> None:
+        keep(method, keys[method.name], by_method[method.name], folder, rows)
+
+    answer_missing(context, {name: {*done} for name, done in by_method.items()}, save)
     (folder / "fresh_eval.json").unlink(missing_ok=True)
     ran = [name for name in keys if name not in context.skipped]
     return {name: [by_method[name][example.id] for example in examples] for name in ran}
@@ -9767,6 +9900,14 @@ def measure(
     results = results_from(facts, rows, details_in(output.parent))
     write_json(output, results)
     return results, rows
+
+
+def help_measure(context: EvalContext) -> None:
+    """Another process's part of ``measure`` and of what is planned before it: sender states and rows, all told to the leader."""
+    with threads_for(context.setup.sender, context.setup.receiver):
+        if context.receiver.bridge:
+            len(context.messages)  # the texts are read now, while the leader plans
+        answer_missing(context, {}, lambda method, rows: None)
 
 
 def earlier_rows(folder: Path, examples: Sequence[Example], earlier: Row, ran: Iterable[str]) -> RowsOf:
@@ -10634,6 +10775,7 @@ class WrongTask(Method):
     """The message of a bridge that was trained on another task: --wrong_task RUN."""
 
     control, bridged = True, False
+    dealt = False  # its sender states are not those that all processes compute together
     own = needs = ("wrong_task",)
 
     @functools.cached_property
@@ -10712,43 +10854,57 @@ def planned_rivals(
 
 
 def baseline_run(settings: BaselineSettings, report: Report) -> dict[str, Any]:
-    """Rivals on one or several data sets; what a seed changes once for each seed, the rest once; → ``{"runs": [results]}``."""
-    prepare_cuda(settings)
-    load_plugins(settings.plugin)
-    words = settings.methods or ["all"]
-    named = named_methods(words)
-    for group in map(named_methods, ([word] for word in words)):
-        if all(METHODS[name].bridged for name in group):
-            name = min(group)
-            raise LatentWireError(f"{name} needs a bridge; evaluate it with eval --checkpoint RUN --methods {name}")
-    settings = sized(settings.model_copy(update={"methods": words}), report)
-    datasets = [*dict.fromkeys(settings.datasets or [settings.dataset or ""])]
-    seeds = [*dict.fromkeys(settings.seeds or [settings.seed])]
-    if not datasets[0]:
-        raise LatentWireError("--dataset is missing; see 'list datasets'")
-    runs, made_with = [], environment()
-    with catching_signals() as signals, breakable(settings.output_dir, "the beginning"):
+    """Rivals on one or several data sets; what a seed changes once for each seed, the rest once; → ``{"runs": [results]}``.
+
+    Several processes share the rows and have the same results; the leader alone trains and writes.
+    """
+    with evaluating(settings, settings.output_dir) as (world, signals):
+        load_plugins(settings.plugin)
+        world.refuse_spread(settings)
+        words, report = settings.methods or ["all"], report if world.is_main else Silent()
+        for group in map(named_methods, ([word] for word in words)):
+            if all(METHODS[name].bridged for name in group):
+                name = min(group)
+                raise LatentWireError(f"{name} needs a bridge; evaluate it with eval --checkpoint RUN --methods {name}")
+        settings = sized(settings.model_copy(update={"methods": words}), report)
+        datasets, runs, made_with = [*dict.fromkeys(settings.datasets or [settings.dataset or ""])], [], environment()
+        if not datasets[0]:
+            raise LatentWireError("--dataset is missing; see 'list datasets'")
         for dataset in datasets:
             base = settings.output_dir / re.sub(r"[^\w.-]+", "_", dataset) if settings.datasets else settings.output_dir
-            context = context_of(settings, dataset, seeds[0])
-            suited = chosen_methods(settings, context.setup)
-            unsuited = [word for word in words if word in METHODS and METHODS.name_of(word) not in suited]
-            if unsuited and suited:
-                report.say(f"{', '.join(unsuited)} cannot run on {dataset}; see 'list methods'")
-            for seed in seeds:
-                names = [name for name in suited if seed == seeds[0] or METHODS[name].seeded]
-                if not names:
-                    continue
-                context.seed, context.asked = seed, context.asked.model_copy(update={"seed": seed})
-                folder = base / f"seed{seed}" if len(seeds) > 1 else base
-                with saving(folder):
-                    folder.mkdir(parents=True, exist_ok=True)
-                context.home, context.report, context.signals = folder, report, signals
-                with turn_at(folder / "records.jsonl", patient=False):
-                    runs.append(measure(context, *planned_rivals(context, names, made_with, report), report)[0])
-    if not runs:
-        raise LatentWireError(f"none of {', '.join(sorted(named))} can run on {datasets[0]}; see 'list methods'")
-    return {"runs": runs}
+            with world.main_first():
+                context = context_of(settings, dataset, settings.seeds[0] if settings.seeds else settings.seed)
+            context.report, context.signals, context.world = report, signals, world
+            runs += rivals_on(context, base, made_with, report)
+        if not (runs := world.broadcast(runs)):
+            named = ", ".join(sorted(named_methods(words)))
+            raise LatentWireError(f"none of {named} can run on {datasets[0]}; see 'list methods'")
+        return {"runs": runs}
+
+
+def rivals_on(context: EvalContext, base: Path, made_with: Row, report: Report) -> list[dict[str, Any]]:
+    """The results of one data set, one for each seed that changes something; in the leader."""
+    settings, runs = context.asked, list[dict[str, Any]]()
+    assert isinstance(settings, BaselineSettings)
+    words, seeds = settings.methods or (), [*dict.fromkeys(settings.seeds or [settings.seed])]
+    suited = chosen_methods(settings, context.setup)
+    unsuited = [word for word in words if word in METHODS and METHODS.name_of(word) not in suited]
+    if unsuited and suited:
+        report.say(f"{', '.join(unsuited)} cannot run on {context.settings.dataset}; see 'list methods'")
+    for seed in seeds:
+        names = [name for name in suited if seed == seeds[0] or METHODS[name].seeded]
+        if not names:
+            continue
+        context.seed, context.asked = seed, context.asked.model_copy(update={"seed": seed})
+        context.home = base / f"seed{seed}" if len(seeds) > 1 else base
+        if not context.world.is_main:
+            help_measure(context)
+            continue
+        with saving(context.home):
+            context.home.mkdir(parents=True, exist_ok=True)
+        with turn_at(context.home / "records.jsonl", patient=False):
+            runs.append(measure(context, *planned_rivals(context, names, made_with, report), report)[0])
+    return runs
 
 
 # §13 BENCHMARKS: latency, throughput, memory and growth of every way, against the device's own limits
@@ -12923,7 +13079,7 @@ def run_experiment(settings: ExperimentSettings, words: Sequence[str], report: R
         except LatentWireError as error:
             failures[str(run.output_dir)] = str(error)
             report.say(f"failed: {error}")
-    if settings.stage in ("all", "aggregate"):
+    if settings.stage in ("all", "aggregate") and launched()[0] == 0:
         failures |= put_together(settings, runs, report)
     return failures
 
@@ -13238,7 +13394,9 @@ no other word. A damaged newest checkpoint is named and the one before it taken;
 refused by name; a changed LATENTWIRE.py is told. A folder that holds another run is never written to.
 Several processes (torchrun --nproc_per_node 4 LATENTWIRE.py train, or srun --ntasks 4 python) share each step's rows \
 and the caching of sender states; only the bridge's gradients travel. The loss curve is that of one process up to \
-rounding, dropout included. Tested on CPU; nothing of it has run on a GPU yet.''',
+rounding, dropout included. eval and baseline started so share their batches: the records are those of one process \
+with as many threads, bit for bit; what a rival trains, the first process trains. Tested on CPU; nothing of it has run \
+on a GPU yet.''',
     "eval": """  eval --checkpoint runs/sst2 --dataset sst2 --num_samples 872
   eval --checkpoint runs/trec --methods bridge,control,lora,text_relay
   eval --checkpoint runs/squad --methods bridge,text,token_budget,llmlingua --budget_ratio 4 --num_samples 200
@@ -13454,7 +13612,7 @@ def train_settings(settings: TrainSettings, report: Report) -> dict[str, Any]:
     if stages == "c" and folder is None:
         raise LatentWireError("--stages C evaluates a run; say which with --output_dir")
     summary: dict[str, Any] = {"run": str(folder)} if stages == "c" else train_run(settings, report)
-    if "c" in stages and launched()[0] == 0:
+    if "c" in stages:
         evaluation = evaluation_of(settings, Path(summary["run"]), num_samples=settings.eval_samples)
         summary["results"] = eval_run(evaluation, report)
     return summary
@@ -13474,7 +13632,8 @@ def eval_settings(settings: EvalSettings, report: Report) -> dict[str, Any]:
         values = [run["methods"][name][run["headline"]] for run in runs if name in run["methods"]]
         summary = {"mean": sum(values) / len(values), "sd": deviation(values) or 0.0, "values": values}
         merged["methods"][name] = summary
-    write_json((out or folder or Path()) / "results.json", merged)
+    if launched()[0] == 0:
+        write_json((out or folder or Path()) / "results.json", merged)
     return merged
 
 
@@ -13591,7 +13750,7 @@ def train_command(settings: TrainSettings) -> None:
 @command(EvalSettings, LEARN, shared=True)
 def eval_command(settings: EvalSettings) -> None:
     """Measure what came through, against every control: eval --checkpoint runs/sst2"""
-    with RichReport() as report:
+    with RichReport(quiet=launched()[0] > 0) as report:
         results = eval_settings(settings, report)
     for single in results.get("runs", [results]):
         report.table(single)
@@ -13606,13 +13765,14 @@ def eval_command(settings: EvalSettings) -> None:
 @command(BaselineSettings, LEARN, shared=True)
 def baseline_command(settings: BaselineSettings) -> None:
     """Every rival through the same door: baseline all --dataset sst2, baseline zeroshot fewshot --dataset trec"""
-    with RichReport() as report:
+    with RichReport(quiet=launched()[0] > 0) as report:
         results = baseline_run(settings, report)
     for single in results["runs"]:
         report.table(single)
-    table = settings.output_dir / "table.md"
-    write_atomic(table, groups_table(result_groups(evaluations_below(settings.output_dir))[0]).encode())
-    report.say(f"the same as Markdown: {table}")
+    if launched()[0] == 0:
+        table = settings.output_dir / "table.md"
+        write_atomic(table, groups_table(result_groups(evaluations_below(settings.output_dir))[0]).encode())
+        report.say(f"the same as Markdown: {table}")
     check_gates(results["runs"], report)
 
 

@@ -85,6 +85,19 @@ def saving(self, number, *rest):
 
 lw.by_length = lambda rows, tokens: groups(rows, 64)
 lw.LM.states, lw.Trainer.step, lw.Checkpoints.save = counting, stepping, saving
+
+compute, lw.EvalContext.patience = lw.compute_rows, 0
+
+def computing(method, group, *rest):
+    if group:
+        note(f"batches{rank}", len(group))
+    batches = len((notes / f"batches{rank}").read_text().split()) if group else 0
+    if os.environ.get("DIES_EVALUATING") == f"{rank}:{batches}":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(float(os.environ.get("PAUSE", 0)))
+    return compute(method, group, *rest)
+
+lw.compute_rows = computing
 """
 
 
@@ -97,6 +110,8 @@ class Team:
         self.plugin.write_text(PLUGIN)
 
     def words(self, folder: Path, *flags: str) -> list[str]:
+        if flags and flags[0] in ("eval", "baseline"):
+            return [str(ROOT / "LATENTWIRE.py"), *flags, "--plugin", str(self.plugin), "--output_dir", str(folder)]
         own = ["--plugin", str(self.plugin), "--output_dir", str(folder), "--auto_resume"]
         length = ["--steps", "12", "--eval_every", "4"]
         return [str(ROOT / "LATENTWIRE.py"), "train", *TOY, *SMALL, *length, *own, *flags]
@@ -228,6 +243,78 @@ def test_another_number_of_processes_than_asked_is_one_line(team):
     code, text = team.run(folder, 2, "--world_size", "3")
     assert code != 0 and "error: --world_size 3, but 2 started; type: torchrun --nproc_per_node 3" in text
     assert "exitcode  : 2" in text and not folder.exists()
+
+
+METHODS = "bridge,text,control:shuffled,control:zero,token_budget"
+RIVALS = ("baseline", "zeroshot", "fewshot", "token_budget", "lora", *TOY, "--num_samples", "40", "--samples", "40",
+          "--steps", "2", "--rival_tries", "1", "--batch_size", "8")  # fmt: skip
+
+
+def evaluation(toy_run: Path) -> list[str]:
+    return ["eval", "--checkpoint", str(toy_run), "--methods", METHODS, "--num_samples", "60", "--batch_size", "8"]
+
+
+def timeless(folder: Path) -> list[str]:
+    """The records' lines without the times and the sums over them."""
+    rows = lw.read_rows(folder / "records.jsonl")
+    return [json.dumps({name: value for name, value in row.items() if name not in ("seconds", "sum")}) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def evaluated(team: Team, toy_run: Path) -> Path:
+    """An evaluation by one process. Read-only."""
+    folder = team.home / "evaluated"
+    code, text = team.run(folder, 1, *evaluation(toy_run))
+    assert code == 0, text
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(evaluated, team, toy_run):
+    folder = team.home / "evaluated-together"
+    code, text = team.run(folder, 2, *evaluation(toy_run))
+    assert code == 0 and text.count("communication shown") == text.count("record key") == 1, text
+    assert timeless(folder) == timeless(evaluated) and len(timeless(folder)) == 300
+    assert [len(team.noted(folder, f"batches{rank}")) for rank in (0, 1)] == [20, 20]  # 8 batches of 5 methods
+    alone, together = (json.loads((place / "results.json").read_text()) for place in (evaluated, folder))
+    assert {key for key in alone if alone[key] != together[key]} <= {"seconds", "provenance"}
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_rivals_as_one_does(team):
+    alone, folder = team.home / "rivals", team.home / "rivals-together"
+    codes = [team.run(place, size, *RIVALS) for place, size in ((alone, 1), (folder, 2))]
+    assert [(code, "broken: lora" in text) for code, text in codes] == [(1, True), (1, True)], codes
+    assert timeless(folder) == timeless(alone) and len(timeless(folder)) == 240
+    assert (folder / "table.md").read_text() == (alone / "table.md").read_text()
+    assert [len(team.noted(folder, f"batches{rank}")) for rank in (0, 1)] == [20, 10]  # lora's five are the leader's
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_evaluation_and_the_same_command_goes_on(evaluated, team, toy_run):
+    folder = team.home / "evaluation-died"
+    code, text = team.run(folder, 2, *evaluation(toy_run), DIES_EVALUATING="1:3")
+    assert code != 0 and "error: process 0 of 2 lost the others" in text and "with the same command" in text, text
+    assert timeless(folder) == timeless(evaluated)[:32] and not (folder / "results.json").exists()
+    code, text = team.run(folder, 2, *evaluation(toy_run))
+    assert code == 0 and timeless(folder) == timeless(evaluated), text
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_evaluation_of_all_processes_together(evaluated, team, toy_run):
+    folder = team.home / "evaluation-signalled"
+    process = team.start(folder, 2, *evaluation(toy_run), PAUSE="0.5")
+    deadline = time.monotonic() + 180
+    while len(team.noted(folder, "batches1")) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=180)
+    assert process.returncode != 0 and "lost the others" not in text, text
+    assert text.count("stopped at") == 1 and "of 60 (evaluating" in text, text
+    rows = timeless(folder)
+    assert 32 <= len(rows) < 300 and rows == timeless(evaluated)[: len(rows)]
+    code, text = team.run(folder, 1, *evaluation(toy_run))
+    assert code == 0 and sorted(timeless(folder)) == sorted(timeless(evaluated)), text
 
 
 def test_a_sender_short_of_memory_takes_fewer_texts_at_a_time(tmp_path, monkeypatch):

@@ -73,6 +73,21 @@ def test_killed_evaluation_goes_on_where_it_stopped(run, monkeypatch):
     assert len(answered) == methods * 60
 
 
+def test_what_is_heard_counts_from_the_next_method_on(run, monkeypatch):
+    """Batches of one method know nothing of each other, so that processes can share them and change no bit."""
+    sizes, listen = [], lw.Receiver.listen
+
+    def counting(self, examples, *rest):
+        sizes.append(len(examples))
+        return listen(self, examples, *rest)
+
+    monkeypatch.setattr(lw.Receiver, "listen", counting)
+    evaluate(run, "--methods", "bridge,control:zero,control:shuffled", "--batch_size", "20")
+    bridge, zero, shuffled = sizes[:3], sizes[3:6], sizes[6:]
+    assert bridge == [20, 20, 20] and max(zero) <= 4 and sum(zero) > 4  # once for each class and batch
+    assert 0 < sum(shuffled) < 60  # another text's message with the same answer was the bridge's
+
+
 def test_an_evaluation_done_anew_goes_on_when_it_was_stopped(run, monkeypatch):
     """J11: --fresh_eval threw away what it had computed minutes before, and under a time limit never ended."""
     evaluate(run, "--methods", "bridge,control:zero,text")
