@@ -13063,7 +13063,10 @@ def benchmark_of(settings: ExperimentSettings, runs: Sequence[TrainSettings]) ->
 
 
 def run_experiment(settings: ExperimentSettings, words: Sequence[str], report: Report) -> dict[str, Any]:
-    """Train and evaluate every planned run, go on after a failure, put the numbers together; → failures by folder."""
+    """Train and evaluate every planned run, go on after a failure, put the numbers together; → failures by folder.
+
+    Several processes do not go on after a failure, which may be that of one; the same command does.
+    """
     runs = planned(settings, words)
     if settings.only is not None and settings.only >= len(runs):
         raise LatentWireError(f"--only {settings.only}: the experiment has {len(runs)} runs, 0 to {len(runs) - 1}")
@@ -13077,6 +13080,8 @@ def run_experiment(settings: ExperimentSettings, words: Sequence[str], report: R
             if settings.stage in ("all", "eval"):
                 eval_run(evaluation_of(run, run.output_dir, **evaluation_values(settings, run)), report)
         except LatentWireError as error:
+            if launched()[1] > 1:  # the others may not have failed, and would meet this process at another place
+                raise
             failures[str(run.output_dir)] = str(error)
             report.say(f"failed: {error}")
     if settings.stage in ("all", "aggregate") and launched()[0] == 0:

@@ -91,6 +91,20 @@ def test_a_suite_gives_an_experiment_its_values(capsys):
     ]
 
 
+def test_an_experiment_of_several_processes_ends_at_a_failure(monkeypatch):
+    """The one that failed would begin the next run while the others wait for it in this one."""
+
+    def failing(settings, report):
+        raise lw.LatentWireError("no luck today")
+
+    monkeypatch.setattr(lw, "train_run", failing)
+    monkeypatch.setattr(lw, "launched", lambda: (0, 2, 0))
+    words = ["--name", "e", *TOY, "--latent_len", "2,4"]
+    settings, _ = lw.settings_from(lw.ExperimentSettings, words[:2])
+    with pytest.raises(lw.LatentWireError, match="no luck today"):
+        lw.run_experiment(settings, words[2:], lw.Silent())
+
+
 def test_dry_run_prints_commands_that_can_be_typed(capsys):
     lines = shown(
         capsys, "experiment", "--name", "c", "--latent_len", "4,8", "--dataset", "toy", "--dry-run"
