@@ -144,6 +144,7 @@ def no_search_for_garbage() -> Iterator[None]:
             gc.enable()
 
 
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # threads that wait for each other leave a shared core sooner
 if TYPE_CHECKING or not prints_text_only():
     with no_search_for_garbage():
         import torch
@@ -3441,7 +3442,7 @@ def training_splits(task: Task, settings: TrainSettings) -> tuple[Splits, str]:
     limit = min(settings.samples or len(published), len(published) if settings.epochs else reachable)
     tenth = max(1, len(published) // 10)
     validation, train = clean_split(published, min(settings.val_samples, tenth), settings.data_seed)
-    validation = validation[: max(32, limit // 2)]  # in proportion to what is learned from
+    validation = validation[: min(limit, max(32, limit // 2))]  # in proportion to what is learned from
     return {"train": distinct_ids(train[:limit]), "validation": distinct_ids(validation)}, source
 
 
@@ -5862,7 +5863,12 @@ class Bridge(nn.Module):
         """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w); ``ear`` matters where latents are private."""
         groups = by_width(states.mask)
         if len(groups) > 1:
-            return Message.of([self.encode(states.rows(chosen), name, ear) for chosen in groups], torch.cat(groups))
+            pieces = [self.encode_together(states.rows(chosen), name, ear) for chosen in groups]
+            return Message.of(pieces, torch.cat(groups))
+        return self.encode_together(states, name, ear)
+
+    def encode_together(self, states: States, name: str = "", ear: int = 0) -> Message:
+        """The same with all texts as wide as the widest."""
         windows = self.windows(states) if self.wants_windows else None
         latents, mask = self.write(states, windows, ear), windows.mask if windows else None
         codec = self.shape.settings.codec
@@ -9950,7 +9956,7 @@ def save_artifacts(context: EvalContext, path: Path, count: int, looked_at: int 
         with contextlib.ExitStack() as hooks, torch.no_grad():
             for block in blocks:
                 hooks.callback(block.look.register_forward_hook(look, with_kwargs=True).remove)
-            context.writer.message(texts, context.receiver.name, context.receiver.ear)
+            context.bridge.encode_together(context.writer.states(texts), ear=context.receiver.ear)
         spans = context.writer.spans(texts)
         metadata["tokens"] = [[text[a:b] for a, b in row] for text, row in zip(texts, spans, strict=True)]
         parts = [
