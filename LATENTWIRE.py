@@ -4051,19 +4051,31 @@ class Packed:
     at: Tensor | None = None  # (B, K) positions of the soft tokens
     keys: tuple[int, ...] = ()  # while training, a random key for each row
 
+    def alike(self) -> list[int]:
+        """For each row the number of the first one that reads the same."""
+        memory = () if self.soft is None or self.soft.memory is None else (self.soft.memory,)
+        parts = [
+            part.detach().cpu().contiguous().view(torch.uint8).numpy() for part in (self.embeds, self.mask, *memory)
+        ]
+        first: dict[tuple[bytes, ...], int] = {}
+        return [first.setdefault(tuple(part[row].tobytes() for part in parts), row) for row in range(len(self.mask))]
+
     def of(self, chosen: Tensor) -> tuple[Packed, Tensor]:
-        """Some right-padded rows (N,), without columns that are padding in all of them, and the numbers of the supervised
-        tokens (M,) that are in them."""
+        """Some rows (N,), without columns that are padding in all of them, and the numbers of the supervised tokens (M,)
+        that are in them."""
         soft, at = self.soft and self.soft.rows(chosen), None if self.at is None else self.at[chosen]
-        last = 0 if at is None else int(at.max()) + 1  # soft tokens that were dropped lie in the padding
-        width = max(last, int(widths_of(self.mask[chosen]).max()))
+        wanted = self.mask[chosen].any(0)
+        if at is not None:
+            wanted[at.flatten()] = True  # soft tokens that were dropped lie in the padding
+        first, last = wanted.nonzero()[[0, -1], 0].tolist()
         place = self.rows.new_full((len(self.mask),), -1)
         place[chosen] = torch.arange(len(chosen), device=chosen.device)
         kept = (place[self.rows] >= 0).nonzero()[:, 0]
         embeds, mask, positions = (
-            v.index_select(0, chosen)[:, :width] for v in (self.embeds, self.mask, self.positions)
+            value.index_select(0, chosen)[:, first : last + 1] for value in (self.embeds, self.mask, self.positions)
         )
-        supervised = place[self.rows[kept]], self.columns[kept], self.targets[kept], self.order[kept]
+        supervised = place[self.rows[kept]], self.columns[kept] - first, self.targets[kept], self.order[kept]
+        at = None if at is None else at - first
         keys = tuple(self.keys[row] for row in chosen.tolist()) if self.keys else ()
         return Packed(embeds, mask, positions, *supervised, soft, at, keys), kept
 
@@ -4657,16 +4669,16 @@ def widths_of(mask: Tensor) -> Tensor:
     return (mask * columns).amax(1).clamp(min=1)
 
 
-def by_width(mask: Tensor, overhead: int = 64) -> list[Tensor]:
-    """Numbers of rows (N,) of a right-padded mask (B, T) in the groups that cost least: on a CPU padding is work.
+def by_width(widths: Tensor, overhead: int = 64) -> list[Tensor]:
+    """Numbers (N,) of rows of some widths (B,) in the groups that cost least: on a CPU padding is work.
 
     A group costs its rows times its widest, and ``overhead``, in tokens. Elsewhere there is one group.
     """
-    if mask.device.type != "cpu" or len(mask) == 1:
-        return [torch.arange(len(mask), device=mask.device)]
-    widths, order = widths_of(mask).sort()
+    if widths.device.type != "cpu" or len(widths) == 1:
+        return [torch.arange(len(widths), device=widths.device)]
+    values, order = widths.sort(stable=True)
     costs, starts = [0], [0]  # of the first rows in this order: the least cost, and where the last group begins
-    for end, width in enumerate(widths.tolist(), 1):
+    for end, width in enumerate(values.tolist(), 1):
         cost, start = min((costs[start] + (end - start) * width + overhead, start) for start in range(end))
         costs.append(cost)
         starts.append(start)
@@ -5861,7 +5873,7 @@ class Bridge(nn.Module):
 
     def encode(self, states: States, name: str = "", ear: int = 0) -> Message:
         """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w); ``ear`` matters where latents are private."""
-        groups = by_width(states.mask)
+        groups = by_width(widths_of(states.mask))
         if len(groups) > 1:
             pieces = [self.encode_together(states.rows(chosen), name, ear) for chosen in groups]
             return Message.of(pieces, torch.cat(groups))
@@ -6436,7 +6448,7 @@ class Supervised:
 
 def supervise(lm: LM, packed: Packed, batch: ForwardContext | None = None, tuned: bool = False) -> Supervised:
     """One forward of the frozen LM; logits only where an answer token is predicted (Gemma's vocabulary is 262k)."""
-    groups = [packed.of(chosen) for chosen in by_width(packed.mask)] if not lm.recompute else []
+    groups = [packed.of(chosen) for chosen in by_width(widths_of(packed.mask))] if not lm.recompute else []
     if len(groups) < 2:
         groups = [(packed, torch.arange(len(packed.rows)))]
     states = [lm.forward(p, tuned=tuned, use_cache=False).last_hidden_state[p.rows, p.columns] for p, _ in groups]
@@ -8309,22 +8321,39 @@ class Receiver:
         return [replace(answer, tokens=int(count)) for answer, count in zip(answers, counts, strict=True)]
 
     def respond(self, packed: Packed, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
-        """What the receiver says to B prompts; ``sizes`` are the bytes that travelled for each, which its Answer repeats."""
-        return self.go_on(self.lm.prefill(packed), examples, sizes)
+        """What the receiver says to B prompts, of which equal ones (constant controls) are read once; ``sizes`` are the
+        bytes that travelled for each, which its Answer repeats."""
+        numbers = range(len(examples))
+        prompts = packed.alike() if self.how.first_token_temperature == 0 else [*numbers]
+        distinct, answers = torch.tensor([*dict.fromkeys(prompts)], device=packed.mask.device), dict[int, Answer]()
+        for chosen in by_width(packed.mask.sum(1)[distinct], overhead=1000):  # each group is written by itself
+            rows = distinct[chosen].tolist()
+            here = [number for number in numbers if prompts[number] in rows]
+            some = packed if len(rows) == len(packed.mask) else packed.of(distinct[chosen])[0]
+            found = self.go_on(self.lm.prefill(some), [examples[i] for i in here], [sizes[i] for i in here] if sizes else (),
+                               [rows.index(prompts[i]) for i in here])  # fmt: skip
+            answers |= zip(here, found, strict=True)
+        return [answers[number] for number in numbers]
 
-    def go_on(self, prefill: Prefill, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
-        """The same after B prompts that were read already: class words, gold answer, first token and text of each."""
-        end = [self.lm.tokenizer.eos_token_id]  # what an empty answer is
+    def go_on(
+        self, prefill: Prefill, examples: Sequence[Example], sizes: Sequence[int] = (), prompts: Sequence[int] = ()
+    ) -> list[Answer]:
+        """The same after prompts that were read already: class words, gold answer, first token and text of each example;
+        ``prompts`` (B) are their rows, which several examples may share."""
+        end, labels = [self.lm.tokenizer.eos_token_id], self.prompting.label_ids  # what an empty answer is
         gold = [self.prompting.gold_ids(example.answers[0]) or end for example in examples]
-        labels = self.prompting.label_ids
-        loglikelihoods = self.lm.score(prefill, [[*labels, ids] for ids in gold])
-        firsts = prefill.logits.argmax(-1).tolist()
+        candidates, places = [[*labels] for _ in prefill.logits], list[tuple[int, int]]()
+        for prompt, ids in zip(prompts or range(len(examples)), gold, strict=True):
+            places.append((prompt, len(candidates[prompt])))
+            candidates[prompt].append(ids)
+        loglikelihoods, firsts = self.lm.score(prefill, candidates), prefill.logits.argmax(-1).tolist()
         draws = [int(digest_of([e.id, e.context, e.question, "draw"]), 16) for e in examples]
         texts = self.lm.generate(prefill, self.max_new_tokens, self.how, draws)
-        scores = [tuple(by_length_of(labels, row[:-1])) for row in loglikelihoods]
-        nats = [-row[-1] / len(ids) for row, ids in zip(loglikelihoods, gold, strict=True)]
-        right = [first == ids[0] for first, ids in zip(firsts, gold, strict=True)]
-        return [*map(Answer, texts, scores, nats, right, sizes or [0] * len(examples))]
+        scores = [tuple(by_length_of(labels, row[: len(labels)])) for row in loglikelihoods]
+        return [
+            Answer(texts[row], scores[row], -loglikelihoods[row][place] / len(ids), firsts[row] == ids[0], size)
+            for (row, place), ids, size in zip(places, gold, sizes or [0] * len(examples), strict=True)
+        ]
 
     def rescore(
         self, examples: Sequence[Example], data: Sequence[bytes], texts: Sequence[Sequence[str]]
@@ -11036,11 +11065,17 @@ class Timed(Receiver):
         """Never from memory."""
         return self.listen(examples, data, text)
 
-    def go_on(self, prefill: Prefill, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
+    def respond(self, packed: Packed, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
+        """Every prompt is read, equal ones too."""
+        return self.go_on(self.lm.prefill(packed), examples, sizes)
+
+    def go_on(
+        self, prefill: Prefill, examples: Sequence[Example], sizes: Sequence[int] = (), prompts: Sequence[int] = ()
+    ) -> list[Answer]:
         """Scored or generated, not both."""
         labels = self.prompting.label_ids
         if self.answer_tokens is None:
-            return super().go_on(prefill, examples, sizes)
+            return super().go_on(prefill, examples, sizes, prompts)
         if self.answer_tokens:
             self.lm.generate(prefill, self.answer_tokens, line=False)
         else:

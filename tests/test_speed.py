@@ -67,8 +67,7 @@ def test_groups_cost_least() -> None:
     generator = torch.Generator().manual_seed(1)
     for _ in range(30):
         widths = torch.randint(1, 60, (6,), generator=generator).tolist()
-        mask = torch.arange(60) < torch.tensor(widths)[:, None]
-        found = [group.tolist() for group in lw.by_width(mask, overhead=20)]
+        found = [group.tolist() for group in lw.by_width(torch.tensor(widths), overhead=20)]
         assert sorted(itertools.chain(*found)) == list(range(6))
         order = sorted(range(6), key=widths.__getitem__)
         ways = []
@@ -79,10 +78,12 @@ def test_groups_cost_least() -> None:
 
 
 def test_alike_rows_stay_together_and_other_devices_have_one_group() -> None:
-    assert len(lw.by_width(torch.ones(9, 30, dtype=torch.bool))) == 1
-    mask = torch.arange(900) < torch.tensor([[1], [900], [1], [900]])
-    assert [group.tolist() for group in lw.by_width(mask)] in ([[0, 2], [1, 3]], [[1, 3], [0, 2]])
-    assert len(lw.by_width(mask.to("meta"))) == 1
+    assert len(lw.by_width(torch.tensor([30] * 9))) == 1
+    widths = torch.tensor([1, 900, 1, 900])
+    assert [group.tolist() for group in lw.by_width(widths)] in ([[0, 2], [1, 3]], [[1, 3], [0, 2]])
+    assert len(lw.by_width(widths.to("meta"))) == 1
+    right = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    assert lw.widths_of(right).tolist() == [3, 1]
 
 
 @pytest.mark.parametrize(
@@ -98,8 +99,8 @@ def test_a_step_in_groups_has_the_loss_and_gradients_of_one(flags: list[str], mo
     part = lw.QuestionAnswering(lw.TrainSettings(dataset="toy", protocol="question-agnostic"))
     counts, plain = [], lw.by_width
 
-    def counted(mask: torch.Tensor, overhead: int = 64) -> list[torch.Tensor]:
-        groups = plain(mask, overhead)
+    def counted(widths: torch.Tensor, overhead: int = 64) -> list[torch.Tensor]:
+        groups = plain(widths, overhead)
         counts.append(len(groups))
         return groups
 
@@ -115,7 +116,7 @@ def test_a_step_in_groups_has_the_loss_and_gradients_of_one(flags: list[str], mo
         return value, [p.grad for p in one.parameters if p.grad is not None]
 
     loss, gradients = step(counted)
-    whole, wanted = step(lambda mask, overhead=64: [torch.arange(len(mask))])
+    whole, wanted = step(lambda widths, overhead=64: [torch.arange(len(widths))])
     assert max(counts) > 1 and loss == pytest.approx(whole, rel=1e-5)
     assert len(gradients) == len(wanted) > 3
     largest = max(float(gradient.norm()) for gradient in wanted)
@@ -241,3 +242,46 @@ def test_float32_and_models_as_large_as_memory_are_not_packed(dtype: str, total:
     lm = lw.load_lm("tiny-qwen", lw.ModelSettings(device="cpu", dtype=dtype))
     lm.pack()
     assert not lm.packed and "forward" not in vars(lm.head)
+
+
+def test_equal_prompts_are_read_and_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A constant control: one prompt, many gold answers."""
+    lm, part = load("tiny-qwen"), lw.make_task(lw.TrainSettings(dataset="toy"))
+    end = lw.Receiver(lw.Prompting(lm, part, "Answer:"))
+    golds = [*part.words, part.words[0], part.words[1]]
+    given = [lw.Example(str(i), "", "", (gold,)) for i, gold in enumerate(golds)]
+    soft = lw.SoftPrompt(torch.randn(1, 3, lm.width).expand(len(given), -1, -1))
+    apart = [
+        end.respond(end.prompting.pack(soft.rows(torch.tensor([i])), [e]), [e], [7])[0] for i, e in enumerate(given)
+    ]
+    read, prefill = [], lm.prefill
+    monkeypatch.setattr(lm, "prefill", lambda packed: read.append(len(packed.mask)) or prefill(packed))
+    found = end.respond(end.prompting.pack(soft, given), given, [7] * len(given))
+    assert read == [1] and len(found) == len(given)
+    for mine, alone in zip(found, apart, strict=True):
+        assert replace(mine, scores=(), nll_per_token=0.0) == replace(alone, scores=(), nll_per_token=0.0)
+        assert mine.nll_per_token == pytest.approx(alone.nll_per_token, rel=1e-4)
+        assert mine.scores == pytest.approx(alone.scores, rel=1e-4)
+    other = lw.SoftPrompt(soft.embeds + torch.arange(len(given))[:, None, None])
+    end.respond(end.prompting.pack(other, given), given)
+    assert read == [1, len(given)]
+    drawing = lw.Receiver(end.prompting, how=lw.DecodeSettings(first_token_temperature=1.0))
+    drawing.respond(end.prompting.pack(soft, given), given)
+    assert read[2:] == [len(given)], "each draws its own first token"
+
+
+def test_prompts_of_like_widths_are_answered_together_with_the_answers_of_one_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lm, part = load("tiny-gemma"), lw.make_task(lw.TrainSettings(dataset="toy"))
+    end = lw.Receiver(lw.Prompting(lm, part, "Answer:"))
+    texts = [f"{i} " + "word " * (120 if i % 3 else 2) for i in range(9)]
+    given = [lw.Example(str(i), text, "", (part.words[i % 2],)) for i, text in enumerate(texts)]
+    packed, read, prefill = end.prompting.pack(None, given, text=True), [], lm.prefill
+    monkeypatch.setattr(lm, "prefill", lambda some: read.append(tuple(some.mask.shape)) or prefill(some))
+    found = end.respond(packed, given)
+    assert sorted(rows for rows, _ in read) == [3, 6] and min(width for _, width in read) < 40
+    monkeypatch.setattr(lw, "by_width", lambda widths, overhead=64: [torch.arange(len(widths))])
+    for mine, whole in zip(found, end.respond(packed, given), strict=True):
+        assert mine.text == whole.text and mine.nll_per_token == pytest.approx(whole.nll_per_token, rel=1e-3)
+        assert mine.scores == pytest.approx(whole.scores, rel=1e-3)
