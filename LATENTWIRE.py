@@ -144,7 +144,8 @@ def no_search_for_garbage() -> Iterator[None]:
             gc.enable()
 
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # threads that wait for each other leave a shared core sooner
+if "OMP_WAIT_POLICY" not in os.environ:  # threads that wait for each other leave a shared core sooner
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 if TYPE_CHECKING or not prints_text_only():
     with no_search_for_garbage():
         import torch
@@ -6837,11 +6838,22 @@ def profiling(folder: Path) -> Any:
     from torch import profiler
 
     def save(profile: Any) -> None:
-        table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=25)
+        operations = profile.key_averages()
+        table = operations.table(sort_by="self_cpu_time_total", row_limit=25)
         write_atomic(folder / "operators.txt", table.encode())
+        write_atomic(folder / "operations.txt", longest_operations(operations).encode())
         profile.export_chrome_trace(str(folder / "trace.json"))
 
     return profiler.profile(schedule=profiler.schedule(wait=1, warmup=1, active=6, repeat=1), on_trace_ready=save)
+
+
+def longest_operations(operations: Iterable[Any], count: int = 12) -> str:
+    """One line for each of the operations that take most: seconds on the device where there is one, share, calls."""
+    seconds = {row.key: max(row.self_cpu_time_total, row.self_device_time_total) / 1e6 for row in operations}
+    calls, total = {row.key: row.count for row in operations}, sum(seconds.values()) or 1.0
+    longest = sorted(seconds, key=lambda name: -seconds[name])[:count]
+    lines = [f"{n[:40]:40} {seconds[n]:8.3f} s {seconds[n] / total:6.1%} {calls[n]:7} calls" for n in longest]
+    return "\n".join(lines)
 
 
 def resident(word: str) -> int | None:
@@ -7487,6 +7499,8 @@ class Trainer:
                     profiler.step()
         if profile:
             self.report.say(f"steps 3 to 8, by part:\n{self.costs.table()}")
+            if (path := profile / "operations.txt").exists():  # of runs of eight steps or more
+                self.report.say(f"by operation:\n{path.read_text(encoding='utf-8')}")
             write_atomic(profile / "parts.txt", self.costs.table().encode())
         if not self.checkpoints.best.exists():
             self.save_best()
@@ -14311,7 +14325,8 @@ def test_command(settings: TestSettings) -> None:
             command += ["-n", str(min(5, cpus + 1)), "--dist", "loadfile"]
             command += ["--no-loadscope-reorder"] if slow else []
         print("+", shlex.join(command), flush=True)
-        codes.append(subprocess.run(command, cwd=tests.parent, check=False).returncode)
+        shared = {"GOMP_SPINCOUNT": "0"} if "-n" in command else {}  # threads that wait would hold another test's core
+        codes.append(subprocess.run(command, cwd=tests.parent, env=os.environ | shared, check=False).returncode)
     exit_codes = [code for code in codes if code != 5] or codes  # 5: no test of that kind
     raise typer.Exit(max(exit_codes))
 

@@ -746,6 +746,11 @@ def test_a_profile_names_the_parts_of_steps_3_to_8(owners, say):
     trace = json.loads(Path("run/profile/trace.json").read_text())
     assert {"aten::addmm", "aten::linear"} & {event.get("name") for event in trace["traceEvents"]}
     assert "Self CPU" in Path("run/profile/operators.txt").read_text()
+    operations = Path("run/profile/operations.txt").read_text()
+    lines = re.findall(r"^(aten::\w+|\S.*?) +([\d.]+) s +([\d.]+)% +(\d+) calls$", operations, re.M)
+    assert operations in said and len(lines) == 12 == len(operations.splitlines())
+    assert [float(row[1]) for row in lines] == sorted((float(row[1]) for row in lines), reverse=True)
+    assert max(map(len, operations.splitlines())) <= 80 and sum(float(row[2]) for row in lines) <= 100.5
 
 
 def test_parts_of_a_step_add_up(monkeypatch):
