@@ -95,7 +95,8 @@ def test_splits_are_deterministic_and_data_seed_chooses_them():
     train, validation = rows()
     assert (len(train), len(validation)) == (432, 48)
     assert rows(data_seed=1)[1] != validation
-    assert rows(samples=20) == (train[:20], validation[:32])  # in proportion, at least 32
+    assert rows(samples=20) == (train[:20], validation[:20])  # in proportion, never more than there are to learn from
+    assert rows(samples=50) == (train[:50], validation[:32])  # at least 32
     assert rows(val_samples=10)[1] == validation[:10]
     assert rows(val_samples=0)[1] == []
 
