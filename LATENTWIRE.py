@@ -9092,13 +9092,13 @@ class Share:
     stop: tuple[Path | None, str, int] | None = None  # folder, where, signal
 
 
-def share_of_batch(method: Method, group: Sequence[Example], size: int) -> Share:
-    """This process's batch, or none, as far as it gets; where there are several, a signal ends it in here only."""
-    context, share = method.context, Share()
+@contextlib.contextmanager
+def sharing(context: EvalContext, share: Share) -> Iterator[None]:
+    """Note in ``share`` what becomes of a batch in here; where there are several processes, a signal ends it in here only."""
     context.receiver.heard, before = {}, dict(context.written)
     try:
         with breakable(context.home, "") if context.world.size > 1 else contextlib.nullcontext():
-            compute_rows(method, group, size, share.rows.extend)
+            yield
         if context.signals:
             share.stop = context.home, "", context.signals[0]
     except LatentWireError as error:
@@ -9108,29 +9108,33 @@ def share_of_batch(method: Method, group: Sequence[Example], size: int) -> Share
     share.heard = context.receiver.heard
     share.written = {key: ids for key, ids in context.written.items() if key not in before}
     context.written = before
-    return share
 
 
-def share_rows(
-    method: Method, examples: Sequence[Example], size: int, save: Callable[[list[Row]], Any]
-) -> LatentWireError | None:
-    """Answer all ``examples`` in the batches and the order of one process, dealt out to all; → why not all, if so.
+def dealt(
+    method: Method, examples: Sequence[Example], save: Callable[[list[Row]], Any], refusals: list[LatentWireError]
+) -> Iterator[tuple[Sequence[Example], Share]]:
+    """The batches of one process, dealt out to all: this one's, or none, and a Share to fill before the next is asked for.
 
-    What is trained answers in the leader alone.
+    What is trained answers in the leader alone. The refusal of any process ends it in all, and is one of ``refusals``.
     """
     context, world, heard = method.context, method.context.world, dict[tuple[Any, ...], Answer]()
-    groups, total = [*batches(sorted(examples, key=lambda e: len(e.context)), size)], len(context.examples)
-    done, dealt = total - len(examples), method.dealt and not method.trained
-    for turn in batches(groups, world.size if dealt else 1):
-        context.heard_of_at = time.monotonic() if world.is_main and world.size > 1 and not dealt else None
-        own = share_of_batch(method, turn[world.rank] if world.rank < len(turn) else (), size)
+    groups = [*batches(sorted(examples, key=lambda e: len(e.context)), context.asked.batch_size)]
+    total, shared = len(context.examples), method.dealt and not method.trained
+    done = total - len(examples)
+    for turn in batches(groups, world.size if shared else 1):
+        context.heard_of_at, own = (
+            time.monotonic() if world.is_main and world.size > 1 and not shared else None,
+            Share(),
+        )
+        yield turn[world.rank] if world.rank < len(turn) else (), own
         context.heard_of_at = None
         shares: list[Any] = world.gather(own)
         while shares[0] is None:  # the leader is still training
             shares = world.gather(own)
         for share in shares:
             if share.refusal:
-                return share.refusal
+                refusals.append(share.refusal)
+                return
             heard |= {key: answer for key, answer in share.heard.items() if key not in heard}  # the first counts
             context.written |= share.written
             done += len(share.rows)
@@ -9139,7 +9143,6 @@ def share_rows(
         for folder, where, number in (share.stop for share in shares if share.stop):
             raise Interrupted(folder, where or f"{done} of {total} (evaluating {method.name})", number)
     context.receiver.known |= heard
-    return None
 
 
 def average(rows: Sequence[Row], name: str) -> float | None:
@@ -9451,7 +9454,26 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
     if settings.checkpoint is None:
         raise LatentWireError("--checkpoint is missing; give the run folder that 'train' printed, such as runs/sst2")
     with evaluating(settings, settings.output_dir or settings.checkpoint) as (world, signals):
-        return evaluate_in(world, settings, report if world.is_main else Silent(), signals)
+        made_with, report = environment(), report if world.is_main else Silent()
+        load_plugins(settings.plugin)
+        checkpoint = Checkpoint.open(settings.checkpoint)
+        world.refuse_spread(evaluated_settings(settings, checkpoint.settings, ()))
+        named_methods(settings.methods or ())
+        bridge = checkpoint.bridge()
+        ears = [bridge.ear_of(name) for name in settings.receivers or (ear.name for ear in bridge.shape.ears)]
+        folder, measured, contexts = settings.output_dir or folder_of_run(checkpoint.folder), [], []
+        for ear in ears:
+            with world.main_first():
+                context = open_context(settings, checkpoint, ear)
+            context.home, context.report, context.signals, context.world = folder, report, signals, world
+            contexts += [] if settings.sequential_eval else [context]
+            if not world.is_main:
+                help_measure(context)
+                continue
+            with turn_at(folder / "records.jsonl", patient=False):
+                plan = planned_evaluation(settings, checkpoint, context, made_with, report)
+                measured.append((*measure(context, *plan, report), plan[-1]))
+        return world.broadcast(results_of_receivers(measured, contexts, settings.seed) if world.is_main else {})
 
 
 @contextlib.contextmanager
@@ -9463,31 +9485,6 @@ def evaluating(settings: ModelSettings, folder: Path) -> Iterator[tuple[World, S
         with at_once:
             prepare_cuda(settings)
             yield world, signals
-
-
-def evaluate_in(world: World, settings: EvalSettings, report: Report, signals: Sequence[int]) -> dict[str, Any]:
-    """One process's part of ``eval_run``."""
-    made_with = environment()
-    load_plugins(settings.plugin)
-    assert settings.checkpoint is not None
-    checkpoint = Checkpoint.open(settings.checkpoint)
-    world.refuse_spread(evaluated_settings(settings, checkpoint.settings, ()))
-    named_methods(settings.methods or ())
-    bridge = checkpoint.bridge()
-    ears = [bridge.ear_of(name) for name in settings.receivers or (ear.name for ear in bridge.shape.ears)]
-    folder, measured, contexts = settings.output_dir or folder_of_run(checkpoint.folder), [], []
-    for ear in ears:
-        with world.main_first():
-            context = open_context(settings, checkpoint, ear)
-        context.home, context.report, context.signals, context.world = folder, report, signals, world
-        contexts += [] if settings.sequential_eval else [context]
-        if not world.is_main:
-            help_measure(context)
-            continue
-        with turn_at(folder / "records.jsonl", patient=False):
-            plan = planned_evaluation(settings, checkpoint, context, made_with, report)
-            measured.append((*measure(context, *plan, report), plan[-1]))
-    return world.broadcast(results_of_receivers(measured, contexts, settings.seed) if world.is_main else {})
 
 
 def results_of_receivers(
@@ -9694,38 +9691,35 @@ def keep(method: Method, key: str, done: dict[str, dict[str, Any]], folder: Path
         method.context.tell(f"evaluating {method.name}", len(done), len(method.context.examples))
 
 
-def answer_missing(
-    context: EvalContext, finished: Mapping[str, Container[str]], save: Callable[[Method, list[Row]], Any]
-) -> None:
-    """Answer, by each method that the leader names, the examples that it has not ``finished``; all processes do this at once."""
-    named = {METHODS.name_of(word) for word in context.asked.methods or () if word in METHODS}
+def run_methods(context: EvalContext, keys: Mapping[str, str] | None = None, folder: Path = Path()) -> RowsOf:
+    """Rows by method, each with its record key, in the order of the examples; finished rows are never computed again.
+
+    All processes do this at once. The leader alone gives ``keys`` and names the methods, and keeps and has rows.
+    """
+    examples, asked, size = context.examples, context.asked, context.asked.batch_size
+    named = {METHODS.name_of(word) for word in asked.methods or () if word in METHODS}
+    by_method = rows_at_hand(context, keys, folder) if keys else {}
     context.skipped = {}
-    for name, ids in context.world.broadcast(finished).items():
-        if not (todo := [example for example in context.examples if example.id not in ids]):
+    for name, ids in context.world.broadcast({name: {*done} for name, done in by_method.items()}).items():
+        if not (todo := [example for example in examples if example.id not in ids]):
             continue
-        method = METHODS[name](context)
+        method, refusals = METHODS[name](context), list[LatentWireError]()
+        kept = functools.partial(keep, method, keys[name], by_method[name], folder) if keys else list
         try:
-            refusal = share_rows(method, todo, context.asked.batch_size, functools.partial(save, method))
+            for group, share in dealt(method, todo, kept, refusals):
+                with sharing(context, share):
+                    compute_rows(method, group, size, share.rows.extend)
         finally:
             method.end()
-        if refusal is None:
-            save(method, [])
-        elif name in named or (context.asked.methods is None and not isinstance(refusal, UnfitRows)):
-            raise refusal
+        if not refusals:
+            kept([])
+        elif name in named or (asked.methods is None and not isinstance(refusals[0], UnfitRows)):
+            raise refusals[0]
         else:
-            context.skipped[name] = str(refusal)  # of a group that was asked for, it cannot run on these rows
-
-
-def run_methods(context: EvalContext, keys: Mapping[str, str], folder: Path) -> RowsOf:
-    """Rows by method, each with its record key, in the order of the examples; finished rows are never computed again."""
-    examples, by_method = context.examples, rows_at_hand(context, keys, folder)
-
-    def save(method: Method, rows: list[Row]) -> None:
-        keep(method, keys[method.name], by_method[method.name], folder, rows)
-
-    answer_missing(context, {name: {*done} for name, done in by_method.items()}, save)
-    (folder / "fresh_eval.json").unlink(missing_ok=True)
-    ran = [name for name in keys if name not in context.skipped]
+            context.skipped[name] = str(refusals[0])  # of a group that was asked for, it cannot run on these rows
+    if keys:
+        (folder / "fresh_eval.json").unlink(missing_ok=True)
+    ran = [name for name in keys or () if name not in context.skipped]
     return {name: [by_method[name][example.id] for example in examples] for name in ran}
 
 
@@ -9956,7 +9950,7 @@ def help_measure(context: EvalContext) -> None:
     with threads_for(context.setup.sender, context.setup.receiver):
         if context.receiver.bridge:
             len(context.messages)  # the texts are read now, while the leader plans
-        answer_missing(context, {}, lambda method, rows: None)
+        run_methods(context)
 
 
 def earlier_rows(folder: Path, examples: Sequence[Example], earlier: Row, ran: Iterable[str]) -> RowsOf:
@@ -11419,6 +11413,50 @@ class Growth(Benchmark):
             slopes = {"exponent": slope([*runs], medians), "memory_exponent": slope([*runs], peaks)}
             for size, seconds, peak in zip(runs, medians, peaks, strict=True):
                 yield {"of": quantity, "size": size, "median_ms": 1e3 * seconds, "peak_above_mb": peak, **slopes}
+
+
+@BENCHMARKS.register("self")
+class ShortCuts(Benchmark):
+    """What is there for speed beside the plain way, and the bridge beside the text, in turns: ``ratio`` is plain by ours.
+
+    A change that loses speed shows in it, whatever the machine.
+    """
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        bench = self.bench
+        texts, pairs = bench.texts(1), {"loss": self.loss(), "head": self.head(), "padding": self.padding()}
+        run = bench.run
+        for arm in [arm for arm in ("bridge", CACHED) if arm in bench.arms]:
+            pairs[arm] = functools.partial(run, "text", texts, 0), functools.partial(run, arm, texts, 0)
+        for name, (plain, ours) in pairs.items():
+            plain_s, ours_s = map(median, race({"plain": plain, "ours": ours}, self.settings).values())
+            yield {"of": name, "plain_ms": 1e3 * plain_s, "ours_ms": 1e3 * ours_s, "ratio": plain_s / ours_s}
+
+    def loss(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """Cross-entropy of 32 hidden states and its gradient, by float32 logits and by the head's own output."""
+        lm = self.bench.receiver
+        hidden = torch.ones(32, lm.width, dtype=lm.dtype, device=lm.device).requires_grad_()
+        targets, apply = torch.arange(32, device=lm.device), FrozenHeadLoss.apply
+        return (lambda: F.cross_entropy(lm.logits(hidden), targets).backward(),
+                lambda: apply(hidden, targets, lm)[0].mean().backward())  # fmt: skip
+
+    def head(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """The head's product with one hidden state, from its weights as they lie and as answers are made."""
+        lm = self.bench.receiver
+        hidden, weight = torch.ones(1, lm.width, dtype=lm.dtype, device=lm.device), lm.head.weight
+        return torch.no_grad()(lambda: F.linear(hidden, weight)), torch.no_grad()(lambda: lm.head(hidden))
+
+    def padding(self) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """Fifteen short rows and a long one, padded to one width and in groups of like widths."""
+        lm, ids = self.bench.receiver, self.bench.receiver.ids(self.bench.texts(1, 160)[0])
+        packed = lay_out(lm, None, [ids[:16]] * 15 + [ids[:128]])
+
+        @torch.no_grad()
+        def grouped() -> None:
+            for chosen in by_width(widths_of(packed.mask)):
+                lm.forward(packed.of(chosen)[0], use_cache=False)
+
+        return torch.no_grad()(lambda: lm.forward(packed, use_cache=False)), grouped
 
 
 def slope(sizes: Sequence[int], values: Sequence[float | None]) -> float | None:

@@ -407,6 +407,31 @@ def test_nothing_grows_faster_than_its_input(tmp_path):
     assert all(math.isfinite(value) and value < 1.3 for value in exponents.values())
 
 
+# ---- what is there for speed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_short_cuts_are_timed_beside_the_plain_way(measured):
+    rows = {row["of"]: row for row in measured[0]["self"]}
+    assert [*rows] == ["loss", "head", "padding", "bridge", "bridge:cached"]
+    assert all(row["ratio"] == pytest.approx(row["plain_ms"] / row["ours_ms"]) for row in rows.values())
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.usefixtures("two_threads")
+def test_no_short_cut_has_become_slower(tmp_path):
+    """Ratios of one run beside the committed ones; two thirds of them is a margin for another machine."""
+    if not all(lw.LMS[name]().installed() for name in ("smollm2-135m", "gemma-3-270m")):
+        pytest.skip("the bundled models are not installed")
+    words = ["--benchmark", "self", "--num_trials", "15", "--warmup", "3", "--input_tokens", "64"]
+    results = lw.benchmark_run(asked(*words, "--output_dir", str(tmp_path)), lw.Silent())
+    found = {row["of"]: row["ratio"] for row in results["self"]}
+    print({name: round(ratio, 2) for name, ratio in found.items()})
+    wanted = json.loads((Path(__file__).parent / "speed.json").read_text())[results["dtype"].removeprefix("torch.")]
+    assert [name for name, ratio in wanted.items() if found[name] < 2 / 3 * ratio] == []
+
+
 def anonymous() -> int:
     """Bytes of memory that no file backs: what a machine must really have."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
