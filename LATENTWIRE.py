@@ -11417,9 +11417,9 @@ class Growth(Benchmark):
 
 @BENCHMARKS.register("self")
 class ShortCuts(Benchmark):
-    """What is there for speed beside the plain way, and the bridge beside the text, in turns: ``ratio`` is plain by ours.
+    """What is there for speed beside the plain way, and the bridge beside the text, in turns.
 
-    A change that loses speed shows in it, whatever the machine.
+    ``ratio`` is plain by ours: a change that loses speed shows in it, whatever the machine.
     """
 
     def rows(self) -> Iterator[dict[str, Any]]:
