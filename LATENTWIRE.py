@@ -4263,14 +4263,14 @@ class LM:
         """Make ready for many answers in bfloat16 on a CPU; a model that takes an eighth of the memory is left as it is."""
         import psutil
 
-        layers = [layer for layer in (*self.blocks.modules(), self.head) if type(layer) is nn.Linear]
-        fits = sum(layer.weight.nbytes for layer in layers) < psutil.virtual_memory().total / 8
         suits = self.device.type == "cpu" and self.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-        if self.packed or not (fits and suits):
+        if self.packed or not suits:
             return
-        for layer in layers:
-            pack_linear(layer)
-        self.packed = True
+        layers = [layer for layer in (*self.blocks.modules(), self.head) if type(layer) is nn.Linear]
+        if sum(layer.weight.nbytes for layer in layers) < psutil.virtual_memory().total / 8:
+            for layer in layers:
+                pack_linear(layer)
+            self.packed = True
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint remembers of a model."""
@@ -4416,8 +4416,7 @@ class LM:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Vocabulary logits of hidden (N, D) → float32 (N, V). Contiguous: a strided slice is up to 560× slower on CPU."""
-        logits, cap = self.head(hidden.contiguous()).to(self.device), self.cap
-        return (torch.tanh(logits / cap) * cap if cap else logits).float()
+        return capped(self.head(hidden.contiguous()).to(self.device), self.cap)
 
     @property
     def cap(self) -> float | None:
@@ -4662,6 +4661,11 @@ def pad_rows(rows: Sequence[TokenIds], pad: int, device: torch.device, left: boo
     join = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left" if left else "right")
     ids = join([torch.tensor(row, dtype=torch.long) for row in rows], padding_value=pad)
     return ids.to(device), join([torch.ones(len(row), dtype=torch.bool) for row in rows]).to(device)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits (N, V) in float32, smoothly below ``cap`` where a family has one."""
+    return (torch.tanh(logits / cap) * cap if cap else logits).float()
 
 
 def widths_of(mask: Tensor) -> Tensor:
@@ -6375,7 +6379,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         table, nats, best = output.detach(), list[Tensor](), list[Tensor]()
         size = max(1, 2 ** (21 if table.device.type == "cpu" else 27) // table.shape[1])  # fits into a CPU's cache
         for logits, target in zip(table.split(size), targets.to(table.device)[:, None].split(size), strict=True):
-            scores = (torch.tanh(logits / lm.cap) * lm.cap if lm.cap else logits).float()
+            scores = capped(logits, lm.cap)
             (top, likeliest), aim = scores.max(-1, keepdim=True), scores.gather(1, target)
             slope = 1 - (scores / lm.cap).square() if learns and lm.cap else None
             total = scores.sub_(top).exp_().sum(-1, keepdim=True)
@@ -9120,12 +9124,9 @@ def dealt(
     context, world, heard = method.context, method.context.world, dict[tuple[Any, ...], Answer]()
     groups = [*batches(sorted(examples, key=lambda e: len(e.context)), context.asked.batch_size)]
     total, shared = len(context.examples), method.dealt and not method.trained
-    done = total - len(examples)
+    done, awaited = total - len(examples), world.is_main and world.size > 1 and not shared
     for turn in batches(groups, world.size if shared else 1):
-        context.heard_of_at, own = (
-            time.monotonic() if world.is_main and world.size > 1 and not shared else None,
-            Share(),
-        )
+        own, context.heard_of_at = Share(), time.monotonic() if awaited else None
         yield turn[world.rank] if world.rank < len(turn) else (), own
         context.heard_of_at = None
         shares: list[Any] = world.gather(own)
@@ -11423,10 +11424,9 @@ class ShortCuts(Benchmark):
     """
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        bench = self.bench
-        texts, pairs = bench.texts(1), {"loss": self.loss(), "head": self.head(), "padding": self.padding()}
-        run = bench.run
-        for arm in [arm for arm in ("bridge", CACHED) if arm in bench.arms]:
+        texts, arms, run = self.bench.texts(1), self.bench.arms, self.bench.run
+        pairs = {"loss": self.loss(), "head": self.head(), "padding": self.padding()}
+        for arm in [arm for arm in ("bridge", CACHED) if arm in arms]:
             pairs[arm] = functools.partial(run, "text", texts, 0), functools.partial(run, arm, texts, 0)
         for name, (plain, ours) in pairs.items():
             plain_s, ours_s = map(median, race({"plain": plain, "ours": ours}, self.settings).values())
