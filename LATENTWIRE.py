@@ -994,6 +994,9 @@ class LossSettings(Settings):
     rms_weight: float = setting(
         0.0, "Weight of the uncalibrated prompt's distance to the table's RMS.", "adapter_rms_l2", ge=0
     )
+    selection_weight: float = setting(
+        0.0, "Weight of finding the answer's words, for pooler 'mixed'; there 1 if nothing else is said.", ge=0
+    )
     diversity_weight: float = setting(0.0, "Weight of the likeness of prompts with different answers.", ge=0)
 
     @model_validator(mode="after")
@@ -2305,11 +2308,14 @@ def last_number(text: str) -> float | None:
 
 
 Span = tuple[int, int]  # characters of a text, from one to before another
-SENTENCE_END = re.compile(r"""(?<=[.!?])["')\]]*\s+|\n+""")
+SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s+\S)|(?=\n)""")
 
 
 def sentence_spans(text: str) -> list[Span]:
-    """The sentences of a text, one after the other, each with the white space behind it; a line's end is one, too."""
+    """The sentences of a text, one after the other, each with the white space before it; a line's end is one, too.
+
+    So tokenizers see them: a word's token begins with the space before the word.
+    """
     cuts = [0, *(match.end() for match in SENTENCE_END.finditer(text)), len(text)]
     return [(start, end) for start, end in itertools.pairwise(cuts) if end > start]
 
@@ -2321,7 +2327,7 @@ def word_runs(text: str, sentences: Sequence[Span], most: int = 8) -> list[tuple
     """
     runs = []
     for number, (start, end) in enumerate(sentences):
-        words = [start + match.start() for match in re.finditer(r"\S{1,32}", text[start:end])] or [start]
+        words = [start + match.start() for match in re.finditer(r"\s*\S{1,32}", text[start:end])] or [start]
         count = math.ceil(len(words) / most)
         cuts = [start, *(words[i * len(words) // count] for i in range(1, count)), end]
         runs += [(a, b, number) for a, b in itertools.pairwise(cuts)]
@@ -2377,6 +2383,80 @@ def joined_spans(text: str, chosen: Iterable[Span]) -> str:
     return joined.strip()
 
 
+class SenderText(str):
+    """What a sender reads, which knows its question and from which character on its words may travel."""
+
+    __slots__ = ("begin", "question")
+    question: str
+    begin: int
+
+    @classmethod
+    def of(cls, text: str, question: str = "", begin: int = 0) -> SenderText:
+        """A text; one that is read as a whole and asked nothing is like any other."""
+        made = cls(text)
+        made.question, made.begin = getattr(text, "question", question), getattr(text, "begin", begin)
+        return made
+
+
+QUESTION_WORDS = ("who", "when", "where", "how many", "how much", "how", "which", "why", "what")
+"""By these, what is asked for is told apart; in other languages than English the rest must do."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of words of a text (start, end, sentence): what is known of each (R, F), and its classical score (R,), 0 to 1.
+
+    The score is its sentence's BM25 with the question or, without one, its centrality, less a little for coming late.
+    """
+
+    spans: tuple[tuple[int, int, int], ...]
+    features: Tensor
+    prior: Tensor
+
+    COUNT: ClassVar[int] = 31  # F
+
+    @classmethod
+    @functools.lru_cache(maxsize=2**14)
+    def of(cls, text: str, question: str, begin: int, most: int) -> Runs:
+        """Those from the character ``begin`` on, of at most ``most`` words."""
+        sentences = [(begin + a, begin + b) for a, b in sentence_spans(text[begin:])]
+        spans, units = word_runs(text, sentences, most), [terms_of(text[a:b]) for a, b in sentences]
+        asked, weights = {*terms_of(question)}, rarities(units)
+        values = bm25(terms_of(question), units) if asked else centrality(units)
+        top = max(values, default=0.0) or 1.0
+        ranks = {i: rank for rank, i in enumerate(sorted(range(len(units)), key=lambda i: -values[i]))}
+        here = [terms_of(text[a:b]) for a, b, _ in spans]
+        shared = [sum(weights.get(term, 0.0) for term in {*terms} & asked) / top for terms in here]
+        kind = next((i for i, word in enumerate(QUESTION_WORDS) if word in question.lower()), len(QUESTION_WORDS))
+        rows = [cls.about(text, spans, i, [v / top for v in values], ranks, shared) for i in range(len(spans))]
+        news = [[weights[term] for term in terms if term not in asked] for terms in here]
+        for row, new in zip(rows, news, strict=True):
+            row += [sum(new) / max(1, len(new)), *(float(i == kind) for i in range(len(QUESTION_WORDS) + 1))]
+        prior = [values[s] / top - 1e-3 * i / len(spans) for i, (_, _, s) in enumerate(spans)]
+        return cls(tuple(spans), torch.tensor(rows).view(len(spans), cls.COUNT), torch.tensor(prior))
+
+    @staticmethod
+    def about(
+        text: str, spans: Sequence[tuple[int, int, int]], i: int, values: Sequence[float], ranks: Mapping[int, int],
+        shared: Sequence[float],
+    ) -> list[float]:  # fmt: skip
+        """What one run is like: its sentence's score and place, what it and its neighbours share with the question, its form."""
+        start, end, s = spans[i]
+        piece, count = text[start:end], len(values)
+        words, near = (
+            piece.split(),
+            [j if 0 <= j < len(spans) and spans[j][2] == s else -1 for j in range(i - 2, i + 3)],
+        )
+        inside = words if i and spans[i - 1][2] == s else words[1:]  # every sentence begins with a capital
+        forms = (r"\d", r"[%$€£]", r"\b(1\d|20)\d\d\b", r",", r"[\"“(]")
+        return [
+            values[s], ranks[s] / count, float(ranks[s] == 0), values[s - 1] if s else 0.0,
+            values[s + 1] if s + 1 < count else 0.0, i / len(spans), s / count, 1 / count, len(words) / 8,
+            *(shared[j] if j >= 0 else 0.0 for j in near), float(any(word[:1].isupper() for word in inside)),
+            *(float(bool(re.search(form, piece))) for form in forms),
+        ]  # fmt: skip
+
+
 class Task:
     """A data set together with what each model is shown; subclass, register, and give ``read``."""
 
@@ -2417,9 +2497,11 @@ class Task:
         return getattr(self.settings, "protocol", "") in ("question-agnostic", "question-shared")
 
     def sender_text(self, example: Example) -> str:
-        """What the sender reads."""
+        """What the sender reads, which knows its question."""
         prompt = "{context}" if self.agnostic else self.sender_prompt
-        return prompt.format(context=example.context, question=example.question)
+        text = prompt.format(context=example.context, question=example.question)
+        begin = len(prompt.partition("{context}")[0].format(question=example.question)) if self.asks else 0
+        return SenderText.of(text, "" if self.agnostic else example.question, begin)
 
     def question_text(self, example: Example) -> str:
         """What the receiver reads between the soft prompt and the anchor: the question, if the sender did not see it."""
@@ -4080,7 +4162,7 @@ class Tokens:
 class States:
     """Sender hidden states: hidden (B, L, T, D_s), mask (B, T); while training, a random key for each row.
 
-    For windows also the character spans (B, T, 2) of the tokens, and the same texts as the first receiver's tokens.
+    For windows also the character spans (B, T, 2) of the tokens, the texts, and these as the first receiver's tokens.
     """
 
     hidden: Tensor
@@ -4088,14 +4170,15 @@ class States:
     keys: tuple[int, ...] = ()
     spans: Tensor | None = None
     heard: Tokens | None = None
+    texts: tuple[str, ...] = ()
 
     def rows(self, chosen: Tensor) -> States:
         """Those of some texts (N,), without columns that are padding in all of them."""
         width = int(widths_of(self.mask[chosen]).max())
-        keys = tuple(self.keys[row] for row in chosen.tolist()) if self.keys else ()
+        keys, texts = (tuple(v[row] for row in chosen.tolist()) if v else () for v in (self.keys, self.texts))
         spans = None if self.spans is None else self.spans[chosen, :width]
         heard = self.heard and self.heard.rows(chosen)
-        return States(self.hidden[chosen, :, :width], self.mask[chosen, :width], keys, spans, heard)
+        return States(self.hidden[chosen, :, :width], self.mask[chosen, :width], keys, spans, heard, texts)
 
 
 @dataclass(frozen=True)
@@ -4103,13 +4186,15 @@ class SoftPrompt:
     """What the receiver reads instead of text: embeds (B, K, D_r), mask (B, K) where some slots are empty.
 
     Features add to it: ``changes`` (B, K, L, 2, D_kv) to every layer's keys and values, before RoPE, at the soft tokens;
-    ``readers``, by block, which look at ``memory`` (B, K, D_w), the latents, from every token.
+    ``readers``, by block, which look at ``memory`` (B, K, D_w), the latents, from every token. Where words stand between
+    the latents, ``real`` (B, K) says which latents there are.
     """
 
     embeds: Tensor
     mask: Tensor | None = None
     memory: Tensor | None = None
     changes: Tensor | None = None
+    real: Tensor | None = None
     readers: Mapping[int, Callable[[Tensor, SoftPrompt], Tensor]] = field(default_factory=dict)
 
     def rows(self, chosen: Tensor) -> SoftPrompt:
@@ -4473,6 +4558,30 @@ class LM:
         """Ids of ``text`` as it is tokenised right after ``before`` (a leading space may merge either way)."""
         whole, prefix = self.ids(before + text), self.ids(before)
         return whole[len(prefix) :] if prefix and whole[: len(prefix)] == prefix else self.ids(text)
+
+    def weave(self, soft: SoftPrompt, words: Sequence[Sequence[str]] | None) -> SoftPrompt:
+        """A soft prompt (B, K, D_r) with the words that stand before, between and after each row's latents → (B, P, D_r).
+
+        Words are read as this model's own tokens; without ``words`` nothing changes.
+        """
+        if words is None:
+            return soft
+        rows, places = list[TokenIds](), list[tuple[int, int, int]]()  # batch row, column, latent
+        for number, (first, *others) in enumerate(words):
+            row = self.ids(first)
+            for slot, text in enumerate(others):
+                places.append((number, len(row), slot))
+                row += [self.pad, *self.ids(text)]
+            rows.append(row)
+        ids, mask = pad_rows(rows, self.pad, self.device)
+        real = torch.ones(soft.embeds.shape[:2], dtype=torch.bool) if soft.mask is None else soft.mask
+        row, column, slot = torch.tensor(places, dtype=torch.long, device=self.device).view(-1, 3).T
+        embeds = self.embed(ids).to(soft.embeds.dtype).index_put((row, column), soft.embeds[row, slot])
+        mask, changes = mask.index_put((row, column), real.to(self.device)[row, slot]), soft.changes
+        if changes is not None:
+            empty = changes.new_zeros(*ids.shape, *changes.shape[2:])
+            changes = empty.index_put((row, column), changes[row, slot])
+        return replace(soft, embeds=embeds, mask=mask, changes=changes, real=real)
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
@@ -5024,17 +5133,22 @@ add_constant(CODECS, Codec(torch.uint8, 7, True),
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a receiver reads: messages of one latent language, of one width, of so many latents, or of fewer where ``free``."""
+    """What a receiver reads: messages of one latent language, of one width, of so many latents, or of fewer where ``free``,
+    with or without words."""
 
     bridge: str
     width: int
     count: int | None = None
     free: bool = False
+    words: bool = False
 
-    def check(self, bridge: str, shape: tuple[int, int, int]) -> None:
+    def check(self, bridge: str, shape: tuple[int, int, int], words: bool = False) -> None:
         """LatentWireError for a message of another bridge or with a ``shape`` (B, K, D_w) that this receiver does not read."""
         if bridge != self.bridge:
             raise LatentWireError(f"message was written by bridge {bridge}, this is {self.bridge}; use its checkpoint")
+        if words != self.words:
+            held, read = ("words beside", "latents alone") if words else ("no words beside", "words and latents")
+            raise LatentWireError(f"message holds {held} its latents, this bridge reads {read}; use its checkpoint")
         fits = self.count is None or shape[1] == self.count or (self.free and shape[1] < self.count)
         if not fits or (shape[0], shape[2]) != (1, self.width):
             expected = f"(1, {self.count or 'any'}, {self.width})"
@@ -5051,15 +5165,21 @@ class Message:
 
     ``bridge`` names the latent language it is written in, so that a bridge of another one refuses to read it. ``mask``
     (B, K) says which latents of a batch are real where texts have different numbers of them; a single row has no gaps.
+    ``words`` of each row stand before, between and after its K latents, K+1 texts: such a message has a short form of its
+    own (version 3, see ``mixed_body``), since the header of safetensors alone would be as long as the words.
     """
 
     latents: Tensor
     codec: str
     bridge: str
     mask: Tensor | None = None
+    words: tuple[tuple[str, ...], ...] | None = None
 
     MAGIC: ClassVar[bytes] = b"LWIR"
     VERSION: ClassVar[int] = 2
+    MIXED: ClassVar[int] = 3
+    SIZES: ClassVar[struct.Struct] = struct.Struct("<BBBIII")
+    MOST_WORDS: ClassVar[int] = 2**24  # bytes of words
     HEADER: ClassVar[struct.Struct] = struct.Struct("<4sHIQ")
     MOST: ClassVar[int] = 65536  # bytes of the safetensors header; ours have two hundred
     WIDEST: ClassVar[int] = 4096  # of latents rotated without knowing what is wanted: the rotation takes width² numbers
@@ -5076,6 +5196,9 @@ class Message:
         tensors = codec.pack(self.latents.detach().float().cpu())
         if not all(tensor.isfinite().all() for tensor in (self.latents, *tensors.values())):
             raise LatentWireError(f"latents do not fit codec {self.codec}: not finite; use --codec fp32")
+        if self.words is not None:
+            body = self.mixed_body(tensors)
+            return self.HEADER.pack(self.MAGIC, self.MIXED, zlib.crc32(body), len(body)) + body
         width = {"width": str(self.latents.shape[-1])} if codec.halves else {}
         notes = json.dumps({"codec": self.codec, "bridge": self.bridge, **width})  # one key: order is not kept
         body = save({name: t.contiguous() for name, t in tensors.items()}, metadata={"message": notes})
@@ -5086,6 +5209,58 @@ class Message:
         """Bytes on the wire: measured, never a formula."""
         return len(self.to_bytes())
 
+    def mixed_body(self, tensors: Mapping[str, Tensor]) -> bytes:
+        """Sizes, names of codec and bridge, words, then the codec's numbers one tensor after the other, little-endian.
+
+        The words are UTF-8 with the byte 255, which no UTF-8 holds, in place of each latent; deflated where that is shorter.
+        Token ids would be shorter still, but only receivers with the same tokenizer could read them.
+        """
+        assert self.words is not None and len(self.words) == 1
+        plain = b"\xff".join(text.encode("utf-8", "replace") for text in self.words[0])
+        if len(plain) > self.MOST_WORDS:
+            raise LatentWireError(f"{len(plain)} bytes of words in one message; at most {self.MOST_WORDS} are read")
+        packer = zlib.compressobj(9, wbits=-15)
+        shorter = packer.compress(plain) + packer.flush()
+        words = min(plain, shorter, key=len)
+        codec, bridge = self.codec.encode(), self.bridge.encode()
+        _, count, width = self.latents.shape
+        sizes = self.SIZES.pack(len(codec), len(bridge), words is shorter, count, width, len(words))
+        numbers = b"".join(tensor.contiguous().numpy().tobytes() for tensor in tensors.values())
+        return sizes + codec + bridge + words + numbers
+
+    @classmethod
+    def from_mixed(cls, body: bytes, wanted: Wanted | None) -> Message:
+        """The inverse of ``mixed_body``; ValueError and the like for anything else, LatentWireError for unwanted messages."""
+        lengths = cls.SIZES.unpack_from(body)
+        *names, deflated, count, width, size = lengths
+        stream = io.BytesIO(body[cls.SIZES.size :])
+        name, bridge = (stream.read(length).decode("ascii") for length in names)
+        words = stream.read(size)
+        if name not in CODECS or not (bridge.isprintable() and bridge) or deflated > 1 or len(words) != size:
+            raise ValueError("sizes or names that do not fit")
+        if wanted is not None:
+            wanted.check(bridge, (1, count, width), words=True)
+        codec = CODECS[name]()
+        if not width or (wanted is None and codec.top and width > cls.WIDEST):
+            raise ValueError("latents of no width, or wider than is unpacked without the checkpoint")
+        if deflated:
+            opener = zlib.decompressobj(wbits=-15)
+            words = opener.decompress(words, cls.MOST_WORDS + 1)
+            if not opener.eof or opener.unused_data:
+                raise ValueError("words that do not end")
+        if len(words) > cls.MOST_WORDS or words.count(b"\xff") != count:
+            raise ValueError("not one place in its words for each latent")
+        layout, tensors = codec.layout(1, count, width), dict[str, Tensor]()
+        if len(body) - cls.SIZES.size - stream.tell() != sum(d.itemsize * math.prod(n) for d, n in layout.values()):
+            raise ValueError("not the numbers of its latents")
+        for key, (dtype, shape) in layout.items():
+            data = bytearray(stream.read(dtype.itemsize * math.prod(shape)))
+            tensors[key] = torch.frombuffer(data, dtype=dtype).view(shape) if data else torch.zeros(shape, dtype=dtype)
+        latents = codec.unpack(tensors, width)
+        if not latents.isfinite().all():
+            raise ValueError("not finite")
+        return cls(latents, CODECS.name_of(name), bridge, None, (tuple(t.decode() for t in words.split(b"\xff")),))
+
     @classmethod
     def from_bytes(cls, data: bytes, wanted: Wanted | None = None) -> Message:
         """The message back, latents (B, K, D_w) in float32; LatentWireError for corrupt, truncated, foreign or unwanted bytes."""
@@ -5093,8 +5268,8 @@ class Message:
             raise LatentWireError("not a LatentWire message (wrong first bytes)")
         _, version, checksum, length = cls.HEADER.unpack_from(data)
         body = data[cls.HEADER.size :]
-        if version != cls.VERSION:
-            known = f"this program reads {cls.VERSION}"
+        if version not in (cls.VERSION, cls.MIXED):
+            known = f"this program reads {cls.VERSION} and {cls.MIXED}"
             raise LatentWireError(f"message version {version}, {known}; use the writer's release")
         if len(body) != length:
             raise LatentWireError(f"message is truncated or has a tail: {len(body)} bytes of {length}")
@@ -5104,6 +5279,8 @@ class Message:
         from safetensors.torch import load
 
         try:
+            if version == cls.MIXED:
+                return cls.from_mixed(body, wanted)
             notes, shape = cls.claims(body)
             if wanted is not None:
                 wanted.check(notes["bridge"], shape)
@@ -5113,7 +5290,7 @@ class Message:
             latents = codec.unpack(load(body), shape[2])
             if not latents.isfinite().all():
                 raise ValueError("not finite")
-        except (SafetensorError, struct.error, *UNFIT) as error:
+        except (SafetensorError, struct.error, zlib.error, *UNFIT) as error:
             reason = str(error) if type(error) is ValueError else type(error).__name__
             raise LatentWireError(f"message body is not what its header promises ({reason})") from None
         return cls(latents, notes["codec"], notes["bridge"])
@@ -5157,13 +5334,19 @@ class Message:
         longest, order = max(mask.shape[1] for mask in masks), places.argsort()
         mask = torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for mask in masks])[order]
         pieces = [F.pad(m.latents, (0, 0, 0, longest - m.latents.shape[1])) for m in messages]
-        return replace(messages[0], latents=torch.cat(pieces)[order], mask=None if mask.all() else mask)
+        latents, words = torch.cat(pieces)[order], messages[0].words
+        if words is not None:
+            texts = [row for message in messages for row in message.words or ()]
+            words = tuple(texts[place] for place in order.tolist())
+        return replace(messages[0], latents=latents, mask=None if mask.all() else mask, words=words)
 
     def rows(self) -> list[Message]:
         """One message per example, of its real latents only: (1, its K, D_w)."""
         mask = self.mask if self.mask is not None else torch.ones(self.latents.shape[:2], dtype=torch.bool)
         counts = mask.sum(1).tolist()
-        return [replace(self, latents=row[None, :n], mask=None) for row, n in zip(self.latents, counts, strict=True)]
+        words = [None] * len(counts) if self.words is None else [(row,) for row in self.words]
+        rows = zip(self.latents, counts, words, strict=True)
+        return [replace(self, latents=row[None, :n], mask=None, words=said) for row, n, said in rows]
 
 
 # §8 BRIDGES: sender states to latents to soft prompts
@@ -5425,6 +5608,23 @@ class Windows:
         receiver_tokens = receiver and (units if receiver[0] is spans else share_in(borders, *receiver))
         return cls(tokens, receiver_tokens, windows < counts.clamp(min=1), borders)
 
+    @classmethod
+    def of_cells(cls, states: States, cells: Sequence[Sequence[int]], words: Sequence[Sequence[Span]]) -> Windows:
+        """Windows of the first receiver's tokens by their numbers in ``cells``, −1 for none; ``words`` are in none."""
+        assert states.spans is not None and states.heard is not None
+        spans, width = states.heard.spans, states.heard.mask.shape[1]
+        index = torch.tensor([[*row, *[-1] * (width - len(row))] for row in cells], device=spans.device).view(-1, width)
+        count = int(index.max()) + 1
+        windows = torch.arange(count, device=spans.device)
+        units = (index[:, None] == windows[:, None]).float()  # (B, K, J)
+        inside = units > 0
+        starts = torch.where(inside, spans[:, None, :, 0], 2**30).amin(-1)
+        borders = torch.stack([starts, torch.where(inside, spans[:, None, :, 1], 0).amax(-1)], -1)  # (B, K, 2)
+        said = pad_spans(words, max(1, *map(len, words)), spans.device)
+        free = 1 - share_in(said, states.spans, states.mask).sum(1)  # (B, T)
+        tokens = share_in(borders, states.spans, states.mask) * (free > 0.5)[:, None]
+        return cls(tokens, units, inside.any(-1), borders)
+
 
 def share_in(windows: Tensor, spans: Tensor, mask: Tensor) -> Tensor:
     """The share (B, K, T) of each token's characters, spans (B, T, 2), inside each window (B, K, 2)."""
@@ -5479,6 +5679,8 @@ class Pooler(Configurable, nn.Module):
 
     per_window: ClassVar[bool] = False
     """Whether it makes one latent of each window, for which states need character spans."""
+    mixes: ClassVar[bool] = False
+    """Whether words of the text travel beside the latents."""
 
     def __init__(self, shape: BridgeShape) -> None:
         super().__init__()
@@ -5562,6 +5764,103 @@ class WindowPooler(Pooler):
             tokens = self.blocks(tokens, src_key_padding_mask=key_padding_mask(mask))
         weights = self.salience(tokens)[..., 0].clamp(-8, 8).exp()
         return weighted_mean(windows.tokens * weights[:, None], tokens), weights
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """What of one text travels as words: K+1 ``words`` around K latents, and of which of its tokens each latent is made."""
+
+    words: tuple[str, ...]
+    cells: list[int]
+    said: list[Span]
+
+    @classmethod
+    def plan(
+        cls, text: str, runs: Sequence[tuple[int, int, int]], scores: Sequence[float], tokens: Sequence[Span], begin: int,
+        ratio: float, coarse: int,
+    ) -> Excerpt:  # fmt: skip
+        """At most a ``ratio``-th of the positions of a text's ``tokens``: a latent for each ``coarse`` of those that are not
+        said (0: none), and the runs of the highest scores word by word."""
+        starts = [a for a, _, _ in runs]
+        run_of = [bisect.bisect_right(starts, (a + b) // 2) - 1 if b > max(a, begin) else -1 for a, b in tokens]
+        costs = collections.Counter(run for run in run_of if run >= 0)
+        total = sum(costs.values())
+        budget = math.ceil(total / ratio)
+        room = budget if total <= budget else budget - (math.ceil(total / coarse) if coarse else 0)
+        chosen = set[int]()
+        for run in sorted(costs, key=lambda run: -scores[run]):
+            if costs[run] <= room:
+                chosen.add(run)
+                room -= costs[run]
+        rank, cells, numbers = 0, list[int](), dict[int, int]()
+        words, last = [""], -1
+        for run in run_of:
+            cell = -1
+            if run >= 0:
+                if run not in chosen and coarse:
+                    cell = numbers.setdefault(rank // coarse, len(numbers))
+                    words += [""] if cell == len(words) - 1 else []
+                elif run in chosen and run != last:
+                    words[-1] += text[runs[run][0] : runs[run][1]]
+                rank, last = rank + 1, run
+            cells.append(cell)
+        return cls(tuple(words), cells, [runs[run][:2] for run in sorted(chosen)])
+
+
+@POOLERS.register("mixed")
+class MixedPooler(WindowPooler):
+    """Words and latents: the most useful runs of words travel as they are, the rest as coarse means, in place and in order.
+
+    What is useful is said by a score that starts as retrieval's (BM25, or centrality without a question) and learns.
+    --ratio gives the receiver positions of both together.
+    """
+
+    class Config(Settings):
+        """Pooler mixed"""
+
+        run_words: int = setting(8, "Pooler 'mixed': words that travel together.", ge=1)
+        coarse: int = setting(
+            64, "Pooler 'mixed': receiver tokens to a latent; 0 sends words alone.", "tokens_per_latent", ge=0
+        )
+
+    mixes = True
+
+    def __init__(self, shape: BridgeShape) -> None:
+        super().__init__(shape)
+        self.config = self.Config.of(shape.settings)
+        inner = 64
+        self.told = nn.Linear(Runs.COUNT, inner)
+        self.seen = nn.Linear(shape.settings.width, inner, bias=False)
+        self.judge = nn.Sequential(nn.GELU(), zeroed(nn.Linear(inner, 1)))
+
+    def runs(self, states: States) -> list[Runs]:
+        """Those of each text."""
+        texts = [SenderText.of(text) for text in states.texts]
+        return [Runs.of(str(text), text.question, text.begin, self.config.run_words) for text in texts]
+
+    def scores(self, tokens: Tensor, states: States) -> Tensor:
+        """How useful each run is to the receiver, from token features (B, T, W): (B, R), −inf where there is none."""
+        assert states.spans is not None
+        runs, device = self.runs(states), tokens.device
+        pad = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        features = pad([r.features for r in runs]).to(device)
+        prior = pad([r.prior for r in runs], padding_value=-math.inf).to(device)
+        borders = pad_spans([[span[:2] for span in r.spans] for r in runs], prior.shape[1], device)
+        means = weighted_mean(share_in(borders, states.spans, states.mask), tokens)
+        return 4 * prior + self.judge(self.told(features) + self.seen(means))[..., 0]
+
+    def excerpts(self, tokens: Tensor, states: States, ratio: float, coarse: int | None = None) -> list[Excerpt]:
+        """What travels of each text."""
+        assert states.heard is not None
+        coarse = self.config.coarse if coarse is None else coarse
+        scores, plans = self.scores(tokens, states).detach().tolist(), list[Excerpt]()
+        for row, (text, runs) in enumerate(zip(states.texts, self.runs(states), strict=True)):
+            count = int(widths_of(states.heard.mask[row : row + 1]))
+            spans, real = states.heard.spans[row, :count].tolist(), states.heard.mask[row, :count].tolist()
+            heard = [(a, b) if there else (0, 0) for (a, b), there in zip(spans, real, strict=True)]
+            begin = getattr(text, "begin", 0)
+            plans.append(Excerpt.plan(text, runs.spans, scores[row], heard, begin, ratio, coarse))
+        return plans
 
 
 @POOLERS.register("mean")
@@ -5842,7 +6141,8 @@ class LatentAdapter(Feature):
         memory = self.norms[1](soft.memory).to(hidden.device)
         projections = [self.query(self.norms[0](hidden.float())), self.key(memory), self.value(memory)]
         q, k, v = (projection.unflatten(-1, (self.heads, -1)).transpose(1, 2) for projection in projections)
-        mask = None if soft.mask is None else soft.mask[:, None, None].to(hidden.device)
+        real = soft.mask if soft.real is None else soft.real
+        mask = None if real is None else real[:, None, None].to(hidden.device)
         seen = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
         return hidden + (self.gate.tanh() * self.out(seen)).to(hidden.dtype)
 
@@ -5951,30 +6251,44 @@ class Bridge(nn.Module):
         self.wants_windows = self.pooler.per_window  # whether states need character spans
         copies = self.start is not None and self.start.ridge is None
         # Whether the sender's side needs the first receiver's tokenizer and embeddings.
-        self.wants_heard = self.wants_windows and (copies or shape.settings.windows_on == "receiver")
+        on_receiver = shape.settings.windows_on == "receiver" or self.pooler.mixes
+        self.wants_heard = self.wants_windows and (copies or on_receiver)
 
     def windows(self, states: States, ratio: float | None = None) -> Windows:
         """The windows that the pooler means one latent of; ``ratio`` overrides."""
         return Windows.cut(states, self.shape.settings.windows_on, self.shape.settings.latent_len, ratio or self.ratio)
 
-    def encode(self, states: States, name: str = "", ear: int = 0) -> Message:
-        """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w); ``ear`` matters where latents are private."""
+    def encode(self, states: States, name: str = "", ear: int = 0, coarse: int | None = None) -> Message:
+        """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w); ``ear`` matters where latents are private.
+
+        ``coarse`` is another number of tokens to a latent than a pooler's that mixes in words, 0 for words alone.
+        """
         groups = by_width(widths_of(states.mask))
         if len(groups) > 1:
-            pieces = [self.encode_together(states.rows(chosen), name, ear) for chosen in groups]
+            pieces = [self.encode_together(states.rows(chosen), name, ear, coarse) for chosen in groups]
             return Message.of(pieces, torch.cat(groups))
-        return self.encode_together(states, name, ear)
+        return self.encode_together(states, name, ear, coarse)
 
-    def encode_together(self, states: States, name: str = "", ear: int = 0) -> Message:
+    def encode_together(self, states: States, name: str = "", ear: int = 0, coarse: int | None = None) -> Message:
         """The same with all texts as wide as the widest."""
-        windows = self.windows(states) if self.wants_windows else None
-        latents, mask = self.write(states, windows, ear), windows.mask if windows else None
+        tokens, words = self.encoder(states), None
+        windows = self.windows(states) if self.wants_windows and not self.pooler.mixes else None
+        if isinstance(self.pooler, MixedPooler):
+            excerpts = self.pooler.excerpts(tokens, states, self.ratio or 1.0, coarse)
+            windows, words = self.around(states, excerpts), tuple(excerpt.words for excerpt in excerpts)
+        latents, mask = self.write(states, windows, ear, tokens), windows.mask if windows else None
         codec = self.shape.settings.codec
-        return Message(CODECS[codec]().through(latents) if self.quantize else latents, codec, name, mask)
+        return Message(CODECS[codec]().through(latents) if self.quantize else latents, codec, name, mask, words)
 
-    def write(self, states: States, windows: Windows | None, ear: int = 0) -> Tensor:
+    @staticmethod
+    def around(states: States, excerpts: Sequence[Excerpt]) -> Windows:
+        """The windows of what is not said."""
+        return Windows.of_cells(states, [e.cells for e in excerpts], [e.said for e in excerpts])
+
+    def write(self, states: States, windows: Windows | None, ear: int = 0, tokens: Tensor | None = None) -> Tensor:
         """Latents (B, K, D_w) before any codec."""
-        pooled, weights = self.pooler(self.encoder(states), states.mask, windows, ear)
+        features = self.encoder(states) if tokens is None else tokens
+        pooled, weights = self.pooler(features, states.mask, windows, ear)
         latents = self.to_wire(pooled)
         if windows and self.start is not None:
             latents = latents + self.start(states, windows, self.encoder, pooled, weights)
@@ -6015,7 +6329,7 @@ class Bridge(nn.Module):
                 start.down.copy_(torch.linalg.eigh(centred.T @ centred)[1].flip(1)[:, : self.shape.settings.d_z])
             start.size.copy_(((embeds - start.mean) @ start.down).square().mean().sqrt())
             self.ears[0].adapter.start(start.down * start.size, start.mean)
-        cuts = [self.windows(states, 1.0 if 0 in fresh else None) for states, _ in text_batches]
+        cuts = [self.windows(states, 1.0 if 0 in fresh or self.pooler.mixes else None) for states, _ in text_batches]
         pairs = [*zip(cuts, text_batches, strict=True)]
         if 0 in fresh and start.ridge is not None:
             x = [weighted_mean(cut.tokens, self.encoder.features(states))[cut.mask] for cut, (states, _) in pairs]
@@ -6727,7 +7041,8 @@ class Continuation(Loss):
         tokens = batch.states.heard
         first_half = replace(batch.states, mask=batch.states.mask & (spans[..., 1] <= cuts),
                              heard=tokens and replace(tokens, mask=tokens.mask & (tokens.spans[..., 1] <= cuts)))  # fmt: skip
-        soft = batch.bridge.decode(batch.bridge.encode(first_half, ear=batch.ear), batch.ear, batch.states.keys)
+        message = batch.bridge.encode(first_half, ear=batch.ear)
+        soft = batch.receiver.weave(batch.bridge.decode(message, batch.ear, batch.states.keys), message.words)
         second_halves = [text[len(text) // 2 :] for text in batch.texts]
         return batch.read_back(soft, "", second_halves, self.settings.language_tokens)
 
@@ -6800,6 +7115,25 @@ class Diversity(Loss):
         most = max(embeds.shape[1] for embeds in real)
         prompts, others = (F.pad(embeds, (0, 0, 0, most - embeds.shape[1])).flatten(1) for embeds in real)
         return F.cosine_similarity(prompts, others, dim=1).mean()
+
+
+@LOSSES.register("selection")
+class Selection(Loss):
+    """Cross-entropy of the runs of words that hold the answer, by the score of a pooler that mixes words in; elsewhere 0."""
+
+    def term(self, supervised: Supervised) -> Tensor:
+        batch, pooler = supervised.batch, supervised.batch.bridge.pooler
+        if not isinstance(pooler, MixedPooler):
+            return supervised.hidden.new_zeros(())
+        scores, losses = pooler.scores(batch.bridge.encoder(batch.states), batch.states), list[Tensor]()
+        for row, (example, runs) in enumerate(zip(batch.examples, pooler.runs(batch.states), strict=True)):
+            place = batch.states.texts[row].find(example.answers[0], getattr(batch.states.texts[row], "begin", 0))
+            there = [
+                i for i, (a, b, _) in enumerate(runs.spans) if a < place + len(example.answers[0]) and b > place >= 0
+            ]
+            if there:
+                losses.append(scores[row].logsumexp(0) - scores[row][there].logsumexp(0))
+        return torch.stack(losses).sum() / len(batch.examples) if losses else scores.new_zeros(())
 
 
 def first_token_weight(settings: LossSettings, step: int, steps: int) -> float:
@@ -7078,7 +7412,7 @@ class Sender:
         if tokens:  # nothing of what was cut off
             shares = covered_by(spans, torch.ones(spans.shape[:2], device=spans.device), tokens.spans)
             tokens = replace(tokens, mask=tokens.mask & (shares > 1e-9))
-        return replace(states, spans=spans, heard=tokens)
+        return replace(states, spans=spans, heard=tokens, texts=tuple(texts))
 
     def message(self, texts: Sequence[str], language: str, ear: int = 0) -> Message:
         """One Message (B, K, D_w) of all texts; ``language`` is ``bridge.language(ear)`` of the receiver number ``ear``."""
@@ -7227,6 +7561,7 @@ class Trainer:
         clock("adapter", soft.embeds, "receiver")
         if places:
             soft = dropped(soft, keys, self.settings, (self.progress.step + 1) / self.steps)
+        soft = self.setup.receivers[ear].weave(soft, message.words)
         return ForwardContext(self.bridge, ear, self.promptings[ear], examples, states, message, soft)
 
     @functools.cached_property
@@ -8087,6 +8422,7 @@ class Setup:
     source: str
     overlap: int = 0
     others: tuple[LM, ...] = ()
+    mixed: bool = False  # whether words travel beside the latents
 
     @property
     def receivers(self) -> tuple[LM, ...]:
@@ -8143,6 +8479,8 @@ def resolve(settings: TrainSettings) -> tuple[TrainSettings, str]:
     rest = {"receivers": receivers if receivers[1:] else None, "dtype": dtype, "dataset": dataset}
     for kind in ("encoder", "pooler", "adapter", "codec"):
         rest[kind] = REGISTRIES[f"{kind}s"].name_of(getattr(settings, kind))
+    if POOLERS[settings.pooler].mixes and "selection_weight" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"selection_weight": 1.0})
     return settings.model_copy(update=models | rest), why
 
 
@@ -8320,6 +8658,10 @@ def train_in(world: World, settings: TrainSettings, report: Report) -> dict[str,
 
 def check_parts(settings: TrainSettings) -> None:
     """Parts that do not fit together are a LatentWireError before any work."""
+    if POOLERS[settings.pooler].mixes and not settings.ratio:
+        raise LatentWireError(
+            f"--pooler {settings.pooler} shares receiver positions out; add --ratio, such as --ratio 4"
+        )
     if POOLERS[settings.pooler].per_window or (settings.init == "none" and not settings.ratio):
         return
     fitting = " or ".join(name for name, pooler in POOLERS.items() if pooler.per_window)
@@ -8387,10 +8729,12 @@ class Receiver:
         assert self.bridge is not None
         shape, free = self.bridge.shape, self.bridge.wants_windows
         count = None if free and self.bridge.ratio else shape.settings.latent_len
-        wanted = Wanted(self.name, shape.settings.d_z, count, free)
+        wanted = Wanted(self.name, shape.settings.d_z, count, free, self.bridge.pooler.mixes)
         messages = [Message.from_bytes(item, wanted) for item in data]
         latents, mask = padded([message.latents[0] for message in messages])
-        return self.bridge.decode(replace(messages[0], latents=latents, mask=mask if free else None), self.ear)
+        words = tuple(row for message in messages for row in message.words or ()) or None
+        together = replace(messages[0], latents=latents, mask=mask if free else None, words=words)
+        return self.lm.weave(self.bridge.decode(together, self.ear), words)
 
     def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
         """One Answer per example; the same message with the same gold answer (constant controls) is heard once in a batch.
@@ -8521,6 +8865,11 @@ class EvalContext(Silent):
         """What the sender reads."""
         return self.setup.part.sender_text(example)
 
+    def sent_as_text(self, example: Example) -> str:
+        """What of it would have to travel: not a question that the receiver has as well."""
+        text = self.text(example)
+        return str(text[SenderText.of(text).begin :])
+
     def states_of(
         self, examples: Sequence[Example], layers: Sequence[int], reader: Reader | None = None, world: World = World()
     ) -> StateStore:
@@ -8571,7 +8920,7 @@ class EvalContext(Silent):
         if (bridge := self.receiver.bridge) and not self.asked.token_budget_k:
             place = self.position.get(example.id)
             if place is not None and self.examples[place] is example:
-                return len(self.latents[place])
+                return self.positions[place]
             if bridge.ratio:  # of a train row, for which no message was written
                 return math.ceil(len(self.setup.receiver.ids(self.text(example))) / bridge.ratio)
         return self.asked.token_budget_k or self.slots
@@ -8621,9 +8970,21 @@ class EvalContext(Silent):
             return [row.to_bytes() for texts in groups for row in self.writer.message(texts, name, ear).rows()]
 
     @functools.cached_property
+    def opened(self) -> list[Message]:
+        """The messages again, of one row each."""
+        return [Message.from_bytes(data) for data in self.messages]
+
+    @functools.cached_property
     def latents(self) -> list[Tensor]:
         """The latents (K, D_w) of each message."""
-        return [Message.from_bytes(data).latents[0] for data in self.messages]
+        return [message.latents[0] for message in self.opened]
+
+    @functools.cached_property
+    def positions(self) -> list[int]:
+        """How many positions of the receiver each message takes."""
+        ids = self.setup.receiver.ids
+        texts = [message.words[0] if message.words else () for message in self.opened]
+        return [len(own) + sum(len(ids(text)) for text in row) for own, row in zip(self.latents, texts, strict=True)]
 
     @functools.cached_property
     def mean_latents(self) -> Tensor:
@@ -8631,9 +8992,13 @@ class EvalContext(Silent):
         latents, mask = padded(self.latents)
         return weighted_mean(mask.T[:, None].float(), latents.transpose(0, 1))[:, 0]
 
-    def wrap(self, latents: Tensor) -> bytes:
-        """Other latents (K, D_w) as a serialised message with the bridge's codec."""
-        return Message(latents[None], self.bridge.shape.settings.codec, self.receiver.name).to_bytes()
+    def wrap(self, latents: Tensor, words: tuple[str, ...] | None = None) -> bytes:
+        """Other latents (K, D_w), and ``words`` around them, as a serialised message with the bridge's codec.
+
+        Where the bridge's own messages hold words, none are said here.
+        """
+        said = (words or ("",) * (len(latents) + 1),) if self.bridge.pooler.mixes else None
+        return Message(latents[None], self.bridge.shape.settings.codec, self.receiver.name, None, said).to_bytes()
 
 
 def at_hand(setup: Setup, asked: AskedSettings) -> set[str]:
@@ -8643,6 +9008,7 @@ def at_hand(setup: Setup, asked: AskedSettings) -> set[str]:
         "states": type(setup.sender) is not ByteReader, "prompt": getattr(asked, "prompt", None),
         "questions": all(example.question for example in setup.splits["evaluated"]),
         "bytes": asked.byte_budget or isinstance(asked, EvalSettings), "wrong_task": asked.wrong_task,
+        "mixed": setup.mixed,
         "llmlingua": importlib.util.find_spec("llmlingua"), "llmlingua2_model": asked.llmlingua2_model is not None,
     }  # fmt: skip
     return {name for name, value in available.items() if value}
@@ -8806,6 +9172,65 @@ class PromptControl(Method):
         return receiver.answers(examples, [data] * len(examples))
 
 
+class PartMethod(Method):
+    """A part of a message of words and latents, so that it is seen which of them communicates; override ``part_of``."""
+
+    needs = ("mixed",)
+
+    def part_of(self, example: Example, words: tuple[str, ...], latents: Tensor) -> bytes:
+        """What is left of a message's K+1 ``words`` and its latents (K, D_w)."""
+        raise NotImplementedError
+
+    def message(self, example: Example) -> bytes:
+        """The example's own, of which something is left out."""
+        row = self.context.opened[self.context.position[example.id]]
+        assert row.words is not None
+        return self.part_of(example, row.words[0], row.latents[0])
+
+
+@METHODS.register("parts:words")
+class WordsOnly(PartMethod):
+    """The words of the message without its latents."""
+
+    def part_of(self, example: Example, words: tuple[str, ...], latents: Tensor) -> bytes:
+        return self.context.wrap(latents[:0], ("".join(words),))
+
+
+@METHODS.register("parts:words_budget")
+class WordsBudget(PartMethod):
+    """Words alone, as many as take the whole message's positions, chosen by the same score: what latents must beat."""
+
+    def message(self, example: Example) -> bytes:
+        """Chosen anew, with nothing kept for latents."""
+        context = self.context
+        states = context.writer.states([context.text(example)])
+        return context.bridge.encode(states, context.receiver.name, context.receiver.ear, coarse=0).to_bytes()
+
+
+@METHODS.register("parts:latents")
+class LatentsOnly(PartMethod):
+    """The latents of the message without its words."""
+
+    def part_of(self, example: Example, words: tuple[str, ...], latents: Tensor) -> bytes:
+        return self.context.wrap(latents)
+
+
+@METHODS.register("parts:other_latents")
+class OtherLatents(PartMethod):
+    """The words of the message among the latents of another text, repeated where that has fewer."""
+
+    @functools.cached_property
+    def others(self) -> ShuffledControl:
+        """Says whose."""
+        return ShuffledControl(self.context)
+
+    def part_of(self, example: Example, words: tuple[str, ...], latents: Tensor) -> bytes:
+        other = self.context.latents[self.others.partner[self.context.position[example.id]]]
+        if not len(other):
+            return self.context.wrap(latents[:0], ("".join(words),))
+        return self.context.wrap(other[torch.arange(len(latents)) % len(other)], words)
+
+
 @METHODS.register("token_budget")
 class TokenBudget(Method):
     """The text's first receiver tokens, as many as there are latents; the question is kept."""
@@ -8893,7 +9318,7 @@ class TextMethod(Method):
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
         """Text and anchor; the bytes are the text's own UTF-8."""
         answers = self.context.receiver.answers(examples, None, text=True)
-        sizes = [len(self.context.text(example).encode()) for example in examples]
+        sizes = [len(self.context.sent_as_text(example).encode()) for example in examples]
         lm, part = self.context.setup.receiver, self.context.setup.part
         counts = [len(lm.ids(part.receiver_text(example))) for example in examples]
         return [replace(a, nbytes=size, tokens=n) for a, size, n in zip(answers, sizes, counts, strict=True)]
@@ -9379,7 +9804,22 @@ def compare(by_method: RowsOf, headline: str, seed: int, facts: Row | None = Non
     if controls:
         best, p = max(controls, key=means.__getitem__), max(row["p_corrected"] for row in tests.values())
         comparison |= {"best_control": best, "p": p}
+    if WORDS_ALONE in values:
+        comparison |= {"latents_add": means["bridge"] - means[WORDS_ALONE], "latents_p": p_values[WORDS_ALONE]}
+        judged["verdict"] += f"; {which_part(comparison, headline)}"
     return {**comparison, **judged, "communication": bool(judged["communication"])}
+
+
+WORDS_ALONE = "parts:words_budget"
+
+
+def which_part(comparison: Row, headline: str) -> str:
+    """Whether the latents of a message of words and latents add anything to words alone in as many positions."""
+    gain, p = comparison["latents_add"], comparison["latents_p"]
+    if gain > 0 and p < 0.05:
+        return f"its latents add {gain:.3f} {headline} to words alone in as many positions (p {p:.2g})"
+    found = "take something away" if gain < 0 and p < 0.05 else "add nothing that is shown"
+    return f"its latents {found}: {headline} {gain:+.3f} beside words alone in as many positions (p {p:.2g})"
 
 
 def check_asked(settings: EvalSettings, trained: TrainSettings, bridge: Bridge, sender: Reader, anchor: str) -> None:
@@ -9480,7 +9920,7 @@ def open_context(settings: EvalSettings, checkpoint: Checkpoint, ear: int = 0) -
     how = {n: getattr(settings if n in settings.model_fields_set else trained, n) for n in DecodeSettings.fields()}
     prompting = prompting_of(trained, part, receiver, anchor, task.get("frames"))
     end = Receiver(prompting, bridge.to(receiver.device), settings.max_new_tokens, DecodeSettings(**how))
-    setup = Setup(sender, receiver, part, splits, source, overlap)
+    setup = Setup(sender, receiver, part, splits, source, overlap, mixed=bridge.pooler.mixes)
     return EvalContext(setup, run, settings, end, first)
 
 
@@ -9615,9 +10055,9 @@ def joint(records: Sequence[Sequence[Row]], contexts: Sequence[EvalContext], see
 
 def compression(context: EvalContext) -> dict[str, Any]:
     """Four ratios, original to sent, above 1 is smaller; the sequence ratio is the one that is claimed."""
-    lm, texts = context.setup.receiver, [context.text(example) for example in context.examples]
+    lm, texts = context.setup.receiver, [context.sent_as_text(example) for example in context.examples]
     tokens, count = sum(len(lm.ids(text)) for text in texts), len(texts)
-    latents, sent = sum(map(len, context.latents)), sum(map(len, context.messages))
+    latents, sent = sum(context.positions), sum(map(len, context.messages))
     raw, packed = sum(len(t.encode()) for t in texts), sum(len(zlib.compress(t.encode(), 9)) for t in texts)
     return {
         "claimed": "sequence", "sequence": tokens / latents, "receiver_kv": tokens / latents,
@@ -10827,7 +11267,8 @@ class TunedMethod(ReadingMethod):
         """The tuned receiver's."""
         assert self.tuned
         lm = self.receiver.lm
-        sizes = [len(self.context.text(example).encode()) if self.reads else 0 for example in self.read(examples)]
+        read = self.read(examples) if self.reads else []
+        sizes = [len(self.context.sent_as_text(example).encode()) for example in read] or [0] * len(examples)
         was_tuned, lm.always_tuned = lm.always_tuned, True
         try:
             return self.receiver.respond(self.pack(examples, answers=False), examples, sizes)
@@ -11546,8 +11987,9 @@ class TrainingStep(Benchmark):
 
         def step(states: States, texts: Sequence[str]) -> int:
             packed = bench.timed.prompting.pack(
-                bridge.decode(bridge.encode(states)), bench.examples(texts), answers=True
-            )
+                lm.weave(bridge.decode(message := bridge.encode(states)), message.words),
+                bench.examples(texts), answers=True,
+            )  # fmt: skip
             supervised = supervise(lm, packed)
             supervised.nats.mean().backward()
             optimizer.step()
@@ -12354,6 +12796,7 @@ def side_remarks(results: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"compression: {c['sequence']:.1f} times fewer receiver tokens ({c['tokens']:.0f} to {c['latents']:.0f} latents); "
             f"{c['message_bytes']:.0f} bytes for {c['utf8_bytes']:.0f} of text, {larger}"
+            + (f", {c['bytes_vs_zlib']:.1f} times fewer than zlib's" if c["bytes_vs_zlib"] > 1 else "")
         )
     lines += [f"{name}: {other['verdict']}" for name, other in results.get("receivers", {}).items()]
     if "joint" in results:
