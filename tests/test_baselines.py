@@ -1094,16 +1094,10 @@ def test_a_signal_stops_at_the_next_word_and_leaves_the_receiver_whole(toy, tmp_
     assert toy.setup.receiver.tuned == [] and toy.setup.receiver.lora == {}
 
 
-BUDGETS = {
-    "token_budget",
-    "token_budget:tail",
-    "token_budget:both",
-    "selective",
-    "llmlingua",
-    "longllmlingua",
-    "llmlingua2",
-}
-PROMPTS = {"prompt_tuning", "control:prompt_tuning"}
+CHOSEN = {"token_budget", "token_budget:tail", "token_budget:both", "extractive", "extractive:windows", "random_words"}
+COMPRESSORS = {"selective", "llmlingua", "longllmlingua", "llmlingua2"}
+BUDGETS = {*CHOSEN, *COMPRESSORS, "extractive+prompt_tuning"}
+PROMPTS = {"prompt_tuning", "control:prompt_tuning", "extractive+prompt_tuning"}
 BRIDGES = {"same_model_bridge", "linear_bridge"}
 SHOTS = {"fewshot:receiver", "fewshot:sender"}
 PROBES = {"probe", "probe:receiver"}
@@ -1122,11 +1116,11 @@ PROBES = {"probe", "probe:receiver"}
         ({"soft_tokens": 5}, PROMPTS | BRIDGES | BUDGETS),
         ({"token_budget_k": 5}, BUDGETS),
         ({"budget_ratio": 5.0}, BUDGETS),
-        ({"byte_budget": 5}, {"byte_budget"}),
-        ({"compressor": "tiny-gemma"}, BUDGETS - {"token_budget", "token_budget:tail", "token_budget:both"}),
+        ({"byte_budget": 5}, {"byte_budget", "extractive:bytes"}),
+        ({"compressor": "tiny-gemma"}, COMPRESSORS),
         ({"llmlingua2_model": "there"}, {"llmlingua2"}),
         ({"wrong_task": Path("there")}, {"control:wrong_task"}),
-        ({"seed": 7}, SHOTS | PROMPTS | BRIDGES | {"lora"}),
+        ({"seed": 7}, SHOTS | PROMPTS | BRIDGES | {"lora", "random_words"}),
         ({"batch_size": 3}, set()),
     ],
 )
