@@ -2308,7 +2308,7 @@ def last_number(text: str) -> float | None:
 
 
 Span = tuple[int, int]  # characters of a text, from one to before another
-SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s+\S)|(?=\n)""")
+SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s+\S)|[。！？]|(?=\n)""")
 
 
 def sentence_spans(text: str) -> list[Span]:
@@ -8922,7 +8922,10 @@ class EvalContext(Silent):
             if place is not None and self.examples[place] is example:
                 return self.positions[place]
             if bridge.ratio:  # of a train row, for which no message was written
-                return math.ceil(len(self.setup.receiver.ids(self.text(example))) / bridge.ratio)
+                on_receiver = bridge.pooler.mixes or bridge.shape.settings.windows_on == "receiver"
+                reader = self.setup.receiver if on_receiver else self.setup.sender
+                read = cut_ids(reader.ids(self.sent_as_text(example)), text_limit(self.settings, reader), "head")
+                return math.ceil(len(read) / bridge.ratio)
         return self.asked.token_budget_k or self.slots
 
     @torch.no_grad()
@@ -10768,6 +10771,12 @@ class ByteBudget(ReadingMethod):
         return contexts
 
 
+def may_shorten(kind: type[Method], setup: Setup, settings: AskedSettings) -> bool:
+    """Whether a method that leaves words out makes sense: where answers are free; else only when it is named."""
+    named = next(name for name, method in METHODS.items() if method is kind) in (settings.methods or ())
+    return named or not setup.part.words
+
+
 class Shortened(ReadingMethod):
     """Words are left out of the text, down to a budget; override ``compress``."""
 
@@ -10775,9 +10784,8 @@ class Shortened(ReadingMethod):
 
     @classmethod
     def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
-        """Where answers are free; else only when it is named."""
-        named = next(name for name, kind in METHODS.items() if kind is cls) in (settings.methods or ())
-        return super().suits(setup, settings) and (named or not setup.part.words)
+        """Where text may be shortened."""
+        return super().suits(setup, settings) and may_shorten(cls, setup, settings)
 
     def size(self, text: str) -> int:
         """What a text costs, in the budget's unit: receiver tokens."""
@@ -10806,25 +10814,25 @@ class Shortened(ReadingMethod):
 
 @METHODS.register("extractive")
 class Extractive(Shortened):
-    """The sentences with the question's rarest words (BM25), or the most central ones; the last is cut to the budget."""
+    """The sentences with the question's rarest words (BM25), else the most central; the last is cut."""
 
-    usual, most = True, 8  # words that are chosen together
+    usual = True
 
     def sentences(self, context: str) -> list[Span]:
         """What is ranked."""
         return sentence_spans(context)
 
     def ranked(self, example: Example) -> list[Span]:
-        """Runs of words, the best first: by their sentence, in its order."""
+        """Words, the best first: by their sentence, in its order. A sender that sees no question is not helped by it."""
         sentences = self.sentences(example.context)
         units = [terms_of(example.context[a:b]) for a, b in sentences]
-        question = terms_of(example.question)
+        question = [] if self.context.setup.part.agnostic else terms_of(example.question)
         scores = bm25(question, units) if question else centrality(units)
-        runs = word_runs(example.context, sentences, self.most)
-        return [(a, b) for a, b, _ in sorted(runs, key=lambda run: (-scores[run[2]], run))]
+        words = word_runs(example.context, sentences, 1)
+        return [(a, b) for a, b, _ in sorted(words, key=lambda word: (-scores[word[2]], word))]
 
     def compress(self, example: Example, budget: int) -> str:
-        """As many of the best runs as fit, in the text's order."""
+        """As many of the best words as fit, in the text's order."""
         ranked = self.ranked(example)
 
         def kept_text(count: int) -> str:
@@ -10863,11 +10871,11 @@ class ExtractiveBytes(Extractive):
 class RandomWords(Extractive):
     """Random words of the text, in its order: what any choice of words must beat."""
 
-    usual, most = False, 1
+    usual, seeded = False, True
 
     def ranked(self, example: Example) -> list[Span]:
-        runs = [(a, b) for a, b, _ in word_runs(example.context, [(0, len(example.context))], 1)]
-        return random.Random(f"{self.context.seed} {example.id}").sample(runs, len(runs))
+        words = [(a, b) for a, b, _ in word_runs(example.context, [(0, len(example.context))], 1)]
+        return random.Random(f"{self.context.seed} {example.id}").sample(words, len(words))
 
 
 class Compressed(Shortened):
@@ -11345,15 +11353,21 @@ class ExtractivePromptTuning(PromptTuning):
         super().__init__(context)
         self.shorter: dict[Example, str] = {}  # each context is shortened once
 
+    @classmethod
+    def suits(cls, setup: Setup, settings: AskedSettings) -> bool:
+        """Where text may be shortened."""
+        return super().suits(setup, settings) and may_shorten(cls, setup, settings)
+
     def read(self, examples: Sequence[Example]) -> list[Example]:
         new = [example for example in examples if example not in self.shorter]
         self.shorter |= zip(new, Extractive(self.context).contexts(new), strict=True)
         return [replace(example, context=self.shorter[example]) for example in examples]
 
     def answers(self, examples: Sequence[Example]) -> list[Answer]:
-        lm, read = self.receiver.lm, self.read(examples)
-        counts = [len(lm.ids(example.context)) for example in read]
-        return [replace(a, tokens=n) for a, n in zip(super().answers(examples), counts, strict=True)]
+        contexts, found = [example.context for example in self.read(examples)], super().answers(examples)
+        counts = [len(self.receiver.lm.ids(text)) for text in contexts]
+        rows = zip(found, contexts, counts, strict=True)
+        return [replace(answer, tokens=n, nbytes=len(text.encode())) for answer, text, n in rows]
 
 
 class TrainedBridge(Method):
@@ -14800,7 +14814,7 @@ class EndSettings(PluginSettings):
     """Message"""
 
     checkpoint: Path = setting(..., "Run folder.", "ckpt")
-    question: str = setting("", "What the sender is asked, or in a question-agnostic run the receiver.")
+    question: str = setting("", "What is asked: of the sender, in a question-agnostic run of the receiver, or of both.")
     receiver: str | None = setting(None, "Which of the run's receivers; default the first.")
     trust_remote_code: bool = TRUSTED
 

@@ -107,12 +107,9 @@ def test_a_coarse_latent_is_the_mean_of_what_is_not_said_and_stands_in_its_place
     tokens = lm.heard([text])
     left, place = torch.ones(tokens.mask.shape[1]), 0
     for piece in filter(None, said):
-        runs = piece.split()
-        for word in runs:  # the tokens of each word that is said
-            begin = text.index(word, place)
-            place = begin + len(word)
-            spans = tokens.spans[0]
-            left[(spans[:, 0] < place) & (spans[:, 1] > begin)] = 0
+        begin = text.index(piece, place)
+        place = begin + len(piece)
+        left[(tokens.spans[0, :, 0] < place) & (tokens.spans[0, :, 1] > begin)] = 0
     mean = (tokens.embeds[0] * left[:, None]).sum(0) / left.sum()
     wanted = (mean - start.mean) @ start.down / start.size
     torch.testing.assert_close(message.latents[0, 0], wanted, rtol=0.05, atol=0.05)
