@@ -10088,13 +10088,13 @@ def encode_text(
     checkpoint: Path, text: str, question: str = "", receiver: str | None = None, trust_remote_code: bool = False
 ) -> bytes:
     """The message of one text, serialised; ``receiver`` matters where latents are private (LatentWireError: none of that name)."""
-    return encoded(checkpoint, text, question, receiver, trust_remote_code)[0]
+    return encoded(checkpoint, text, question, receiver, trust_remote_code)[0].to_bytes()
 
 
 @torch.no_grad()
 def encoded(
     checkpoint: Path, text: str, question: str, receiver: str | None, trust: bool = False
-) -> tuple[bytes, int, int]:
+) -> tuple[Message, int, int]:
     """(the message of one text, how many of its tokens were read, how many it has)."""
     opened = Checkpoint.open(checkpoint)
     bridge, trained = opened.bridge(), opened.settings.model_copy(update={"trust_remote_code": trust})
@@ -10106,8 +10106,8 @@ def encoded(
     device = resolve_device(trained.receiver_device or trained.device)  # where training had the bridge
     first = load_lm(bridge.shape.ears[0].name, trained, trained.offline, str(device)) if bridge.wants_heard else None
     writer = Sender(sender, bridge.to(device), text_limit(trained, sender), first)
-    data = writer.message([source_text], bridge.language(ear), ear).to_bytes()
-    return data, len(writer.ids(source_text)), len(sender_ids(sender, source_text, 10**9))
+    message = writer.message([source_text], bridge.language(ear), ear)
+    return message, len(writer.ids(source_text)), len(sender_ids(sender, source_text, 10**9))
 
 
 def answer_message(
@@ -14831,13 +14831,15 @@ class EncodeSettings(EndSettings):
 def encode_command(settings: EncodeSettings) -> None:
     """Write a text's latents to a file: encode article.txt --checkpoint runs/squad -o article.wire"""
     text = text_of(settings.file, settings.text)
-    data, read, total = encoded(
+    message, read, total = encoded(
         settings.checkpoint, text, settings.question, settings.receiver, settings.trust_remote_code
     )
+    data, size = message.to_bytes(), len(text.encode("utf-8", "replace"))
     write_atomic(settings.output, data)
-    size = len(text.encode("utf-8", "replace"))
-    _, shape = Message.claims(data[Message.HEADER.size :])
-    tell(f"{settings.output}: {len(data)} bytes, {shape[1]} latents, for {size} bytes of text")
+    held = f"{message.latents.shape[1]} latents"
+    if message.words:
+        held += f" among {sum(len(words.split()) for words in message.words[0])} words"
+    tell(f"{settings.output}: {len(data)} bytes, {held}, for {size} bytes of text")
     if read < total:
         print(
             f"cut: {read:,} of {total:,} tokens were read, as in training; send long texts in parts",

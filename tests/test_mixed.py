@@ -103,17 +103,16 @@ def test_a_coarse_latent_is_the_mean_of_what_is_not_said_and_stands_in_its_place
     message = sent(one)
     assert message.words is not None and message.latents.shape[1] == 1
     lm, start = one.receiver, one.bridge.start
-    said, text = message.words[0], CONTEXT
-    tokens = lm.heard([text])
-    left, place = torch.ones(tokens.mask.shape[1]), 0
-    for piece in filter(None, said):
-        begin = text.index(piece, place)
-        place = begin + len(piece)
-        left[(tokens.spans[0, :, 0] < place) & (tokens.spans[0, :, 1] > begin)] = 0
+    states = one.writer.states([one.part.sender_text(one.train_rows[0])])
+    (excerpt,) = one.bridge.pooler.excerpts(one.bridge.encoder(states), states, 2.0)
+    tokens, shift = lm.heard([CONTEXT]), len(QUESTION) + 1
+    left = torch.ones(tokens.mask.shape[1])
+    for begin, end in excerpt.said:
+        left[(tokens.spans[0, :, 0] < end - shift) & (tokens.spans[0, :, 1] > begin - shift)] = 0
     mean = (tokens.embeds[0] * left[:, None]).sum(0) / left.sum()
     wanted = (mean - start.mean) @ start.down / start.size
     torch.testing.assert_close(message.latents[0, 0], wanted, rtol=0.05, atol=0.05)
-    assert CONTEXT.startswith(said[0])
+    assert message.words[0] == excerpt.words and CONTEXT.startswith(excerpt.words[0])
 
 
 def test_every_receiver_reads_the_same_words():
@@ -145,8 +144,7 @@ def test_features_work_on_the_latents_among_words():
 
 def test_the_score_begins_as_retrievals_and_learns_where_answers_are():
     one = made("--lr", "1e-2", "--coarse", "0", "--answer_ce_weight", "0", "--k_token_ce_weight", "0",
-               "--first_token_ce_weight", "0", own=examples(CONTEXT))  # fmt: skip
-    assert one.settings.selection_weight == 1.0
+               "--first_token_ce_weight", "0", "--selection_weight", "1", own=examples(CONTEXT))  # fmt: skip
     pooler = one.bridge.pooler
     states = one.writer.states([one.part.sender_text(e) for e in one.train_rows])
 
@@ -167,7 +165,7 @@ def test_the_selection_loss_is_the_cross_entropy_of_the_runs_with_the_answer():
     one = made(own=[*examples(CONTEXT), replace(examples(CONTEXT[:90])[0], answers=("not there",))])
     heard = one.hear(one.train_rows)
     supervised = lw.supervise(heard.receiver, heard.answered(heard.soft), heard)
-    found = float(lw.LOSSES["selection"](lw.LossSettings()).term(supervised))
+    found = float(lw.LOSSES["selection"](lw.LossSettings()).term(supervised).detach())
     pooler = one.bridge.pooler
     scores = pooler.scores(one.bridge.encoder(heard.states), heard.states)[0]
     runs, place = pooler.runs(heard.states)[0], heard.states.texts[0].index("Gustave")
@@ -175,9 +173,10 @@ def test_the_selection_loss_is_the_cross_entropy_of_the_runs_with_the_answer():
     assert found == pytest.approx(float(-scores.softmax(0)[hit].sum().log()) / 2, rel=1e-5)
 
 
-def test_other_poolers_have_nothing_to_select(toy_run):
-    settings = lw.Checkpoint.open(toy_run).settings
-    assert settings.selection_weight == 0.0
+def test_what_mixes_learns_to_select_unless_it_is_told_otherwise(toy_run):
+    assert made().settings.selection_weight == 1.0
+    assert made("--selection_weight", "0").settings.selection_weight == 0.0
+    assert lw.Checkpoint.open(toy_run).settings.selection_weight == 0.0
 
 
 # ---- bytes ---------------------------------------------------------------------------------------------------------
