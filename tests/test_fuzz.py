@@ -18,6 +18,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -146,13 +147,16 @@ class Messages(Target):
 
     def __init__(self) -> None:
         numbers = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0))
-        self.good = {codec: lw.Message(numbers, codec, "0123456789ab").to_bytes() for codec in lw.CODECS}
-        self.latents = {codec: lw.Message.from_bytes(data).latents for codec, data in self.good.items()}
+        words = (("Some words, ", "é 🙂 ", "", " and " * 40, "more."),)
+        plain = {codec: lw.Message(numbers, codec, "0123456789ab") for codec in lw.CODECS}
+        mixed = {f"{codec} and words": replace(message, words=words) for codec, message in plain.items()}
+        self.good = {name: message.to_bytes() for name, message in (plain | mixed).items()}
+        self.sent = {name: lw.Message.from_bytes(data) for name, data in self.good.items()}
 
     @staticmethod
-    def framed(body: bytes) -> bytes:
+    def framed(body: bytes, version: int = lw.Message.VERSION) -> bytes:
         """A right frame."""
-        return lw.Message.HEADER.pack(lw.Message.MAGIC, lw.Message.VERSION, zlib.crc32(body), len(body)) + body
+        return lw.Message.HEADER.pack(lw.Message.MAGIC, version, zlib.crc32(body), len(body)) + body
 
     def make(self, rng: random.Random) -> tuple[str, bytes, bool]:
         """(codec, bytes, whether the checksum was made again)."""
@@ -161,6 +165,9 @@ class Messages(Target):
         if kind == 0:
             return codec, hurt_bytes(data, rng), False
         body = data[lw.Message.HEADER.size :]
+        if codec.endswith("words"):
+            sizes = lw.Message.SIZES.size if kind == 2 else len(body)  # half of them are hurt where the sizes stand
+            return codec, self.framed(hurt_bytes(body[:sizes], rng) + body[sizes:], lw.Message.MIXED), True
         if kind == 1:
             return codec, self.framed(hurt_bytes(body, rng)), True
         size = struct.unpack_from("<Q", body)[0]
@@ -180,7 +187,8 @@ class Messages(Target):
     def judge(self, case: tuple[str, bytes, bool], result: lw.Message) -> str:
         """Without a new checksum nothing may change; with one, latents are as many as there are bytes for."""
         codec, data, summed = case
-        if not summed and not (data == self.good[codec] and torch.equal(result.latents, self.latents[codec])):
+        same = torch.equal(result.latents, self.sent[codec].latents) and result.words == self.sent[codec].words
+        if not summed and not (data == self.good[codec] and same):
             return "a damaged message was accepted"
         if (
             result.latents.numel() > 2 * len(data)
