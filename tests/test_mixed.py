@@ -284,7 +284,8 @@ def test_an_evaluation_tells_the_parts_apart(run):
         "parts:words", "parts:words_budget", "parts:latents", "parts:other_latents",
     }  # fmt: skip
     gain = methods["bridge"]["f1"] - methods["parts:words_budget"]["f1"]
-    assert results["latents_add"] == pytest.approx(gain) and "its latents" in results["verdict"]
+    assert results["parts"]["parts:words_budget"]["gain"] == pytest.approx(gain)
+    assert results["verdict"].endswith(lw.which_part(results["parts"], "f1"))
     assert methods["parts:words"]["tokens"] < methods["bridge"]["tokens"]
     assert methods["parts:latents"]["bytes"] < methods["bridge"]["bytes"]
     for name in ("control:zero", "control:mean", "control:gaussian"):  # controls say no word of the text
@@ -314,8 +315,18 @@ def test_encode_and_answer_give_what_an_evaluation_heard(run, say, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("gain", "p", "said"),
-    [(0.1, 0.01, "add 0.100"), (0.1, 0.2, "add nothing that is shown"), (-0.1, 0.01, "take something away")],
+    ("words", "others", "said"),
+    [
+        ((0.1, 0.01), (0.1, 0.01), "its latents carry something of the text (f1 +0.100"),
+        ((0.1, 0.01), (0.1, 0.2), "prepare the reader and carry nothing that is shown"),
+        ((0.1, 0.01), (-0.1, 0.01), "prepare the reader and carry nothing that is shown"),
+        ((0.1, 0.01), None, "is not tested without parts:other_latents"),
+        ((0.1, 0.2), (0.1, 0.01), "add nothing that is shown"),
+        ((-0.1, 0.2), (0.1, 0.01), "add nothing that is shown"),
+        ((-0.1, 0.01), (0.1, 0.01), "take something away"),
+    ],
 )
-def test_the_verdict_says_what_the_latents_add(gain, p, said):
-    assert said in lw.which_part({"latents_add": gain, "latents_p": p}, "f1")
+def test_the_verdict_says_which_part_communicates(words, others, said):
+    found = {"parts:words_budget": words} | ({"parts:other_latents": others} if others else {})
+    parts = {name: dict(zip(("gain", "p"), values, strict=True)) for name, values in found.items()}
+    assert said in lw.which_part(parts, "f1")
