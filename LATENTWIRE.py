@@ -1425,6 +1425,9 @@ add_preset("hero", "The documents' full experiment: all of SQuAD, 24 epochs; nee
 })  # fmt: skip
 add_preset("wire-small", "Fewer bytes than a SQuAD paragraph: 16 latents of 32 numbers in int4, rounded in training.", {
     "dataset": "squad", "latent_len": 16, "d_z": 32, "codec": "int4", "quantize_from": 0.8})  # fmt: skip
+add_preset("mixed", "A quarter of a paragraph's positions: its words that the question needs, and coarse latents in int4.", {
+    "dataset": "squad", "encoder": "hidden", "layers": ["0.3", "0.6"], "pooler": "mixed", "ratio": [4], "init": "copy",
+    "adapter": "mlp", "d_z": 64, "codec": "int4", "max_tokens": 384, "protocol": "question-shared"})  # fmt: skip
 add_preset("embedding-baselines", "For eval: the receiver reads its own embeddings instead of tokens.", {
     "methods": ["embed:raw", "embed:anchor", "embed:adapter"]}, "baseline-embedding_baselines")  # fmt: skip
 
@@ -5791,9 +5794,12 @@ class Excerpt:
         total = sum(costs.values())
         budget = math.ceil(total / ratio)
         room = budget if total <= budget else budget - (math.ceil(total / coarse) if coarse else 0)
-        chosen = set[int]()
+        chosen, seen = set[int](), max((b for _, b in tokens), default=0)
         for run in sorted(costs, key=lambda run: -scores[run]):
-            if costs[run] <= room:
+            whole = (
+                runs[run][0] + len(text[slice(*runs[run][:2])].rstrip()) <= seen
+            )  # not cut off by the reader's limit
+            if whole and costs[run] <= room:
                 chosen.add(run)
                 room -= costs[run]
         rank, cells, numbers = 0, list[int](), dict[int, int]()
@@ -7178,7 +7184,7 @@ def text_step(batch: ForwardContext, settings: ScheduleSettings) -> tuple[Tensor
     With LoRA also the answer's cross-entropy after the text itself, which nothing else can lower; → loss (), predictions.
     """
     target, mask = batch.embedded([batch.receiver.ids(text) or [batch.receiver.pad] for text in batch.texts])
-    most, slots = batch.soft.embeds.shape[1], batch.message.mask
+    most, slots = batch.soft.embeds.shape[1], batch.soft.mask if batch.message.words else batch.message.mask
     shares = partition_mask(mask, most if slots is None else slots.sum(1, keepdim=True), most).float()  # (B, K, T)
     embeds = batch.soft.embeds / batch.receiver.embed_rms
     gap = distance(embeds, weighted_mean(shares, target), "mse", shares.sum(-1) > 0)
@@ -8666,6 +8672,8 @@ def check_parts(settings: TrainSettings) -> None:
         raise LatentWireError(
             f"--pooler {settings.pooler} shares receiver positions out; add --ratio, such as --ratio 4"
         )
+    if POOLERS[settings.pooler].mixes and settings.init == "none":
+        raise LatentWireError(f"--pooler {settings.pooler} puts latents among words; add --init copy")
     if POOLERS[settings.pooler].per_window or (settings.init == "none" and not settings.ratio):
         return
     fitting = " or ".join(name for name, pooler in POOLERS.items() if pooler.per_window)

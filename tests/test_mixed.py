@@ -250,9 +250,18 @@ def test_a_bridge_reads_only_its_own_kind_of_message():
     assert load("tiny-qwen").name == receiver.lm.name
 
 
-def test_a_ratio_is_needed(refuse, tmp_path):
-    words = ("--dataset", "toy", *PAIR, "--pooler", "mixed", "--init", "copy", "--output_dir", tmp_path / "r")
-    assert "--ratio" in refuse("train", *words)
+@pytest.mark.parametrize(("flags", "missing"), [(("--init", "copy"), "--ratio 4"), (("--ratio", "4"), "--init copy")])
+def test_what_is_missing_is_named(flags, missing, refuse, tmp_path):
+    words = ("--dataset", "toy", *PAIR, "--pooler", "mixed", *flags, "--output_dir", tmp_path / "r")
+    assert missing in refuse("train", *words)
+
+
+def test_words_that_were_not_read_do_not_travel():
+    one = made("--max_tokens", "60", "--ratio", "1")
+    message, read = sent(one), one.writer.spans([one.part.sender_text(one.train_rows[0])])[0][-1][1]
+    assert message.words is not None
+    said = "".join(message.words[0])
+    assert CONTEXT.startswith(said) and len(QUESTION) + 1 + len(said) <= read < len(QUESTION) + 1 + len(CONTEXT)
 
 
 # ---- from training to the verdict ----------------------------------------------------------------------------------

@@ -33,6 +33,10 @@ PRESETS = {
     "smoke-refiner": SMOKE | {"use_latent_refiner": True, "latent_refiner_layers": 2},
     "minimal": {"dataset": "squad", "samples": 1000, "epochs": 1.0, "batch_size": 8, "latent_len": 32},
     "wire-small": {"dataset": "squad", "latent_len": 16, "d_z": 32, "codec": "int4", "quantize_from": 0.8},
+    "mixed": {
+        "dataset": "squad", "encoder": "hidden", "layers": ["0.3", "0.6"], "pooler": "mixed", "ratio": [4.0], "init": "copy",
+        "adapter": "mlp", "d_z": 64, "codec": "int4", "max_tokens": 384, "protocol": "question-shared",
+    },
     "hero": {
         "dataset": "squad", "samples": 87599, "epochs": 24.0, "batch_size": 64, "latent_len": 32, "d_z": 256,
         "encoder": "byte", "lr": 1e-4, "warmup_steps": 500, "first_token_ce_weight": 0.5, "k_token_ce": 4, "kd_tau": 1.0,
