@@ -1220,6 +1220,7 @@ class RivalSettings(Settings):
         None, "Text methods keep the text's tokens divided by this, instead of as many as there are latents.", gt=0
     )
     byte_budget: int | None = setting(None, "byte_budget: UTF-8 bytes; default what the bridge's message takes.", ge=1)
+    ceiling_steps: int = setting(60, "ceiling: optimizer steps for the latents of each text.", ge=0)
     wrong_task: Path | None = setting(None, "A bridge of the same models trained on another task, as control.")
 
     @field_validator("pooling")
@@ -9023,7 +9024,7 @@ def at_hand(setup: Setup, asked: AskedSettings) -> set[str]:
         "states": type(setup.sender) is not ByteReader, "prompt": getattr(asked, "prompt", None),
         "questions": all(example.question for example in setup.splits["evaluated"]),
         "bytes": asked.byte_budget or isinstance(asked, EvalSettings), "wrong_task": asked.wrong_task,
-        "mixed": setup.mixed,
+        "mixed": setup.mixed, "asks": setup.part.asks,
         "llmlingua": importlib.util.find_spec("llmlingua"), "llmlingua2_model": asked.llmlingua2_model is not None,
     }  # fmt: skip
     return {name for name, value in available.items() if value}
@@ -11389,6 +11390,89 @@ class ExtractivePromptTuning(PromptTuning):
         counts = [len(self.receiver.lm.ids(text)) for text in contexts]
         rows = zip(found, contexts, counts, strict=True)
         return [replace(answer, tokens=n, nbytes=len(text.encode())) for answer, text, n in rows]
+
+
+class Ceiling(Method):
+    """Soft tokens of each text are learned by themselves against the frozen receiver; override ``loss``."""
+
+    usual, bridged, needs, own = False, False, ("questions", "asks"), (*TokenBudget.own, "ceiling_steps")
+    rate: ClassVar[float] = 0.1  # Adam's, in RMS of an embedding
+
+    @functools.cached_property
+    def told(self) -> Mapping[str, list[Example]]:
+        """All questions that any split has about each evaluated text."""
+        part, rows = self.context.setup.part, collections.defaultdict[str, list[Example]](list)
+        for split in part.splits:
+            for row in part.load(split)[0]:
+                rows[row.context].append(row)
+        return {e.context: rows[e.context] for e in self.context.examples}
+
+    def others(self, example: Example) -> list[Example]:
+        """The other questions about the same text; LatentWireError where there is none."""
+        rows = [row for row in self.told[example.context] if row.question != example.question]
+        if not rows:
+            raise LatentWireError(f"{self.name}: no other question about the text of {example.id!r} to learn from")
+        return rows
+
+    def start(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        """What each text begins as: means (B, K, D_r) of even runs of its own embeddings, and which of them there are."""
+        tokens, lm = self.context.receiver.lm.heard([e.context for e in examples]), self.context.receiver.lm
+        counts = [min(self.context.token_budget(e), int(n)) for e, n in zip(examples, tokens.mask.sum(1), strict=True)]
+        shares = partition_mask(tokens.mask, torch.tensor(counts, device=lm.device)[:, None], max(counts)).float()
+        return weighted_mean(shares, tokens.embeds), shares.sum(-1) > 0
+
+    def loss(self, latents: Tensor, mask: Tensor, examples: Sequence[Example]) -> Tensor:
+        """Of latents (B, K, D_r): nats a token of what they are to hold, each text's mean, summed over texts ()."""
+        raise NotImplementedError
+
+    @torch.enable_grad()
+    def learned(self, examples: Sequence[Example]) -> SoftPrompt:
+        """The texts' latents after --ceiling_steps of Adam."""
+        start, mask = self.start(examples)
+        latents, steps = start.requires_grad_(), self.context.asked.ceiling_steps
+        optimizer = torch.optim.Adam([latents])
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = self.rate * self.context.receiver.lm.embed_rms * (1 - step / steps)
+            optimizer.zero_grad()
+            self.loss(latents, mask, examples).backward()
+            optimizer.step()
+        return SoftPrompt(latents.detach(), mask)
+
+    def answers(self, examples: Sequence[Example]) -> list[Answer]:
+        """To the question that nothing was learned from, some texts at a time."""
+        receiver, found = self.context.receiver, list[Answer]()
+        for group in batches(examples, 8):
+            soft = self.learned(group)
+            assert soft.mask is not None
+            answers = receiver.respond(receiver.prompting.pack(soft, group), group)
+            found += [replace(a, tokens=int(n)) for a, n in zip(answers, soft.mask.sum(1), strict=True)]
+            self.context.tick(self.name, len(found), len(examples))
+        return found
+
+
+@METHODS.register("ceiling")
+class AnswerCeiling(Ceiling):
+    """Latents learned on a text's other questions: what this receiver reads from so many positions."""
+
+    def loss(self, latents: Tensor, mask: Tensor, examples: Sequence[Example]) -> Tensor:
+        rows = [(i, other) for i, example in enumerate(examples) for other in self.others(example)]
+        places, others = torch.tensor([i for i, _ in rows], device=latents.device), [other for _, other in rows]
+        soft, receiver = SoftPrompt(latents[places], mask[places]), self.context.receiver
+        seen = supervise(receiver.lm, receiver.prompting.pack(soft, others, answers=True))
+        counts = torch.bincount(places, minlength=len(examples))
+        return (seen.row_means(seen.nats, seen.order >= 0) / counts[places]).sum()
+
+
+@METHODS.register("ceiling:reconstruction")
+class ReconstructionCeiling(Ceiling):
+    """Latents learned to write the text itself back: what that alone is worth to a question."""
+
+    def loss(self, latents: Tensor, mask: Tensor, examples: Sequence[Example]) -> Tensor:
+        receiver, most = self.context.receiver, self.context.settings.max_tokens
+        target = [receiver.lm.ids(e.context)[:most] for e in examples]
+        packed = receiver.prompting.joined(SoftPrompt(latents, mask), [[] for _ in examples], target)
+        seen = supervise(receiver.lm, packed)
+        return seen.row_means(seen.nats, seen.order >= 0).sum()
 
 
 class TrainedBridge(Method):
