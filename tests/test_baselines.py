@@ -697,10 +697,14 @@ def test_llmlingua_comes_near_the_budget(name, budget, free, classifier):
     assert abs(size - budget) <= 0.1 * budget
 
 
-def test_compressors_of_class_tasks_run_only_when_they_are_named(here, free):
-    assert "selective" not in lw.chosen_methods(asking(here, methods=["all"]).asked, here.setup)
-    assert "selective" in lw.chosen_methods(asking(here, methods=["selective"]).asked, here.setup)
-    assert "selective" in lw.chosen_methods(asking(free, methods=["all"]).asked, free.setup)
+SHORTENED = ("extractive", "extractive:windows", "extractive:bytes", "random_words", "extractive+prompt_tuning")
+
+
+@pytest.mark.parametrize("name", ["selective", *SHORTENED])
+def test_what_shortens_texts_of_class_tasks_runs_only_when_it_is_named(name, here, free):
+    for contest, words, runs in ((here, ["all"], False), (here, [name], True), (free, ["all"], True)):
+        asked = asking(contest, methods=words, byte_budget=60).asked
+        assert (name in lw.chosen_methods(asked, contest.setup)) is runs
 
 
 # ---- caches, partners, other tasks ---------------------------------------------------------------------------------------
@@ -1139,15 +1143,16 @@ def test_a_changed_setting_computes_again_what_it_changes_and_nothing_else(chang
 
 def test_later_seeds_run_what_a_seed_changes_and_data_sets_have_folders(baseline, data, computed):
     two = ("--datasets", f"toy,{data / 'here'},toy", "--seeds", "1,2,1")
-    code = baseline("text", "fewshot:receiver", "probe", *two, *SHORT[2:])[0]
+    again = ["fewshot:receiver", "random_words"]
+    code = baseline("text", "fewshot:receiver", "probe", "random_words", *two, *SHORT[2:])[0]
     assert code in (0, 1)
     own = re.sub(r"[^\w.-]+", "_", str(data / "here"))
     found = {
         str(path.parent.relative_to("out")): json.loads(path.read_text()) for path in Path("out").rglob("results.json")
     }
     assert {name: [*one["methods"]] for name, one in found.items()} == {
-        "toy/seed1": ["text", "probe", "fewshot:receiver"], "toy/seed2": ["fewshot:receiver"],
-        f"{own}/seed1": ["text", "probe", "fewshot:receiver"], f"{own}/seed2": ["fewshot:receiver"],
+        "toy/seed1": ["text", "probe", *again], "toy/seed2": again,
+        f"{own}/seed1": ["text", "probe", *again], f"{own}/seed2": again,
     }  # fmt: skip
     assert [found[f"toy/seed{seed}"]["provenance"]["seed_of_training"] for seed in (1, 2)] == [1, 2]
     assert [found[f"toy/seed{seed}"]["provenance"]["settings"]["seed"] for seed in (1, 2)] == [1, 2]
@@ -1165,7 +1170,7 @@ def test_later_seeds_run_what_a_seed_changes_and_data_sets_have_folders(baseline
         assert cell.rstrip(" |").removesuffix(" broken") == (
             apart if values.std() else f"{values.mean():.1f} ({low:.1f}–{high:.1f})"
         )
-    assert computed.count("fewshot:receiver") == 4 and computed.count("text") == 2
+    assert [computed.count(name) for name in ("text", *again)] == [2, 4, 4]
 
 
 def test_the_table_has_a_gap_where_a_method_did_not_run(baseline):

@@ -4,10 +4,12 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_baselines import ASKED, FLAGS, asking, contest_on, data, using  # noqa: F401
 
@@ -17,11 +19,14 @@ trains = pytest.mark.trains
 CHOOSING = ("extractive", "extractive:windows", "extractive:bytes", "random_words")
 TUNED = "extractive+prompt_tuning"
 FOUND, WHO = "The old lighthouse was built by Jürgen in 1874.", "Who built the lighthouse?"
-STORY = (
-    "Anna lives in a small town by the sea.  Every morning she buys bread at the harbour.\n"
-    f"{FOUND} Few visitors see it 👍🏽, for “the road” is closed. "
-    "She paints it from her window, and sends what she has painted to an aunt who collects such things in Évora."
-)
+SENTENCES = [
+    "Anna lives in a small town by the sea.", "  Every morning she buys bread at the harbour.", f"\n{FOUND}",
+    " Few visitors see it 👍🏽, for “the road” is closed.",
+    " She paints it from her window, and sends what she has painted to an aunt who collects such things in Évora.",
+]  # fmt: skip
+STORY = "".join(SENTENCES)
+ASKED_ORDER, CENTRAL_ORDER = [2, 4, 1, 0, 3], [4, 0, 2, 1, 3]
+"""Sentences, the best first: "the" (in 4 of 5), "built", "lighthouse" and "who" (in 1) are asked; 0 and 2 are as central."""
 NASTY = [
     "", " ", "\n\n", "a", "漢字" * 150, 'He said "Go." Then he (Ben.) went.', "a\n\n b\nc\n", "  many   spaces.    here  ",
     "One! Two? 3.5 is e.g. three", "x" * 33 + " " + "y" * 64 + ". z", "w " * 50 + "end.\tNext\r\nline", STORY,
@@ -41,13 +46,29 @@ def agnostic(worlds) -> lw.EvalContext:
 
 
 @pytest.fixture(scope="module")
-def run(data, tmp_path_factory) -> Path:  # noqa: F811
-    """A bridge of one step with a latent for every two tokens, and a shared question."""
-    folder = tmp_path_factory.mktemp("shared") / "run"
-    made = ("--encoder", "byte", "--pooler", "window", "--init", "copy", "--windows_on", "receiver", "--ratio", "2")
-    asked = ("--dataset", str(data / "free"), "--protocol", "question-shared", "--steps", "1")
-    lw.train_main([*FLAGS, *made, *asked, "--output_dir", str(folder)])
-    return folder
+def bridged(data, tmp_path_factory) -> Callable[..., Path]:  # noqa: F811
+    """Bridges of one step with a latent for every two tokens of one side, each made once."""
+    runs: dict[tuple[str, ...], Path] = {}
+
+    def made(protocol: str, unit: str, encoder: str = "byte") -> Path:
+        if (key := (protocol, unit, encoder)) not in runs:
+            folder = runs[key] = tmp_path_factory.mktemp("bridged") / "run"
+            how = ("--encoder", encoder, "--pooler", "window", "--init", "copy", "--windows_on", unit, "--ratio", "2")
+            asked = ("--dataset", str(data / "free"), "--protocol", f"question-{protocol}", "--steps", "1")
+            lw.train_main([*FLAGS, *how, *asked, "--max_tokens", "255", "--output_dir", str(folder)])
+        return runs[key]
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(bridged) -> Path:
+    """Windows of the receiver's tokens, and a shared question."""
+    return bridged("shared", "receiver")
+
+
+def beside(folder: Path) -> lw.EvalContext:
+    return lw.open_context(lw.EvalSettings(checkpoint=folder, state_cache="memory"), lw.Checkpoint.open(folder))
 
 
 def asked_of(contest: lw.EvalContext, context: str = STORY, question: str = WHO, **more: Any) -> lw.Example:
@@ -58,6 +79,23 @@ def kept(contest: lw.EvalContext, name: str, example: lw.Example, **asked: Any) 
     """What a method lets through of one text."""
     with using(name, contest, **asked) as method:
         return method.read([example])[0].context if name == TUNED else method.contexts([example])[0]
+
+
+def together(words: Sequence[str], places: Iterable[int]) -> str:
+    """Those of a text's words, in its order: as they stood where they stood side by side, else a space apart."""
+    text, last = "", -1
+    for place in sorted(places):
+        text += words[place] if place == last + 1 else f" {words[place].strip()}"
+        last = place
+    return text.strip()
+
+
+def best_words(pieces: Sequence[str], order: Sequence[int], size: Callable[[str], int], budget: int) -> str:
+    """The words of a text's pieces, these in this order, up to the first that does not fit."""
+    of = [(number, word) for number, piece in enumerate(pieces) for word in re.findall(r"\s*\S+", piece)]
+    ranked = [place for number in order for place, (own, _) in enumerate(of) if own == number]
+    texts = (together([word for _, word in of], ranked[:count]) for count in range(len(of) + 1))
+    return [*itertools.takewhile(lambda text: size(text) <= budget, texts)][-1]
 
 
 # ---- sentences, runs and scores ------------------------------------------------------------------------------------------
@@ -79,10 +117,58 @@ def test_sentences_and_runs_cover_any_text(text):
         assert lw.joined_spans(text, [(a, b) for a, b, _ in reversed(runs)]) == text.strip()
 
 
-def test_where_a_sentence_ends():
-    text = 'He said "Go."  Then (Ben.) he left!\n\nA title\n3.5 is less? Yes'
-    found = [text[a:b] for a, b in lw.sentence_spans(text)]
-    assert found == ['He said "Go."  ', "Then (Ben.) ", "he left!\n\n", "A title\n", "3.5 is less? ", "Yes"]
+def wrong(reason: str) -> pytest.MarkDecorator:
+    """What is right and not yet so; once it is, the mark must go."""
+    return pytest.mark.xfail(strict=True, raises=AssertionError, reason=reason)
+
+
+BLANK = wrong("a blank line, or a line's end at the text's, is a sentence without words; a space before one trails")
+CLOSED = wrong("what closes a sentence behind 。！？ begins another one")
+
+
+@pytest.mark.parametrize("text", [pytest.param(t, marks=BLANK) if re.search(r"\s\n|\n$", t) else t for t in NASTY])
+def test_white_space_leads_sentences_and_runs(text):
+    sentences = lw.sentence_spans(text)
+    for most in (None, 1, 3, 8):
+        spans = sentences if most is None else [run[:2] for run in lw.word_runs(text, sentences, most)]
+        pieces = [text[a:b] for a, b in spans]
+        assert all(piece and not piece[-1].isspace() for piece in pieces[:-1])  # nothing comes after the last
+        assert not pieces or pieces[-1].strip() or not text.strip()
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        ['He said "Go."', "  Then (Ben.)", " he left!", "\nA title", "\n3.5 is less?", " Yes"],
+        ["(It is.)", " 'Is it?'", " [No!]", "\tSo be it. "],
+        ["今日は。", "明日は！", "本当？", "はい"],
+        ["今日は。", " 明日は！", "\n3。", "5 is.", " no"],
+        SENTENCES,
+        pytest.param(["He left!", "\n\nA title", "\n \n3.5"], marks=BLANK),
+        pytest.param(["He left!", "\r\nA title"], marks=BLANK),
+        pytest.param(["One.", " Two.\n"], marks=BLANK),
+        pytest.param(["「行け。」", "彼は"], marks=CLOSED),
+        pytest.param(["本当！？", "はい"], marks=CLOSED),
+    ],
+)
+def test_where_a_sentence_ends(sentences):
+    text = "".join(sentences)
+    assert [text[a:b] for a, b in lw.sentence_spans(text)] == sentences
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "wanted"),
+    [
+        ("one two\tthree  four\nfive ", 2, ["one", " two\tthree", "  four\nfive "]),
+        ("one two\tthree  four\nfive", 4, ["one two", "\tthree  four\nfive"]),
+        (" one two", 1, [" one", " two"]),
+        (f"a {'b' * 33} c", 1, ["a", f" {'b' * 32}", "b", " c"]),
+        ("漢" * 70, 1, ["漢" * 32, "漢" * 32, "漢" * 6]),
+        (" \n", 3, [" \n"]),
+    ],
+)
+def test_runs_by_hand(text, most, wanted):
+    assert [text[a:b] for a, b, _ in lw.word_runs(text, [(0, len(text))], most)] == wanted
 
 
 def test_pieces_that_stood_apart_are_held_apart_by_a_space():
@@ -91,6 +177,10 @@ def test_pieces_that_stood_apart_are_held_apart_by_a_space():
     assert lw.joined_spans(text, [(9, 14), (14, 16), (16, 20)]) == "three.\nfour"
     assert lw.joined_spans(text, [(21, 22), (23, 24), (24, 25), (0, 3)]) == "one 漢 漢字"
     assert lw.joined_spans("one two.\n  four", [(0, 4), (9, 15)]) == "one four"
+    text = "one two  three.\n four"  # as words are cut, with the white space before them
+    assert lw.joined_spans(text, [(0, 3), (7, 15)]) == "one three."
+    assert lw.joined_spans(text, [(15, 21), (3, 7)]) == "two four"
+    assert lw.joined_spans(text, [(15, 21), (7, 15)]) == "three.\n four"
 
 
 def test_bm25_by_hand():
@@ -114,29 +204,80 @@ def test_centrality_by_hand():
     assert lw.centrality([["a"], ["a", "b", "b"], ["c"]]) == pytest.approx([cosine / 2, cosine / 2, 0])
 
 
+def test_the_storys_sentences_are_ranked_as_by_hand():
+    units = [re.findall(r"\w+", sentence.lower()) for sentence in SENTENCES]
+    terms = sorted({term for unit in units for term in unit})
+    counts = np.array([[unit.count(term) for term in terms] for unit in units])
+    found = (counts > 0).sum(0)
+    vectors = counts * np.log(1 + (5 - found + 0.5) / (found + 0.5))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    central = ((vectors @ vectors.T).sum(1) - 1) / 4
+    assert lw.centrality(units) == pytest.approx(central.tolist())
+    assert sorted(range(5), key=lambda i: -central[i].round(9)) == CENTRAL_ORDER
+    rare, common = math.log(4), math.log(1 + 1.5 / 4.5)
+    lengths = [1.5 * (0.25 + 0.75 * len(unit) / (56 / 5)) for unit in units]
+    once = [2.5 / (1 + length) for length in lengths]
+    asked = [common * once[0], common * once[1], (common + 2 * rare) * once[2], common * once[3], rare * once[4]]
+    assert lw.bm25(["who", "built", "the", "lighthouse"], units) == pytest.approx(asked)
+    assert sorted(range(5), key=lambda i: -round(asked[i], 9)) == ASKED_ORDER
+
+
 # ---- what is chosen ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("protocol", ["aware", "shared"])
 @pytest.mark.parametrize("name", ["extractive", "extractive:bytes", TUNED])
-def test_the_sentence_that_answers_is_read(name, agnostic):
-    size = {"token_budget_k": len(agnostic.setup.receiver.ids(FOUND)), "byte_budget": len(FOUND.encode())}
-    assert kept(agnostic, name, asked_of(agnostic), **size) == FOUND
-    other = asked_of(agnostic, question="When does she buy bread?")
-    assert kept(agnostic, name, other, **size) == "Every morning she buys bread at the harbour."
+def test_the_sentence_that_answers_is_read(name, protocol, worlds):
+    ids, before = worlds[protocol].setup.receiver.ids, "\nQuestion: {}\n" if protocol == "aware" else ""
+    buys = "Every morning she buys bread at the harbour."
+    for question, wanted in ((WHO, FOUND), ("When does she buy bread?", buys)):
+        apart = before.format(question)
+        size = {"token_budget_k": len(ids(wanted)) + len(ids(apart)), "byte_budget": len((wanted + apart).encode())}
+        assert kept(worlds[protocol], name, asked_of(worlds[protocol], question=question), **size) == wanted
 
 
-def test_the_window_that_answers_is_read(agnostic):
+@pytest.mark.parametrize("name", ["extractive", "extractive:bytes", TUNED])
+def test_a_sender_that_sees_no_question_is_not_helped_by_it(name, agnostic):
+    whole = SENTENCES[4].strip()
+    for wanted in ("She paints it from her window, and sends what", whole, f"{SENTENCES[0]} {whole}"):
+        size = {"token_budget_k": len(agnostic.setup.receiver.ids(wanted)), "byte_budget": len(wanted.encode())}
+        for question in (WHO, "When does she buy bread?", ""):
+            assert kept(agnostic, name, asked_of(agnostic, question=question), **size) == wanted
+
+
+def test_the_window_that_answers_is_read(worlds):
     words = [f"w{i}" if i != 30 else "lighthouse" for i in range(72)]
-    second = " ".join(words[24:48])
-    budget = len(agnostic.setup.receiver.ids(second))
-    assert kept(agnostic, "extractive:windows", asked_of(agnostic, " ".join(words)), token_budget_k=budget) == second
+    for protocol, first in (("shared", 24), ("agnostic", 0)):  # none is more central, and the first comes first
+        window = " ".join(words[first : first + 24])
+        contest, budget = worlds[protocol], len(worlds[protocol].setup.receiver.ids(window))
+        assert kept(contest, "extractive:windows", asked_of(contest, " ".join(words)), token_budget_k=budget) == window
 
 
-def test_without_a_question_the_central_sentence_is_read(agnostic):
-    text = "Dogs chase cats. Cats chase mice. Mice eat cheese. Snow is cold."
-    budget = len(agnostic.setup.receiver.ids("Cats chase mice."))
-    for question, wanted in (("", "Cats chase mice."), ("?", "Cats chase mice."), ("Is snow cold?", "Snow is cold.")):
-        assert kept(agnostic, "extractive", asked_of(agnostic, text, question), token_budget_k=budget) == wanted
+@pytest.mark.parametrize("protocol", ["aware", "shared", "agnostic"])
+def test_without_a_question_the_central_sentence_is_read(protocol, worlds):
+    text, central = "Dogs chase cats. Cats chase mice. Mice eat cheese. Snow is cold.", "Cats chase mice."
+    ids = worlds[protocol].setup.receiver.ids
+    asked = central if protocol == "agnostic" else "Snow is cold."
+    for question, wanted in (("", central), ("?", central), ("Is snow cold?", asked)):
+        apart = len(ids(f"\nQuestion: {question}\n")) if protocol == "aware" else 0
+        found = kept(worlds[protocol], "extractive", asked_of(worlds[protocol], text, question),
+                     token_budget_k=len(ids(wanted)) + apart)  # fmt: skip
+        assert found == wanted
+
+
+@pytest.mark.parametrize("budget", [1, 25, 48, 71, 150, 280])
+@pytest.mark.parametrize("protocol", ["shared", "agnostic"])
+@pytest.mark.parametrize("name", ["extractive", "extractive:windows", "extractive:bytes"])
+def test_the_best_pieces_are_read_word_by_word(name, protocol, budget, worlds):
+    contest, pieces, order = worlds[protocol], SENTENCES, ASKED_ORDER if protocol == "shared" else CENTRAL_ORDER
+    if name == "extractive:windows":
+        words = re.findall(r"\s*\S+", STORY)
+        pieces = ["".join(words[first : first + 19]) for first in (0, 19, 38)]  # of 57
+        # "built" and "lighthouse" are in 1, "who" is in 2; 0 and 1 share "the" and "by", 1 and 2 share "it"
+        order = [1, 2, 0] if protocol == "shared" else [1, 0, 2]
+    cost = str.encode if name == "extractive:bytes" else contest.setup.receiver.ids
+    wanted = best_words(pieces, order, lambda text: len(cost(text)), budget)
+    assert kept(contest, name, asked_of(contest), token_budget_k=budget, byte_budget=budget) == wanted
 
 
 @pytest.mark.parametrize("budget", [1, 25, len(FOUND), 71, 150, 280])
@@ -189,26 +330,66 @@ def test_soft_tokens_are_trained_and_asked_before_the_best_sentences(agnostic, m
 
 
 @trains
-@pytest.mark.parametrize("protocol", ["agnostic", "shared"])
+@pytest.mark.parametrize("protocol", ["aware", "agnostic", "shared"])
 def test_its_answers_tell_what_was_read(protocol, worlds):
-    found = []
+    contest, lm = worlds[protocol], worlds[protocol].setup.receiver
+    examples, found = [replace(e, context=f"{e.context} {STORY}") for e in contest.examples], []
     for name in ("extractive", TUNED):
-        with using(name, worlds[protocol], token_budget_k=40) as method:
-            answers = method.answers(worlds[protocol].examples)
+        with using(name, contest, token_budget_k=120) as method:
+            answers = method.answers(examples)
             found.append([(answer.tokens, answer.nbytes) for answer in answers])
-    assert found[0] == found[1] and all(20 < tokens <= 40 for tokens, _ in found[0])
+    texts = [kept(contest, "extractive", e, token_budget_k=120) for e in examples]
+    assert found == [[(len(lm.ids(text)), len(text.encode())) for text in texts]] * 2
+    asked = len(lm.ids(f"\nQuestion: {ASKED}\n")) if protocol == "aware" else 0
+    assert all(105 - asked < tokens <= 120 - asked and tokens != nbytes for tokens, nbytes in found[0])
+
+
+QUESTION = wrong("a shared question is left out, but windows of the sender's text hold it, too")
+CUT = wrong("the receiver's tokens end where the sender stops, not at a limit of their own")
+BOS = wrong("the limit counts BOS, of which no window is made")
 
 
 @trains
-def test_a_row_of_the_same_id_has_a_budget_of_its_own(run):
-    channel = lw.open_context(lw.EvalSettings(checkpoint=run, state_cache="memory"), lw.Checkpoint.open(run))
-    own = channel.examples[0]
-    other = replace(own, context=f"{own.context} {STORY}")
-    budgets = [math.ceil(len(channel.setup.receiver.ids(f"{ASKED}\n{e.context}")) / 2) for e in (own, other)]
-    assert [channel.token_budget(e) for e in (own, other)] == budgets and budgets[0] == len(channel.latents[0])
-    best = lw.METHODS["extractive"](channel)
-    wanted = [best.compress(e, budget) for e, budget in zip((own, other), budgets, strict=True)]
-    assert [e.context for e in lw.METHODS[TUNED](channel).read([own, other])] == wanted and all(wanted)
+@pytest.mark.parametrize(
+    ("protocol", "unit", "encoder", "length"),
+    [
+        ("aware", "encoder", "byte", 40),
+        ("agnostic", "encoder", "byte", 40),
+        ("agnostic", "encoder", "byte", 4000),  # of which 2,048 are read
+        pytest.param("shared", "encoder", "byte", 40, marks=QUESTION),
+        ("agnostic", "receiver", "byte", 40),
+        pytest.param("agnostic", "receiver", "byte", 300, marks=CUT),
+        pytest.param("shared", "receiver", "byte", 40, marks=QUESTION),
+        ("aware", "encoder", "hidden", 40),
+        pytest.param("aware", "encoder", "hidden", 300, marks=BOS),
+    ],
+)
+def test_a_row_of_the_same_id_has_the_budget_of_a_message_of_its_own(protocol, unit, encoder, length, bridged):
+    channel = beside(bridged(protocol, unit, encoder))
+    own, part, lm = channel.examples[0], channel.setup.part, channel.setup.sender
+    other = replace(own, context=f"{own.context} {(STORY * 20)[:length]}")
+    read = [part.sender_text(e) for e in (own, other)]
+    if unit == "receiver":
+        wanted = [math.ceil(len(channel.setup.receiver.ids(text)) / 2) for text in read]
+    elif encoder == "byte":  # four bytes are read together
+        wanted = [math.ceil(min(len(text.encode()), 2048) / 8) for text in read]
+    else:
+        wanted = [math.ceil(min(len(lm.ids(text)), 255 - len(lm.bos)) / 2) for text in read]
+    writer = lw.Sender(lm, channel.bridge, lw.text_limit(channel.settings, lm), channel.first)
+    assert [writer.message([text], channel.receiver.name).latents.shape[1] for text in read] == wanted
+    assert len(channel.latents[0]) == wanted[0] < wanted[1]
+    assert [channel.token_budget(e) for e in (own, replace(own), other)] == [wanted[0], *wanted]
+
+
+@trains
+def test_a_row_of_the_same_id_is_shortened_to_a_budget_of_its_own(run, bridged):
+    for channel in (beside(run), beside(bridged("agnostic", "encoder"))):
+        own = channel.examples[0]
+        rows = [own, replace(own, context=f"{own.context} {STORY}"), replace(own, context=f"{own.context} {FOUND}")]
+        best = lw.METHODS["extractive"](channel)
+        wanted = [best.compress(e, channel.token_budget(e)) for e in rows]
+        assert [e.context for e in lw.METHODS[TUNED](channel).read(rows)] == wanted and all(wanted)
+        assert len({*map(channel.token_budget, rows)}) == len({*wanted}) == 3
 
 
 # ---- a question that both ends know --------------------------------------------------------------------------------------
@@ -229,10 +410,11 @@ def test_only_a_question_that_latents_would_hold_counts(name, worlds):
     example = asked_of(worlds["aware"])
     with using(name, worlds["aware"]) as method:
         whole, asked = method.compress(example, 120), method.size(WHO)
-        less, *others = (
-            kept(contest, name, example, token_budget_k=120, byte_budget=120) for contest in worlds.values()
-        )
-        assert others == [whole, whole] and 60 < method.size(less) <= 120 - asked < method.size(whole)
+        sizes = {"token_budget_k": 120, "byte_budget": 120}
+        less, shared, agnostic = (kept(contest, name, example, **sizes) for contest in worlds.values())
+        assert shared == whole and 60 < method.size(less) <= 120 - asked < method.size(whole)
+        assert agnostic == kept(worlds["agnostic"], name, replace(example, question=""), **sizes)
+        assert (agnostic == whole) is (name == "random_words") and 120 - asked < method.size(agnostic) <= 120
 
 
 def test_older_budgets_do_not_count_a_shared_question_either(worlds):
