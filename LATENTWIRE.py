@@ -2312,7 +2312,7 @@ def last_number(text: str) -> float | None:
 
 
 Span = tuple[int, int]  # characters of a text, from one to before another
-SENTENCE_END = re.compile(r"""[.!?]["')\]]*(?=\s+\S)|[。！？]|(?=\n)""")
+SENTENCE_END = re.compile(r"""[.!?]["')\]”’]*(?=\s+\S)|[。！？]+[」』”’）]*(?=\s*\S)|(?<=\S)(?=[^\S\n]*\n\s*\S)""")
 
 
 def sentence_spans(text: str) -> list[Span]:
@@ -8935,11 +8935,18 @@ class EvalContext(Silent):
             if place is not None and self.examples[place] is example:
                 return self.positions[place]
             if bridge.ratio:  # of a train row, for which no message was written
-                on_receiver = bridge.pooler.mixes or bridge.shape.settings.windows_on == "receiver"
-                reader = self.setup.receiver if on_receiver else self.setup.sender
-                read = cut_ids(reader.ids(self.sent_as_text(example)), text_limit(self.settings, reader), "head")
-                return math.ceil(len(read) / bridge.ratio)
+                return math.ceil(self.units(example) / bridge.ratio)
         return self.asked.token_budget_k or self.slots
+
+    def units(self, example: Example) -> int:
+        """How many tokens of what the sender reads of a text the bridge's latents are made of, or its words taken from."""
+        text, sender, bridge = self.text(example), self.setup.sender, self.bridge
+        spans = sender_spans(sender, text, text_limit(self.settings, sender))
+        if bridge.pooler.mixes or bridge.shape.settings.windows_on == "receiver":
+            begin = SenderText.of(text).begin if bridge.pooler.mixes else 0
+            read = {at for span in spans for at in range(*span) if at >= begin}
+            spans = [span for span in pieces_of(self.setup.receiver, text)[1] if not read.isdisjoint(range(*span))]
+        return sum(end > start for start, end in spans)
 
     @torch.no_grad()
     def notes(self, examples: Sequence[Example]) -> list[TokenIds]:
