@@ -995,7 +995,7 @@ class LossSettings(Settings):
         0.0, "Weight of the uncalibrated prompt's distance to the table's RMS.", "adapter_rms_l2", ge=0
     )
     selection_weight: float = setting(
-        0.0, "Weight of finding the answer's words, for pooler 'mixed'; there 1 if nothing else is said.", ge=0
+        0.0, "Pooler 'mixed': weight of finding the answer's words; 1 there if nothing else is said.", ge=0
     )
     diversity_weight: float = setting(0.0, "Weight of the likeness of prompts with different answers.", ge=0)
 
@@ -4202,8 +4202,8 @@ class SoftPrompt:
     mask: Tensor | None = None
     memory: Tensor | None = None
     changes: Tensor | None = None
-    real: Tensor | None = None
     readers: Mapping[int, Callable[[Tensor, SoftPrompt], Tensor]] = field(default_factory=dict)
+    real: Tensor | None = None
 
     def rows(self, chosen: Tensor) -> SoftPrompt:
         """The rows of the batch that ``chosen`` (N,) numbers; they may repeat."""
@@ -7130,12 +7130,11 @@ class Diversity(Loss):
 
 @LOSSES.register("selection")
 class Selection(Loss):
-    """Cross-entropy of the runs of words that hold the answer, by the score of pooler 'mixed'; else 0."""
+    """Cross-entropy of the runs of words that hold the answer, by the score of pooler 'mixed'."""
 
     def term(self, supervised: Supervised) -> Tensor:
         batch, pooler = supervised.batch, supervised.batch.bridge.pooler
-        if not isinstance(pooler, MixedPooler):
-            return supervised.hidden.new_zeros(())
+        assert isinstance(pooler, MixedPooler)
         scores, losses = pooler.scores(batch.bridge.encoder(batch.states), batch.states), list[Tensor]()
         for row, (example, runs) in enumerate(zip(batch.examples, pooler.runs(batch.states), strict=True)):
             place = batch.states.texts[row].find(example.answers[0], getattr(batch.states.texts[row], "begin", 0))
@@ -8675,6 +8674,8 @@ def check_parts(settings: TrainSettings) -> None:
         )
     if POOLERS[settings.pooler].mixes and settings.init == "none":
         raise LatentWireError(f"--pooler {settings.pooler} puts latents among words; add --init copy")
+    if settings.selection_weight and not POOLERS[settings.pooler].mixes:
+        raise LatentWireError("--selection_weight scores words that travel; add --pooler mixed")
     if POOLERS[settings.pooler].per_window or (settings.init == "none" and not settings.ratio):
         return
     fitting = " or ".join(name for name, pooler in POOLERS.items() if pooler.per_window)
@@ -11553,7 +11554,7 @@ add_variant(
     "linear_bridge", TrainedBridge,
     "Means of sender states through linear maps and their norms alone: what attention adds to a bridge.",
     changed={"encoder": "hidden", "pooler": "mean", "init": "none", "adapter": "linear", "d_z": 256},
-    dropped=frozenset({*BridgeSettings.fields(), *FeatureSettings.fields(), "gist_weight"})
+    dropped=frozenset({*BridgeSettings.fields(), *FeatureSettings.fields(), "gist_weight", "selection_weight"})
     - {"layers", "normalize", "codec", "anchor_text", "anchor_mode"},
 )  # fmt: skip
 

@@ -37,7 +37,7 @@ LOSSES = {
     "state_kd_weight": 0.0, "state_kd_layers": THIRDS, "latent_align_weight": 0.0, "latent_align_metric": "cosine",
     "latent_prefix_align_weight": 0.0, "gist_weight": 0.0, "reconstruction_weight": 0.0, "continuation_weight": 0.0,
     "language_tokens": 48, "contrast_weight": 0.0, "contrast_margin": 0.5, "manifold_weight": 0.0, "scale_weight": 0.0,
-    "rms_weight": 0.0, "diversity_weight": 0.0,
+    "rms_weight": 0.0, "diversity_weight": 0.0, "selection_weight": 0.0,
 }  # fmt: skip
 SCHEDULE = {
     "stages": ["B"], "warmup_text_latent_steps": None, "warmup_text_latent_epochs": None, "warmup_tail_prob": 0.0,
@@ -50,6 +50,7 @@ TRAIN = SHARED | FEATURES | LOSSES | SCHEDULE | {
     "width": 256, "depth": 2, "heads": 4, "dropout": 0.1, "normalize": "token", "calibration": "embed_rms",
     "codec": "fp16", "anchor_text": None, "anchor_mode": "text",
     "ratio": None, "latent_shared_len": None, "latent_private_len": 0, "windows_on": "encoder", "init": "none",
+    "run_words": 8, "coarse": 64,
     "hidden_mult": 1, "adapter_metadata": True, "film": False, "colorize": False, "prefix_target_rms": 0.015,
     "prefix_gain": 1.0, "quantize_from": 1.0,
     "steps": None, "epochs": None, "batch_size": 32, "grad_accum": 1, "effective_batch": None, "lr": 5e-4, "weight_decay": 0.01,
@@ -66,7 +67,7 @@ TRAIN = SHARED | FEATURES | LOSSES | SCHEDULE | {
 RIVALS = {
     "shots": 5, "rank": 8, "rival_steps": None, "rival_epochs": 3.0, "rival_lrs": None, "rival_tries": 3,
     "rival_batch": 16, "probe_layers": None, "pooling": ["mean"], "relay_tokens": 50, "compressor": None,
-    "llmlingua2_model": None, "budget_ratio": None, "byte_budget": None, "wrong_task": None,
+    "llmlingua2_model": None, "budget_ratio": None, "byte_budget": None, "ceiling_steps": 60, "wrong_task": None,
 }  # fmt: skip
 EVAL = SHARED | RIVALS | {
     "bleu": False, "artifacts": 500, "checkpoint": None, "num_samples": None, "split": "test", "methods": None, "batch_size": 32,

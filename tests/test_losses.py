@@ -19,7 +19,8 @@ TEXTS = ("a first text, which is longer", "short one", "Zoë's naïve café")
 ANSWERS = ("a cat", "b", "a dog in Rome")
 LATENT = ["--encoder", "byte", "--receiver", "tiny-qwen", "--pooler", "window", "--init", "copy", "--ratio", "2",
           "--d_z", "64", "--windows_on", "receiver", "--protocol", "question-agnostic"]  # fmt: skip
-KINDS = [name for name in lw.LOSSES if name not in ("answer_ce", "k_token_ce", "first_token_ce")]
+ELSEWHERE = "answer_ce", "k_token_ce", "first_token_ce", "selection"  # the last is of another pooler, in test_mixed.py
+KINDS = [name for name in lw.LOSSES if name not in ELSEWHERE]
 
 
 given: Any = SimpleNamespace(head=torch.clone, cap=None, logits=torch.clone)
@@ -341,8 +342,10 @@ def test_contrast_wants_other_texts_latents_to_be_worse_by_a_margin() -> None:
     assert loss("contrast", lone, contrast_margin=3.0) == pytest.approx(max(0.0, 3.0 - gains[0]), rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [n for n in lw.LOSSES if n not in ("manifold", "contrast", "diversity", "gist", "state_kd",
-                                                                    "latent_prefix_align")])  # fmt: skip
+APART = ("selection", "manifold", "contrast", "diversity", "gist", "state_kd", "latent_prefix_align")
+
+
+@pytest.mark.parametrize("name", [name for name in lw.LOSSES if name not in APART])
 def test_a_batch_costs_the_mean_of_its_rows(name: str) -> None:
     """Empty slots and neighbours do not count; the terms left out compare rows with each other or tokens with tokens."""
     one = made()
@@ -368,7 +371,7 @@ def test_empty_slots_change_no_loss() -> None:
     heard = wider(replace(pair.batch, partners=wider(pair.batch.partners)))
     with torch.no_grad():
         padded = lw.supervise(heard.receiver, heard.answered(heard.soft), heard)
-    for name in lw.LOSSES:
+    for name in {*lw.LOSSES} - {"selection"}:
         assert loss(name, padded) == pytest.approx(loss(name, pair), rel=1e-4, abs=1e-6), name
 
 
@@ -379,7 +382,7 @@ def test_empty_slots_change_no_loss() -> None:
 def test_every_loss_trains_alone_and_is_logged(tmp_path: Path) -> None:
     for name in KINDS:
         flags = [*TINY_RUN, *LATENT, "--use_gist_head", "--steps", "3", "--val_samples", "0", "--samples", "4"]
-        flags += [f"--{kind}_weight=0" for kind in lw.LOSSES if kind not in KINDS]
+        flags += [f"--{kind}_weight=0" for kind in ELSEWHERE]
         flags += [f"--{name}_weight=1", "--lr", "3e-4", "--warmup_steps", "0", "--gist_mask_prob", "0"]
         lw.train_main([*flags, "--output_dir", str(tmp_path / name)])
         log = lw.read_rows(tmp_path / name / "diagnostics.jsonl")

@@ -339,3 +339,9 @@ def test_the_verdict_says_which_part_communicates(words, others, said):
     found = {"parts:words_budget": words} | ({"parts:other_latents": others} if others else {})
     parts = {name: dict(zip(("gain", "p"), values, strict=True)) for name, values in found.items()}
     assert said in lw.which_part(parts, "f1")
+
+
+def test_a_linear_bridge_beside_it_selects_nothing(refuse, tmp_path):
+    assert "selection_weight" in lw.METHODS["linear_bridge"].dropped  # type: ignore[attr-defined]
+    words = ("--dataset", "toy", *PAIR, "--selection_weight", "1", "--output_dir", tmp_path / "r")
+    assert "--pooler mixed" in refuse("train", *words)
