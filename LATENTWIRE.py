@@ -4182,8 +4182,7 @@ class States:
 
     def rows(self, chosen: Tensor) -> States:
         """Those of some texts (N,), without columns that are padding in all of them."""
-        most = even(int(widths_of(self.mask[chosen]).max()), self.hidden.dtype, self.hidden.device)
-        width = min(most, self.mask.shape[1])
+        width = int(widths_of(self.mask[chosen]).max())
         keys, texts = (tuple(v[row] for row in chosen.tolist()) if v else () for v in (self.keys, self.texts))
         spans = None if self.spans is None else self.spans[chosen, :width]
         heard = self.heard and self.heard.rows(chosen)
@@ -4244,7 +4243,6 @@ class Packed:
         if at is not None:
             wanted[at.flatten()] = True  # soft tokens that were dropped lie in the padding
         first, last = wanted.nonzero()[[0, -1], 0].tolist()
-        last = max(last, min(len(wanted), first + even(last + 1 - first, self.embeds.dtype, self.embeds.device)) - 1)
         place = self.rows.new_full((len(self.mask),), -1)
         place[chosen] = torch.arange(len(chosen), device=chosen.device)
         kept = (place[self.rows] >= 0).nonzero()[:, 0]
@@ -4856,25 +4854,11 @@ def nucleus(logits: Tensor, settings: DecodeSettings, draws: Sequence[int]) -> T
     return order.gather(1, torch.stack(places).to(order.device))[:, 0]
 
 
-def even(width: int, dtype: torch.dtype, device: torch.device) -> int:
-    """A width in tokens, rounded up where a step of training should have few shapes: bfloat16 on a CPU.
-
-    There each new shape costs a kernel made for it, and blocks of ever new sizes make the system's allocator search: after
-    two hundred steps over ragged texts it took a third of the time.
-    """
-    return -(-width // 16) * 16 if dtype == torch.bfloat16 and device.type == "cpu" else width
-
-
-def pad_rows(
-    rows: Sequence[TokenIds], pad: int, device: torch.device, left: bool = False, width: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Ids (B, T) and mask (B, T) of ragged rows, padded on the right or the left, to at least ``width``."""
-    width = max([width, *map(len, rows)])
-    gaps = [[pad] * (width - len(row)) for row in rows]
-    ids = [[*gap, *row] if left else [*row, *gap] for gap, row in zip(gaps, rows, strict=True)]
-    columns, counts = torch.arange(width), torch.tensor([[len(row)] for row in rows])
-    mask = columns >= width - counts if left else columns < counts
-    return torch.tensor(ids, dtype=torch.long).view(len(rows), width).to(device), mask.to(device)
+def pad_rows(rows: Sequence[TokenIds], pad: int, device: torch.device, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Ids (B, T) and mask (B, T) of ragged rows, padded on the right or the left."""
+    join = functools.partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left" if left else "right")
+    ids = join([torch.tensor(row, dtype=torch.long) for row in rows], padding_value=pad)
+    return ids.to(device), join([torch.ones(len(row), dtype=torch.bool) for row in rows]).to(device)
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:
@@ -5028,8 +5012,7 @@ def lay_out(
     answers = answers if answers is not None else [[]] * count
     prompts = [[*before, *[lm.pad] * soft_len, *tail] for tail in after]
     rows = [[*prompt, *answer[:-1]] for prompt, answer in zip(prompts, answers, strict=True)]
-    width = even(max(map(len, rows)), lm.dtype, lm.device) if torch.is_grad_enabled() else 0
-    ids, mask = pad_rows(rows, lm.pad, lm.device, left, width)
+    ids, mask = pad_rows(rows, lm.pad, lm.device, left)
     gaps = [mask.shape[1] - len(row) if left else 0 for row in rows]
     embeds, at = lm.embed(ids), None  # (B, T, D)
     if soft is not None:
@@ -6431,11 +6414,8 @@ class StateStore:
     def batch(self, texts: Sequence[str], device: torch.device) -> States:
         """States of ``texts``, right-padded: hidden (B, L, T, D_s)."""
         pieces = [self.piece(text) for text in texts]
-        width = even(max(map(len, pieces)), self.flat.dtype, self.flat.device)
-        hidden = self.flat.new_zeros(len(pieces), width, *self.flat.shape[1:])  # (B, T, L, D_s)
-        for row, piece in zip(hidden, pieces, strict=True):
-            row[: len(piece)] = piece
-        mask = torch.arange(width) < torch.tensor([[len(piece)] for piece in pieces])
+        hidden = nn.utils.rnn.pad_sequence(pieces, batch_first=True)  # (B, T, L, D_s)
+        mask = torch.arange(hidden.shape[1]) < torch.tensor([[len(piece)] for piece in pieces])
         return States(hidden.transpose(1, 2).to(device), mask.to(device))
 
     def statistics(self) -> tuple[Tensor, Tensor]:
