@@ -2446,11 +2446,8 @@ class Runs:
     ) -> list[float]:  # fmt: skip
         """What one run is like: its sentence's score and place, what it and its neighbours share with the question, its form."""
         start, end, s = spans[i]
-        piece, count = text[start:end], len(values)
-        words, near = (
-            piece.split(),
-            [j if 0 <= j < len(spans) and spans[j][2] == s else -1 for j in range(i - 2, i + 3)],
-        )
+        piece, words, count = text[start:end], text[start:end].split(), len(values)
+        near = [j if 0 <= j < len(spans) and spans[j][2] == s else -1 for j in range(i - 2, i + 3)]
         inside = words if i and spans[i - 1][2] == s else words[1:]  # every sentence begins with a capital
         forms = (r"\d", r"[%$€£]", r"\b(1\d|20)\d\d\b", r",", r"[\"“(]")
         return [
@@ -4570,7 +4567,7 @@ class LM:
     def weave(self, soft: SoftPrompt, words: Sequence[Sequence[str]] | None) -> SoftPrompt:
         """A soft prompt (B, K, D_r) with the words that stand before, between and after each row's latents → (B, P, D_r).
 
-        Words are read as this model's own tokens; without ``words`` nothing changes.
+        Words are read as this model's own tokens; without ``words`` nothing changes. LatentWireError for more than it reads.
         """
         if words is None:
             return soft
@@ -4581,6 +4578,9 @@ class LM:
                 places.append((number, len(row), slot))
                 row += [self.pad, *self.ids(text)]
             rows.append(row)
+        longest, window = max(map(len, rows)), getattr(self.config, "max_position_embeddings", self.MOST)
+        if longest > window:
+            raise LatentWireError(f"a message of {longest} positions is longer than {self.name} reads ({window})")
         ids, mask = pad_rows(rows, self.pad, self.device)
         real = torch.ones(soft.embeds.shape[:2], dtype=torch.bool) if soft.mask is None else soft.mask
         row, column, slot = torch.tensor(places, dtype=torch.long, device=self.device).view(-1, 3).T
@@ -5187,7 +5187,7 @@ class Message:
     VERSION: ClassVar[int] = 2
     MIXED: ClassVar[int] = 3
     SIZES: ClassVar[struct.Struct] = struct.Struct("<BBBIII")
-    MOST_WORDS: ClassVar[int] = 2**24  # bytes of words
+    MOST_WORDS: ClassVar[int] = 2**20  # bytes of words
     HEADER: ClassVar[struct.Struct] = struct.Struct("<4sHIQ")
     MOST: ClassVar[int] = 65536  # bytes of the safetensors header; ours have two hundred
     WIDEST: ClassVar[int] = 4096  # of latents rotated without knowing what is wanted: the rotation takes width² numbers
@@ -5795,12 +5795,9 @@ class Excerpt:
         total = sum(costs.values())
         budget = math.ceil(total / ratio)
         room = budget if total <= budget else budget - (math.ceil(total / coarse) if coarse else 0)
-        chosen, seen = set[int](), max((b for _, b in tokens), default=0)
+        chosen, read = set[int](), max((b for _, b in tokens), default=0)  # what was cut off does not travel
         for run in sorted(costs, key=lambda run: -scores[run]):
-            whole = (
-                runs[run][0] + len(text[slice(*runs[run][:2])].rstrip()) <= seen
-            )  # not cut off by the reader's limit
-            if whole and costs[run] <= room:
+            if costs[run] <= room and len(text[: runs[run][1]].rstrip()) <= read:
                 chosen.add(run)
                 room -= costs[run]
         rank, cells, numbers = 0, list[int](), dict[int, int]()
@@ -8668,12 +8665,14 @@ def train_in(world: World, settings: TrainSettings, report: Report) -> dict[str,
 
 def check_parts(settings: TrainSettings) -> None:
     """Parts that do not fit together are a LatentWireError before any work."""
-    if POOLERS[settings.pooler].mixes and not settings.ratio:
-        raise LatentWireError(
-            f"--pooler {settings.pooler} shares receiver positions out; add --ratio, such as --ratio 4"
-        )
-    if POOLERS[settings.pooler].mixes and settings.init == "none":
-        raise LatentWireError(f"--pooler {settings.pooler} puts latents among words; add --init copy")
+    if POOLERS[settings.pooler].mixes:
+        coarse, mixed = MixedPooler.Config.of(settings).coarse, f"--pooler {settings.pooler}"
+        if not settings.ratio:
+            raise LatentWireError(f"{mixed} shares receiver positions out; add --ratio, such as --ratio 4")
+        if settings.init == "none":
+            raise LatentWireError(f"{mixed} puts latents among words; add --init copy")
+        if 0 < coarse < max(settings.ratio):
+            raise LatentWireError(f"--coarse {coarse}: the latents alone take more than --ratio leaves; give more")
     if settings.selection_weight and not POOLERS[settings.pooler].mixes:
         raise LatentWireError("--selection_weight scores words that travel; add --pooler mixed")
     if POOLERS[settings.pooler].per_window or (settings.init == "none" and not settings.ratio):

@@ -211,7 +211,7 @@ def forged(change: Any) -> bytes:
 
 def bomb(body: bytes) -> bytes:
     packer = zlib.compressobj(9, wbits=-15)
-    words = packer.compress(b"a" * (2**24 + 1)) + packer.flush()
+    words = packer.compress(b"a" * (lw.Message.MOST_WORDS + 1)) + packer.flush()
     return lw.Message.SIZES.pack(4, 3, 1, 0, 8, len(words)) + b"int8abc" + words
 
 
@@ -254,6 +254,20 @@ def test_a_bridge_reads_only_its_own_kind_of_message():
 def test_what_is_missing_is_named(flags, missing, refuse, tmp_path):
     words = ("--dataset", "toy", *PAIR, "--pooler", "mixed", *flags, "--output_dir", tmp_path / "r")
     assert missing in refuse("train", *words)
+
+
+def test_latents_do_not_take_more_than_the_ratio_leaves(refuse, tmp_path):
+    words = ("--dataset", "toy", *PAIR, *SHARED, "--ratio", "20", "--output_dir", tmp_path / "r")
+    assert "--coarse 16" in refuse("train", *words)
+
+
+def test_more_words_than_a_receiver_reads_are_refused():
+    one = made()
+    receiver, width = lw.Receiver(one.promptings[0], one.bridge, 6), one.bridge.shape.settings.d_z
+    words = (("word " * 100_000,),)
+    data = lw.Message(torch.zeros(1, 0, width), "fp32", one.bridge.language(0), None, words).to_bytes()
+    with pytest.raises(lw.LatentWireError, match="positions is longer than tiny-qwen reads"):
+        receiver.open([data])
 
 
 def test_words_that_were_not_read_do_not_travel():
