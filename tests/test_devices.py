@@ -260,6 +260,16 @@ def timeless(folder: Path) -> list[str]:
     return [json.dumps({name: value for name, value in row.items() if name not in ("seconds", "sum")}) for row in rows]
 
 
+def alike(folder: Path, other: Path) -> bool:
+    """Whether two folders hold the same records, in any order: to the bit but for likelihoods, since rows that were left go on
+    in other batches, and some CPUs add up another number of rows in another order."""
+    rows = [
+        sorted(map(json.loads, timeless(one)), key=lambda row: (row["method"], row["id"])) for one in (folder, other)
+    ]
+    found, wanted = ([[row.pop("nll_per_token"), *row.pop("scores")] for row in own] for own in rows)
+    return rows[0] == rows[1] and found == [pytest.approx(row, abs=1e-4) for row in wanted]
+
+
 @pytest.fixture(scope="module")
 def evaluated(team: Team, toy_run: Path) -> Path:
     """An evaluation by one process. Read-only."""
@@ -297,7 +307,7 @@ def test_a_process_that_dies_ends_the_evaluation_and_the_same_command_goes_on(ev
     assert code != 0 and "error: process 0 of 2 lost the others" in text and "with the same command" in text, text
     assert timeless(folder) == timeless(evaluated)[:32] and not (folder / "results.json").exists()
     code, text = team.run(folder, 2, *evaluation(toy_run))
-    assert code == 0 and timeless(folder) == timeless(evaluated), text
+    assert code == 0 and alike(folder, evaluated), text
 
 
 @pytest.mark.slow
@@ -314,7 +324,7 @@ def test_a_signal_ends_the_evaluation_of_all_processes_together(evaluated, team,
     rows = timeless(folder)
     assert 32 <= len(rows) < 300 and rows == timeless(evaluated)[: len(rows)]
     code, text = team.run(folder, 1, *evaluation(toy_run))
-    assert code == 0 and sorted(timeless(folder)) == sorted(timeless(evaluated)), text
+    assert code == 0 and alike(folder, evaluated), text
 
 
 def test_a_sender_short_of_memory_takes_fewer_texts_at_a_time(tmp_path, monkeypatch):
