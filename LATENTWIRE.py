@@ -4175,7 +4175,7 @@ class States:
     keys: tuple[int, ...] = ()
     spans: Tensor | None = None
     heard: Tokens | None = None
-    texts: tuple[str, ...] = ()
+    texts: tuple[SenderText, ...] = ()
 
     def rows(self, chosen: Tensor) -> States:
         """Those of some texts (N,), without columns that are padding in all of them."""
@@ -5843,8 +5843,8 @@ class MixedPooler(WindowPooler):
 
     def runs(self, states: States) -> list[Runs]:
         """Those of each text."""
-        texts = [SenderText.of(text) for text in states.texts]
-        return [Runs.of(str(text), text.question, text.begin, self.config.run_words) for text in texts]
+        most = self.config.run_words
+        return [Runs.of(str(text), text.question, text.begin, most) for text in states.texts]
 
     def scores(self, tokens: Tensor, states: States) -> Tensor:
         """How useful each run is to the receiver, from token features (B, T, W): (B, R), −inf where there is none."""
@@ -5857,17 +5857,17 @@ class MixedPooler(WindowPooler):
         means = weighted_mean(share_in(borders, states.spans, states.mask), tokens)
         return 4 * prior + self.judge(self.told(features) + self.seen(means))[..., 0]
 
+    @torch.no_grad()
     def excerpts(self, tokens: Tensor, states: States, ratio: float, coarse: int | None = None) -> list[Excerpt]:
         """What travels of each text."""
         assert states.heard is not None
         coarse = self.config.coarse if coarse is None else coarse
-        scores, plans = self.scores(tokens, states).detach().tolist(), list[Excerpt]()
+        scores, plans = self.scores(tokens, states).tolist(), list[Excerpt]()
         for row, (text, runs) in enumerate(zip(states.texts, self.runs(states), strict=True)):
             count = int(widths_of(states.heard.mask[row : row + 1]))
             spans, real = states.heard.spans[row, :count].tolist(), states.heard.mask[row, :count].tolist()
             heard = [(a, b) if there else (0, 0) for (a, b), there in zip(spans, real, strict=True)]
-            begin = getattr(text, "begin", 0)
-            plans.append(Excerpt.plan(text, runs.spans, scores[row], heard, begin, ratio, coarse))
+            plans.append(Excerpt.plan(text, runs.spans, scores[row], heard, text.begin, ratio, coarse))
         return plans
 
 
@@ -6280,18 +6280,15 @@ class Bridge(nn.Module):
     def encode_together(self, states: States, name: str = "", ear: int = 0, coarse: int | None = None) -> Message:
         """The same with all texts as wide as the widest."""
         tokens, words = self.encoder(states), None
-        windows = self.windows(states) if self.wants_windows and not self.pooler.mixes else None
         if isinstance(self.pooler, MixedPooler):
             excerpts = self.pooler.excerpts(tokens, states, self.ratio or 1.0, coarse)
-            windows, words = self.around(states, excerpts), tuple(excerpt.words for excerpt in excerpts)
+            windows: Windows | None = Windows.of_cells(states, [e.cells for e in excerpts], [e.said for e in excerpts])
+            words = tuple(excerpt.words for excerpt in excerpts)
+        else:
+            windows = self.windows(states) if self.wants_windows else None
         latents, mask = self.write(states, windows, ear, tokens), windows.mask if windows else None
         codec = self.shape.settings.codec
         return Message(CODECS[codec]().through(latents) if self.quantize else latents, codec, name, mask, words)
-
-    @staticmethod
-    def around(states: States, excerpts: Sequence[Excerpt]) -> Windows:
-        """The windows of what is not said."""
-        return Windows.of_cells(states, [e.cells for e in excerpts], [e.said for e in excerpts])
 
     def write(self, states: States, windows: Windows | None, ear: int = 0, tokens: Tensor | None = None) -> Tensor:
         """Latents (B, K, D_w) before any codec."""
@@ -7134,7 +7131,8 @@ class Selection(Loss):
         assert isinstance(pooler, MixedPooler)
         scores, losses = pooler.scores(batch.bridge.encoder(batch.states), batch.states), list[Tensor]()
         for row, (example, runs) in enumerate(zip(batch.examples, pooler.runs(batch.states), strict=True)):
-            place = batch.states.texts[row].find(example.answers[0], getattr(batch.states.texts[row], "begin", 0))
+            text = batch.states.texts[row]
+            place = text.find(example.answers[0], text.begin)
             there = [
                 i for i, (a, b, _) in enumerate(runs.spans) if a < place + len(example.answers[0]) and b > place >= 0
             ]
@@ -7419,7 +7417,7 @@ class Sender:
         if tokens:  # nothing of what was cut off
             shares = covered_by(spans, torch.ones(spans.shape[:2], device=spans.device), tokens.spans)
             tokens = replace(tokens, mask=tokens.mask & (shares > 1e-9))
-        return replace(states, spans=spans, heard=tokens, texts=tuple(texts))
+        return replace(states, spans=spans, heard=tokens, texts=tuple(map(SenderText.of, texts)))
 
     def message(self, texts: Sequence[str], language: str, ear: int = 0) -> Message:
         """One Message (B, K, D_w) of all texts; ``language`` is ``bridge.language(ear)`` of the receiver number ``ear``."""
@@ -10824,6 +10822,12 @@ class Shortened(ReadingMethod):
         """What may be spent: as many tokens as the example has latents."""
         return self.context.token_budget(example)
 
+    def fitting(self, kept_text: Callable[[int], str], most: int, budget: int) -> str:
+        """The text of as many of ``most`` ranked pieces as cost no more than the budget."""
+        counts = range(most, 0, -1)
+        dropped = bisect.bisect_left(counts, True, key=lambda count: self.size(kept_text(count)) <= budget)
+        return kept_text(most - dropped)
+
     def compress(self, example: Example, budget: int) -> str:
         """The context in at most (for a model that compresses: about) ``budget``, which is 1 or more."""
         raise NotImplementedError
@@ -10863,13 +10867,7 @@ class Extractive(Shortened):
     def compress(self, example: Example, budget: int) -> str:
         """As many of the best words as fit, in the text's order."""
         ranked = self.ranked(example)
-
-        def kept_text(count: int) -> str:
-            return joined_spans(example.context, ranked[:count])
-
-        counts = range(len(ranked), 0, -1)
-        dropped = bisect.bisect_left(counts, True, key=lambda count: self.size(kept_text(count)) <= budget)
-        return kept_text(len(ranked) - dropped)
+        return self.fitting(lambda count: joined_spans(example.context, ranked[:count]), len(ranked), budget)
 
 
 @METHODS.register("extractive:windows")
@@ -10931,7 +10929,7 @@ class Selective(Compressed):
     @torch.no_grad()
     def compress(self, example: Example, budget: int) -> str:
         """Kept tokens in their order; as many as fit."""
-        lm, reader = self.model, self.receiver.lm
+        lm = self.model
         ids, spans = lm.pieces(example.context)
         packed = lay_out(lm, None, [ids], before=lm.bos)
         hidden = lm.forward(packed, use_cache=False).last_hidden_state[0]
@@ -10946,9 +10944,7 @@ class Selective(Compressed):
             chosen = {at for i in order[:count] for at in range(*spans[i])}  # several tokens may share one character
             return "".join(example.context[at] for at in sorted(chosen)).strip()
 
-        counts = range(len(ids), 0, -1)
-        dropped = bisect.bisect_left(counts, True, key=lambda count: len(reader.ids(kept_text(count))) <= budget)
-        return kept_text(len(ids) - dropped)
+        return self.fitting(kept_text, len(ids), budget)
 
 
 class CompressorMends:
@@ -11423,7 +11419,8 @@ class Ceiling(Method):
 
     def start(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """What each text begins as: means (B, K, D_r) of even runs of its own embeddings, and which of them there are."""
-        tokens, lm = self.context.receiver.lm.heard([e.context for e in examples]), self.context.receiver.lm
+        lm = self.context.receiver.lm
+        tokens = lm.heard([e.context for e in examples])
         counts = [min(self.context.token_budget(e), int(n)) for e, n in zip(examples, tokens.mask.sum(1), strict=True)]
         shares = partition_mask(tokens.mask, torch.tensor(counts, device=lm.device)[:, None], max(counts)).float()
         return weighted_mean(shares, tokens.embeds), shares.sum(-1) > 0
