@@ -5086,44 +5086,76 @@ def rotation(width: int) -> Tensor:
     return torch.from_numpy(dct(np.diag(signs), norm="ortho", axis=1))
 
 
+def regrouped(numbers: Tensor, old: int, new: int) -> Tensor:
+    """Whole numbers (..., N) of ``old`` bits as (..., N · old / new) of ``new`` bits, lowest bits first."""
+    bits = (numbers.long()[..., None] >> torch.arange(old, device=numbers.device)) & 1
+    return (bits.flatten(-2).unflatten(-1, (-1, new)) << torch.arange(new, device=numbers.device)).sum(-1)
+
+
 @dataclass(frozen=True)
 class Codec:
-    """How latents (B, K, D_w) travel: as floating-point numbers, or as whole ones up to ``top`` with a scale per latent.
+    """How latents (B, K, D_w) travel: as floating-point numbers, or as whole ones of so many ``bits``.
 
     Whole numbers are those of the rotated latent: a few of a latent's numbers are 20 times the rest, and a scale that
     holds them rounds the rest away, so ``rotation`` first spreads every number over all (QuaRot, Ashkboos et al. 2024).
+    A scale per latent travels with them, unless the bridge learns to write numbers between -1 and 1 (``bounded``;
+    finite scalar quantization, Mentzer et al. 2023, arXiv 2309.15505).
     """
 
     dtype: torch.dtype
-    top: int = 0
-    halves: bool = False  # two numbers to a byte
+    bits: int = 0
+    bounded: bool = False
+
+    @property
+    def top(self) -> int:
+        """The highest whole number."""
+        return 2 ** (self.bits - 1) - 1 if self.bits else 0
+
+    @property
+    def together(self) -> int:
+        """How many numbers fill whole bytes; 1 where each has bytes of its own."""
+        return 8 // math.gcd(8, self.bits) if self.bits else 1
+
+    def bound(self, latents: Tensor) -> Tensor:
+        """Latents (B, K, D_w) as a bridge with this codec writes them."""
+        if not self.bounded:
+            return latents
+        basis = rotation(latents.shape[-1]).to(latents)
+        return (latents @ basis).tanh() @ basis.T
 
     def pack(self, latents: Tensor) -> dict[str, Tensor]:
         """The tensors that travel for latents (B, K, D_w); ``layout`` says their shapes."""
-        if not self.top:
+        if not self.bits:
             return {"latents": latents.to(self.dtype)}
         rotated = latents.cpu().double() @ rotation(latents.shape[-1])
-        scale = (rotated.abs().amax(-1) / self.top).half()  # (B, K)
-        numbers = (rotated / scale.double().clamp(min=2.0**-24)[..., None]).round().clamp(-self.top, self.top)
-        if self.halves:
-            shifted = F.pad(numbers, (0, latents.shape[-1] % 2)).add(8).to(torch.uint8)
-            numbers = shifted[..., ::2] | shifted[..., 1::2] << 4
-        return {"latents": numbers.to(self.dtype), "scale": scale}
+        if self.bounded:
+            if rotated.numel() and rotated.abs().max() > 1.01:
+                raise LatentWireError(f"latents do not fit {self.bits} bits: not written for them; use --codec fp16")
+            scale, lowest = torch.tensor(1 / (self.top + 1), dtype=torch.float64), -self.top - 1
+        else:
+            scale, lowest = (rotated.abs().amax(-1, True) / self.top).half(), -self.top  # (B, K, 1)
+        numbers = (rotated / scale.double().clamp(min=2.0**-24)).round().clamp(lowest, self.top)
+        if self.together > 1:
+            padded = F.pad(numbers, (0, -latents.shape[-1] % self.together))
+            numbers = regrouped(padded + self.top + 1, self.bits, 8)
+        return {"latents": numbers.to(self.dtype)} | ({} if self.bounded else {"scale": scale[..., 0]})
 
     def layout(self, rows: int, count: int, width: int) -> dict[str, tuple[torch.dtype, list[int]]]:
         """Type and shape of the tensors that travel for latents (``rows``, ``count``, ``width``)."""
-        sizes = [rows, count, (width + 1) // 2 if self.halves else width]
-        return {"latents": (self.dtype, sizes)} | ({"scale": (torch.float16, [rows, count])} if self.top else {})
+        packed = self.together > 1
+        sizes = [rows, count, -(-width // self.together) * self.together * self.bits // 8 if packed else width]
+        scaled = self.bits and not self.bounded
+        return {"latents": (self.dtype, sizes)} | ({"scale": (torch.float16, [rows, count])} if scaled else {})
 
     def unpack(self, tensors: Mapping[str, Tensor], width: int) -> Tensor:
         """Latents (B, K, ``width``) again, as float32."""
         numbers = tensors["latents"]
-        if not self.top:
+        if not self.bits:
             return numbers.float()
-        if self.halves:
-            numbers = torch.stack([numbers & 15, numbers >> 4], -1).flatten(-2)[..., :width].float() - 8
-        rotated = numbers.cpu().double() * tensors["scale"].cpu().double()[..., None]
-        return (rotated @ rotation(width).T).float()
+        if self.together > 1:
+            numbers = regrouped(numbers, 8, self.bits)[..., :width] - self.top - 1
+        scale = torch.tensor(1 / (self.top + 1)) if self.bounded else tensors["scale"].cpu()[..., None]
+        return ((numbers.cpu().double() * scale.double()) @ rotation(width).T).float()
 
     def through(self, latents: Tensor) -> Tensor:
         """Latents as they arrive, with the gradient of the identity (straight-through; Bengio et al. 2013)."""
@@ -5134,9 +5166,12 @@ class Codec:
 CODECS: Registry[Callable[[], Codec]] = Registry("codecs", "codec")
 add_constant(CODECS, Codec(torch.float32), "Four bytes a number.", "fp32", "float32", "32")
 add_constant(CODECS, Codec(torch.float16), "Two bytes a number (default).", "fp16", "float16", "16")
-add_constant(CODECS, Codec(torch.int8, 127), "One byte a number, and two for the scale of each latent.", "int8", "8")
-add_constant(CODECS, Codec(torch.uint8, 7, True),
+add_constant(CODECS, Codec(torch.int8, 8), "One byte a number, and two for the scale of each latent.", "int8", "8")
+add_constant(CODECS, Codec(torch.uint8, 4),
              "Half a byte a number, and two bytes for the scale of each latent.", "int4", "4")  # fmt: skip
+for count in (2, 3, 4):
+    add_constant(CODECS, Codec(torch.uint8, count, bounded=True),
+                 f"{count} bits a number and no scale; the bridge learns to write such numbers.", f"fsq{count}")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -5207,7 +5242,7 @@ class Message:
         if self.words is not None:
             body = self.mixed_body(tensors)
             return self.HEADER.pack(self.MAGIC, self.MIXED, zlib.crc32(body), len(body)) + body
-        width = {"width": str(self.latents.shape[-1])} if codec.halves else {}
+        width = {"width": str(self.latents.shape[-1])} if codec.together > 1 else {}
         notes = json.dumps({"codec": self.codec, "bridge": self.bridge, **width})  # one key: order is not kept
         body = save({name: t.contiguous() for name, t in tensors.items()}, metadata={"message": notes})
         return self.HEADER.pack(self.MAGIC, self.VERSION, zlib.crc32(body), len(body)) + body
@@ -5249,7 +5284,7 @@ class Message:
         if wanted is not None:
             wanted.check(bridge, (1, count, width), words=True)
         codec = CODECS[name]()
-        if not width or (wanted is None and codec.top and width > cls.WIDEST):
+        if not width or (wanted is None and codec.bits and width > cls.WIDEST):
             raise ValueError("latents of no width, or wider than is unpacked without the checkpoint")
         if deflated:
             opener = zlib.decompressobj(wbits=-15)
@@ -5293,7 +5328,7 @@ class Message:
             if wanted is not None:
                 wanted.check(notes["bridge"], shape)
             codec = CODECS[notes["codec"]]()
-            if wanted is None and codec.top and shape[2] > cls.WIDEST:
+            if wanted is None and codec.bits and shape[2] > cls.WIDEST:
                 raise ValueError("wider than anything that is unpacked without its checkpoint")
             latents = codec.unpack(load(body), shape[2])
             if not latents.isfinite().all():
@@ -5320,13 +5355,13 @@ class Message:
         if not (notes["bridge"].isprintable() and 0 < len(notes["bridge"]) <= 100):
             raise ValueError("no name of a bridge")
         codec = CODECS[notes["codec"]]()
-        if notes.keys() - {"codec", "bridge"} != ({"width"} if codec.halves else set()):
+        if notes.keys() - {"codec", "bridge"} != ({"width"} if codec.together > 1 else set()):
             raise ValueError("notes that do not belong to its codec")
         sizes = header["latents"]["shape"] if isinstance(header.get("latents"), dict) else None
         if not isinstance(sizes, list) or len(sizes) != 3 or not all(type(n) is int and 0 < n < 2**40 for n in sizes):
             raise ValueError("not latents (B, K, D_w)")
         width = sizes[2]
-        if codec.halves:
+        if codec.together > 1:
             if not re.fullmatch("[1-9][0-9]{0,6}", notes["width"]):
                 raise ValueError("no width")
             width = int(notes["width"])
@@ -6291,7 +6326,7 @@ class Bridge(nn.Module):
         return Message(CODECS[codec]().through(latents) if self.quantize else latents, codec, name, mask, words)
 
     def write(self, states: States, windows: Windows | None, ear: int = 0, tokens: Tensor | None = None) -> Tensor:
-        """Latents (B, K, D_w) before any codec."""
+        """Latents (B, K, D_w) as the codec takes them, not yet rounded."""
         features = self.encoder(states) if tokens is None else tokens
         pooled, weights = self.pooler(features, states.mask, windows, ear)
         latents = self.to_wire(pooled)
@@ -6299,7 +6334,8 @@ class Bridge(nn.Module):
             latents = latents + self.start(states, windows, self.encoder, pooled, weights)
         for refiner in filter(None, map(self._modules.get, self.refining)):
             latents = refiner(latents, windows.mask if windows else None)
-        return self.wire_norm(latents) if self.start is None else latents
+        latents = self.wire_norm(latents) if self.start is None else latents
+        return CODECS[self.shape.settings.codec]().bound(latents)
 
     def decode(self, message: Message, ear: int = 0, keys: Sequence[int] = ()) -> SoftPrompt:
         """The receiver's side: Message (B, K, D_w) → SoftPrompt (B, K, D_r); in training each row has a random key."""
@@ -7608,7 +7644,8 @@ class Trainer:
         settings, progress = self.settings, (step - 1) / max(1, self.steps - 1)
         if settings.ratio:
             self.bridge.ratio = settings.ratio[min(len(settings.ratio) - 1, int(progress * len(settings.ratio)))]
-        self.bridge.quantize = settings.quantize_from < 1 and progress >= settings.quantize_from
+        rounded = settings.quantize_from < 1 and progress >= settings.quantize_from
+        self.bridge.quantize = rounded or CODECS[settings.codec]().bounded
         overrides: dict[str, Any] = {}
         if settings.first_token_ce_schedule != "none":
             overrides["first_token_ce_weight"] = first_token_weight(settings, step, self.steps)
@@ -9153,7 +9190,8 @@ class GaussianControl(Method):
         row = self.context.position[example.id]
         latents = self.context.latents[row]
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(self.context.seed * 1_000_003 + row))
-        return self.context.wrap(noise * latents.square().mean().sqrt())
+        noise *= latents.square().mean().sqrt()
+        return self.context.wrap(CODECS[self.context.bridge.shape.settings.codec]().bound(noise))
 
 
 @METHODS.register("control:none", "none")
@@ -9932,7 +9970,12 @@ def open_context(settings: EvalSettings, checkpoint: Checkpoint, ear: int = 0) -
     """Bridge, models and rows for an evaluation with one of its receivers."""
     bridge, trained, task = checkpoint.bridge(), checkpoint.settings, checkpoint.state["task"]
     if settings.codec:
-        shape_settings = bridge.shape.settings.model_copy(update={"codec": CODECS.name_of(settings.codec)})
+        codec, learned = CODECS.name_of(settings.codec), bridge.shape.settings.codec
+        if CODECS[codec]().bounded != CODECS[learned]().bounded:
+            raise LatentWireError(
+                f"--codec {codec}: this bridge learned to write numbers for {learned}; train --codec {codec}"
+            )
+        shape_settings = bridge.shape.settings.model_copy(update={"codec": codec})
         bridge.shape = replace(bridge.shape, settings=shape_settings)
     run = evaluated_settings(settings, trained, task["words"])
     part = make_task(run)

@@ -525,13 +525,49 @@ def test_a_latents_outlier_does_not_round_the_rest_of_it_away() -> None:
     assert error < 0.5, f"{error:.2f}; without the turn 1, since 40 / 7 is more than twice anything else there"
 
 
+@pytest.mark.parametrize("width", [1, 7, 16, 640])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_scalar_quantisation_has_its_levels_and_is_off_by_half_of_one(bits: int, width: int) -> None:
+    """Mentzer et al. 2023 (arXiv 2309.15505): L levels from -L/2 to L/2 - 1, zero among them; the highest stands for 1 too."""
+    codec, half = lw.CODECS[f"fsq{bits}"](), 2 ** (bits - 1)
+    latents = codec.bound(torch.randn(3, 50, width, generator=torch.Generator().manual_seed(width)) * 2)
+    latents[0, 0] = 0
+    sent = lw.Message(latents, f"fsq{bits}", "x")
+    back = lw.Message.from_bytes(sent.to_bytes()).latents
+    turned, levels = latents.double() @ lw.rotation(width), back.double() @ lw.rotation(width) * half
+    assert torch.allclose(levels, levels.round(), atol=1e-5) and set(levels.round().flatten().tolist()) == {
+        *map(float, range(-half, half))
+    }
+    assert (levels - (turned * half).round().clamp(max=half - 1)).abs().max() < 1e-5
+    assert torch.equal(back[0, 0], torch.zeros(width))
+    again = lw.Message.from_bytes(lw.Message(back, f"fsq{bits}", "x").to_bytes()).latents
+    assert torch.allclose(again, back, atol=1e-6), "what has arrived can be sent on"
+
+
+def test_a_bridge_learns_to_write_for_scalar_quantisation() -> None:
+    """Bounded from the first step, with tanh's gradient; rounding has the identity's."""
+    codec = lw.CODECS["fsq3"]()
+    latents = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    bounded = codec.bound(latents)
+    assert torch.allclose(bounded @ lw.rotation(9).float(), (latents @ lw.rotation(9).float()).tanh(), atol=1e-6)
+    weights = torch.arange(54.0).view(2, 3, 9)
+    (expected,) = torch.autograd.grad((bounded * weights).sum(), latents, retain_graph=True)
+    (codec.through(bounded) * weights).sum().backward()
+    assert torch.equal(latents.grad, expected)
+
+
+def test_numbers_that_were_not_written_for_scalar_quantisation_are_refused() -> None:
+    with pytest.raises(lw.LatentWireError, match=r"use --codec fp16"):
+        lw.Message(torch.full((1, 2, 4), 1.5), "fsq4", "x").to_bytes()
+
+
 def test_smaller_codecs_make_smaller_messages() -> None:
-    sizes = [
-        len(lw.Message(torch.randn(1, 8, 33), codec, "x").to_bytes()) for codec in ("int4", "int8", "fp16", "fp32")
-    ]
+    names = ("fsq2", "fsq3", "fsq4", "int4", "int8", "fp16", "fp32")
+    sizes = [len(lw.Message(torch.full((1, 8, 33), 0.1), codec, "x").to_bytes()) for codec in names]
     assert sizes == sorted(set(sizes))
-    body = lw.CODECS["int4"]().pack(torch.randn(1, 8, 33))["latents"]
-    assert body.shape == (1, 8, 17) and body.dtype == torch.uint8
+    for codec, count in {"int4": 17, "fsq4": 17, "fsq3": 15, "fsq2": 9}.items():
+        body = lw.CODECS[codec]().pack(torch.full((1, 8, 33), 0.1))["latents"]
+        assert body.shape == (1, 8, count) and body.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("codec", ["fp32", "fp16", "int8", "int4"])
@@ -546,9 +582,10 @@ def test_training_through_a_codec_has_its_values_and_the_gradient_of_the_identit
     assert (codec == "fp32") == torch.equal(arrived, latents)
 
 
-def test_quantised_latents_in_training_are_those_on_the_wire() -> None:
+@pytest.mark.parametrize("codec", ["int4", "fsq2"])
+def test_quantised_latents_in_training_are_those_on_the_wire(codec: str) -> None:
     flags = ["--encoder", "byte", "--pooler", "resampler", "--receiver", "tiny-qwen", "--latent_len", "3"]
-    made = ready(rows(TEXTS), *flags, "--codec", "int4")
+    made = ready(rows(TEXTS), *flags, "--codec", codec)
     plain, sent = encoded(made, made.train_rows), packets(made, made.train_rows)
     made.bridge.quantize = True
     coarse = encoded(made, made.train_rows)

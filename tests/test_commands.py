@@ -214,6 +214,13 @@ def test_evaluating_one_method_again_keeps_the_others(copied):
     assert "did not run" not in after["verdict"]
 
 
+def test_numbers_are_written_for_scalar_quantisation_or_not(copied):
+    """A bridge that never bounded its latents cannot send them in two bits, nor the other way round."""
+    run = copied("evaluated")
+    with pytest.raises(lw.LatentWireError, match=r"train --codec fsq2"):
+        lw.eval_main(["--checkpoint", str(run), "--num_samples", "24", "--codec", "fsq2"])
+
+
 def test_another_number_format_is_another_evaluation(copied):
     """J9: --codec int4 leaves the evaluation of the run's own format as it is and stands beside it."""
     run = copied("evaluated")

@@ -148,7 +148,8 @@ class Messages(Target):
     def __init__(self) -> None:
         numbers = torch.randn(1, 4, 9, generator=torch.Generator().manual_seed(0))
         words = (("Some words, ", "é 🙂 ", "", " and " * 40, "more."),)
-        plain = {codec: lw.Message(numbers, codec, "0123456789ab") for codec in lw.CODECS}
+        written = {codec: lw.CODECS[codec]().bound(numbers) for codec in lw.CODECS}
+        plain = {codec: lw.Message(latents, codec, "0123456789ab") for codec, latents in written.items()}
         mixed = {f"{codec} and words": replace(message, words=words) for codec, message in plain.items()}
         self.good = {name: message.to_bytes() for name, message in (plain | mixed).items()}
         self.sent = {name: lw.Message.from_bytes(data) for name, data in self.good.items()}

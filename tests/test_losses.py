@@ -490,6 +490,9 @@ def test_latents_are_quantised_from_the_said_part_on() -> None:
     never = trainer(examples(), *LATENT, "--steps", "11")
     never.scheduled(11)
     assert not never.bridge.quantize
+    always = trainer(examples(), *LATENT, "--steps", "11", "--codec", "fsq4")
+    always.scheduled(1)
+    assert always.bridge.quantize
 
 
 @pytest.mark.parametrize(("start", "end", "power", "progress", "kept"),

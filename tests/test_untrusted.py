@@ -270,7 +270,7 @@ def joined(header: Mapping[str, Any], said: Any, numbers: bytes) -> bytes:
 
 def message(codec: str = "int4", shape: tuple[int, int, int] = (1, 4, 8), bridge: str = "0123456789ab") -> bytes:
     numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return lw.Message(numbers, codec, bridge).to_bytes()
+    return lw.Message(lw.CODECS[codec]().bound(numbers), codec, bridge).to_bytes()
 
 
 def assert_refused(data: bytes) -> str:
@@ -397,7 +397,7 @@ def test_a_message_of_another_bridge_is_refused_before_it_is_unpacked(
 def test_another_codec_of_the_same_bridge_is_still_heard(letter: bytes, toy_run: Path) -> None:
     """S3: what is right stays right: eval --codec int4 sends such messages."""
     sent = lw.Message.from_bytes(letter)
-    for codec in lw.CODECS:
+    for codec in (name for name in lw.CODECS if not lw.CODECS[name]().bounded):
         data = lw.Message(sent.latents, codec, sent.bridge).to_bytes()
         assert lw.answer_message(toy_run, data) == lw.answer_message(toy_run, letter)
 
