@@ -101,10 +101,11 @@ from urllib.parse import urlparse
 __version__ = "0.1.0"
 __all__ = [
     "ADAPTERS", "BENCHMARKS", "CODECS", "ENCODERS", "FEATURES", "LMS", "LOSSES", "METHODS", "METRICS", "POOLERS", "PRESETS",
-    "SUITES", "TASKS", "Answer", "Benchmark", "Classification", "ComparisonReport", "Example", "LatentWireError", "Loss",
-    "Message", "Method", "Metric", "Receiver", "Registry", "Sender", "Settings", "SoftPrompt", "States", "Task",
-    "answer_message", "baseline_run", "comprehensive_comparison_report", "encode_text", "eval_main", "load_lm", "main",
-    "make_task", "open_bridge", "open_evaluation", "setting", "task", "train_main", "write_report",
+    "SUITES", "TASKS", "Answer", "Benchmark", "Classification", "ComparisonReport", "Example", "LatentWireError", "LoadedBridge",
+    "Loss", "Message", "Method", "Metric", "Receiver", "Registry", "Sender", "Settings", "SoftPrompt", "States", "Task",
+    "answer_message", "baseline_run", "comprehensive_comparison_report", "encode_text", "eval_main",
+    "evaluate", "load", "load_lm", "main", "make_task", "open_bridge", "open_evaluation", "setting", "task", "train",
+    "train_main", "write_report",
 ]  # fmt: skip
 """What is meant for others, with the base classes of what the registries hold; the rest may change from release to release."""
 
@@ -5247,6 +5248,8 @@ class Message:
         body = save({name: t.contiguous() for name, t in tensors.items()}, metadata={"message": notes})
         return self.HEADER.pack(self.MAGIC, self.VERSION, zlib.crc32(body), len(body)) + body
 
+    __bytes__ = to_bytes
+
     @property
     def nbytes(self) -> int:
         """Bytes on the wire: measured, never a formula."""
@@ -10154,54 +10157,122 @@ def written_back(context: EvalContext, count: int = 64) -> dict[str, Any]:
     return {"bleu": score.score / 100, "n": len(examples), "signature": str(score), "first": [texts[0], generated[0]]}
 
 
+class LoadedBridge:
+    """A trained bridge beside its models, each loaded where it is first used: ``load("runs/sst2")`` gives one.
+
+    Words, prompts and limits are those of its training; nothing but its folder and the models is needed.
+    """
+
+    def __init__(self, run: Path | str, trust_remote_code: bool = False, batch_size: int = 32) -> None:
+        self.checkpoint, self.batch_size = Checkpoint.open(Path(run)), batch_size
+        self.bridge = self.checkpoint.bridge()
+        self.settings = self.checkpoint.settings.model_copy(update={"trust_remote_code": trust_remote_code})
+        self.task = self.checkpoint.state["task"]
+        self.part = task_of(self.task, self.settings)
+        self.lms: dict[str, LM] = {}
+        self.ends: dict[int, Receiver] = {}
+
+    def ear(self, receiver: str | None) -> int:
+        """The number of a receiver, the first where none is named; LatentWireError where the bridge has none of that name."""
+        return self.bridge.ear_of(receiver) if receiver else 0
+
+    def lm(self, ear: int) -> LM:
+        """A receiver's model; loaded once."""
+        name, settings = self.bridge.shape.ears[ear].name, self.settings
+        device = str(resolve_device(settings.receiver_device or settings.device))  # where training had the bridge
+        if name not in self.lms:
+            self.lms[name] = load_lm(name, settings, settings.offline, device)
+        return self.lms[name]
+
+    @functools.cached_property
+    def sender(self) -> Sender:
+        """The writing end; LatentWireError where its model is not that of the training."""
+        reader = open_reader(self.settings)
+        self.checkpoint.check(reader)
+        self.checkpoint.lend_lora(reader)
+        device = resolve_device(self.settings.receiver_device or self.settings.device)
+        first = self.lm(0) if self.bridge.wants_heard else None
+        return Sender(reader, self.bridge.to(device), text_limit(self.settings, reader), first)
+
+    def receiver(self, name: str | None = None) -> Receiver:
+        """A reading end, the first where none is named; LatentWireError where its model is not that of the training."""
+        ear = self.ear(name)
+        if ear in self.ends:
+            return self.ends[ear]
+        lm = self.lm(ear)
+        self.checkpoint.check(None, lm)
+        self.checkpoint.lend_lora(None, lm, ear)
+        prompting = prompting_of(self.settings, self.part, lm, self.task["anchor"], self.task.get("frames"))
+        how = DecodeSettings(**self.settings.model_dump(include=set(DecodeSettings.fields())))
+        return self.ends.setdefault(ear, Receiver(prompting, self.bridge.to(lm.device), None, how))
+
+    def source(self, text: str, question: str = "") -> str:
+        """What the sender reads for a text and, where it is to know it, a question."""
+        return self.part.sender_text(Example("0", text, question, ("",)))
+
+    @torch.no_grad()
+    def encode(
+        self, texts: Sequence[str], questions: Sequence[str] | None = None, receiver: str | None = None
+    ) -> list[Message]:
+        """N texts → N Messages of one text each (1, K, D_w); ``bytes(message)`` is what travels.
+
+        ``questions`` are for bridges whose sender knows them, ``receiver`` matters where latents are private.
+        LatentWireError: another number of questions than of texts, no such receiver.
+        """
+        ear, asked = self.ear(receiver), one_each(questions, texts, "texts")
+        sources, name, made = [*map(self.source, texts, asked)], self.bridge.language(ear), list[Message]()
+        for chosen in batches(sources, self.batch_size):
+            made += self.sender.message(chosen, name, ear).rows()
+        return made
+
+    def answer(
+        self, messages: Sequence[Message | bytes], questions: Sequence[str] | None = None, receiver: str | None = None
+    ) -> list[Answer]:
+        """N messages → N Answers: ``text`` is a class word where there are such, with ``scores`` of all of them.
+
+        The receiver sees nothing else but the question. LatentWireError: bytes of no message, or of another bridge; no such
+        receiver; no question, where this bridge's messages do not hold one.
+        """
+        words, asked = self.task["words"], one_each(questions, messages, "messages")
+        end, found = self.receiver(receiver), list[Answer]()
+        examples = [Example(str(i), "", question, (self.part.words or ("",))[:1]) for i, question in enumerate(asked)]
+        for rows in batches(range(len(messages)), self.batch_size):
+            some, data = [examples[i] for i in rows], [bytes(messages[i]) for i in rows]
+            soft = end.open(data)
+            if any(not e.question and "\0" in self.part.question_text(replace(e, question="\0")) for e in some):
+                raise LatentWireError("the sender of this run saw no question; give it to the receiver with --question")
+            found += end.respond(end.prompting.pack(soft, some), some, [*map(len, data)])
+        return [replace(a, text=words[argmax(a.scores)] if words else a.text) for a in found]
+
+
+def one_each(questions: Sequence[str] | None, things: Sequence[Any], what: str) -> Sequence[str]:
+    """A question for each thing, an empty one where none are given; LatentWireError where their numbers differ."""
+    if questions is not None and (isinstance(questions, str) or len(questions) != len(things)):
+        number = "one text" if isinstance(questions, str) else len(questions)
+        raise LatentWireError(f"questions={number} for {len(things)} {what}; give a list with one for each")
+    return [""] * len(things) if questions is None else questions
+
+
+def load(run: Path | str, trust_remote_code: bool = False) -> LoadedBridge:
+    """A trained bridge by its run folder: ``messages = bridge.encode(texts)``, then ``bridge.answer(messages)``.
+
+    LatentWireError where the folder holds no finished checkpoint.
+    """
+    return LoadedBridge(run, trust_remote_code)
+
+
 def encode_text(
     checkpoint: Path, text: str, question: str = "", receiver: str | None = None, trust_remote_code: bool = False
 ) -> bytes:
     """The message of one text, serialised; ``receiver`` matters where latents are private (LatentWireError: none of that name)."""
-    return encoded(checkpoint, text, question, receiver, trust_remote_code)[0].to_bytes()
-
-
-@torch.no_grad()
-def encoded(
-    checkpoint: Path, text: str, question: str, receiver: str | None, trust: bool = False
-) -> tuple[Message, int, int]:
-    """(the message of one text, how many of its tokens were read, how many it has)."""
-    opened = Checkpoint.open(checkpoint)
-    bridge, trained = opened.bridge(), opened.settings.model_copy(update={"trust_remote_code": trust})
-    ear = bridge.ear_of(receiver) if receiver else 0
-    part, sender = task_of(opened.state["task"], trained), open_reader(trained)
-    opened.check(sender)
-    opened.lend_lora(sender)
-    source_text = part.sender_text(Example("0", text, question, ("",)))
-    device = resolve_device(trained.receiver_device or trained.device)  # where training had the bridge
-    first = load_lm(bridge.shape.ears[0].name, trained, trained.offline, str(device)) if bridge.wants_heard else None
-    writer = Sender(sender, bridge.to(device), text_limit(trained, sender), first)
-    message = writer.message([source_text], bridge.language(ear), ear)
-    return message, len(writer.ids(source_text)), len(sender_ids(sender, source_text, 10**9))
+    return bytes(load(checkpoint, trust_remote_code).encode([text], [question], receiver)[0])
 
 
 def answer_message(
     checkpoint: Path, data: bytes, question: str = "", receiver: str | None = None, trust_remote_code: bool = False
 ) -> str:
-    """What one receiver of the latent language answers to a message: a class word where there are such, else its own words.
-
-    It sees nothing else but the question. LatentWireError: bytes of no message, or of another bridge; no such receiver; a
-    question that this run's messages do not hold is missing.
-    """
-    opened = Checkpoint.open(checkpoint)
-    bridge, trained = opened.bridge(), opened.settings.model_copy(update={"trust_remote_code": trust_remote_code})
-    ear, task = bridge.ear_of(receiver) if receiver else 0, opened.state["task"]
-    lm = load_lm(bridge.shape.ears[ear].name, trained, trained.offline, trained.receiver_device)
-    opened.check(None, lm)
-    opened.lend_lora(None, lm, ear)
-    part = task_of(task, trained)
-    how = DecodeSettings(**trained.model_dump(include=set(DecodeSettings.fields())))
-    end = Receiver(prompting_of(trained, part, lm, task["anchor"], task.get("frames")), bridge.to(lm.device), None, how)
-    soft, example = end.open([data]), Example("0", "", question, (part.words or ("",))[:1])
-    if not question and "\0" in part.question_text(replace(example, question="\0")):
-        raise LatentWireError("the sender of this run saw no question; give it to the receiver with --question")
-    answer = end.respond(end.prompting.pack(soft, [example]), [example], [len(data)])[0]
-    return task["words"][argmax(answer.scores)] if task["words"] else answer.text
+    """What one receiver of the latent language answers to a message; see ``LoadedBridge.answer``."""
+    return load(checkpoint, trust_remote_code).answer([data], [question], receiver)[0].text
 
 
 def content_of(value: Any) -> str:
@@ -14574,6 +14645,36 @@ def eval_main(arguments: Sequence[str], report: Report | None = None) -> dict[st
     return preview(settings) if shared.dry else eval_settings(settings, report or Silent())
 
 
+def words_from(settings: Mapping[str, Any]) -> list[str]:
+    """Keyword settings as words of the command line; None says nothing."""
+    words: list[str] = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        texts = [("no", "yes")[item] if isinstance(item, bool) else str(item) for item in values]
+        words += (
+            [f"--{name}={texts[0]}"]
+            if texts and texts[0].startswith("-")
+            else [f"--{name}", *texts[:1]]
+            if texts
+            else []
+        )
+        words += texts[1:]
+    return words
+
+
+def train(**settings: Any) -> dict[str, Any]:
+    """``train`` from Python, with its flags as keywords: ``train(dataset="sst2", steps=1000)``; → summary of the run.
+
+    LatentWireError for a name that is no flag (with the nearest one), a value that does not fit, data that are not there.
+    """
+    return train_main(words_from(settings))
+
+
+def evaluate(run: Path | str, **settings: Any) -> dict[str, Any]:
+    """``eval`` from Python: ``evaluate("runs/sst2", methods=["bridge", "control"])``; → results, as ``eval_main``."""
+    return eval_main(["--checkpoint", str(run), *words_from(settings)])
+
+
 PANELS = LEARN, MANY, WRITE, USE, LOOK = (
     "Train and measure",
     "Many runs",
@@ -14983,10 +15084,13 @@ class EncodeSettings(EndSettings):
 def encode_command(settings: EncodeSettings) -> None:
     """Write a text's latents to a file: encode article.txt --checkpoint runs/squad -o article.wire"""
     text = text_of(settings.file, settings.text)
-    message, read, total = encoded(
-        settings.checkpoint, text, settings.question, settings.receiver, settings.trust_remote_code
+    bridge = load(settings.checkpoint, settings.trust_remote_code)
+    [message], source = (
+        bridge.encode([text], [settings.question], settings.receiver),
+        bridge.source(text, settings.question),
     )
-    data, size = message.to_bytes(), len(text.encode("utf-8", "replace"))
+    read, total = len(bridge.sender.ids(source)), len(sender_ids(bridge.sender.reader, source, 10**9))
+    data, size = bytes(message), len(text.encode("utf-8", "replace"))
     write_atomic(settings.output, data)
     held = f"{message.latents.shape[1]} latents"
     if message.words:
