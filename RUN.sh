@@ -165,6 +165,17 @@ ensure_venv() {
   exec 9>&- # the program is no part of it
 }
 
+# An allocator that is at hand: after some hundred steps over texts of ever other lengths glibc's own takes a third of a
+# training on a CPU, looking for free memory (LOG.md, 2026-12-01).
+allocator() {
+  case ${1:-} in train | demo | experiment | baseline) ;; *) return 0 ;; esac
+  [ -z "${LD_PRELOAD:-}" ] || return 0
+  local line
+  while read -r line; do
+    case $line in *'libjemalloc.so.2 ('*64*') => '*) echo "${line##* => }"; return 0 ;; esac
+  done < <(PATH=$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null)
+}
+
 case ${1:-} in '' | -h | --help) usage; exit 0 ;; esac
 
 CPU_INDEX=https://download.pytorch.org/whl/cpu
@@ -185,6 +196,7 @@ else
   ensure_venv
   PYTHON=$VENV/bin/python
 fi
-set -- "$PYTHON" "${ROOT}LATENTWIRE.py" "$@"
+ALLOCATOR=$(allocator "$@")
+set -- ${ALLOCATOR:+env "LD_PRELOAD=$ALLOCATOR"} "$PYTHON" "${ROOT}LATENTWIRE.py" "$@"
 show "$@"
 exec "$@"

@@ -83,6 +83,7 @@ class Sandbox:
             (self.bin / tool).symlink_to(found)
         self.stub("python3", STUB_PYTHON)
         self.stub("uname", "#!/bin/bash\necho Linux\n")
+        self.stub("ldconfig")
 
     def require(self, text: str, lock: str | None = None) -> None:
         """These requirements, and a lock made from them."""
@@ -166,6 +167,37 @@ def test_arguments_pass_through(box: Sandbox, arguments: tuple[str, ...]) -> Non
     assert done.returncode == 0, done
     assert done.stdout == f"program {list(arguments)} {box.home}\n"
     assert done.stderr.splitlines()[-1].startswith(f"+ .venv/bin/python LATENTWIRE.py {arguments[0]}")
+
+
+@pytest.mark.parametrize(
+    ("command", "preload", "library"),
+    [
+        ("train", None, "/there is/libjemalloc.so.2"),
+        ("demo", None, "/there is/libjemalloc.so.2"),
+        ("eval", None, None),
+        ("train", "", "/there is/libjemalloc.so.2"),
+        ("train", "/mine.so", None),
+    ],
+)
+def test_trainings_take_an_allocator_that_is_at_hand(
+    box: Sandbox, command: str, preload: str | None, library: str | None
+) -> None:
+    box.stub(
+        "ldconfig",
+        """#!/bin/bash
+echo $'\tlibjemalloc.so.2 (libc6) => /32 bits/libjemalloc.so.2'
+echo $'\tlibjemalloc.so.2 (libc6,x86-64) => /there is/libjemalloc.so.2'
+""",
+    )
+    box.stub("env", '#!/bin/bash\necho "env $1" >>"$STUB_LOG"; shift; exec "$@"\n')
+    done = box.run(command, **({} if preload is None else {"LD_PRELOAD": preload}))
+    assert done.stdout.startswith(f"program ['{command}']")
+    assert [call for call in box.calls() if call.startswith("env")] == (
+        [f"env LD_PRELOAD={library}"] if library else []
+    )
+    assert (f"LD_PRELOAD=/there\\ is/libjemalloc.so.2 .venv/bin/python LATENTWIRE.py {command}" in done.stderr) == bool(
+        library
+    )
 
 
 def test_exit_status_passes_through(box: Sandbox) -> None:
