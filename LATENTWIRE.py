@@ -1430,6 +1430,10 @@ add_preset("wire-small", "Fewer bytes than a SQuAD paragraph: 16 latents of 32 n
 add_preset("mixed", "A quarter of a paragraph's positions: its words that the question needs, and coarse latents in int4.", {
     "dataset": "squad", "encoder": "hidden", "layers": ["0.3", "0.6"], "pooler": "mixed", "ratio": [4], "init": "copy",
     "adapter": "mlp", "d_z": 64, "codec": "int4", "max_tokens": 384, "protocol": "question-shared"})  # fmt: skip
+add_preset("notes", "Invented notes: which words to send is learned before anybody asks; one message, four questions.", {
+    "dataset": "notes", "encoder": "hidden", "layers": ["0.3", "0.6"], "pooler": "mixed", "ratio": [4], "run_words": 4,
+    "init": "copy", "adapter": "mlp", "d_z": 32, "codec": "fsq4", "protocol": "question-agnostic", "samples": 800,
+    "val_samples": 40, "steps": 50, "lr": 2e-3, "batch_size": 16, "eval_every": 50})  # fmt: skip
 add_preset("embedding-baselines", "For eval: the receiver reads its own embeddings instead of tokens.", {
     "methods": ["embed:raw", "embed:anchor", "embed:adapter"]}, "baseline-embedding_baselines")  # fmt: skip
 
@@ -3197,6 +3201,58 @@ class Toy(Task):
             letters = [self.words[label]] * 6 + rng.choices("wxyz", k=4)
             rng.shuffle(letters)
             examples.append(Example(str(index), "".join(letters), "", (self.words[label],), label))
+        return examples, "built in"
+
+
+@task("notes")
+class Notes(QuestionAnswering):
+    """Notes: four invented facts among small talk, a question about each; no value of a test note stands in a train note."""
+
+    facts: ClassVar[dict[str, tuple[str, str, str]]] = {
+        "Which locker holds the parcel?": ("number", "The parcel waits in locker {}", "Locker {} has the parcel"),
+        "How many euros does the boat cost?": ("number", "The boat costs {} euros", "They ask {} euros for the boat"),
+        "Which room is locked?": ("number", "Room {} is locked", "Nobody can open room {}"),
+        "How many guests are coming?": ("number", "{} guests are coming", "We expect {} guests"),
+        "Who has the key?": ("name", "The key is with {} now", "{} kept the key"),
+        "Who drives the van?": ("name", "{} drives the van", "The van will be driven by {}"),
+        "Where do they meet?": ("city", "They meet in {} this time", "The meeting was moved to {}"),
+        "Where was the painting found?": ("city", "The painting was found in {}", "In {} they found the painting"),
+        "What is the password?": ("thing", "The password is {}", "Use {} as the password"),
+        "What is in the suitcase?": ("thing", "There is a {} in the suitcase", "The suitcase holds a {}"),
+    }
+    values: ClassVar[dict[str, tuple[str, str]]] = {
+        "name": ("Alice Bruno Clara David Emma Felix Grace Hugo Irene Jonas Karen Louis Maria Nathan Olivia Peter",
+                 "Rachel Simon Teresa Victor Wendy Oscar Laura Martin"),
+        "city": ("Lisbon Oslo Prague Dublin Naples Geneva Boston Cairo Delhi Seoul Lima Havana Denver Warsaw Athens Madrid",
+                 "Vienna Tokyo Berlin Chicago Sydney Toronto Milan Moscow"),
+        "thing": ("candle hammer mirror ladder basket violin carpet pencil bottle helmet anchor feather blanket lantern ticket",
+                  "trumpet compass umbrella kettle pillow telescope shovel bracelet"),
+        "number": (" ".join(str(n) for n in range(101, 1000, 2)), " ".join(str(n) for n in range(102, 1000, 2))),
+    }  # fmt: skip
+    talk = """It rained all morning and the streets were nearly empty. Everyone was tired after the long trip and wanted to
+sleep. The coffee was cold again, as it always is on Mondays. Nobody could remember who had started the argument. There was
+music from the house across the road until late. The neighbours say that the winter will be a mild one. We talked for hours
+about the old days and laughed a lot. The dog slept under the table and did not wake up once. Somebody had left the window
+open, so the hall was cold. The garden looks better now than it did in the spring. They have been planning all of this for a
+very long time. The new clock in the kitchen is always a little too fast. Lunch was late because the shop had run out of
+bread. It is not easy to say what will happen after the summer. The children had built a castle of chairs and old sheets."""
+    sizes: ClassVar[dict[str, int]] = {"train": 400, "test": 50}
+
+    def load(self, split: str) -> tuple[list[Example], str]:
+        """Nine sentences a note, in random order: four facts, five of small talk."""
+        rng, held_out = random.Random(f"notes-{split}"), split == "test"
+        talk = [f"{line}." for line in " ".join(self.talk.rstrip(".").splitlines()).split(". ")]
+        examples: list[Example] = []
+        for index in range(self.sizes[split]):
+            lines, answers = rng.sample(talk, 5), dict[str, str]()
+            for question in rng.sample([*self.facts], 4):
+                kind, *phrases = self.facts[question]
+                left = [value for value in self.values[kind][held_out].split() if value not in answers.values()]
+                answers[question] = rng.choice(left)
+                lines.append(rng.choice(phrases).format(answers[question]) + ".")
+            rng.shuffle(lines)
+            rows = enumerate(answers.items())
+            examples += [Example(f"{index}-{i}", " ".join(lines), asked, (answer,)) for i, (asked, answer) in rows]
         return examples, "built in"
 
 
@@ -14820,10 +14876,48 @@ def demo_command(settings: TrainSettings) -> None:
         train_run(settings, report)
         results = eval_run(EvalSettings(checkpoint=folder), report)
     report.table(results)
+    demo_of_content(settings, folder.with_name(f"{folder.name}-notes"), report)
     page = write_report(folder)
     program = shlex.join(["python", Path(sys.argv[0]).name])
     report.say(f"pictures and the whole story: {page}")
     report.say(f"next, your own data: {program} train --dataset your.csv --output_dir runs/yours")
+
+
+def demo_of_content(settings: TrainSettings, folder: Path, report: RichReport) -> None:
+    """More than a class: one message of words and latents answers questions that nobody had asked when it was written."""
+    report.say("\nMore than a class: notes with made-up facts, each sent once and then asked four questions.")
+    models = settings.model_dump(include={*ModelSettings.fields(), "sender", "receiver", "seed"})
+    values: dict[str, Any] = {**PRESETS["notes"](), **models, "output_dir": folder, "auto_resume": True}
+    values["steps"] = min(values["steps"], settings.steps or values["steps"])
+    with report:
+        train_run(TrainSettings(**values), report)
+        methods = ["bridge", "control:shuffled", "parts:words_budget", "parts:other_latents", "text"]
+        results = eval_run(EvalSettings(checkpoint=folder, num_samples=60, methods=methods), report)
+    report.table(results)
+    show_content(folder, report)
+
+
+def show_content(folder: Path, report: RichReport) -> None:
+    """One note of an evaluation, what travelled of it, and what was answered from that."""
+    answers: dict[str, dict[str, Row]] = {}
+    for record in records_in(folder / "records.jsonl"):
+        answers.setdefault(record["method"], {})[record["id"]] = record
+    mine, alone = answers["bridge"], answers["parts:words_budget"]
+    clusters = [row["cluster"] for row in mine.values()]
+    asked = [row for row in mine.values() if row["cluster"] == max(clusters, key=clusters.count)]
+    bridge = load(folder)
+    notes = {example.id: example for example in bridge.part.load("test")[0]}
+    [message] = bridge.encode([notes[asked[0]["id"]].context])
+    assert message.words is not None
+    report.say(f"\nA note:\n{notes[asked[0]['id']].context}")
+    report.say(
+        f"\nWhat travels of it, {len(bytes(message))} bytes; each ░ is a latent:\n{'░'.join(message.words[0])}\n"
+    )
+    for row in asked:
+        words = alone[row["id"]]["generated"]
+        report.say(
+            f"{notes[row['id']].question} {row['gold'][0]}. Answered: {row['generated']}. From words alone: {words}."
+        )
 
 
 @command(

@@ -746,6 +746,28 @@ def test_the_demo_says_where_it_goes(say):
     assert "run: runs/demo," in say("demo", "--dry_run")
 
 
+def test_the_demo_shows_content_beside_words_alone(tmp_path, capsys):
+    """One message of a note, four questions: the note, what travels, and each answer beside that from words alone."""
+    settings = lw.TrainSettings(sender="tiny-llama", receiver="tiny-qwen", dtype="float32", device="cpu", steps=2)
+    lw.demo_of_content(settings, tmp_path / "notes", lw.RichReport(quiet=False))
+    told = capsys.readouterr().out
+    run = json.loads((tmp_path / "notes" / "results.json").read_text())
+    made = run["provenance"]
+    assert (made["sender"]["name"], made["receiver"]["name"], run["n"], run["dataset"]) == (
+        "tiny-llama",
+        "tiny-qwen",
+        60,
+        "notes",
+    )
+    assert {"bridge", "control:shuffled", "parts:words_budget", "parts:other_latents", "text"} <= run["methods"].keys()
+    note, sent = told.split("\nA note:\n")[1].split("\nWhat travels of it, ")
+    assert "░" in sent and int(sent.split()[0]) == len(
+        bytes(lw.load(tmp_path / "notes").encode([" ".join(note.split())])[0])
+    )
+    questions = re.findall(r"(\S[^.?]*\?) (\w+)\. Answered: (?s:.*?)From words alone: ", sent)
+    assert 1 < len(questions) <= 4 and all(answer in note for _, answer in questions)
+
+
 def test_flags_that_take_several_words_say_so():
     assert {lw.type_word(lw.BenchmarkSettings.fields()[name].annotation) for name in ("benchmark", "layers")} == {
         "NAME ..."

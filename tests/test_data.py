@@ -113,6 +113,26 @@ def test_fewer_test_rows_are_the_first_ones():
     assert [e.id for e in everything] != [str(i) for i in range(len(everything))]
 
 
+def test_notes_hold_four_answers_each_and_no_value_of_the_training():
+    part = lw.make_task(lw.DataSettings(dataset="notes"))
+    train, test = part.load("train")[0], part.load("test")[0]
+    assert (len(train), len(test)) == (1600, 200) and part.load("test")[0] == test
+    for example in [*train, *test]:
+        assert len(re.findall(rf"\b{example.answers[0]}\b", example.context)) == 1
+        assert example.context.count(".") == 9
+    values = [{example.answers[0] for example in rows} for rows in (train, test)]
+    assert not values[0] & values[1], "an answer of the test can only come from its own note"
+    assert not {e.context for e in train} & {e.context for e in test}
+    for start in range(0, len(test), 4):
+        assert len({e.context for e in test[start : start + 4]}) == 1
+        assert (
+            len({e.answers[0] for e in test[start : start + 4]})
+            == len({e.question for e in test[start : start + 4]})
+            == 4
+        )
+    assert not any(example.answers[0] in " ".join(part.talk.split()) for example in [*train, *test])
+
+
 def test_toy_repeats_one_letter_six_times_and_shares_no_text_between_splits():
     found = splits("toy")
     for example in found["train"] + found["test"]:
@@ -253,7 +273,7 @@ KNOWN = {
 
 
 def test_every_registered_dataset_is_checked_here():
-    assert {*COUNTS, "toy", "rotten_tomatoes"} == set(lw.TASKS)
+    assert {*COUNTS, "toy", "notes", "rotten_tomatoes"} == set(lw.TASKS)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,11 @@ PRESETS = {
         "dataset": "squad", "encoder": "hidden", "layers": ["0.3", "0.6"], "pooler": "mixed", "ratio": [4.0], "init": "copy",
         "adapter": "mlp", "d_z": 64, "codec": "int4", "max_tokens": 384, "protocol": "question-shared",
     },
+    "notes": {
+        "dataset": "notes", "encoder": "hidden", "layers": ["0.3", "0.6"], "pooler": "mixed", "ratio": [4.0], "run_words": 4,
+        "init": "copy", "adapter": "mlp", "d_z": 32, "codec": "fsq4", "protocol": "question-agnostic", "samples": 800,
+        "val_samples": 40, "steps": 50, "lr": 2e-3, "batch_size": 16, "eval_every": 50,
+    },
     "hero": {
         "dataset": "squad", "samples": 87599, "epochs": 24.0, "batch_size": 64, "latent_len": 32, "d_z": 256,
         "encoder": "byte", "lr": 1e-4, "warmup_steps": 500, "first_token_ce_weight": 0.5, "k_token_ce": 4, "kd_tau": 1.0,
@@ -114,7 +119,7 @@ def test_a_preset_is_the_documents_configuration(name, values, say):
     shown = json.loads(say("train", "--preset", name, "--dry_run", "full"))
     assert {key: shown[key] for key in values} == values
     assert f"preset {name}\n" in say("show", name)
-    assert "  dataset: squad\n" in say("show", name)
+    assert f"  dataset: {values.get('dataset', 'squad')}\n" in say("show", name)
     assert f"  {name}" in say("list", "presets")
 
 
