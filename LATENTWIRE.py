@@ -998,6 +998,9 @@ class LossSettings(Settings):
     selection_weight: float = setting(
         0.0, "Pooler 'mixed': weight of finding the answer's words; 1 there if nothing else is said.", ge=0
     )
+    swap_weight: float = setting(
+        0.0, "Pooler 'mixed': weight of learning from the loss which of two runs of words to send.", ge=0
+    )
     diversity_weight: float = setting(0.0, "Weight of the likeness of prompts with different answers.", ge=0)
 
     @model_validator(mode="after")
@@ -5909,6 +5912,10 @@ class Excerpt:
         return cls(tuple(words), cells, [runs[run][:2] for run in sorted(chosen)])
 
 
+Swaps = Mapping[int, tuple[int, int]]
+"""For a row of a batch, a run of words that is left out and one that is taken instead."""
+
+
 @POOLERS.register("mixed")
 class MixedPooler(WindowPooler):
     """Words and latents: useful runs of words travel as they are, the rest as coarse means, in place.
@@ -5952,16 +5959,20 @@ class MixedPooler(WindowPooler):
         return 4 * prior + self.judge(self.told(features) + self.seen(means))[..., 0]
 
     @torch.no_grad()
-    def excerpts(self, tokens: Tensor, states: States, ratio: float, coarse: int | None = None) -> list[Excerpt]:
-        """What travels of each text."""
+    def excerpts(
+        self, tokens: Tensor, states: States, ratio: float, coarse: int | None = None, swaps: Swaps | None = None
+    ) -> list[Excerpt]:
+        """What travels of each text; of ``swaps`` the first run last and the second before all others."""
         assert states.heard is not None
         coarse = self.config.coarse if coarse is None else coarse
-        scores, plans = self.scores(tokens, states).tolist(), list[Excerpt]()
+        scores, plans = self.scores(tokens, states), list[Excerpt]()
+        for row, (left, taken) in (swaps or {}).items():
+            scores[row, left], scores[row, taken] = -math.inf, math.inf
         for row, (text, runs) in enumerate(zip(states.texts, self.runs(states), strict=True)):
             count = int(widths_of(states.heard.mask[row : row + 1]))
             spans, real = states.heard.spans[row, :count].tolist(), states.heard.mask[row, :count].tolist()
             heard = [(a, b) if there else (0, 0) for (a, b), there in zip(spans, real, strict=True)]
-            plans.append(Excerpt.plan(text, runs.spans, scores[row], heard, text.begin, ratio, coarse))
+            plans.append(Excerpt.plan(text, runs.spans, scores[row].tolist(), heard, text.begin, ratio, coarse))
         return plans
 
 
@@ -6360,22 +6371,32 @@ class Bridge(nn.Module):
         """The windows that the pooler means one latent of; ``ratio`` overrides."""
         return Windows.cut(states, self.shape.settings.windows_on, self.shape.settings.latent_len, ratio or self.ratio)
 
-    def encode(self, states: States, name: str = "", ear: int = 0, coarse: int | None = None) -> Message:
+    def encode(
+        self, states: States, name: str = "", ear: int = 0, coarse: int | None = None, swaps: Swaps | None = None
+    ) -> Message:
         """The sender's side: states (B, L, T, D_s) → Message (B, K, D_w); ``ear`` matters where latents are private.
 
-        ``coarse`` is another number of tokens to a latent than a pooler's that mixes in words, 0 for words alone.
+        For a pooler that mixes in words: ``coarse`` is another number of tokens to a latent, 0 for words alone; ``swaps``
+        are other words than the best.
         """
         groups = by_width(widths_of(states.mask))
         if len(groups) > 1:
-            pieces = [self.encode_together(states.rows(chosen), name, ear, coarse) for chosen in groups]
+            pieces = list[Message]()
+            for chosen in groups:
+                here = (
+                    {place: swaps[row] for place, row in enumerate(chosen.tolist()) if row in swaps} if swaps else None
+                )
+                pieces.append(self.encode_together(states.rows(chosen), name, ear, coarse, here))
             return Message.of(pieces, torch.cat(groups))
-        return self.encode_together(states, name, ear, coarse)
+        return self.encode_together(states, name, ear, coarse, swaps)
 
-    def encode_together(self, states: States, name: str = "", ear: int = 0, coarse: int | None = None) -> Message:
+    def encode_together(
+        self, states: States, name: str = "", ear: int = 0, coarse: int | None = None, swaps: Swaps | None = None
+    ) -> Message:
         """The same with all texts as wide as the widest."""
         tokens, words = self.encoder(states), None
         if isinstance(self.pooler, MixedPooler):
-            excerpts = self.pooler.excerpts(tokens, states, self.ratio or 1.0, coarse)
+            excerpts = self.pooler.excerpts(tokens, states, self.ratio or 1.0, coarse, swaps)
             windows: Windows | None = Windows.of_cells(states, [e.cells for e in excerpts], [e.said for e in excerpts])
             words = tuple(excerpt.words for excerpt in excerpts)
         else:
@@ -7234,6 +7255,44 @@ class Selection(Loss):
             if there:
                 losses.append(scores[row].logsumexp(0) - scores[row][there].logsumexp(0))
         return torch.stack(losses).sum() / len(batch.examples) if losses else scores.new_zeros(())
+
+
+@LOSSES.register("swap")
+class Swap(Loss):
+    """Cross-entropy of which of two runs of words to send, by how the loss changes where one takes the other's place.
+
+    Needs no place of an answer, and one more pass of the receiver. The target is that of Bradley and Terry (1952): the logistic
+    function of the change in nats.
+    """
+
+    def swaps(self, batch: ForwardContext, pooler: MixedPooler, tokens: Tensor) -> Swaps:
+        """For each row that leaves out something, a run that travels and one that does not, both drawn by the row's key."""
+        states, drawn = batch.states, dict[int, tuple[int, int]]()
+        plans = pooler.excerpts(tokens, states, batch.bridge.ratio or 1.0)
+        for row, (plan, runs) in enumerate(zip(plans, pooler.runs(states), strict=True)):
+            sent = [i for i, span in enumerate(runs.spans) if span[:2] in plan.said]
+            left = [i for i in range(len(runs.spans)) if i not in sent]
+            rng = random.Random(states.keys[row] if states.keys else row)
+            if sent and left:
+                drawn[row] = rng.choice(sent), rng.choice(left)
+        return drawn
+
+    def term(self, supervised: Supervised) -> Tensor:
+        batch, pooler = supervised.batch, supervised.batch.bridge.pooler
+        assert isinstance(pooler, MixedPooler)
+        tokens = batch.bridge.encoder(batch.states)
+        scores, swaps = pooler.scores(tokens, batch.states), self.swaps(batch, pooler, tokens)
+        with torch.no_grad():
+            message = batch.bridge.encode(batch.states, ear=batch.ear, swaps=swaps)
+            soft = batch.receiver.weave(batch.bridge.decode(message, batch.ear, batch.states.keys), message.words)
+            other = supervise(batch.receiver, batch.answered(soft), batch)
+            changes = other.nats - supervised.nats
+            totals = torch.zeros(len(batch.examples), device=changes.device).index_add(0, other.rows, changes)
+        margins = [scores[row, sent] - scores[row, left] for row, (sent, left) in swaps.items()]
+        if not margins:
+            return scores.new_zeros(())
+        targets = totals[[*swaps]].sigmoid().to(scores.device)
+        return F.binary_cross_entropy_with_logits(torch.stack(margins), targets, reduction="sum") / len(batch.examples)
 
 
 def first_token_weight(settings: LossSettings, step: int, steps: int) -> float:
@@ -8767,8 +8826,9 @@ def check_parts(settings: TrainSettings) -> None:
             raise LatentWireError(f"{mixed} puts latents among words; add --init copy")
         if 0 < coarse < max(settings.ratio):
             raise LatentWireError(f"--coarse {coarse}: the latents alone take more than --ratio leaves; give more")
-    if settings.selection_weight and not POOLERS[settings.pooler].mixes:
-        raise LatentWireError("--selection_weight scores words that travel; add --pooler mixed")
+    for name in ("selection_weight", "swap_weight"):
+        if getattr(settings, name) and not POOLERS[settings.pooler].mixes:
+            raise LatentWireError(f"--{name} scores words that travel; add --pooler mixed")
     if POOLERS[settings.pooler].per_window or (settings.init == "none" and not settings.ratio):
         return
     fitting = " or ".join(name for name, pooler in POOLERS.items() if pooler.per_window)
@@ -11720,7 +11780,7 @@ add_variant(
     "linear_bridge", TrainedBridge,
     "Means of sender states through linear maps and their norms alone: what attention adds to a bridge.",
     changed={"encoder": "hidden", "pooler": "mean", "init": "none", "adapter": "linear", "d_z": 256},
-    dropped=frozenset({*BridgeSettings.fields(), *FeatureSettings.fields(), "gist_weight", "selection_weight"})
+    dropped=frozenset({*BridgeSettings.fields(), *FeatureSettings.fields(), "gist_weight", "selection_weight", "swap_weight"})
     - {"layers", "normalize", "codec", "anchor_text", "anchor_mode"},
 )  # fmt: skip
 

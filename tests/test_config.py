@@ -37,7 +37,7 @@ LOSSES = {
     "state_kd_weight": 0.0, "state_kd_layers": THIRDS, "latent_align_weight": 0.0, "latent_align_metric": "cosine",
     "latent_prefix_align_weight": 0.0, "gist_weight": 0.0, "reconstruction_weight": 0.0, "continuation_weight": 0.0,
     "language_tokens": 48, "contrast_weight": 0.0, "contrast_margin": 0.5, "manifold_weight": 0.0, "scale_weight": 0.0,
-    "rms_weight": 0.0, "diversity_weight": 0.0, "selection_weight": 0.0,
+    "rms_weight": 0.0, "diversity_weight": 0.0, "selection_weight": 0.0, "swap_weight": 0.0,
 }  # fmt: skip
 SCHEDULE = {
     "stages": ["B"], "warmup_text_latent_steps": None, "warmup_text_latent_epochs": None, "warmup_tail_prob": 0.0,

@@ -19,7 +19,13 @@ TEXTS = ("a first text, which is longer", "short one", "Zoë's naïve café")
 ANSWERS = ("a cat", "b", "a dog in Rome")
 LATENT = ["--encoder", "byte", "--receiver", "tiny-qwen", "--pooler", "window", "--init", "copy", "--ratio", "2",
           "--d_z", "64", "--windows_on", "receiver", "--protocol", "question-agnostic"]  # fmt: skip
-ELSEWHERE = "answer_ce", "k_token_ce", "first_token_ce", "selection"  # the last is of another pooler, in test_mixed.py
+ELSEWHERE = (
+    "answer_ce",
+    "k_token_ce",
+    "first_token_ce",
+    "selection",
+    "swap",
+)  # the last two are of another pooler, in test_mixed.py
 KINDS = [name for name in lw.LOSSES if name not in ELSEWHERE]
 
 
@@ -342,7 +348,7 @@ def test_contrast_wants_other_texts_latents_to_be_worse_by_a_margin() -> None:
     assert loss("contrast", lone, contrast_margin=3.0) == pytest.approx(max(0.0, 3.0 - gains[0]), rel=1e-3)
 
 
-APART = ("selection", "manifold", "contrast", "diversity", "gist", "state_kd", "latent_prefix_align")
+APART = ("selection", "swap", "manifold", "contrast", "diversity", "gist", "state_kd", "latent_prefix_align")
 
 
 @pytest.mark.parametrize("name", [name for name in lw.LOSSES if name not in APART])
@@ -371,7 +377,7 @@ def test_empty_slots_change_no_loss() -> None:
     heard = wider(replace(pair.batch, partners=wider(pair.batch.partners)))
     with torch.no_grad():
         padded = lw.supervise(heard.receiver, heard.answered(heard.soft), heard)
-    for name in {*lw.LOSSES} - {"selection"}:
+    for name in {*lw.LOSSES} - {"selection", "swap"}:
         assert loss(name, padded) == pytest.approx(loss(name, pair), rel=1e-4, abs=1e-6), name
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 import zlib
 from dataclasses import replace
@@ -171,6 +172,44 @@ def test_the_selection_loss_is_the_cross_entropy_of_the_runs_with_the_answer():
     runs, place = pooler.runs(heard.states)[0], heard.states.texts[0].index("Gustave")
     hit = [i for i, (a, b, _) in enumerate(runs.spans) if a < place + 7 and b > place]
     assert found == pytest.approx(float(-scores.softmax(0)[hit].sum().log()) / 2, rel=1e-5)
+
+
+def test_the_swap_loss_asks_the_receiver_which_of_two_runs_to_send():
+    """Target: the logistic function of the nats that the answer costs more where one run takes the other's place."""
+    one = made("--answer_ce_weight", "0", "--k_token_ce_weight", "0", "--first_token_ce_weight", "0", "--lr", "1e-2",
+               "--selection_weight", "0", "--swap_weight", "1", own=examples(CONTEXT))  # fmt: skip
+    heard, pooler = one.hear(one.train_rows), one.bridge.pooler
+    tokens = one.bridge.encoder(heard.states)
+    scores, runs = pooler.scores(tokens, heard.states)[0], pooler.runs(heard.states)[0]
+    swaps = lw.LOSSES["swap"](lw.LossSettings()).swaps(heard, pooler, tokens)
+    [(taken_out, put_in)] = swaps.values()
+    plain, other = (one.bridge.encode(heard.states, swaps=given) for given in (None, swaps))
+    assert plain.words is not None and other.words is not None
+    pieces = [heard.states.texts[0][slice(*runs.spans[i][:2])].strip() for i in (taken_out, put_in)]
+    assert [pieces[0] in " ".join(m.words[0]) for m in (plain, other)] == [True, False]
+    assert [pieces[1] in " ".join(m.words[0]) for m in (plain, other)] == [False, True]
+
+    def nats(message: lw.Message) -> float:
+        soft = heard.receiver.weave(one.bridge.decode(message), message.words)
+        return float(lw.supervise(heard.receiver, heard.answered(soft), heard).nats.sum().detach())
+
+    change, margin = nats(other) - nats(plain), float((scores[taken_out] - scores[put_in]).detach())
+    target = 1 / (1 + math.exp(-change))
+    wanted = -target * math.log(1 / (1 + math.exp(-margin))) - (1 - target) * math.log(1 / (1 + math.exp(margin)))
+    supervised = lw.supervise(heard.receiver, heard.answered(heard.soft), heard)
+    found = lw.LOSSES["swap"](lw.LossSettings()).term(supervised)
+    assert float(found.detach()) == pytest.approx(wanted, rel=1e-4)
+    found.backward()
+    after = one.bridge.pooler.judge[-1].bias.grad  # the same for both runs: only what tells them apart learns
+    assert float(after.abs()) < 1e-6 and float(one.bridge.pooler.judge[-1].weight.grad.abs().max()) > 0
+    assert "loss_swap" in one.step()
+
+
+def test_nothing_to_swap_is_no_loss():
+    one = made("--ratio", "1", "--swap_weight", "1", own=examples(CONTEXT))
+    heard = one.hear(one.train_rows)
+    supervised = lw.supervise(heard.receiver, heard.answered(heard.soft), heard)
+    assert float(lw.LOSSES["swap"](lw.LossSettings()).term(supervised)) == 0
 
 
 def test_what_mixes_learns_to_select_unless_it_is_told_otherwise(toy_run):
@@ -358,6 +397,7 @@ def test_the_verdict_says_which_part_communicates(words, others, said):
 
 
 def test_a_linear_bridge_beside_it_selects_nothing(refuse, tmp_path):
-    assert "selection_weight" in lw.METHODS["linear_bridge"].dropped  # type: ignore[attr-defined]
-    words = ("--dataset", "toy", *PAIR, "--selection_weight", "1", "--output_dir", tmp_path / "r")
-    assert "--pooler mixed" in refuse("train", *words)
+    for name in ("selection_weight", "swap_weight"):
+        assert name in lw.METHODS["linear_bridge"].dropped  # type: ignore[attr-defined]
+        words = ("--dataset", "toy", *PAIR, f"--{name}", "1", "--output_dir", tmp_path / "r")
+        assert "--pooler mixed" in refuse("train", *words)
