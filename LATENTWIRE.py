@@ -10,7 +10,7 @@
 # ///
 """LatentWire: two frozen language models of different families talk through learned latents instead of text.
 
-    python LATENTWIRE.py demo                                         two real models, five minutes on a laptop CPU
+    python LATENTWIRE.py demo                                         two real models on a laptop CPU, in minutes
     python LATENTWIRE.py train --dataset sst2 --output_dir runs/sst2  learn a bridge for your task
     python LATENTWIRE.py eval --checkpoint runs/sst2                  what came through, against every control
     python LATENTWIRE.py train --dataset squad --latent_len 32        one latent language, several receivers
@@ -14922,7 +14922,7 @@ def check_gates(runs: Sequence[Mapping[str, Any]], report: Report) -> None:
 
 @command(TrainSettings, LEARN, shared=True)
 def demo_command(settings: TrainSettings) -> None:
-    """Two real models on a laptop: train, evaluate with controls, draw, in five minutes."""
+    """Two real models on a laptop: train, evaluate with controls, draw; then one message, four questions."""
     if settings.seeds:
         raise LatentWireError("demo trains one bridge; for several seeds use train --seeds")
     folder = settings.output_dir or Path("runs/demo")

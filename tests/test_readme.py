@@ -82,8 +82,18 @@ def mixed_sentence(found: dict[str, Any]) -> str:
     )
 
 
+def notes_sentence(found: dict[str, Any]) -> str:
+    """README's sentence on the demo's second half."""
+    f1 = {method: percent(summary["f1"]) for method, summary in found["methods"].items()}
+    return (
+        f"Then content: notes of made-up facts, each sent once in {found['compression']['message_bytes']:.0f} bytes and asked "
+        f"four questions afterwards: F1 {f1['bridge']}. Words alone in as many positions have {f1['parts:words_budget']} and "
+        f"the whole note {f1['text']}, both read zero-shot; another note's latents among the words {f1['parts:other_latents']}."
+    )
+
+
 def mixed_table(found: dict[str, Any]) -> str:
-    """The table of that evaluation."""
+    """The table of such an evaluation."""
     lines = ["| method | F1 | 95 % CI | positions | bytes |", "|---|--:|--:|--:|--:|"]
     for name, summary in found["methods"].items():
         low, high = map(percent, summary["ci"])
@@ -153,6 +163,14 @@ def test_words_and_latents_are_published_with_their_records(kept):
     assert mixed_sentence(found) in unwrapped(README) and mixed_table(found) in TABLES
     assert found["communication"] and found["leaks"] == []
     assert "carry nothing that is shown" in found["verdict"] and "one seed" in unwrapped(TABLES)
+
+
+def test_notes_are_published_with_their_records(kept):
+    """One message, four questions; nothing but the message can answer, and it is not the latents that do."""
+    found = made_again(kept("notes"))
+    assert notes_sentence(found) in unwrapped(README) and mixed_table(found) in TABLES
+    assert found["communication"] and found["leaks"] == [] and found["overlap"] == 0
+    assert "carry nothing that is shown" in found["verdict"]
 
 
 @pytest.mark.parametrize("name", ["demo", "sst2", pytest.param("agnews", marks=pytest.mark.slow), "trec"])
@@ -267,7 +285,10 @@ def test_readme_says_what_its_numbers_are_worth(kept):
     found = json.loads((kept("mixed") / "results.json").read_text())
     words = unwrapped(README + TABLES)
     assert "One seed says nothing about the spread over seeds" in words and "is ahead of its probe" not in words
-    others = words.replace(mixed_sentence(found), "").replace(unwrapped(mixed_table(found)), "")
+    notes = json.loads((kept("notes") / "results.json").read_text())
+    others = words.replace(mixed_sentence(found), "").replace(notes_sentence(notes), "")
+    for table in (mixed_table(found), mixed_table(notes)):
+        others = others.replace(unwrapped(table), "")
     assert not re.search(r"\bF1\b[^.|]*\d\d\.\d", others), "of other question answering no records were kept"
     assert "wherever more than one was tried" in (ROOT / "latex" / "main.tex").read_text()
 
