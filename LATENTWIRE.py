@@ -13981,6 +13981,17 @@ add_suite("paper", "Every table and figure: five data sets, two sizes, three see
     "sweeps": {"dataset": ["sst2", "agnews", "trec", "boolq", "gsm8k"], "latent_len": [8, 24]},
     "seeds": [42, 123, 456], "evaluation": {"methods": ["all"]}, "benchmark": ["latency", "memory"]})  # fmt: skip
 
+add_suite("mixed", "Words and latents on SQuAD: asked before or after, 2 to 16 times fewer positions, three seeds at 4 times.", {
+    "base_config": "mixed", "samples": 16000, "steps": 1000, "batch_size": 16, "val_samples": 200, "eval_every": 250,
+    "patience": 0, "runs": [
+        {"name": f"{protocol}-{ratio}x/seed{seed}", "overrides": {"protocol": protocol, "ratio": [ratio], "seed": seed}}
+        for protocol in ("question-shared", "question-agnostic") for ratio in (2, 4, 8, 16)
+        for seed in ((42, 123, 456) if ratio == 4 else (42,))],
+    "evaluation": {"num_samples": 500, "rival_steps": 1000, "rival_tries": 1, "methods": [
+        "bridge", "control:shuffled", "control:none", "parts", "text", "token_budget", "extractive", "extractive:windows",
+        "extractive:bytes", "random_words", "selective", "llmlingua", "extractive+prompt_tuning", "prompt_tuning"]},
+})  # fmt: skip
+
 FAST = {"steps": 10, "samples": 24, "val_samples": 8, "batch_size": 8, "eval_every": 10, "max_tokens": 96}
 FAST_EVAL: dict[str, Any] = {"num_samples": 12, "rival_steps": 1, "rival_tries": 1, "relay_tokens": 2, "max_new_tokens": 2,
                              "probe_layers": ["0.5"]}  # fmt: skip
@@ -14767,14 +14778,9 @@ def words_from(settings: Mapping[str, Any]) -> list[str]:
     for name, value in settings.items():
         values = value if isinstance(value, list | tuple) else [] if value is None else [value]
         texts = [("no", "yes")[item] if isinstance(item, bool) else str(item) for item in values]
-        words += (
-            [f"--{name}={texts[0]}"]
-            if texts and texts[0].startswith("-")
-            else [f"--{name}", *texts[:1]]
-            if texts
-            else []
-        )
-        words += texts[1:]
+        if texts:
+            first = [f"--{name}={texts[0]}"] if texts[0].startswith("-") else [f"--{name}", texts[0]]
+            words += [*first, *texts[1:]]
     return words
 
 

@@ -1180,6 +1180,8 @@ def planned(*words: str) -> list[lw.TrainSettings]:
         ("significance", [f"seed{s}" for s in (42, 123, 456, 789, 1011)]),
         ("paper", [f"{data}-latent_len{k}/seed{s}" for data in ("sst2", "agnews", "trec", "boolq", "gsm8k")
                    for k in (8, 24) for s in (42, 123, 456)]),
+        ("mixed", [f"question-{asked}-{name}" for asked in ("shared", "agnostic") for name in (
+            "2x/seed42", "4x/seed42", "4x/seed123", "4x/seed456", "8x/seed42", "16x/seed42")]),
     ],
 )  # fmt: skip
 def test_the_runs_of_a_suite(name, folders):
@@ -1191,6 +1193,10 @@ def test_the_runs_of_a_suite(name, folders):
             assert run.latent_len == int(re.findall(r"latent_len(\d+)", where)[0])
         if "seed" in where:
             assert run.seed == int(re.findall(r"seed(\d+)", where)[0])
+        if name == "mixed":
+            [(protocol, ratio)] = re.findall(r"(question-\w+)-(\d+)x", where)
+            assert (run.pooler, run.protocol, run.ratio) == ("mixed", protocol, [float(ratio)])
+            assert lw.named_methods(lw.suite_of(name)["evaluation"]["methods"])
         if name in ("paper", "generalization"):
             assert run.dataset == where.split("/")[2].partition("-")[0]
     assert len({run.digest() for run in runs}) == len(runs)
