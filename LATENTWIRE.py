@@ -3209,7 +3209,10 @@ class Toy(Task):
 
 @task("notes")
 class Notes(QuestionAnswering):
-    """Notes: four invented facts among small talk, a question about each; no value of a test note stands in a train note."""
+    """Notes: four invented facts among small talk, and a question about each.
+
+    No value of a test note stands in a training note, so that only the message can answer.
+    """
 
     facts: ClassVar[dict[str, tuple[str, str, str]]] = {
         "Which locker holds the parcel?": ("number", "The parcel waits in locker {}", "Locker {} has the parcel"),
@@ -3221,7 +3224,7 @@ class Notes(QuestionAnswering):
         "Where do they meet?": ("city", "They meet in {} this time", "The meeting was moved to {}"),
         "Where was the painting found?": ("city", "The painting was found in {}", "In {} they found the painting"),
         "What is the password?": ("thing", "The password is {}", "Use {} as the password"),
-        "What is in the suitcase?": ("thing", "There is a {} in the suitcase", "The suitcase holds a {}"),
+        "What is in the suitcase?": ("thing", "The {} is in the suitcase", "The suitcase holds the {}"),
     }
     values: ClassVar[dict[str, tuple[str, str]]] = {
         "name": ("Alice Bruno Clara David Emma Felix Grace Hugo Irene Jonas Karen Louis Maria Nathan Olivia Peter",
@@ -4491,11 +4494,12 @@ class LM:
             self.model.set_attn_implementation("latentwire")
 
     def pack(self) -> None:
-        """Make ready for many answers in bfloat16 on a CPU; a model that takes an eighth of the memory is left as it is."""
+        """Make ready for many answers in bfloat16 on a CPU that oneDNN packs for (AVX-512, not AVX2 alone); a model that
+        takes an eighth of the memory is left as it is."""
         import psutil
 
         suits = self.device.type == "cpu" and self.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-        if self.packed or not suits:
+        if self.packed or not suits or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return
         layers = [layer for layer in (*self.blocks.modules(), self.head) if type(layer) is nn.Linear]
         if sum(layer.weight.nbytes for layer in layers) < psutil.virtual_memory().total / 8:
@@ -7259,7 +7263,7 @@ class Selection(Loss):
 
 @LOSSES.register("swap")
 class Swap(Loss):
-    """Cross-entropy of which of two runs of words to send, by how the loss changes where one takes the other's place.
+    """Cross-entropy of which of two runs of words to send, by the loss with either.
 
     Needs no place of an answer, and one more pass of the receiver. The target is that of Bradley and Terry (1952): the logistic
     function of the change in nats.
@@ -13981,7 +13985,7 @@ add_suite("paper", "Every table and figure: five data sets, two sizes, three see
     "sweeps": {"dataset": ["sst2", "agnews", "trec", "boolq", "gsm8k"], "latent_len": [8, 24]},
     "seeds": [42, 123, 456], "evaluation": {"methods": ["all"]}, "benchmark": ["latency", "memory"]})  # fmt: skip
 
-add_suite("mixed", "Words and latents on SQuAD: asked before or after, 2 to 16 times fewer positions, three seeds at 4 times.", {
+add_suite("mixed", "Words and latents on SQuAD: two protocols, 2 to 16 times fewer positions, three seeds at 4 times.", {
     "base_config": "mixed", "samples": 16000, "steps": 1000, "batch_size": 16, "val_samples": 200, "eval_every": 250,
     "patience": 0, "runs": [
         {"name": f"{protocol}-{ratio}x/seed{seed}", "overrides": {"protocol": protocol, "ratio": [ratio], "seed": seed}}
@@ -14980,10 +14984,8 @@ def show_content(folder: Path, report: RichReport) -> None:
         f"\nWhat travels of it, {len(bytes(message))} bytes; each ░ is a latent:\n{'░'.join(message.words[0])}\n"
     )
     for row in asked:
-        words = alone[row["id"]]["generated"]
-        report.say(
-            f"{notes[row['id']].question} {row['gold'][0]}. Answered: {row['generated']}. From words alone: {words}."
-        )
+        report.say(f"{notes[row['id']].question} {row['gold'][0]}")
+        report.say(f"  from the message: {row['generated']}\n  from words alone: {alone[row['id']]['generated']}")
 
 
 @command(

@@ -223,6 +223,15 @@ def test_beginnings_that_answers_share_are_read_once(monkeypatch: pytest.MonkeyP
     )
 
 
+def test_a_cpu_without_packed_bfloat16_answers_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX2 alone: oneDNN refuses to reorder such weights, and the plain ones are used."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    lm = lw.load_lm("tiny-qwen", lw.ModelSettings(device="cpu", dtype="bfloat16"))
+    lm.pack()
+    assert not lm.packed and "forward" not in vars(lm.head)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 for this CPU")
 def test_packed_weights_answer_alike_and_only_where_nothing_learns() -> None:
     settings = lw.ModelSettings(device="cpu", dtype="bfloat16")
     plain, packed = lw.load_lm("tiny-qwen", settings), lw.load_lm("tiny-qwen", settings)
