@@ -367,7 +367,10 @@ def test_a_run_killed_again_and_again_ends_with_the_same_bytes(tmp_path, monkeyp
             lw.load_checkpoint(path)
     assert leftovers(*runs, tmp_path / "cache" / "states") == []
     stores = [contents(tmp_path / name / "states") for name in ("cache", "cache-whole")]
-    assert stores[0] == stores[1]
+    # one that is killed while it holds a lock, of a store that is complete by then, leaves an empty file that nobody waits for
+    locks = {name for name in stores[0] if name.endswith(".lock")}
+    assert {name: data for name, data in stores[0].items() if name not in locks} == stores[1]
+    assert not any(stores[0][name] for name in locks)
     counts = torture.counts
     with capsys.disabled():
         print(f"\n{torture.attempts} starts of {len(runs)} run(s), ended by: {counts}")
