@@ -3224,7 +3224,7 @@ class Notes(QuestionAnswering):
         "Where do they meet?": ("city", "They meet in {} this time", "The meeting was moved to {}"),
         "Where was the painting found?": ("city", "The painting was found in {}", "In {} they found the painting"),
         "What is the password?": ("thing", "The password is {}", "Use {} as the password"),
-        "What is in the suitcase?": ("thing", "The {} is in the suitcase", "The suitcase holds the {}"),
+        "What is in the suitcase?": ("thing", "There is a {} in the suitcase", "The suitcase holds a {}"),
     }
     values: ClassVar[dict[str, tuple[str, str]]] = {
         "name": ("Alice Bruno Clara David Emma Felix Grace Hugo Irene Jonas Karen Louis Maria Nathan Olivia Peter",
