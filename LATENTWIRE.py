@@ -4499,7 +4499,7 @@ class LM:
         import psutil
 
         suits = self.device.type == "cpu" and self.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-        if self.packed or not suits or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if self.packed or not (suits and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             return
         layers = [layer for layer in (*self.blocks.modules(), self.head) if type(layer) is nn.Linear]
         if sum(layer.weight.nbytes for layer in layers) < psutil.virtual_memory().total / 8:
@@ -6866,6 +6866,10 @@ class ForwardContext:
         """What the sender read."""
         return [self.prompting.part.sender_text(example) for example in self.examples]
 
+    def opened(self, message: Message) -> SoftPrompt:
+        """What the receiver reads (B, P, D_r) of another message to the same rows."""
+        return self.receiver.weave(self.bridge.decode(message, self.ear, self.states.keys), message.words)
+
     def answered(self, soft: SoftPrompt | None, text: bool = False) -> Packed:
         """The gold answers after a soft prompt, or after the text."""
         return replace(self.prompting.pack(soft, self.examples, text=text, answers=True), keys=self.states.keys)
@@ -7167,9 +7171,8 @@ class Continuation(Loss):
         first_half = replace(batch.states, mask=batch.states.mask & (spans[..., 1] <= cuts),
                              heard=tokens and replace(tokens, mask=tokens.mask & (tokens.spans[..., 1] <= cuts)))  # fmt: skip
         message = batch.bridge.encode(first_half, ear=batch.ear)
-        soft = batch.receiver.weave(batch.bridge.decode(message, batch.ear, batch.states.keys), message.words)
         second_halves = [text[len(text) // 2 :] for text in batch.texts]
-        return batch.read_back(soft, "", second_halves, self.settings.language_tokens)
+        return batch.read_back(batch.opened(message), "", second_halves, self.settings.language_tokens)
 
 
 @LOSSES.register("contrast")
@@ -7288,8 +7291,7 @@ class Swap(Loss):
         scores, swaps = pooler.scores(tokens, batch.states), self.swaps(batch, pooler, tokens)
         with torch.no_grad():
             message = batch.bridge.encode(batch.states, ear=batch.ear, swaps=swaps)
-            soft = batch.receiver.weave(batch.bridge.decode(message, batch.ear, batch.states.keys), message.words)
-            other = supervise(batch.receiver, batch.answered(soft), batch)
+            other = supervise(batch.receiver, batch.answered(batch.opened(message)), batch)
             changes = other.nats - supervised.nats
             totals = torch.zeros(len(batch.examples), device=changes.device).index_add(0, other.rows, changes)
         margins = [scores[row, sent] - scores[row, left] for row, (sent, left) in swaps.items()]
@@ -10299,9 +10301,8 @@ class LoadedBridge:
     def lm(self, ear: int) -> LM:
         """A receiver's model; loaded once."""
         name, settings = self.bridge.shape.ears[ear].name, self.settings
-        device = str(resolve_device(settings.receiver_device or settings.device))  # where training had the bridge
         if name not in self.lms:
-            self.lms[name] = load_lm(name, settings, settings.offline, device)
+            self.lms[name] = load_lm(name, settings, settings.offline, settings.receiver_device)
         return self.lms[name]
 
     @functools.cached_property
@@ -10310,8 +10311,8 @@ class LoadedBridge:
         reader = open_reader(self.settings)
         self.checkpoint.check(reader)
         self.checkpoint.lend_lora(reader)
-        device = resolve_device(self.settings.receiver_device or self.settings.device)
         first = self.lm(0) if self.bridge.wants_heard else None
+        device = resolve_device(self.settings.receiver_device or self.settings.device)  # where training had the bridge
         return Sender(reader, self.bridge.to(device), text_limit(self.settings, reader), first)
 
     def receiver(self, name: str | None = None) -> Receiver:
@@ -15247,10 +15248,8 @@ def encode_command(settings: EncodeSettings) -> None:
     """Write a text's latents to a file: encode article.txt --checkpoint runs/squad -o article.wire"""
     text = text_of(settings.file, settings.text)
     bridge = load(settings.checkpoint, settings.trust_remote_code)
-    [message], source = (
-        bridge.encode([text], [settings.question], settings.receiver),
-        bridge.source(text, settings.question),
-    )
+    [message] = bridge.encode([text], [settings.question], settings.receiver)
+    source = bridge.source(text, settings.question)
     read, total = len(bridge.sender.ids(source)), len(sender_ids(bridge.sender.reader, source, 10**9))
     data, size = bytes(message), len(text.encode("utf-8", "replace"))
     write_atomic(settings.output, data)
