@@ -85,10 +85,11 @@ def log_of(here: Path, name: str) -> str:
 
 def test_a_job_ended_four_ways_ends_like_an_uninterrupted_run(box, latentwire, here):
     flags = [*TRAIN, "--steps", "1500", "--eval_every", "500", "--dataset", "toy"]
-    run, plugin = here / "runs" / "job", here / "slow.py"
-    plugin.write_text(  # training must outlast the wait for the time limit's warning on any machine
-        "import time, LATENTWIRE as lw\nstep = lw.Trainer.step\n"
-        "def slow(self):\n    time.sleep(0.02)\n    return step(self)\nlw.Trainer.step = slow\n"
+    run, plugin, slowly = here / "runs" / "job", here / "slow.py", here / "slowly"
+    slowly.touch()  # until it is gone, training outlasts the wait for the time limit's warning on any machine
+    plugin.write_text(
+        "import os, time, LATENTWIRE as lw\nstep = lw.Trainer.step\n"
+        f"def slow(self):\n    time.sleep(0.02 * os.path.exists({str(slowly)!r}))\n    return step(self)\nlw.Trainer.step = slow\n"
     )
     asked = ["slurm", "--job", "training", *flags, "--plugin", str(plugin), "--output_dir", "runs/job"]
     started = time.monotonic()
@@ -126,8 +127,9 @@ def test_a_job_ended_four_ways_ends_like_an_uninterrupted_run(box, latentwire, h
     assert log.count("host=") == 4 and log.count("status=143") + log.count("status=138") == 4
     assert box.show(job)["Restarts"] == "3"
 
+    slowly.unlink()
     [again] = submitted(latentwire(*asked))  # the same command, a new job
-    box.wait_state(again, "COMPLETED", timeout=120)
+    box.wait_state(again, "COMPLETED", timeout=300)
     assert f"resuming at step {reached[3]} of 1500" in log_of(here, f"preempt_training_{again}.log")
     plain = latentwire("train", *flags, "--output_dir", "runs/plain")
     assert plain.returncode == 0, plain.stderr
@@ -151,7 +153,7 @@ def test_two_processes_of_a_job_equal_one(box, latentwire, here, launcher):
     box.rush(job)
     [whole] = submitted(latentwire(*words))
     for number in (job, whole):
-        box.wait_state(number, "COMPLETED", timeout=120)
+        box.wait_state(number, "COMPLETED", timeout=300)
     assert result(run) == result(here / "runs" / f"experiment_{whole}")
     log = log_of(here, f"preempt_training_{job}.log")
     assert log.count("2 processes share 8 rows per step") == 2 and log.count("resuming at step") == 1
@@ -170,7 +172,7 @@ def test_a_dead_rank_ends_the_job(box, latentwire, here):
     )
     flags = [*TRAIN, "--steps", "4000", "--eval_every", "20", "--dataset", "toy", "--plugin", str(plugin)]
     [job] = submitted(latentwire("slurm", "--job", "training", "--gpus", "2", *flags, PYTHONPATH=str(ROOT)))
-    box.wait_state(job, "FAILED", timeout=90)
+    box.wait_state(job, "FAILED", timeout=300)
     log = log_of(here, f"preempt_training_{job}.log")
     assert "lost the others" in log and "not requeued: it failed without having been told to stop" in log
     assert saved_step(here / "runs" / f"experiment_{job}") == 40
@@ -180,7 +182,7 @@ def test_seeds_as_an_array(box, latentwire, here):
     flags = [*TRAIN, "--steps", "30", "--dataset", "toy", "--output_dir", "runs/sweep"]
     [job] = submitted(latentwire("slurm", "--job", "training", "--array-seeds", "42,123", *flags))
     for element in range(2):
-        box.wait_state(f"{job}_{element}", "COMPLETED", timeout=90)
+        box.wait_state(f"{job}_{element}", "COMPLETED", timeout=300)
     seeds = [json.loads((here / "runs" / "sweep" / f"seed{n}" / "config.json").read_text())["seed"] for n in (42, 123)]
     assert seeds == [42, 123]
     assert result(here / "runs" / "sweep" / "seed42")[0] != result(here / "runs" / "sweep" / "seed123")[0]
@@ -196,10 +198,10 @@ def test_a_site_that_exports_nothing_changes_nothing(box, latentwire, here):
             "slurm", "--job", "training", "--array-seeds", "42,123", *flags, "--output_dir", "runs/sweep", **bare
         )
     )
-    box.wait_state(pair, "COMPLETED", timeout=120)
+    box.wait_state(pair, "COMPLETED", timeout=300)
     assert "2 processes share 8 rows per step" in log_of(here, f"preempt_training_{pair}.log")
     for element in range(2):
-        box.wait_state(f"{array}_{element}", "COMPLETED", timeout=120)
+        box.wait_state(f"{array}_{element}", "COMPLETED", timeout=300)
     assert {path.name for path in (here / "runs" / "sweep").iterdir()} == {"seed42", "seed123"}
 
 
@@ -229,7 +231,7 @@ def test_a_time_limit_below_the_warning_ends(box, latentwire, here):
     for turn in ("1", "2"):  # not only PENDING: that it is before its first turn, too
         box.wait_until(lambda turn=turn: box.show(job).get("Restarts") == turn, f"job {job} was requeued", 90)
         box.rush(job)
-    box.wait_state(job, "FAILED", timeout=120)
+    box.wait_state(job, "FAILED", timeout=300)
     assert box.show(job)["Restarts"] == "2"
     assert "not requeued: nothing was saved" in log_of(here, f"preempt_training_{job}.log")
 
@@ -243,12 +245,12 @@ def test_an_experiment_is_a_pipeline_that_stops_at_a_failure(box, latentwire, he
     )
     bad = submitted(latentwire("slurm", "--job", "experiment", "--name", "bad", *flags, "--plugin", str(plugin)))
     assert len(good) == len(bad) == 3
-    box.wait_state(good[2], "COMPLETED", timeout=180)
+    box.wait_state(good[2], "COMPLETED", timeout=300)
     groups = json.loads((here / "runs" / "good" / "aggregated_results.json").read_text())["groups"]
     assert [group["latent_len"] for group in groups] == [2, 4]
     assert re.search(r"runs/good/latent_len2 +evaluated", latentwire("status", COLUMNS="120").stdout)
     assert "failed: runs/bad/latent_len2: no luck" in log_of(here, f"preempt_train_{bad[0]}_0.log")
-    box.wait_state(bad[1], "CANCELLED", timeout=180)
+    box.wait_state(bad[1], "CANCELLED", timeout=300)
     box.wait_state(bad[2], "CANCELLED", timeout=60)
 
 
