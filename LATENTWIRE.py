@@ -3224,7 +3224,7 @@ class Notes(QuestionAnswering):
         "Where do they meet?": ("city", "They meet in {} this time", "The meeting was moved to {}"),
         "Where was the painting found?": ("city", "The painting was found in {}", "In {} they found the painting"),
         "What is the password?": ("thing", "The password is {}", "Use {} as the password"),
-        "What is in the suitcase?": ("thing", "There is a {} in the suitcase", "The suitcase holds a {}"),
+        "What is in the suitcase?": ("thing", "They put the {} into the suitcase", "The suitcase holds the {}"),
     }
     values: ClassVar[dict[str, tuple[str, str]]] = {
         "name": ("Alice Bruno Clara David Emma Felix Grace Hugo Irene Jonas Karen Louis Maria Nathan Olivia Peter",
@@ -10839,8 +10839,9 @@ class ProbeMethod(Method):
 
     @functools.cached_property
     def stores(self) -> dict[tuple[int, ...], tuple[StateStore, StateStore]]:
-        """States of the train rows and of the evaluated ones, by layers."""
-        train, evaluated = self.context.setup.splits["train"], self.context.examples
+        """States of the train rows (those of validation with them, as training kept them) and of the evaluated ones, by layers."""
+        splits, evaluated = self.context.setup.splits, self.context.examples
+        train = [*splits["train"], *splits["validation"]]
         states = functools.partial(self.context.states_of, reader=getattr(self.context.setup, self.role))
         return {layers: (states(train, layers), states(evaluated, layers)) for layers in self.layers}
 
@@ -10864,7 +10865,10 @@ class ProbeMethod(Method):
         for number, (layers, pooling) in enumerate(plan, 1):
             x = self.features(train, layers, pooling)
             large = [decomposition.IncrementalPCA(min(512, len(train) // 8))] if x.nbytes > self.MOST_BYTES else []
-            regression = linear_model.LogisticRegression(max_iter=1000)
+            solver = (
+                "newton-cholesky" if len(counts) == 2 else "lbfgs"
+            )  # fewer, dearer iterations: where parameters are few
+            regression = linear_model.LogisticRegression(max_iter=1000, solver=solver)
             steps = pipeline.make_pipeline(preprocessing.StandardScaler(), *large, regression)
             search = model_selection.GridSearchCV(steps, {"logisticregression__C": self.CS}, cv=folds)
             search.fit(x[cv_rows], [labels[i] for i in cv_rows])

@@ -194,6 +194,14 @@ def test_probe_equals_scikit_learn_called_directly(channel):
     assert [lw.argmax(answer.scores) for answer in probe.answers(channel.examples)] == list(wanted)
 
 
+def test_the_probe_reads_the_states_that_training_kept(toy_run, tmp_path, monkeypatch):
+    stores, collect = [], lw.collect_states
+    monkeypatch.setattr(lw, "collect_states", lambda *a: stores.append(collect(*a)) or stores[-1])
+    lw.evaluate(toy_run, methods=["probe"], num_samples=9, output_dir=tmp_path)
+    of_training = max(stores, key=lambda store: len(store.index))
+    assert len(of_training.index) > 9 and of_training.source.startswith("cached in")
+
+
 def test_bytes_are_those_of_the_message(channel):
     answer = lw.BridgeMethod(channel).answers(channel.examples[:1])[0]
     assert (
