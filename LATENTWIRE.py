@@ -3281,8 +3281,8 @@ def missing(value: Any) -> bool:
     return value is MISSING or value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
-class OwnFile(Task):
-    """Your own CSV, TSV, JSON or Parquet; one file is split 80/20, a folder holds train.*, test.* or a folder per class."""
+class RowReader(Task):
+    """Rows by the roles of their columns: the user's names, or well-known ones."""
 
     guesses: ClassVar[dict[str, tuple[str, ...]]] = {
         "text": (
@@ -3295,6 +3295,82 @@ class OwnFile(Task):
             "intent", "topic", "stars", "rating",
         ),
     }  # fmt: skip
+
+    def find_column(self, role: str, columns: Sequence[str]) -> str:
+        """A role's column: named by the user, or a well-known name, whole or the last part of a nested one; else ""."""
+        named = getattr(self.settings, f"{role}_column")
+        if named:
+            return named if any(f"{column}.".startswith(f"{named}.") for column in columns) else ""
+        for fold in (lambda c: c.casefold(), lambda c: c.casefold().rpartition(".")[2]):
+            for guess in self.guesses[role]:
+                matches = [column for column in columns if fold(column) == guess]
+                if len(matches) == 1 or guess in matches:
+                    return guess if guess in matches else matches[0]
+        return ""
+
+    def column(self, role: str, table: Table, optional: bool = False) -> str:
+        """``find_column``, or an error that names the columns there are."""
+        name, named = self.find_column(role, table.columns), getattr(self.settings, f"{role}_column")
+        if not name and (named or not optional):
+            expected = " or ".join(map(repr, (named,) if named else self.guesses[role][:7]))
+            hint = " or --delimiter" if len(table.columns) == 1 else ""
+            raise LatentWireError(
+                f"{table.rows[0][0]} has no column {expected} (its columns: {some_of(table.columns)}); "
+                f"name one with --{role}_column{hint}"
+            )
+        return name
+
+    def asked_in(self, table: Table) -> dict[str, str]:
+        """Which columns hold what is sent and asked; "" where there is none."""
+        choices = next((c for c in table.columns if c.rpartition(".")[2].casefold() in ("choices", "options")), "")
+        question = self.column("question", table, optional=True)
+        text = self.column("text", table, optional=bool(question))
+        return {"text": text or question, "question": question if text else "", "choices": choices}
+
+    def asked(
+        self, where: str, row: Row, columns: Mapping[str, str]
+    ) -> tuple[str, str, tuple[str, ...], tuple[str, ...]]:
+        """A row's text with its options below, its question, the options, and what an answer key calls them."""
+        text, question, choices = (columns[role] for role in ("text", "question", "choices"))
+        context = self.cell(where, text, at(row, text))
+        query = "" if not question or missing(at(row, question)) else self.cell(where, question, at(row, question))
+        options, keys = self.options_of(where, choices, row) if choices else ((), ())
+        lettered = (f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False))
+        return "\n".join([context, *lettered]), query, options, keys
+
+    def cell(self, where: str, name: str, value: Any) -> str:
+        """A cell as text; an empty one, one that is no text, and half a character are refused."""
+        if value is MISSING:
+            raise LatentWireError(f"{where} has no {name}")
+        if missing(value):
+            detail = f" ({value})" if value is not None and not isinstance(value, str) else ""
+            raise LatentWireError(f"{where}: empty {name}{detail}; fill it in or delete the row")
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "surrogateescape")
+        if isinstance(value, list | dict | tuple):
+            raise LatentWireError(f"{where}: {name} is a {type(value).__name__}, not a text; name another column")
+        text = str(value)
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise LatentWireError(
+                f"{where}: {name} holds half a character (a lone surrogate), which is no text; mend it"
+            )
+        return text
+
+    def options_of(self, where: str, name: str, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """A multiple-choice row's options and what its answer key calls them."""
+        texts: Any = at(row, name)
+        keys: Any = None
+        if isinstance(texts, dict):
+            texts, keys = texts.get("text"), texts.get("label")
+        elif isinstance(texts, list) and texts and all(isinstance(item, dict) for item in texts):
+            texts, keys = ([item.get(key) for item in texts] for key in ("text", "label"))
+        if not isinstance(texts, list) or not 2 <= len(texts) <= 26:
+            raise LatentWireError(f"{where}: {name} holds no list of 2 to 26 options")
+        return tuple(self.cell(where, name, text) for text in texts), tuple(map(str, keys or ()))
+
+
+class OwnFile(RowReader):
+    """Your own CSV, TSV, JSON or Parquet; one file is split 80/20, a folder holds train.*, test.* or a folder per class."""
 
     def __init__(self, settings: DataSettings) -> None:
         super().__init__(settings)
@@ -3365,73 +3441,23 @@ class OwnFile(Task):
 
     # -- rows
 
-    def find_column(self, role: str, columns: Sequence[str]) -> str:
-        """A role's column: named by the user, or a well-known name, whole or the last part of a nested one; else ""."""
-        named = getattr(self.settings, f"{role}_column")
-        if named:
-            return named if any(f"{column}.".startswith(f"{named}.") for column in columns) else ""
-        for fold in (lambda c: c.casefold(), lambda c: c.casefold().rpartition(".")[2]):
-            for guess in self.guesses[role]:
-                matches = [column for column in columns if fold(column) == guess]
-                if len(matches) == 1 or guess in matches:
-                    return guess if guess in matches else matches[0]
-        return ""
-
-    def column(self, role: str, table: Table, optional: bool = False) -> str:
-        """``find_column``, or an error that names the columns there are."""
-        name, named = self.find_column(role, table.columns), getattr(self.settings, f"{role}_column")
-        if not name and (named or not optional):
-            expected = " or ".join(map(repr, (named,) if named else self.guesses[role][:7]))
-            hint = " or --delimiter" if len(table.columns) == 1 else ""
-            raise LatentWireError(
-                f"{table.rows[0][0]} has no column {expected} (its columns: {some_of(table.columns)}); "
-                f"name one with --{role}_column{hint}"
-            )
-        return name
-
     def columns_in(self, table: Table) -> dict[str, str]:
         """Which column has which role; "" where there is none."""
-        choices = next((c for c in table.columns if c.rpartition(".")[2].casefold() in ("choices", "options")), "")
-        question = self.column("question", table, optional=True)
-        text = self.column("text", table, optional=bool(question))
-        label = self.column("label", table)
-        return {"text": text or question, "question": question if text else "", "choices": choices, "label": label}
+        return {**self.asked_in(table), "label": self.column("label", table)}
 
     def rows_in(self, table: Table) -> list[tuple[str, Example]]:
         """The rows of a table, each with its place; answers are as the file has them, options stand below the text."""
         if len(table.rows) < 10:
             raise LatentWireError(f"data file {table.path} has {len(table.rows)} rows; at least 10 are needed")
-        text, question, choices, label = self.columns_in(table).values()
-        rows = []
+        columns, rows = self.columns_in(table), []
+        label = columns["label"]
         for index, (where, row) in enumerate(table.rows):
-            context = self.cell(where, text, at(row, text))
-            query = "" if not question or missing(at(row, question)) else self.cell(where, question, at(row, question))
+            context, query, options, keys = self.asked(where, row, columns)
             gold = self.gold(where, label, at(row, label), table.names.get(label, ()))
-            options, keys = self.options_of(where, choices, row) if choices else ((), ())
-            if choices:
+            if columns["choices"]:
                 gold = (self.chosen(where, gold[0], options, keys),)
-            lettered = (f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options, strict=False))
-            context = "\n".join([context, *lettered])
             rows.append((where, Example(str(index), context, query, gold, options=len(options))))
         return rows
-
-    def cell(self, where: str, name: str, value: Any) -> str:
-        """A cell as text; an empty one, one that is no text, and half a character are refused."""
-        if value is MISSING:
-            raise LatentWireError(f"{where} has no {name}")
-        if missing(value):
-            detail = f" ({value})" if value is not None and not isinstance(value, str) else ""
-            raise LatentWireError(f"{where}: empty {name}{detail}; fill it in or delete the row")
-        if isinstance(value, bytes):
-            value = value.decode("utf-8", "surrogateescape")
-        if isinstance(value, list | dict | tuple):
-            raise LatentWireError(f"{where}: {name} is a {type(value).__name__}, not a text; name another column")
-        text = str(value)
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise LatentWireError(
-                f"{where}: {name} holds half a character (a lone surrogate), which is no text; mend it"
-            )
-        return text
 
     def gold(self, where: str, name: str, value: Any, names: Sequence[str]) -> tuple[Any, ...]:
         """Accepted answers: one cell, a list of them, or SQuAD's mapping and lists with ``text``."""
@@ -3450,18 +3476,6 @@ class OwnFile(Task):
                 raise LatentWireError(f"{where}: {name} {text} has no name among the {len(names)} that the file brings")
             return (names[int(number)],)
         return (accepted if isinstance(accepted, bool | int | float) else text,)
-
-    def options_of(self, where: str, name: str, row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """A multiple-choice row's options and what its answer key calls them."""
-        texts: Any = at(row, name)
-        keys: Any = None
-        if isinstance(texts, dict):
-            texts, keys = texts.get("text"), texts.get("label")
-        elif isinstance(texts, list) and texts and all(isinstance(item, dict) for item in texts):
-            texts, keys = ([item.get(key) for item in texts] for key in ("text", "label"))
-        if not isinstance(texts, list) or not 2 <= len(texts) <= 26:
-            raise LatentWireError(f"{where}: {name} holds no list of 2 to 26 options")
-        return tuple(self.cell(where, name, text) for text in texts), tuple(map(str, keys or ()))
 
     def chosen(self, where: str, gold: Any, options: Sequence[str], keys: Sequence[str]) -> str:
         """The letter of the right option, by its key, its letter, its index or its own words."""
