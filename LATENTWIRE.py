@@ -48,6 +48,7 @@ Sections
 from __future__ import annotations
 
 import atexit
+import base64
 import bisect
 import codecs
 import collections
@@ -361,7 +362,12 @@ Layers = dict[str, Mapping[str, Any]]  # settings by where they come from, lowes
 YES, NO = ("yes", "true", "1", "on"), ("no", "false", "0", "off")
 SECTIONS = ("lora", "prefix", "deep_prefix", "latent_adapter", "coprocessor", "gist", "refiner", "latent_refiner")
 """Sections of a config file that hold one feature's settings and no others."""
-REPEATED = {"plugin": ",", "override": "\n"}  # flags that may be given several times, joined by this
+REPEATED = {
+    "plugin": ",",
+    "override": "\n",
+    "file": "\n",
+    "message": "\n",
+}  # flags that may be given several times, joined by this
 EXCLUSIVE = ({"steps", "epochs"}, {"dtype", "bf16", "fp16"})  # who gives one takes back the others of a lower layer
 SIZES = {
     "batch_size", "grad_accum", "effective_batch", "rival_batch", "latent_len", "latent_shared_len", "latent_private_len",
@@ -2662,7 +2668,9 @@ def kind_of_file(path: Path) -> str:
 
 
 def content(path: Path) -> bytes:
-    """A file's bytes, unpacked; raises ``LatentWireError`` where they cannot be read."""
+    """A file's bytes, unpacked, standard input's for ``-``; raises ``LatentWireError`` where they cannot be read."""
+    if str(path) == "-":
+        return sys.stdin.buffer.read()
     try:
         with importlib.import_module(PACKED.get(path.suffix.lower(), "io")).open(path, "rb") as stream:
             return bytes(stream.read())
@@ -10345,6 +10353,11 @@ class LoadedBridge:
         """What the sender reads for a text and, where it is to know it, a question."""
         return self.part.sender_text(Example("0", text, question, ("",)))
 
+    def extent(self, text: str, question: str = "") -> tuple[int, int]:
+        """Tokens that the sender reads of a text, and all that it has: what is longer than in training is cut."""
+        source = self.source(text, question)
+        return len(self.sender.ids(source)), len(sender_ids(self.sender.reader, source, 10**9))
+
     @torch.no_grad()
     def encode(
         self, texts: Sequence[str], questions: Sequence[str] | None = None, receiver: str | None = None
@@ -10373,10 +10386,9 @@ class LoadedBridge:
         examples = [Example(str(i), "", question, (self.part.words or ("",))[:1]) for i, question in enumerate(asked)]
         for rows in batches(range(len(messages)), self.batch_size):
             some, data = [examples[i] for i in rows], [bytes(messages[i]) for i in rows]
-            soft = end.open(data)
             if any(not e.question and "\0" in self.part.question_text(replace(e, question="\0")) for e in some):
                 raise LatentWireError("the sender of this run saw no question; give it to the receiver with --question")
-            found += end.respond(end.prompting.pack(soft, some), some, [*map(len, data)])
+            found += end.listen(some, data, text=False)
         return [replace(a, text=words[argmax(a.scores)] if words else a.text) for a in found]
 
 
@@ -14602,10 +14614,10 @@ def column_groups(widths: Sequence[int], room: int) -> list[list[int]]:
 class RichReport(Report):
     """A live progress bar on a terminal; elsewhere a plain line every ten seconds and at the end of each job."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool = False, errors: bool = False) -> None:
         from rich.console import Console
 
-        self.console = Console(highlight=False, emoji=False, quiet=quiet)
+        self.console = Console(highlight=False, emoji=False, quiet=quiet, stderr=errors)
         self.bars: Any = None
         self.jobs: dict[str, Any] = {}
         self.times: dict[str, float] = {}
@@ -15226,24 +15238,6 @@ def status_command(settings: StatusSettings) -> None:
     RichReport().rows(TextTable(("run", "state", "step", "validation", "job"), rows))
 
 
-def text_of(file: str | None, text: str | None) -> str:
-    """The text that ``encode`` is given: a file's, --text, or standard input's for ``-``. Raises unless it is one text."""
-    if (file is None) == (text is None):
-        raise LatentWireError("give one text: a file, - for standard input, or --text WORDS")
-    if text is None:
-        try:
-            data = sys.stdin.buffer.read() if file == "-" else Path(str(file)).read_bytes()
-            text = data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            raise LatentWireError(f"{file} is not a text in UTF-8") from None
-        except OSError as error:
-            reason = error.strerror or error
-            raise LatentWireError(f"{file}: {reason}; a text itself is given by --text, standard input by -") from None
-    if not text.strip():
-        raise LatentWireError("the text is empty; there is nothing to encode")
-    return text
-
-
 class EndSettings(PluginSettings):
     """Message"""
 
@@ -15253,48 +15247,268 @@ class EndSettings(PluginSettings):
     trust_remote_code: bool = TRUSTED
 
 
-class EncodeSettings(EndSettings):
+class TextSettings(EndSettings):
+    """Texts"""
+
+    text_column: str | None = setting(None, "Column of a file of rows that is sent; default as in training.")
+    question_column: str | None = setting(None, "Column of a file of rows with a question, if any.")
+
+
+class EncodeSettings(TextSettings):
     """Encode"""
 
-    file: str | None = setting(None, "A text file; - is standard input.", positional=True)
+    file: str | None = setting(None, "Texts, folders of *.txt, files of rows; - is standard input.", positional=True)
     text: str | None = setting(None, "The text itself, instead of a file.")
-    output: Path = setting(Path("message.wire"), "Where the message goes.", "o")
+    output: Path = setting(
+        Path("message.wire"), "One message's file; of several a folder, a .jsonl file, or - for standard output.", "o"
+    )
+
+
+@dataclass(frozen=True)
+class Sendable:
+    """One text to send: its name, the text and the question, and the row of a file that it came from."""
+
+    name: str
+    text: str
+    question: str
+    row: Row = field(default_factory=dict)
+
+
+def text_in(name: str) -> str:
+    """One text: a file's, or standard input's for ``-``; LatentWireError unless it is one."""
+    try:
+        text = content(Path(name)).decode("utf-8-sig") if name == "-" else Path(name).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise LatentWireError(f"{name} is not a text in UTF-8") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise LatentWireError(f"{name}: {reason}; a text itself is given by --text, standard input by -") from None
+    if not text.strip():
+        raise LatentWireError("the text is empty; there is nothing to encode")
+    return text
+
+
+def rows_to_send(path: Path, settings: TextSettings, trained: TrainSettings) -> list[Sendable]:
+    """Rows of a CSV, TSV, JSON or Parquet file, or JSON lines of standard input; labels are neither needed nor read."""
+    named = {role: value for role in ("text_column", "question_column") if (value := getattr(settings, role))}
+    reader = RowReader(trained.model_copy(update=named))
+    table = read_json(path, reader.settings) if str(path) == "-" else look_at(path, reader.settings)
+    if not table.rows:
+        raise LatentWireError(f"data file {path} has no rows; there is nothing to send")
+    columns, stem, found = reader.asked_in(table), "row" if str(path) == "-" else unpacked(path).stem, list[Sendable]()
+    for number, (where, row) in enumerate(table.rows, 1):
+        text, question, *_ = reader.asked(where, row, columns)
+        found.append(Sendable(f"{stem}-{number}", text, question or settings.question, row))
+    return found
+
+
+def texts_to_send(settings: EncodeSettings, trained: TrainSettings) -> list[Sendable]:
+    """What ``encode`` is given, in its order: --text, texts, folders of texts, files of rows; no two of one name."""
+    names = settings.file.split("\n") if settings.file is not None else []
+    if bool(names) == (settings.text is not None):
+        raise LatentWireError("give one text: a file, - for standard input, or --text WORDS")
+    found: list[Sendable] = []
+    if settings.text is not None:
+        if not settings.text.strip():
+            raise LatentWireError("the text is empty; there is nothing to encode")
+        found.append(Sendable("text", settings.text, settings.question))
+    for name in names:
+        path = Path(name)
+        if kind_of_file(path) in DATA_FILES or (name == "-" and settings.text_column):
+            found += rows_to_send(path, settings, trained)
+            continue
+        files = sorted(map(str, path.glob("*.txt"))) if name and path.is_dir() else [name]
+        if not files:
+            raise LatentWireError(f"{name} is a folder without a *.txt; give its files by name")
+        found += [Sendable(Path(file).stem, text_in(file), settings.question) for file in files]
+    counts = collections.Counter(item.name for item in found)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise LatentWireError(
+            f"two of the texts are named {twice[0]!r}; a name belongs to one message, rename one file"
+        )
+    return found
 
 
 @command(EncodeSettings, USE)
 def encode_command(settings: EncodeSettings) -> None:
-    """Write a text's latents to a file: encode article.txt --checkpoint runs/squad -o article.wire"""
-    text = text_of(settings.file, settings.text)
+    """Write texts' latents to files: encode article.txt --checkpoint runs/squad -o article.wire"""
     bridge = load(settings.checkpoint, settings.trust_remote_code)
-    [message] = bridge.encode([text], [settings.question], settings.receiver)
-    source = bridge.source(text, settings.question)
-    read, total = len(bridge.sender.ids(source)), len(sender_ids(bridge.sender.reader, source, 10**9))
-    data, size = bytes(message), len(text.encode("utf-8", "replace"))
-    write_atomic(settings.output, data)
+    items, out = texts_to_send(settings, bridge.settings), settings.output
+    if out.suffix == ".wire" and len(items) > 1:
+        raise LatentWireError(f"{len(items)} texts need more than one file; give a folder or a .jsonl file with -o")
+    if out.suffix != ".wire" or out.is_dir():
+        encode_many(bridge, items, settings)
+        return
+    [item] = items
+    [message] = bridge.encode([item.text], [item.question], settings.receiver)
+    data, size = bytes(message), len(item.text.encode("utf-8", "replace"))
+    write_atomic(out, data)
     held = f"{message.latents.shape[1]} latents"
     if message.words:
         held += f" among {sum(len(words.split()) for words in message.words[0])} words"
-    tell(f"{settings.output}: {len(data)} bytes, {held}, for {size} bytes of text")
+    tell(f"{out}: {len(data)} bytes, {held}, for {size} bytes of text")
+    read, total = bridge.extent(item.text, item.question)
     if read < total:
-        print(
-            f"cut: {read:,} of {total:,} tokens were read, as in training; send long texts in parts",
-            file=sys.stderr,
+        tell(f"cut: {read:,} of {total:,} tokens were read, as in training; send long texts in parts", sys.stderr)
+
+
+def encode_many(bridge: LoadedBridge, items: Sequence[Sendable], settings: EncodeSettings) -> None:
+    """A message of each text, in order, but for those that an earlier call wrote to the same place.
+
+    A line of JSON names each, with its bytes (base64), the question, and the digest of what it was made of; where the output
+    is a folder, the lines are its ``messages.jsonl`` and every message has a file of its own.
+    """
+    out = settings.output
+    folder = None if out.suffix or str(out) == "-" else out
+    index = folder / "messages.jsonl" if folder else out
+    made = {} if str(out) == "-" else {row.get("id"): row.get("source") for row in read_rows(index)}
+    origin = [digest_of(dict(bridge.checkpoint.state)), bridge.bridge.language(bridge.ear(settings.receiver))]
+    sources = {item.name: digest_of([*origin, item.text, item.question]) for item in items}
+    if other := [name for name, source in sources.items() if made.get(name, source) != source]:
+        raise LatentWireError(
+            f"{index} holds a message named {other[0]!r} of another text or bridge; write to another place"
         )
+    todo, done, cut = [item for item in items if item.name not in made], 0, 0
+    with saving(index):
+        index.parent.mkdir(parents=True, exist_ok=True)
+    with RichReport(errors=True) as report:
+        for batch in batches(todo, bridge.batch_size):
+            messages = bridge.encode([i.text for i in batch], [i.question for i in batch], settings.receiver)
+            lines: list[Row] = []
+            for item, data in zip(batch, map(bytes, messages), strict=True):
+                line = {"id": item.name, "source": sources[item.name], "question": item.question}
+                if folder:
+                    write_atomic(folder / f"{item.name}.wire", data)
+                lines.append(
+                    line | ({"file": f"{item.name}.wire"} if folder else {"wire": base64.b64encode(data).decode()})
+                )
+            put_lines(index, lines)
+            extents = [bridge.extent(item.text, item.question) for item in batch]
+            cut, done = cut + sum(read < total for read, total in extents), done + len(batch)
+            report.tick("messages", done, len(todo))
+    notes = f"{len(todo)} messages" + (f", {len(items) - done} there already" if done < len(items) else "")
+    tell(f"{index}: {notes}" + (f"; {cut} texts were cut, as in training" if cut else ""), sys.stderr)
+
+
+def put_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as JSON lines: added to a file, or on standard output for ``-``."""
+    if str(path) != "-":
+        append_rows(path, lines)
+        return
+    for line in lines:
+        print(json.dumps(line, ensure_ascii=False, default=str))
+    sys.stdout.flush()
 
 
 class AnswerSettings(EndSettings):
     """Answer"""
 
-    message: Path = setting(..., "A file that 'encode' wrote.", positional=True)
+    message: str = setting(..., "What 'encode' wrote: files, folders, .jsonl; - is standard input.", positional=True)
+    json_lines: bool = setting(False, "One line of JSON an answer, with the score of each label.", "json")
+
+
+def messages_in(name: str, question: str) -> list[tuple[str, bytes, str]]:
+    """(name, message, question) of a message's file, of a folder, of JSON lines, or of standard input for ``-``."""
+    path = Path(name)
+    if path.is_dir():
+        index = path / "messages.jsonl"
+        if not index.exists():
+            found = [(file.stem, file.read_bytes(), question) for file in sorted(path.glob("*.wire"))]
+            if not found:
+                raise LatentWireError(f"{name} is a folder without a message; 'encode' writes one")
+            return found
+        path = index
+    elif name != "-" and not path.is_file():
+        raise LatentWireError(f"message {name} not found; 'encode' writes one")
+    data = content(Path(name)) if name == "-" else path.read_bytes()
+    if path.suffix != ".jsonl" and (data.startswith(Message.MAGIC) or name != "-"):
+        return [(path.stem, data, question)]
+    found = []
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            row = strict_json(line)
+            file = dict(row).get("file")
+            wire = (
+                (path.parent / Path(file).name).read_bytes() if file else base64.b64decode(row["wire"], validate=True)
+            )
+            found.append((str(row["id"]), wire, question or str(row.get("question") or "")))
+        except (OSError, ValueError, *UNFIT):
+            raise LatentWireError(
+                f"{path} line {number} is no message that 'encode' wrote; mend or remove that line"
+            ) from None
+    if not found:
+        raise LatentWireError(f"{path} holds no message")
+    return found
+
+
+def answer_line(answer: Answer, bridge: LoadedBridge) -> Row:
+    """An answer as JSON: its text, log-likelihood per token of each class word, positions that were read, bytes that travelled."""
+    scores = dict(zip(bridge.task["words"], answer.scores, strict=True)) if bridge.task["words"] else {}
+    return {"answer": answer.text, "scores": scores, "tokens": answer.tokens, "bytes": answer.nbytes}
 
 
 @command(AnswerSettings, USE)
 def answer_command(settings: AnswerSettings) -> None:
-    """Answer from a message alone: answer article.wire --checkpoint runs/squad --receiver gemma-3-270m"""
-    if not settings.message.is_file():
-        raise LatentWireError(f"message {settings.message} not found; 'encode' writes one")
-    data = settings.message.read_bytes()
-    tell(answer_message(settings.checkpoint, data, settings.question, settings.receiver, settings.trust_remote_code))
+    """Answer from messages alone: answer article.wire --checkpoint runs/squad --receiver gemma-3-270m"""
+    found = [item for name in settings.message.split("\n") for item in messages_in(name, settings.question)]
+    bridge, done = load(settings.checkpoint, settings.trust_remote_code), 0
+    with RichReport(errors=True, quiet=len(found) == 1) as report:
+        for batch in batches(found, bridge.batch_size):
+            names, data, questions = zip(*batch, strict=True)
+            for name, answer in zip(names, bridge.answer(data, questions, settings.receiver), strict=True):
+                if settings.json_lines:
+                    put_lines(Path("-"), [{"id": name, **answer_line(answer, bridge)}])
+                else:
+                    tell(answer.text if len(found) == 1 else f"{name}: {answer.text}")
+            done += len(batch)
+            report.tick("answers", done, len(found))
+
+
+class PredictSettings(TextSettings):
+    """Predict"""
+
+    input: str = setting(
+        ..., "A file of rows (CSV, TSV, JSON, Parquet); - is JSON lines from standard input.", positional=True
+    )
+    output: Path = setting(Path("-"), "A .jsonl or .csv file; - is standard output.", "o")
+
+
+@command(PredictSettings, USE)
+def predict_command(settings: PredictSettings) -> None:
+    """Rows in, the same rows with answers out: predict reviews.csv --checkpoint runs/sst2 -o answers.jsonl"""
+    out = settings.output
+    if str(out) != "-" and out.suffix not in (".jsonl", ".csv"):
+        raise LatentWireError(f"--output {out}: give a .jsonl or .csv file, or - for standard output")
+    bridge = load(settings.checkpoint, settings.trust_remote_code)
+    items = rows_to_send(Path(settings.input), settings, bridge.settings)
+    rows = [{name: None if missing(value) else value for name, value in item.row.items()} for item in items]
+    rows = json.loads(json.dumps(rows, default=str))  # as they will be read again
+    if taken := [name for name in ("answer", "scores", "tokens", "bytes") if name in rows[0]]:
+        raise LatentWireError(
+            f"{settings.input} has a column {taken[0]!r}, which is to hold what is predicted; rename it"
+        )
+    lines = read_rows(out) if out.suffix == ".jsonl" else []
+    if [{key: line.get(key) for key in row} for line, row in zip(lines, rows, strict=False)] != rows[: len(lines)]:
+        raise LatentWireError(f"{out} holds answers to other rows; write to another file")
+    todo = [*zip(items, rows, strict=True)][len(lines) :]
+    with RichReport(errors=True) as report:
+        for batch in batches(todo, bridge.batch_size):
+            questions = [item.question for item, _ in batch]
+            messages = bridge.encode([item.text for item, _ in batch], questions, settings.receiver)
+            answers = bridge.answer(messages, questions, settings.receiver)
+            new = [row | answer_line(answer, bridge) for (_, row), answer in zip(batch, answers, strict=True)]
+            lines += new
+            if out.suffix != ".csv":
+                put_lines(out, new)
+            report.tick("answers", len(lines), len(rows))
+    if out.suffix == ".csv":
+        import pandas
+
+        flat = [
+            {key: json.dumps(value) if isinstance(value, dict | list) else value for key, value in line.items()}
+            for line in lines
+        ]
+        write_atomic(out, pandas.DataFrame(flat).to_csv(index=False).encode())
 
 
 class ReportSettings(PluginSettings):

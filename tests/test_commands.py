@@ -304,7 +304,7 @@ def test_encode_reads_files_standard_input_and_texts(made, say, tmp_path, monkey
         (["--text", ""], "empty"),
         (["--text", " \n "], "empty"),
         (["-"], "empty"),
-        (["."], "."),
+        (["empty"], "empty"),
         ([], ""),
         (["a.txt", "--text", "b"], "--text"),
     ],
@@ -313,6 +313,7 @@ def test_encode_refuses_what_is_no_text(words, phrase, made, refuse, tmp_path, m
     """U1: a missing file's name, nothing at all, a folder: one line, and no message is written."""
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("a")
+    Path("empty").mkdir()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), encoding="utf-8"))
     assert phrase in refuse("encode", *words, "--checkpoint", made / "done", "-o", "m.wire")
     assert not Path("m.wire").exists()
