@@ -1258,6 +1258,12 @@ class AskedSettings(DataSettings, ModelSettings, DecodeSettings, RivalSettings):
     fresh_eval: bool = setting(False, "Compute every row again instead of resuming.", execution=True)
 
 
+VLLM = setting(
+    None,
+    "A vLLM server that answers in the receiver's place, such as http://127.0.0.1:8000; it needs --enable-prompt-embeds.",
+)
+
+
 class EvalSettings(AskedSettings):
     """Checkpoint"""
 
@@ -1266,6 +1272,7 @@ class EvalSettings(AskedSettings):
     receivers: Words | None = setting(None, "Which of the run's receivers; default all.", "receiver", "models")
     codec: str | None = setting(None, "Another number format on the wire.", "latent_quant_bits")
     prompt: Path | None = setting(None, "A run with --encoder constant: the trained prompt without source, as control.")
+    vllm: str | None = VLLM
     bleu: bool = setting(
         False, "Also let the receiver write the text back from its latents, and report BLEU (sacrebleu)."
     )
@@ -4345,6 +4352,11 @@ class Prefill:
     logits: Tensor
     mask: Tensor
     soft: SoftPrompt | None = None
+
+    @property
+    def firsts(self) -> list[int]:
+        """The likeliest next token of each row."""
+        return self.logits.argmax(-1).tolist()
 
     def branch(self, chosen: Tensor) -> Prefill:
         """The same without its logits, which take more than all else: a place to go on reading from."""
@@ -8899,6 +8911,137 @@ class Answer:
     tokens: int | None = None  # receiver tokens, or soft tokens, that stand for the text
 
 
+@dataclass
+class ServedPrompts:
+    """Prompts as a server gets them: B embeddings (T, D_r), their mask (B, T), and the likeliest next token once it is known."""
+
+    rows: list[Tensor]
+    mask: Tensor
+    likeliest: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def firsts(self) -> list[int]:
+        """The likeliest next token of each row, after ``score``."""
+        return [self.likeliest[row] for row in range(len(self.rows))]
+
+
+class VllmServer:
+    """A running vLLM server reads prompts and answers in the receiver's place, through its Completions endpoint.
+
+    Our own model embeds BOS, anchor and question, so that a request is embeddings alone: ``prompt_embeds``, after the
+    embedding scale that some families have. LatentWireError where no such server answers, or it serves another model.
+    """
+
+    def __init__(self, url: str, lm: LM) -> None:
+        if urlparse(url).scheme not in ("http", "https"):
+            raise LatentWireError(f"--vllm {url}: give an address such as http://127.0.0.1:8000")
+        self.url, self.lm = url.rstrip("/"), lm
+        models = self.ask("/v1/models")["data"]
+        self.model, self.most = models[0]["id"], models[0].get("max_model_len")
+        words = "A server's own tokens, \u00e9t\u00e9 1984."
+        theirs = self.ask("/tokenize", {"model": self.model, "prompt": words, "add_special_tokens": False})["tokens"]
+        if theirs != lm.ids(words):
+            raise LatentWireError(
+                f"{self.url} serves {self.model}, whose tokens are not those of {lm.name}; serve {lm.name} there"
+            )
+
+    def ask(self, path: str, body: Row | None = None) -> Any:
+        """JSON from the server, for JSON; LatentWireError in one line where it does not answer, or refuses."""
+        import urllib.error
+        import urllib.request
+
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}{path}", data, {"Content-Type": "application/json"})
+        if key := os.environ.get("VLLM_API_KEY"):
+            request.add_header("Authorization", f"Bearer {key}")
+        try:
+            with urllib.request.urlopen(request, timeout=600) as reply:
+                return strict_json(reply.read())
+        except urllib.error.HTTPError as error:
+            reason = brief(error.read().decode("utf-8", "replace"), 200)
+            raise LatentWireError(f"{self.url}{path} refused: {error.code} {reason}") from None
+        except (OSError, ValueError) as error:
+            advice = "start one: python -m vllm.entrypoints.openai.api_server --model MODEL --enable-prompt-embeds"
+            raise LatentWireError(f"no vLLM server at {self.url} ({brief(error, 120)}); {advice}") from None
+
+    def prefill(self, packed: Packed) -> ServedPrompts:
+        """The prompts (B, T, D_r) without padding; LatentWireError for a soft prompt that is more than embeddings."""
+        return ServedPrompts(prompt_embeds(packed, self.lm), packed.mask)
+
+    def complete(self, prompts: Sequence[Tensor], **asked: Any) -> list[Row]:
+        """One completion, greedy, for each prompt (T, D_r), token ids and log-probabilities with it."""
+        bodies = [base64.b64encode(tensor_file(prompt)).decode() for prompt in prompts]
+        common = {"model": self.model, "temperature": 0, "return_token_ids": True, "return_tokens_as_token_ids": True}
+        choices = self.ask("/v1/completions", {"prompt_embeds": bodies, **common, **asked})["choices"]
+        return sorted(choices, key=lambda choice: choice["index"])
+
+    def score(self, prefill: ServedPrompts, candidates: Sequence[Sequence[TokenIds]]) -> list[list[float]]:
+        """Log-likelihood (nats) of each candidate of each row, token by token; one request for all rows that ask for a token."""
+        asked: dict[int, dict[tuple[int, tuple[int, ...]], float]] = {}
+        for row, options in enumerate(candidates):
+            for ids in options:
+                for place, token in enumerate(ids):
+                    asked.setdefault(token, {})[row, tuple(ids[:place])] = 0.0
+        for token, places in asked.items():
+            prompts = [self.longer(prefill.rows[row], before) for row, before in places]
+            choices = self.complete(prompts, max_tokens=1, logprobs=1, allowed_token_ids=[token], ignore_eos=True)
+            for (row, before), choice in zip([*places], choices, strict=True):
+                [found] = choice["logprobs"]["top_logprobs"]
+                values = {int(name.rpartition(":")[2]): value for name, value in found.items()}
+                places[row, before] = values[token]
+                if not before:
+                    prefill.likeliest[row] = max(values, key=lambda item: values[item])
+        return [
+            [sum(asked[token][row, tuple(ids[:place])] for place, token in enumerate(ids)) for ids in options]
+            for row, options in enumerate(candidates)
+        ]
+
+    def longer(self, prompt: Tensor, ids: Sequence[int]) -> Tensor:
+        """A prompt (T, D_r) with some tokens after it."""
+        return torch.cat([prompt, self.lm.embed(torch.tensor(ids, device=self.lm.device)).cpu()]) if ids else prompt
+
+    def generate(
+        self, prefill: ServedPrompts, most: int, settings: DecodeSettings | None = None, draws: Sequence[int] = (),
+        line: bool = True,
+    ) -> list[str]:  # fmt: skip
+        """Greedy answers of at most ``most`` tokens, as ``LM.generate`` cuts them."""
+        settings = settings or DecodeSettings()
+        if settings.first_token_temperature > 0:
+            raise LatentWireError(
+                "--first_token_temperature draws by our own seeds, which no server does; answer without --vllm"
+            )
+        ends = sorted(self.lm.ends)
+        choices = self.complete(prefill.rows, max_tokens=most, min_tokens=settings.eos_ban_steps, stop_token_ids=ends)
+        tokens = [
+            itertools.takewhile(lambda token: token not in self.lm.ends, choice["token_ids"]) for choice in choices
+        ]
+        texts = [self.lm.tokenizer.decode([*row], skip_special_tokens=True).strip() for row in tokens]
+        return [text.partition("\n")[0].strip() if line else text for text in texts]
+
+
+def prompt_embeds(packed: Packed, lm: LM) -> list[Tensor]:
+    """Prompts (B, T, D_r) as one tensor (T, D_r) each, without padding; LatentWireError for what is more than embeddings."""
+    soft = packed.soft
+    more = {
+        "LoRA on the receiver": bool(lm.lora),
+        "keys and values of its layers (use_prefix, use_deep_prefix, use_coprocessor)": soft
+        and soft.changes is not None,
+        "use_latent_adapters": soft and soft.readers,
+    }
+    if names := [name for name, there in more.items() if there]:
+        raise LatentWireError(
+            f"this bridge has {names[0]}, which no embeddings can carry to an engine; answer without one"
+        )
+    return [row[real].cpu() for row, real in zip(packed.embeds, packed.mask, strict=True)]
+
+
+def tensor_file(tensor: Tensor) -> bytes:
+    """A tensor as ``torch.save`` writes it, which is what engines take."""
+    stream = io.BytesIO()
+    torch.save(tensor.contiguous(), stream)
+    return stream.getvalue()
+
+
 class Receiver:
     """The reading end: a frozen LM with its prompts and, where messages are read, the bridge's adapter for it.
 
@@ -8908,9 +9051,10 @@ class Receiver:
 
     def __init__(
         self, prompting: Prompting, bridge: Bridge | None = None, max_new_tokens: int | None = None,
-        how: DecodeSettings | None = None,
+        how: DecodeSettings | None = None, server: VllmServer | None = None,
     ) -> None:  # fmt: skip
         self.prompting, self.how, self.lm = prompting, how or DecodeSettings(), prompting.receiver
+        self.engine: LM | VllmServer = server or self.lm
         self.max_new_tokens = max_new_tokens or prompting.longest
         self.bridge = bridge
         self.ear = bridge.ear_of(prompting.receiver.name) if bridge else 0
@@ -8968,25 +9112,26 @@ class Receiver:
             rows = distinct[chosen].tolist()
             here = [number for number in numbers if prompts[number] in rows]
             some = packed if len(rows) == len(packed.mask) else packed.of(distinct[chosen])[0]
-            found = self.go_on(self.lm.prefill(some), [examples[i] for i in here], [sizes[i] for i in here] if sizes else (),
+            found = self.go_on(self.engine.prefill(some), [examples[i] for i in here], [sizes[i] for i in here] if sizes else (),
                                [rows.index(prompts[i]) for i in here])  # fmt: skip
             answers |= zip(here, found, strict=True)
         return [answers[number] for number in numbers]
 
     def go_on(
-        self, prefill: Prefill, examples: Sequence[Example], sizes: Sequence[int] = (), prompts: Sequence[int] = ()
+        self, prefill: Any, examples: Sequence[Example], sizes: Sequence[int] = (), prompts: Sequence[int] = ()
     ) -> list[Answer]:
         """The same after prompts that were read already: class words, gold answer, first token and text of each example;
         ``prompts`` (B) are their rows, which several examples may share."""
         end, labels = [self.lm.tokenizer.eos_token_id], self.prompting.label_ids  # what an empty answer is
         gold = [self.prompting.gold_ids(example.answers[0]) or end for example in examples]
-        candidates, places = [[*labels] for _ in prefill.logits], list[tuple[int, int]]()
+        candidates, places = [[*labels] for _ in prefill.mask], list[tuple[int, int]]()
         for prompt, ids in zip(prompts or range(len(examples)), gold, strict=True):
             places.append((prompt, len(candidates[prompt])))
             candidates[prompt].append(ids)
-        loglikelihoods, firsts = self.lm.score(prefill, candidates), prefill.logits.argmax(-1).tolist()
+        loglikelihoods = self.engine.score(prefill, candidates)
+        firsts = prefill.firsts
         draws = [int(digest_of([e.id, e.context, e.question, "draw"]), 16) for e in examples]
-        texts = self.lm.generate(prefill, self.max_new_tokens, self.how, draws)
+        texts = self.engine.generate(prefill, self.max_new_tokens, self.how, draws)
         scores = [tuple(by_length_of(labels, row[: len(labels)])) for row in loglikelihoods]
         return [
             Answer(texts[row], scores[row], -loglikelihoods[row][place] / len(ids), firsts[row] == ids[0], size)
@@ -9000,8 +9145,10 @@ class Receiver:
         scores: list[list[float]] = []
         for rows in batches([*zip(examples, data, texts, strict=True)], 32):
             group, messages, candidates = zip(*rows, strict=True)
-            prefill = self.lm.prefill(self.prompting.pack(self.open(messages), group))
-            scores += self.lm.score(prefill, [[self.prompting.answer_ids(text) for text in row] for row in candidates])
+            prefill: Any = self.engine.prefill(self.prompting.pack(self.open(messages), group))
+            scores += self.engine.score(
+                prefill, [[self.prompting.answer_ids(text) for text in row] for row in candidates]
+            )
         return scores
 
 
@@ -10139,7 +10286,8 @@ def open_context(settings: EvalSettings, checkpoint: Checkpoint, ear: int = 0) -
     check_asked(settings, trained, bridge, sender, anchor)
     how = {n: getattr(settings if n in settings.model_fields_set else trained, n) for n in DecodeSettings.fields()}
     prompting = prompting_of(trained, part, receiver, anchor, task.get("frames"))
-    end = Receiver(prompting, bridge.to(receiver.device), settings.max_new_tokens, DecodeSettings(**how))
+    server = VllmServer(settings.vllm, receiver) if settings.vllm else None
+    end = Receiver(prompting, bridge.to(receiver.device), settings.max_new_tokens, DecodeSettings(**how), server)
     setup = Setup(sender, receiver, part, splits, source, overlap, mixed=bridge.pooler.mixes)
     return EvalContext(setup, run, settings, end, first)
 
@@ -10307,8 +10455,10 @@ class LoadedBridge:
     Words, prompts and limits are those of its training; nothing but its folder and the models is needed.
     """
 
-    def __init__(self, run: Path | str, trust_remote_code: bool = False, batch_size: int = 32) -> None:
-        self.checkpoint, self.batch_size = Checkpoint.open(Path(run)), batch_size
+    def __init__(
+        self, run: Path | str, trust_remote_code: bool = False, batch_size: int = 32, vllm: str | None = None
+    ) -> None:
+        self.checkpoint, self.batch_size, self.vllm = Checkpoint.open(Path(run)), batch_size, vllm
         self.bridge = self.checkpoint.bridge()
         self.settings = self.checkpoint.settings.model_copy(update={"trust_remote_code": trust_remote_code})
         self.task = self.checkpoint.state["task"]
@@ -10347,7 +10497,8 @@ class LoadedBridge:
         self.checkpoint.lend_lora(None, lm, ear)
         prompting = prompting_of(self.settings, self.part, lm, self.task["anchor"], self.task.get("frames"))
         how = DecodeSettings(**self.settings.model_dump(include=set(DecodeSettings.fields())))
-        return self.ends.setdefault(ear, Receiver(prompting, self.bridge.to(lm.device), None, how))
+        server = VllmServer(self.vllm, lm) if self.vllm else None
+        return self.ends.setdefault(ear, Receiver(prompting, self.bridge.to(lm.device), None, how, server))
 
     def source(self, text: str, question: str = "") -> str:
         """What the sender reads for a text and, where it is to know it, a question."""
@@ -10381,15 +10532,36 @@ class LoadedBridge:
         The receiver sees nothing else but the question. LatentWireError: bytes of no message, or of another bridge; no such
         receiver; no question, where this bridge's messages do not hold one.
         """
-        words, asked = self.task["words"], one_each(questions, messages, "messages")
-        end, found = self.receiver(receiver), list[Answer]()
-        examples = [Example(str(i), "", question, (self.part.words or ("",))[:1]) for i, question in enumerate(asked)]
-        for rows in batches(range(len(messages)), self.batch_size):
-            some, data = [examples[i] for i in rows], [bytes(messages[i]) for i in rows]
-            if any(not e.question and "\0" in self.part.question_text(replace(e, question="\0")) for e in some):
-                raise LatentWireError("the sender of this run saw no question; give it to the receiver with --question")
-            found += end.listen(some, data, text=False)
+        words, end, found = self.task["words"], self.receiver(receiver), list[Answer]()
+        for rows in batches(self.asked(messages, questions), self.batch_size):
+            examples, data = zip(*rows, strict=True)
+            found += end.listen(examples, data, text=False)
         return [replace(a, text=words[argmax(a.scores)] if words else a.text) for a in found]
+
+    @torch.no_grad()
+    def prompt_embeds(
+        self, messages: Sequence[Message | bytes], questions: Sequence[str] | None = None, receiver: str | None = None
+    ) -> list[Tensor]:
+        """N messages → N prompts (T, D_r) for an engine that takes embeddings: BOS, latents and words, question, anchor.
+
+        They stand after the embedding scale that some families have. LatentWireError as ``answer``, and where a bridge gives
+        its receiver more than embeddings: keys and values, latent adapters, LoRA.
+        """
+        end, found = self.receiver(receiver), list[Tensor]()
+        for rows in batches(self.asked(messages, questions), self.batch_size):
+            examples, data = zip(*rows, strict=True)
+            found += prompt_embeds(end.prompting.pack(end.open(data), examples), end.lm)
+        return found
+
+    def asked(
+        self, messages: Sequence[Message | bytes], questions: Sequence[str] | None
+    ) -> list[tuple[Example, bytes]]:
+        """What the receiver is asked of each message, and its bytes; LatentWireError where a question lacks."""
+        asked, gold = one_each(questions, messages, "messages"), (self.part.words or ("",))[:1]
+        examples = [Example(str(i), "", question, gold) for i, question in enumerate(asked)]
+        if any(not e.question and "\0" in self.part.question_text(replace(e, question="\0")) for e in examples):
+            raise LatentWireError("the sender of this run saw no question; give it to the receiver with --question")
+        return [*zip(examples, map(bytes, messages), strict=True)]
 
 
 def one_each(questions: Sequence[str] | None, things: Sequence[Any], what: str) -> Sequence[str]:
@@ -10400,12 +10572,13 @@ def one_each(questions: Sequence[str] | None, things: Sequence[Any], what: str) 
     return [""] * len(things) if questions is None else questions
 
 
-def load(run: Path | str, trust_remote_code: bool = False) -> LoadedBridge:
+def load(run: Path | str, trust_remote_code: bool = False, vllm: str | None = None) -> LoadedBridge:
     """A trained bridge by its run folder: ``messages = bridge.encode(texts)``, then ``bridge.answer(messages)``.
 
-    LatentWireError where the folder holds no finished checkpoint.
+    ``vllm`` is the address of a server that answers in the receiver's place. LatentWireError where the folder holds no
+    finished checkpoint.
     """
-    return LoadedBridge(run, trust_remote_code)
+    return LoadedBridge(run, trust_remote_code, vllm=vllm)
 
 
 def encode_text(
@@ -10436,6 +10609,7 @@ def record_base(context: EvalContext, made_with: Row, *more: Any) -> str:
     models = [setup.sender.identity(), setup.receiver.identity(), str(setup.receiver.dtype)]
     rows = [data_digest(split) for split in (context.examples, setup.splits["train"], setup.splits["validation"])]
     decoding = [receiver.max_new_tokens, receiver.how.model_dump(), prompt_identity(setup.part, receiver.prompting)]
+    decoding += ["vllm"] if isinstance(receiver.engine, VllmServer) else []
     metrics = [[name, plugins, kind.Config.of(setup.part.settings).model_dump(mode="json")] for name, kind in METRICS.items()
                if (plugins := plugin_of(kind))]  # fmt: skip
     return digest_of([models, rows, decoding, made_with["source_sha256"], *more, *metrics])
@@ -12104,7 +12278,7 @@ class Timed(Receiver):
         return self.go_on(self.lm.prefill(packed), examples, sizes)
 
     def go_on(
-        self, prefill: Prefill, examples: Sequence[Example], sizes: Sequence[int] = (), prompts: Sequence[int] = ()
+        self, prefill: Any, examples: Sequence[Example], sizes: Sequence[int] = (), prompts: Sequence[int] = ()
     ) -> list[Answer]:
         """Scored or generated, not both."""
         labels = self.prompting.label_ids
@@ -15405,6 +15579,7 @@ class AnswerSettings(EndSettings):
 
     message: str = setting(..., "What 'encode' wrote: files, folders, .jsonl; - is standard input.", positional=True)
     json_lines: bool = setting(False, "One line of JSON an answer, with the score of each label.", "json")
+    vllm: str | None = VLLM
 
 
 def messages_in(name: str, question: str) -> list[tuple[str, bytes, str]]:
@@ -15451,7 +15626,7 @@ def answer_line(answer: Answer, bridge: LoadedBridge) -> Row:
 def answer_command(settings: AnswerSettings) -> None:
     """Answer from messages alone: answer article.wire --checkpoint runs/squad --receiver gemma-3-270m"""
     found = [item for name in settings.message.split("\n") for item in messages_in(name, settings.question)]
-    bridge, done = load(settings.checkpoint, settings.trust_remote_code), 0
+    bridge, done = load(settings.checkpoint, settings.trust_remote_code, settings.vllm), 0
     with RichReport(errors=True, quiet=len(found) == 1) as report:
         for batch in batches(found, bridge.batch_size):
             names, data, questions = zip(*batch, strict=True)
@@ -15464,6 +15639,52 @@ def answer_command(settings: AnswerSettings) -> None:
             report.tick("answers", done, len(found))
 
 
+class ExportSettings(EndSettings):
+    """Export"""
+
+    message: str = setting(..., "What 'encode' wrote: files, folders, .jsonl; - is standard input.", positional=True)
+    to: Literal["vllm", "sglang", "safetensors", "npy"] = setting(
+        "vllm", "A request's JSON for vLLM (/v1/completions) or SGLang (/generate), or the arrays themselves."
+    )
+    output: Path = setting(Path("-"), "The file; - is standard output.", "o")
+
+
+@command(ExportSettings, USE)
+def export_command(settings: ExportSettings) -> None:
+    """Messages as an engine takes them: export article.wire --checkpoint runs/squad --to vllm -o request.json"""
+    found = [item for name in settings.message.split("\n") for item in messages_in(name, settings.question)]
+    names, data, questions = zip(*found, strict=True)
+    bridge = load(settings.checkpoint, settings.trust_remote_code)
+    prompts, end = bridge.prompt_embeds(data, questions, settings.receiver), bridge.receiver(settings.receiver)
+    if settings.to == "npy" and len(prompts) > 1:
+        raise LatentWireError(f"a .npy file holds one array, here are {len(prompts)} messages; use --to safetensors")
+    if settings.to == "vllm":
+        bodies = [base64.b64encode(tensor_file(prompt)).decode() for prompt in prompts]
+        body: Row = {"model": end.lm.name, "prompt_embeds": bodies, "max_tokens": end.max_new_tokens, "temperature": 0}
+        out = f"{json.dumps(body)}\n".encode()
+    elif settings.to == "sglang":
+        sampling = {"temperature": 0, "max_new_tokens": end.max_new_tokens}
+        body = {"input_embeds": [prompt.float().tolist() for prompt in prompts], "sampling_params": sampling}
+        out = f"{json.dumps(body)}\n".encode()
+    elif settings.to == "safetensors":
+        from safetensors.torch import save
+
+        out = save({name: prompt.contiguous() for name, prompt in zip(names, prompts, strict=True)})
+    else:
+        import numpy
+
+        stream = io.BytesIO()
+        numpy.save(stream, prompts[0].float().numpy())
+        out = stream.getvalue()
+    if str(settings.output) == "-":
+        sys.stdout.buffer.write(out)
+    else:
+        write_atomic(settings.output, out)
+        tell(
+            f"{settings.output}: {len(prompts)} prompts of {', '.join(str(len(prompt)) for prompt in prompts[:8])} positions"
+        )
+
+
 class PredictSettings(TextSettings):
     """Predict"""
 
@@ -15471,6 +15692,7 @@ class PredictSettings(TextSettings):
         ..., "A file of rows (CSV, TSV, JSON, Parquet); - is JSON lines from standard input.", positional=True
     )
     output: Path = setting(Path("-"), "A .jsonl or .csv file; - is standard output.", "o")
+    vllm: str | None = VLLM
 
 
 @command(PredictSettings, USE)
@@ -15479,7 +15701,7 @@ def predict_command(settings: PredictSettings) -> None:
     out = settings.output
     if str(out) != "-" and out.suffix not in (".jsonl", ".csv"):
         raise LatentWireError(f"--output {out}: give a .jsonl or .csv file, or - for standard output")
-    bridge = load(settings.checkpoint, settings.trust_remote_code)
+    bridge = load(settings.checkpoint, settings.trust_remote_code, settings.vllm)
     items = rows_to_send(Path(settings.input), settings, bridge.settings)
     rows = [{name: None if missing(value) else value for name, value in item.row.items()} for item in items]
     rows = json.loads(json.dumps(rows, default=str))  # as they will be read again

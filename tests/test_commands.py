@@ -731,7 +731,18 @@ def test_a_wheel_in_an_environment_of_its_own_runs(tmp_path):
     source.mkdir()
     for name in ("LATENTWIRE.py", "pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", tmp_path, source]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--quiet",
+        "-w",
+        tmp_path,
+        source,
+    ]
     done = subprocess.run([*map(str, build)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     [wheel] = tmp_path.glob("latentwire-*.whl")

@@ -73,7 +73,7 @@ EVAL = SHARED | RIVALS | {
     "bleu": False, "artifacts": 500, "checkpoint": None, "num_samples": None, "split": "test", "methods": None, "batch_size": 32,
     "max_new_tokens": None, "soft_tokens": None, "source_layer": None, "seed": 42, "output_dir": None,
     "state_cache": "disk", "fresh_eval": False, "receivers": None, "codec": None, "prompt": None, "token_budget_k": None,
-    "sequential_eval": False, "calibration": None, "anchor_text": None,
+    "sequential_eval": False, "vllm": None, "calibration": None, "anchor_text": None,
 }  # fmt: skip
 BASELINE = SHARED | RIVALS | {
     "methods": None, "sender": None, "receiver": None, "datasets": None, "seeds": None, "samples": None,
