@@ -8511,6 +8511,32 @@ def shape_in(state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> BridgeS
     return shape
 
 
+HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@([\w.-]+))?")
+"""OWNER/NAME on the hub, or OWNER/NAME@REVISION."""
+
+
+def on_hub(path: Path) -> bool:
+    """Whether a path is meant as a bridge on the hub: nothing is there, nor the folder above it."""
+    return not path.exists() and not path.parent.exists() and bool(HUB_ID.fullmatch(str(path)))
+
+
+def fetched(name: str) -> Path:
+    """The folder of a bridge that 'push' put on the hub, as OWNER/NAME or OWNER/NAME@REVISION: its tensors and JSON, no code."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    match = HUB_ID.fullmatch(name)
+    assert match
+    try:
+        wanted = {"allow_patterns": ["*.safetensors", "*.json"], "local_files_only": not hub_reachable()}
+        return Path(snapshot_download(match[1], revision=match[2], **wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        advice = "--checkpoint takes a run folder that 'train' printed, or OWNER/NAME of a bridge on the hub"
+        raise LatentWireError(
+            f"no run at {name}, and the hub gives none of that name ({brief(error, 120)}); {advice}"
+        ) from None
+
+
 SPELLED = r".*\.pt|epoch\d+|step\d+|ckpt|checkpoint|latest|preempt_checkpoint"
 """Names that the documents give checkpoints."""
 
@@ -8560,7 +8586,7 @@ class Checkpoint:
 
         Raises LatentWireError where there is none, where it is damaged, and where a plug-in that made it is not loaded.
         """
-        folder = resolve_checkpoint(path)
+        folder = resolve_checkpoint(fetched(str(path)) if on_hub(path) else path)
         tensors, state = load_checkpoint(folder)
         ask_for_plugins(state, folder)
         return cls(folder, tensors, state)
@@ -10354,6 +10380,10 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
     """
     if settings.checkpoint is None:
         raise LatentWireError("--checkpoint is missing; give the run folder that 'train' printed, such as runs/sst2")
+    if settings.output_dir is None and on_hub(settings.checkpoint):
+        raise LatentWireError(
+            f"no run at {settings.checkpoint}; of a bridge on the hub, say with --output_dir where results go"
+        )
     with evaluating(settings, settings.output_dir or settings.checkpoint) as (world, signals):
         made_with, report = environment(), report if world.is_main else Silent()
         load_plugins(settings.plugin)
@@ -15997,6 +16027,106 @@ def serve_command(settings: ServeSettings) -> None:
     tell(f"serving {settings.run} at http://{settings.host}:{settings.port}/v1")
     uvicorn.run(
         gateway.app(), host=settings.host, port=settings.port, log_level="warning", timeout_graceful_shutdown=60
+    )
+
+
+class PushSettings(PluginSettings):
+    """Push"""
+
+    run: Path = setting(
+        ..., "Run folder; evaluate it first, so that the card has numbers.", "checkpoint", positional=True
+    )
+    repo: str = setting(..., "OWNER/NAME on the hub.", positional=True)
+    private: bool = setting(False, "Only you see it.")
+
+
+@command(PushSettings, USE)
+def push_command(settings: PushSettings) -> None:
+    """Publish a bridge on the Hugging Face hub, with a card made of its records: push runs/sst2 you/sst2-bridge"""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    match, checkpoint = HUB_ID.fullmatch(settings.repo), Checkpoint.open(settings.run)
+    if not match or match[2]:
+        raise LatentWireError(f"{settings.repo!r} is no place on the hub; give OWNER/NAME")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in sorted(checkpoint.folder.iterdir()):
+            if file.suffix in (".safetensors", ".json"):
+                shutil.copy(file, folder)
+        write_card(checkpoint, settings, folder)
+        try:
+            api = HfApi(library_name="latentwire", library_version=__version__)
+            api.create_repo(settings.repo, private=settings.private, exist_ok=True)
+            done = api.upload_folder(
+                repo_id=settings.repo, folder_path=folder, commit_message=f"latentwire {__version__}"
+            )
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            hint = "log in with 'hf auth login' or set HF_TOKEN; it must be allowed to write there"
+            raise LatentWireError(f"the hub did not take {settings.repo} ({brief(error)}); {hint}") from None
+    tell(f"{done.commit_url}; open it as {settings.repo}@{done.oid}")
+
+
+def write_card(checkpoint: Checkpoint, settings: PushSettings, folder: Path) -> None:
+    """README.md and .eval_results of a published bridge, their numbers from its evaluation if there is one."""
+    import yaml
+    from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+
+    state, name, table, results = (
+        checkpoint.state,
+        settings.repo.partition("/")[2],
+        "It was not evaluated.\n",
+        list[Any](),
+    )
+    sender, receivers = state["sender"]["name"], [identity["name"] for identity in state["receivers"]]
+    if (settings.run / "results.json").is_file():
+        evaluation = open_evaluation(settings.run).results
+        headline, dataset, n = evaluation["headline"], evaluation["dataset"], evaluation["n"]
+        value = evaluation["methods"]["bridge"][headline] if "bridge" in evaluation["methods"] else None
+        table = f"{dataset} ({evaluation['split']}), n = {n}:\n\n{results_table(evaluation).markdown()}\n{evaluation['verdict']}\n"
+        hub = next(iter(task_of(state["task"], checkpoint.settings).hub), "")
+        if value is not None and hub:
+            score, notes = round(100 * value, 2), f"{headline} in %, {n} rows, {sender} → latents → {receivers[0]}"
+            results = [EvalResult("text-generation", hub, dataset, headline, score, dataset_split=evaluation["split"])]
+            entry = EvalResultEntry(hub, "default", score, notes=notes)
+            (folder / ".eval_results").mkdir()
+            lines = yaml.safe_dump(eval_result_entries_to_yaml([entry]), allow_unicode=True, sort_keys=False)
+            (folder / ".eval_results" / f"{dataset}.yaml").write_text(lines, encoding="utf-8")
+    data = ModelCardData(
+        library_name="latentwire", tags=["latentwire", "latent-communication", "soft-prompt"], model_name=name if results else None,
+        eval_results=results or None, base_model=[m for m in (sender, *receivers) if "/" in m] or None,
+    )  # fmt: skip
+    words = f"""---
+{data.to_yaml()}
+---
+
+# {name}
+
+A trained bridge: {sender} reads a text, latents travel, {", ".join(receivers)} answers. Both models are frozen and not part of
+this repository; their own licences hold ({"; ".join(map(licence_of, [sender, *receivers]))}).
+
+```python
+import LATENTWIRE
+
+bridge = LATENTWIRE.load("{settings.repo}")
+print(bridge.answer(bridge.encode(["a text"]))[0].text)
+```
+
+{table}
+A control carries nothing of the text; a bridge that does not beat every control communicates nothing.
+"""
+    ModelCard(words).save(folder / "README.md")
+
+
+def licence_of(name: str) -> str:
+    """What a model's use is bound to, as far as it is known here."""
+    known = {
+        "gemma": "Gemma terms, https://ai.google.dev/gemma/terms",
+        "smollm2": "Apache 2.0",
+        "tiny-": "random weights",
+    }
+    return next(
+        (f"{name}: {terms}" for start, terms in known.items() if name.startswith(start)), f"{name}: see its own card"
     )
 
 

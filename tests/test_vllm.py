@@ -42,8 +42,9 @@ def serving(model: Path, dtype: str, log: Path) -> Iterator[str]:
     words = [VENV / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", dtype,
              "--enable-prompt-embeds", "--enforce-eager", "--port", port, "--max-model-len", 512,
              "--max-logprobs", 20]  # fmt: skip
-    env = {**os.environ, "LD_PRELOAD": str(VENV / "lib" / "libiomp5.so"), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "HF_HUB_OFFLINE": "1",
-           "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
+    own = {"LD_PRELOAD": str(VENV / "lib" / "libiomp5.so"), "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}  # else one of two cores computes nothing
+    env = os.environ | own | cpu
     with log.open("w") as stream:
         server = subprocess.Popen([*map(str, words)], env=env, stdout=stream, stderr=stream, start_new_session=True)
     try:
