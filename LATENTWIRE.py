@@ -15547,7 +15547,7 @@ def encode_command(settings: EncodeSettings) -> None:
     items, out = texts_to_send(settings, bridge.settings), settings.output
     if out.suffix == ".wire" and len(items) > 1:
         raise LatentWireError(f"{len(items)} texts need more than one file; give a folder or a .jsonl file with -o")
-    if out.suffix != ".wire" or out.is_dir():
+    if len(items) > 1 or out.is_dir() or out.suffix == ".jsonl" or str(out) == "-":
         encode_many(bridge, items, settings)
         return
     [item] = items
@@ -15570,7 +15570,7 @@ def encode_many(bridge: LoadedBridge, items: Sequence[Sendable], settings: Encod
     is a folder, the lines are its ``messages.jsonl`` and every message has a file of its own.
     """
     out = settings.output
-    folder = None if out.suffix or str(out) == "-" else out
+    folder = None if out.suffix == ".jsonl" or str(out) == "-" else out
     index = folder / "messages.jsonl" if folder else out
     made = {} if str(out) == "-" else {row.get("id"): row.get("source") for row in read_rows(index)}
     origin = [digest_of(dict(bridge.checkpoint.state)), bridge.bridge.language(bridge.ear(settings.receiver))]

@@ -63,6 +63,17 @@ def test_a_folder_of_texts_is_a_folder_of_messages_in_order(folder, toy_run, wan
     assert capsys.readouterr().out.splitlines() == [f"{name}: {wanted[name]}" for name in sorted(TEXTS)]
 
 
+def test_one_text_is_one_file_unless_more_is_meant(folder, toy_run):
+    for out, made in (("m", "m"), ("a.b", "a.b"), ("there", "there/one.wire"), ("m.jsonl", "m.jsonl")):
+        if out == "there":
+            Path(out).mkdir()
+        assert run("encode", "texts/one.txt", "--checkpoint", toy_run, "-o", out) == 0
+        assert Path(made).is_file()
+    assert Path("m").read_bytes() == Path("a.b").read_bytes() == Path("there/one.wire").read_bytes()
+    assert run("encode", "texts/one.txt", "texts/two.txt", "--checkpoint", toy_run, "-o", "out.v1") == 0
+    assert sorted(path.name for path in Path("out.v1").iterdir()) == ["messages.jsonl", "one.wire", "two.wire"]
+
+
 def test_what_is_there_is_not_made_again_and_more_is_added(folder, toy_run, monkeypatch, capsys):
     encode, made = lw.LoadedBridge.encode, list[str]()
     monkeypatch.setattr(
