@@ -165,6 +165,27 @@ def test_words_and_latents_are_published_with_their_records(kept):
     assert "carry nothing that is shown" in found["verdict"] and "one seed" in unwrapped(TABLES)
 
 
+def agnostic_sentence(found: dict[str, Any]) -> str:
+    """README's sentence on a sender that does not know the question."""
+    f1 = {method: percent(summary["f1"]) for method, summary in found["methods"].items()}
+    return (
+        f"Where only the receiver knows the question: **{f1['bridge']}**, the text cut off {f1['token_budget']}, the best "
+        f"sentences {f1['extractive']}, after a trained prompt {f1['extractive+prompt_tuning']}."
+    )
+
+
+def test_words_chosen_before_the_question_are_published_with_their_records(kept):
+    """Ahead of every untrained choice in as many positions, and no more is said than that."""
+    found = made_again(kept("agnostic"))
+    assert agnostic_sentence(found) in unwrapped(README) and mixed_table(found) in TABLES
+    assert found["communication"] and found["leaks"] == []
+    assert "carry nothing that is shown" in found["verdict"]
+    p, f1 = found["p_bridge_vs"], {method: summary["f1"] for method, summary in found["methods"].items()}
+    rivals = ("token_budget", "extractive", "extractive:windows", "random_words", "selective", "llmlingua")
+    assert max(p[name] for name in rivals) <= 0.0002 and p["extractive+prompt_tuning"] > 0.05
+    assert f1["bridge"] >= 0.9 * f1["text"]
+
+
 def test_notes_are_published_with_their_records(kept):
     """One message, four questions; nothing but the message can answer, and it is not the latents that do."""
     found = made_again(kept("notes"))
@@ -287,7 +308,9 @@ def test_readme_says_what_its_numbers_are_worth(kept):
     assert "One seed says nothing about the spread over seeds" in words and "is ahead of its probe" not in words
     notes = json.loads((kept("notes") / "results.json").read_text())
     others = words.replace(mixed_sentence(found), "").replace(notes_sentence(notes), "")
-    for table in (mixed_table(found), mixed_table(notes)):
+    agnostic = json.loads((kept("agnostic") / "results.json").read_text())
+    others = others.replace(agnostic_sentence(agnostic), "")
+    for table in map(mixed_table, (found, notes, agnostic)):
         others = others.replace(unwrapped(table), "")
     assert not re.search(r"\bF1\b[^.|]*\d\d\.\d", others), "of other question answering no records were kept"
     assert "wherever more than one was tried" in (ROOT / "latex" / "main.tex").read_text()
