@@ -369,12 +369,8 @@ Layers = dict[str, Mapping[str, Any]]  # settings by where they come from, lowes
 YES, NO = ("yes", "true", "1", "on"), ("no", "false", "0", "off")
 SECTIONS = ("lora", "prefix", "deep_prefix", "latent_adapter", "coprocessor", "gist", "refiner", "latent_refiner")
 """Sections of a config file that hold one feature's settings and no others."""
-REPEATED = {
-    "plugin": ",",
-    "override": "\n",
-    "file": "\n",
-    "message": "\n",
-}  # flags that may be given several times, joined by this
+REPEATED = {"plugin": ",", "override": "\n", "file": "\n", "message": "\n"}
+"""Flags that may be given several times, and what joins their values."""
 EXCLUSIVE = ({"steps", "epochs"}, {"dtype", "bf16", "fp16"})  # who gives one takes back the others of a lower layer
 SIZES = {
     "batch_size", "grad_accum", "effective_batch", "rival_batch", "latent_len", "latent_shared_len", "latent_private_len",
@@ -8969,8 +8965,7 @@ class VllmServer:
         if urlparse(url).scheme not in ("http", "https"):
             raise LatentWireError(f"--vllm {url}: give an address such as http://127.0.0.1:8000")
         self.url, self.lm = url.rstrip("/"), lm
-        models = self.ask("/v1/models")["data"]
-        self.model, self.most = models[0]["id"], models[0].get("max_model_len")
+        self.model = self.ask("/v1/models")["data"][0]["id"]
         words = "A server's own tokens, \u00e9t\u00e9 1984."
         theirs = self.ask("/tokenize", {"model": self.model, "prompt": words, "add_special_tokens": False})["tokens"]
         if theirs != lm.ids(words):
@@ -9087,7 +9082,7 @@ class Receiver:
         how: DecodeSettings | None = None, server: VllmServer | None = None,
     ) -> None:  # fmt: skip
         self.prompting, self.how, self.lm = prompting, how or DecodeSettings(), prompting.receiver
-        self.engine: LM | VllmServer = server or self.lm
+        self.engine: Any = server or self.lm  # who reads prompts: prefill, score, generate
         self.max_new_tokens = max_new_tokens or prompting.longest
         self.bridge = bridge
         self.ear = bridge.ear_of(prompting.receiver.name) if bridge else 0
@@ -9161,8 +9156,7 @@ class Receiver:
         for prompt, ids in zip(prompts or range(len(examples)), gold, strict=True):
             places.append((prompt, len(candidates[prompt])))
             candidates[prompt].append(ids)
-        loglikelihoods = self.engine.score(prefill, candidates)
-        firsts = prefill.firsts
+        loglikelihoods, firsts = self.engine.score(prefill, candidates), prefill.firsts
         draws = [int(digest_of([e.id, e.context, e.question, "draw"]), 16) for e in examples]
         texts = self.engine.generate(prefill, self.max_new_tokens, self.how, draws)
         scores = [tuple(by_length_of(labels, row[: len(labels)])) for row in loglikelihoods]
@@ -9178,7 +9172,7 @@ class Receiver:
         scores: list[list[float]] = []
         for rows in batches([*zip(examples, data, texts, strict=True)], 32):
             group, messages, candidates = zip(*rows, strict=True)
-            prefill: Any = self.engine.prefill(self.prompting.pack(self.open(messages), group))
+            prefill = self.engine.prefill(self.prompting.pack(self.open(messages), group))
             scores += self.engine.score(
                 prefill, [[self.prompting.answer_ids(text) for text in row] for row in candidates]
             )
