@@ -8524,7 +8524,7 @@ def fetched(name: str) -> Path:
     match = HUB_ID.fullmatch(name)
     assert match
     try:
-        wanted = {"allow_patterns": ["*.safetensors", "*.json"], "local_files_only": not hub_reachable()}
+        wanted: Any = {"allow_patterns": ["*.safetensors", "*.json"], "local_files_only": not hub_reachable()}
         return Path(snapshot_download(match[1], revision=match[2], **wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         advice = "--checkpoint takes a run folder that 'train' printed, or OWNER/NAME of a bridge on the hub"
@@ -10530,6 +10530,11 @@ class LoadedBridge:
         how = DecodeSettings(**self.settings.model_dump(include=set(DecodeSettings.fields())))
         server = VllmServer(self.vllm, lm) if self.vllm else None
         return self.ends.setdefault(ear, Receiver(prompting, self.bridge.to(lm.device), None, how, server))
+
+    @property
+    def digest(self) -> str:
+        """Names this checkpoint, weights and settings."""
+        return digest_of(dict(self.checkpoint.state))
 
     def source(self, text: str, question: str = "") -> str:
         """What the sender reads for a text and, where it is to know it, a question."""
@@ -15567,8 +15572,8 @@ def encode_many(bridge: LoadedBridge, items: Sequence[Sendable], settings: Encod
     folder = None if out.suffix == ".jsonl" or str(out) == "-" else out
     index = folder / "messages.jsonl" if folder else out
     made = {} if str(out) == "-" else {row.get("id"): row.get("source") for row in read_rows(index)}
-    origin = [digest_of(dict(bridge.checkpoint.state)), bridge.bridge.language(bridge.ear(settings.receiver))]
-    sources = {item.name: digest_of([*origin, item.text, item.question]) for item in items}
+    origin, language = bridge.digest, bridge.bridge.language(bridge.ear(settings.receiver))
+    sources = {item.name: digest_of([origin, language, item.text, item.question]) for item in items}
     if other := [name for name, source in sources.items() if made.get(name, source) != source]:
         raise LatentWireError(
             f"{index} holds a message named {other[0]!r} of another text or bridge; write to another place"
@@ -15736,20 +15741,26 @@ def predict_command(settings: PredictSettings) -> None:
     items = rows_to_send(Path(settings.input), settings, bridge.settings)
     rows = [{name: None if missing(value) else value for name, value in item.row.items()} for item in items]
     rows = json.loads(json.dumps(rows, default=str))  # as they will be read again
-    if taken := [name for name in ("answer", "scores", "tokens", "bytes") if name in rows[0]]:
+    if taken := [name for name in ("answer", "scores", "tokens", "bytes", "bridge") if name in rows[0]]:
         raise LatentWireError(
             f"{settings.input} has a column {taken[0]!r}, which is to hold what is predicted; rename it"
         )
-    lines = read_rows(out) if out.suffix == ".jsonl" else []
-    if [{key: line.get(key) for key in row} for line, row in zip(lines, rows, strict=False)] != rows[: len(lines)]:
-        raise LatentWireError(f"{out} holds answers to other rows; write to another file")
+    lines, origin = read_rows(out) if out.suffix == ".jsonl" else [], digest_of([bridge.digest, settings.receiver])
+    expected = [row | {"bridge": origin} for row in rows]
+    if [{key: line.get(key) for key in row} for line, row in zip(lines, expected, strict=False)] != expected[
+        : len(lines)
+    ]:
+        raise LatentWireError(f"{out} holds answers to other rows, or of another bridge; write to another file")
     todo = [*zip(items, rows, strict=True)][len(lines) :]
     with RichReport(errors=True) as report:
         for batch in batches(todo, bridge.batch_size):
             questions = [item.question for item, _ in batch]
             messages = bridge.encode([item.text for item, _ in batch], questions, settings.receiver)
             answers = bridge.answer(messages, questions, settings.receiver)
-            new = [row | answer_line(answer, bridge) for (_, row), answer in zip(batch, answers, strict=True)]
+            new = [
+                row | answer_line(answer, bridge) | {"bridge": origin}
+                for (_, row), answer in zip(batch, answers, strict=True)
+            ]
             lines += new
             if out.suffix != ".csv":
                 put_lines(out, new)

@@ -128,7 +128,7 @@ def test_predict_gives_the_same_rows_with_answers(source, folder, toy_run, wante
 def test_predict_goes_on_and_writes_tables(folder, toy_run, wanted, capsys):
     words = ("predict", "rows.jsonl", "--text_column", "review", "--checkpoint", toy_run, "-o")
     assert run(*words, "p.jsonl") == 0
-    whole = Path("p.jsonl").read_text()
+    whole, rows = Path("p.jsonl").read_text(), Path("rows.jsonl").read_text()
     Path("p.jsonl").write_text(whole[: len(whole) // 2])
     assert run(*words, "p.jsonl") == 0
     assert [row["answer"] for row in lines(Path("p.jsonl").read_text())] == [*wanted.values()]
@@ -141,6 +141,10 @@ def test_predict_goes_on_and_writes_tables(folder, toy_run, wanted, capsys):
     Path("rows.jsonl").write_text(json.dumps({"id": "other", "review": "a", "stars": None}) + "\n")
     assert run(*words, "p.jsonl") == 2
     assert "other rows" in capsys.readouterr().err
+    Path("p.jsonl").write_text(whole.replace('"bridge": "', '"bridge": "0'))
+    Path("rows.jsonl").write_text(rows)
+    assert run(*words, "p.jsonl") == 2
+    assert "another bridge" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
