@@ -190,9 +190,9 @@ def test_a_stopped_gateway_finishes_what_it_began(toy_run, tmp_path):
             if ask(port, "/health")[0] == 200:
                 break
         time.sleep(0.2)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        asked = [pool.submit(ask, port, "/v1/completions", {"prompt": "", "context": text}) for text in TEXTS[:8]]
-        time.sleep(0.05)
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        asked = [pool.submit(ask, port, "/v1/completions", {"prompt": "", "context": text}) for text in TEXTS[:32]]
+        concurrent.futures.wait(asked, return_when="FIRST_COMPLETED")
         server.send_signal(signal.SIGTERM)
         codes = [reply.result()[0] for reply in asked if not reply.exception()]
     assert codes and set(codes) == {200}
