@@ -8527,9 +8527,9 @@ def fetched(name: str) -> Path:
         wanted: Any = {"allow_patterns": ["*.safetensors", "*.json"], "local_files_only": not hub_reachable()}
         return Path(snapshot_download(match[1], revision=match[2], **wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        advice = "--checkpoint takes a run folder that 'train' printed, or OWNER/NAME of a bridge on the hub"
+        advice = "--checkpoint takes the run folder that 'train' printed, or OWNER/NAME of a bridge on the hub"
         raise LatentWireError(
-            f"no run at {name}, and the hub gives none of that name ({brief(error, 120)}); {advice}"
+            f"no checkpoint at {name}, the hub gives none either ({brief(error, 120)}); {advice}"
         ) from None
 
 
@@ -10375,9 +10375,10 @@ def eval_run(settings: EvalSettings, report: Report) -> dict[str, Any]:
     if settings.checkpoint is None:
         raise LatentWireError("--checkpoint is missing; give the run folder that 'train' printed, such as runs/sst2")
     if settings.output_dir is None and on_hub(settings.checkpoint):
-        raise LatentWireError(
-            f"no run at {settings.checkpoint}; of a bridge on the hub, say with --output_dir where results go"
+        advice = (
+            "--checkpoint takes the run folder that 'train' printed; for a bridge on the hub, give --output_dir as well"
         )
+        raise LatentWireError(f"no checkpoint at {settings.checkpoint}; {advice}")
     with evaluating(settings, settings.output_dir or settings.checkpoint) as (world, signals):
         made_with, report = environment(), report if world.is_main else Silent()
         load_plugins(settings.plugin)

@@ -177,7 +177,7 @@ def test_what_the_hub_refuses_is_one_line(toy_run, hub):
         (("push", toy_run, "you/bridge"), {"HF_TOKEN": "hf_bad"}, "HF_TOKEN"),
         (("push", toy_run, "bridge"), {}, "OWNER/NAME"),
         (("push", "nowhere", "you/bridge"), {}, "nowhere"),
-        (("answer", toy_run / "DONE", "--checkpoint", "you/none"), {}, "the hub gives none"),
+        (("answer", toy_run / "DONE", "--checkpoint", "you/none"), {}, "the hub gives none either"),
     ):
         done = hub.run(*words, **more)
         assert done.returncode == 2 and phrase in done.stderr, done.stderr
