@@ -15488,14 +15488,12 @@ class Sendable:
 def text_in(name: str) -> str:
     """One text: a file's, or standard input's for ``-``; LatentWireError unless it is one."""
     try:
-        text = content(Path(name)).decode("utf-8-sig") if name == "-" else Path(name).read_bytes().decode("utf-8-sig")
+        text = (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise LatentWireError(f"{name} is not a text in UTF-8") from None
     except OSError as error:
         reason = error.strerror or error
         raise LatentWireError(f"{name}: {reason}; a text itself is given by --text, standard input by -") from None
-    if not text.strip():
-        raise LatentWireError("the text is empty; there is nothing to encode")
     return text
 
 
@@ -15520,8 +15518,6 @@ def texts_to_send(settings: EncodeSettings, trained: TrainSettings) -> list[Send
         raise LatentWireError("give one text: a file, - for standard input, or --text WORDS")
     found: list[Sendable] = []
     if settings.text is not None:
-        if not settings.text.strip():
-            raise LatentWireError("the text is empty; there is nothing to encode")
         found.append(Sendable("text", settings.text, settings.question))
     for name in names:
         path = Path(name)
@@ -15532,6 +15528,8 @@ def texts_to_send(settings: EncodeSettings, trained: TrainSettings) -> list[Send
         if not files:
             raise LatentWireError(f"{name} is a folder without a *.txt; give its files by name")
         found += [Sendable(Path(file).stem, text_in(file), settings.question) for file in files]
+    if not all(item.text.strip() for item in found):
+        raise LatentWireError("the text is empty; there is nothing to encode")
     counts = collections.Counter(item.name for item in found)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise LatentWireError(
@@ -15653,6 +15651,11 @@ def messages_in(name: str, question: str) -> list[tuple[str, bytes, str]]:
     return found
 
 
+def messages_of(settings: AnswerSettings | ExportSettings) -> list[tuple[str, bytes, str]]:
+    """``messages_in`` of all that a command was given, in its order."""
+    return [item for name in settings.message.split("\n") for item in messages_in(name, settings.question)]
+
+
 def answer_line(answer: Answer, bridge: LoadedBridge) -> Row:
     """An answer as JSON: its text, log-likelihood per token of each class word, positions that were read, bytes that travelled."""
     scores = dict(zip(bridge.task["words"], answer.scores, strict=True)) if bridge.task["words"] else {}
@@ -15662,7 +15665,7 @@ def answer_line(answer: Answer, bridge: LoadedBridge) -> Row:
 @command(AnswerSettings, USE)
 def answer_command(settings: AnswerSettings) -> None:
     """Answer from messages alone: answer article.wire --checkpoint runs/squad --receiver gemma-3-270m"""
-    found = [item for name in settings.message.split("\n") for item in messages_in(name, settings.question)]
+    found = messages_of(settings)
     bridge, done = load(settings.checkpoint, settings.trust_remote_code, settings.vllm), 0
     with RichReport(errors=True, quiet=len(found) == 1) as report:
         for batch in batches(found, bridge.batch_size):
@@ -15689,7 +15692,7 @@ class ExportSettings(EndSettings):
 @command(ExportSettings, USE)
 def export_command(settings: ExportSettings) -> None:
     """Messages as an engine takes them: export article.wire --checkpoint runs/squad --to vllm -o request.json"""
-    found = [item for name in settings.message.split("\n") for item in messages_in(name, settings.question)]
+    found = messages_of(settings)
     names, data, questions = zip(*found, strict=True)
     bridge = load(settings.checkpoint, settings.trust_remote_code)
     prompts, end = bridge.prompt_embeds(data, questions, settings.receiver), bridge.receiver(settings.receiver)
