@@ -3299,6 +3299,11 @@ def missing(value: Any) -> bool:
     return value is MISSING or value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
+def half_character(text: str) -> bool:
+    """Whether a text holds a lone surrogate, which no encoding can write."""
+    return not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text)
+
+
 class RowReader(Task):
     """Rows by the roles of their columns: the user's names, or well-known ones."""
 
@@ -3368,7 +3373,7 @@ class RowReader(Task):
         if isinstance(value, list | dict | tuple):
             raise LatentWireError(f"{where}: {name} is a {type(value).__name__}, not a text; name another column")
         text = str(value)
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        if half_character(text):
             raise LatentWireError(
                 f"{where}: {name} holds half a character (a lone surrogate), which is no text; mend it"
             )
@@ -15836,7 +15841,7 @@ class ServedRequest(BaseModel):
         text = self.context if self.context is not None else "\n".join(self.MARKED.findall(everything))
         if not text.strip():
             raise LatentWireError("give the long text as context, or between <context> and </context>")
-        if any("\ud800" <= character <= "\udfff" for character in text + asked):
+        if half_character(text + asked):
             raise LatentWireError("half a character (a lone surrogate) is no text")
         return text.strip(), self.MARKED.sub("", asked).strip()
 
