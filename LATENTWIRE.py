@@ -4450,9 +4450,10 @@ def short_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask
 def pack_linear(layer: nn.Linear) -> None:
     """Let a frozen layer multiply, where nothing learns, by a copy of its weights in the order of oneDNN's kernels.
 
-    For few rows these read memory twice as fast as from the weights as they lie, and for many they are a tenth faster.
+    For few rows these read memory up to twice as fast as from the weights as they lie, and for many they are a tenth
+    faster. The order is that for 64 rows: with AMX, that for one row is slower than none from two rows on.
     """
-    weight, plain = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 1), layer.forward
+    weight, plain = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), 64), layer.forward
 
     def forward(inputs: Tensor) -> Tensor:
         if torch.is_grad_enabled():
