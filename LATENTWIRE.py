@@ -1186,8 +1186,8 @@ class TrainSettings(
     )
     optimizer_offload: bool = setting(False, "Keep the optimizer's state in CPU memory.", "cpu_offload", execution=True)
     log_every: int = setting(1, "Steps between rows of diagnostics.jsonl.", execution=True, ge=1)
-    track: list[Literal["wandb", "tensorboard"]] = setting(
-        [], "Also log to wandb or tensorboard, where installed.", "report_to", execution=True
+    track: list[Literal["wandb", "tensorboard", "trackio"]] = setting(
+        [], "Also log to wandb, tensorboard or trackio, where installed.", "report_to", execution=True
     )
     debug: bool = setting(
         False, "Gradient norm of each part in diagnostics.jsonl; stop at the first NaN.", execution=True
@@ -4893,9 +4893,10 @@ class LM:
         settings: DecodeSettings | None = None,
         draws: Sequence[int] = (),
         line: bool = True,
+        until: Sequence[str] = (),
     ) -> list[str]:
         """Greedy answers of at most ``most`` tokens, up to the end token or, as ``line`` says, the end of the line; they
-        consume the prefill's cache.
+        consume the prefill's cache. With ``until``, as they are up to the first of these words instead.
 
         ``how`` may ban the end for some steps and draw the first token from a nucleus, by one number of ``draws`` a row.
         """
@@ -4913,16 +4914,19 @@ class LM:
                 if token in self.ends:
                     continue
                 lines[b].append(token)
-                one_line = not line or "\n" not in self.tokenizer.decode(lines[b]).lstrip()
-                still += [place] if one_line and len(lines[b]) <= room[b] else []
+                text = self.tokenizer.decode(lines[b]) if line or until else ""
+                ended = any(word in text for word in until) if until else "\n" in text.lstrip()
+                still += [place] if not ended and len(lines[b]) <= room[b] else []
             if not still or step == most - 1:
                 break
             if len(still) < len(rows):
                 kept = torch.tensor(still, device=self.device)
                 prefill, chosen, rows = prefill.branch(kept), chosen[kept], [rows[place] for place in still]
             prefill = self.extend(prefill, chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.bool))
-        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in lines]
-        return [text.partition("\n")[0].strip() if line else text for text in texts]
+        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in lines]
+        if until:
+            return [functools.reduce(lambda left, word: left.partition(word)[0], until, text) for text in texts]
+        return [text.strip().partition("\n")[0].strip() if line else text.strip() for text in texts]
 
 
 def lora_targets(targets: Sequence[str], names: set[str]) -> tuple[list[str] | str, int]:
@@ -7560,10 +7564,13 @@ def trackers(settings: TrainSettings, folder: Path) -> Iterator[Callable[[dict[s
                     writer.add_scalar(name, value, row["step"])
 
         yield to_tensorboard
+    of_this_run: Row = {"project": "latentwire", "name": folder.name, "config": settings.determining()}
     if "wandb" in settings.track:
-        config = settings.determining()
-        run = require("wandb").init(project="latentwire", dir=str(folder), name=folder.name, config=config)
-        yield lambda row: run.log(row, step=row["step"])
+        wandb_run = require("wandb").init(dir=str(folder), **of_this_run)
+        yield lambda row: wandb_run.log(row, step=row["step"])
+    if "trackio" in settings.track:
+        trackio_run = require("trackio").init(resume="allow", embed=False, **of_this_run)
+        yield lambda row: trackio_run.log(row, step=row["step"])
 
 
 class Sender:
@@ -14789,6 +14796,14 @@ Flags with several values span the grid; --config takes a base with named varian
 and evaluated in a folder such as runs/mine/.../seed42; a finished one is never done again, a failed one is listed at \
 the end (exit code 1). --dry_run prints every run's commands and what each will about cost on this machine. At the \
 end aggregate, stats and report follow, in the experiment's folder.""",
+    "harness": """  harness --checkpoint runs/squad --tasks boolq --last_lines 2 --limit 200
+  harness --checkpoint runs/squad --tasks boolq --last_lines 2 --limit 200 --send shuffled
+  harness --checkpoint runs/squad --tasks triviaqa --send text --output_path results
+Needs pip install lm_eval==0.4.13; all its other flags go on to it, and it prints and keeps its own results. \
+loglikelihood and generate_until: of a context the last lines (with --last_lines 2 often a question and "Answer:") are \
+text for the receiver, and what stands above, examples too, is sent; a context without more lines is sent whole. A \
+sender that knows the question takes these last lines for it. --send text is the receiver as the harness itself would \
+run it, shuffled and none are the controls. loglikelihood_rolling has no context and is refused.""",
     "slurm": """  slurm --job training --gpus 4 --time 12:00:00 --dataset sst2
   slurm --job training --array-seeds 42,123,456 --dataset sst2 --output_dir runs/sst2
   slurm --job experiment --gpus 4 --time 24:00:00 --name tokens --dataset sst2 --latent_len 4,8,16
@@ -15096,10 +15111,10 @@ def carry_out(context: typer.Context, words: Annotated[list[str] | None, typer.A
     """Do what a command's words say, or say what they would do; the demo starts from its suite's values."""
     name = str(context.info_name)
     command = COMMANDS[name]
-    if not command.shared:
-        command.body(plain_settings(command.kind, words or []))
-        return
     command_words, other_words = divided(command.kind, words or []) if command.others else (words or [], [])
+    if not command.shared:
+        command.body(plain_settings(command.kind, command_words), *([other_words] if command.others else []))
+        return
     settings, shared = settings_from(command.kind, command_words, SUITES[name]() if name == "demo" else None)
     if command.others:
         command.body(settings, other_words, shared.dry)
@@ -15783,6 +15798,173 @@ def predict_command(settings: PredictSettings) -> None:
             for line in lines
         ]
         write_atomic(out, pandas.DataFrame(flat).to_csv(index=False).encode())
+
+
+class HarnessSettings(PluginSettings):
+    """Harness"""
+
+    checkpoint: Path = setting(..., "Run folder.", "ckpt")
+    send: Literal["latents", "text", "shuffled", "none"] = setting(
+        "latents", "What the receiver gets of a context: its latents, its text, another one's latents, or nothing."
+    )
+    last_lines: int = setting(1, "Lines at the end of a context that are not sent: the receiver reads them.", ge=0)
+    receiver: str | None = setting(None, "Which of the run's receivers; default the first.")
+    trust_remote_code: bool = TRUSTED
+
+
+class HarnessRequests:
+    """What lm-evaluation-harness asks of a model (``lm_eval.api.model.LM`` of 0.4.13), answered through a bridge.
+
+    The last lines of a context are the receiver's own text, as is what it goes on with; all above them is sent, examples
+    too, and a context that has no more lines is sent whole. A sender that knows its question takes these last lines for it.
+    """
+
+    def __init__(self, bridge: LoadedBridge, settings: HarnessSettings, report: Report) -> None:
+        self.bridge, self.settings, self.report = bridge, settings, report
+        self.end, self.sent = bridge.receiver(settings.receiver), dict[tuple[str, str], bytes]()
+        self.cut = 0
+
+    def parts(self, context: str) -> tuple[str, str]:
+        """What is sent of a context, and what the receiver reads."""
+        if self.settings.send == "text":
+            return "", context
+        head = "\n".join(context.split("\n")[: -self.settings.last_lines or None])
+        head = head if head.strip() else context
+        after = context[len(head) :]
+        return head, after if self.bridge.part.asks else after.removeprefix("\n")  # as it was in training
+
+    def message_key(self, text: str, after: str) -> tuple[str, str]:
+        """What a message depends on: its text and, where the sender knows it, the question."""
+        part = self.bridge.part
+        return text, after.strip() if "{question}" in part.sender_prompt and not part.agnostic else ""
+
+    def read(self, contexts: Sequence[str]) -> list[tuple[bytes, str]]:
+        """The message of each context, empty where nothing is sent, and the text after it; none is written twice."""
+        parts = [*map(self.parts, contexts)]
+        if self.settings.send in ("text", "none"):
+            return [(b"", after) for _, after in parts]
+        keys = [self.message_key(*part) if part[0].strip() else None for part in parts]
+        wanted = sorted({key for key in keys if key}, key=digest_of)
+        new = [key for key in wanted if key not in self.sent]
+        for batch in batches(new, self.bridge.batch_size):
+            self.cut += sum(read < total for read, total in itertools.starmap(self.bridge.extent, batch))
+            texts, questions = zip(*batch, strict=True)
+            messages = self.bridge.encode(texts, questions, self.settings.receiver)
+            self.sent |= zip(batch, map(bytes, messages), strict=True)
+            self.report.tick("messages", len(self.sent), len(self.sent) + len(new))
+        whose = {key: key for key in wanted}
+        if self.settings.send == "shuffled":
+            whose = dict(zip(wanted, [*wanted[1:], *wanted[:1]], strict=True))
+            if len(wanted) == 1:
+                raise LatentWireError("--send shuffled needs a second text; raise --limit")
+        return [(self.sent[whose[key]] if key else b"", after) for key, (_, after) in zip(keys, parts, strict=True)]
+
+    def in_batches(self, read: Sequence[tuple[bytes, str]]) -> Iterator[tuple[list[int], SoftPrompt | None, list[str]]]:
+        """Numbers of some requests, their soft prompt and the text after it; those with and without a message apart."""
+        done, order = 0, sorted(range(len(read)), key=lambda i: (bool(read[i][0]), len(read[i][1]), i))
+        for _, group in itertools.groupby(order, key=lambda i: bool(read[i][0])):
+            for numbers in batches([*group], self.bridge.batch_size):
+                messages, after = zip(*(read[i] for i in numbers), strict=True)
+                yield [*numbers], self.end.open(messages) if messages[0] else None, [*after]
+                done += len(numbers)
+                self.report.tick("requests", done, len(read))
+
+    def prompt(self, soft: SoftPrompt | None, after: str, more: int) -> TokenIds:
+        """Ids of the receiver's own text, where there is nothing at all the end token; LatentWireError where it is too long."""
+        lm = self.end.lm
+        ids = lm.ids(after) or ([] if soft or lm.bos else [lm.tokenizer.eos_token_id])
+        room = min(lm.most, getattr(lm.config, "max_position_embeddings", lm.most))
+        if (need := len(lm.bos) + (soft.embeds.shape[1] if soft else 0) + len(ids) + more) > room:
+            raise LatentWireError(f"{lm.name} reads {room} positions, a request has {need}; lower --num_fewshot")
+        return ids
+
+    @torch.no_grad()
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """(context, continuation) each → nats of the continuation, and whether it is what greedy decoding writes."""
+        contexts, asked = zip(*(request.args for request in requests), strict=True)
+        bare = [context.rstrip() for context in contexts]  # a space before what is scored belongs to it, as in HFLM
+        more = [context[len(left) :] + text for context, left, text in zip(contexts, bare, asked, strict=True)]
+        found, lm = dict[int, tuple[float, bool]](), self.end.lm
+        for numbers, soft, after in self.in_batches(self.read(bare)):
+            answers = [lm.continuation(text, more[i]) for text, i in zip(after, numbers, strict=True)]
+            prompts = [self.prompt(soft, text, len(ids)) for text, ids in zip(after, answers, strict=True)]
+            supervised = supervise(lm, self.end.prompting.joined(soft, prompts, answers))
+            nats, likeliest = supervised.judged
+            for place, number in enumerate(numbers):
+                mine = supervised.rows == place
+                found[number] = -nats[mine].sum().item(), bool((likeliest == supervised.targets)[mine].all())
+        return [found[number] for number in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
+        """Refused: a whole text's likelihood has no context that could be sent."""
+        raise LatentWireError("this task asks for the likelihood of a whole text; it has no context that could be sent")
+
+    @torch.no_grad()
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """(context, limits) each → what the receiver writes greedily, up to the first of the words ``until``."""
+        alike: dict[tuple[tuple[str, ...], int], list[int]] = {}
+        for number, request in enumerate(requests):
+            limits = request.args[1]
+            if limits.get("do_sample") and limits.get("temperature", 1.0) > 0:
+                raise LatentWireError(
+                    "this task draws its answers, a bridge does not; add --gen_kwargs do_sample=False"
+                )
+            until = [limits["until"]] if isinstance(limits.get("until"), str) else limits.get("until") or []
+            alike.setdefault((tuple(filter(None, until)), int(limits.get("max_gen_toks", 256))), []).append(number)
+        found, lm = dict[int, str](), self.end.lm
+        for (until, most), chosen in alike.items():
+            for places, soft, after in self.in_batches(self.read([requests[i].args[0].rstrip() for i in chosen])):
+                prompts = [self.prompt(soft, text, most) for text in after]
+                prefill = lm.prefill(self.end.prompting.joined(soft, prompts, None, left=True))
+                texts = lm.generate(prefill, most, line=False, until=until)
+                found |= zip((chosen[i] for i in places), texts, strict=True)
+        return [found[number] for number in range(len(requests))]
+
+    def get_model_info(self) -> Row:
+        """What the harness keeps beside its results."""
+        asked = self.settings.model_dump(mode="json", include={"send", "last_lines"})
+        return {"bridge": self.bridge.digest, "receiver": self.end.lm.identity(), **asked}
+
+
+@command(HarnessSettings, USE, "Any flag of lm-evaluation-harness as well, such as --tasks and --limit.")
+def harness_command(settings: HarnessSettings, words: list[str]) -> None:
+    """Tasks of lm-evaluation-harness read through the wire: harness --checkpoint runs/squad --tasks boolq --limit 100"""
+    require("lm_eval", "lm_eval==0.4.13")
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.model import LM as HarnessLM
+    from lm_eval.api.registry import register_model
+
+    ours = {"--model", "-M", "--model_args", "-a", "--device", "-d"}
+    if taken := [word for word in words if word.partition("=")[0] in ours]:
+        raise LatentWireError(f"{taken[0]}: the model and its device are those of the bridge; leave it out")
+    bridge = load(settings.checkpoint, settings.trust_remote_code)
+    with RichReport(errors=True) as report:
+        asked = HarnessRequests(bridge, settings, report)
+
+        class Bridged(HarnessLM):
+            """The bridge as a model of the harness, which makes it by its name."""
+
+            loglikelihood, generate_until = asked.loglikelihood, asked.generate_until
+            loglikelihood_rolling, get_model_info = asked.loglikelihood_rolling, asked.get_model_info
+
+            def __init__(self, batch_size: int | str = 1, **_: Any) -> None:
+                super().__init__()
+                bridge.batch_size = (
+                    int(batch_size) if str(batch_size).isdigit() and int(batch_size) > 1 else bridge.batch_size
+                )
+
+        register_model("latentwire")(Bridged)
+        names = {"checkpoint": str(settings.checkpoint), "send": settings.send, "last_lines": settings.last_lines}
+        before, sys.argv = (
+            sys.argv,
+            ["lm-eval", "run", "--model", "latentwire", "--model_args", json.dumps(names), *words],
+        )
+        try:
+            cli_evaluate()
+        finally:
+            sys.argv = before
+    if asked.cut:
+        tell(f"{asked.cut} of {len(asked.sent)} texts were cut, as in training", sys.stderr)
 
 
 class ServeSettings(PluginSettings):
