@@ -3858,6 +3858,7 @@ def pretrained(
     """
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trust, **file_options)
     options = {"dtype": dtype, "output_loading_info": True, **file_options, **model_options}
     model, info = getattr(transformers, kind).from_pretrained(source, trust_remote_code=trust, **options)
@@ -4210,7 +4211,6 @@ def load_weights(
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     if name in LMS:
         entry = LMS[name]()
         if not isinstance(entry, Alias):
@@ -4306,6 +4306,14 @@ class SoftPrompt:
         """The rows of the batch that ``chosen`` (N,) numbers; they may repeat."""
         selected: dict[str, Any] = {name: value[chosen] for name, value in vars(self).items() if torch.is_tensor(value)}
         return replace(self, **selected)
+
+    def in_turn(self, count: int) -> SoftPrompt:
+        """Every ``count`` rows (B, K) as one row of all their slots, in order: (B / count, count·K)."""
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        joined: dict[str, Any] = {
+            name: value.reshape(-1, count * value.shape[1], *value.shape[2:]) for name, value in tensors.items()
+        }
+        return replace(self, **joined)
 
 
 @dataclass(frozen=True)
@@ -9104,17 +9112,24 @@ class Receiver:
         self.heard: dict[tuple[Any, ...], Answer] = {}  # what it hears itself
 
     @torch.no_grad()
-    def open(self, data: Sequence[bytes]) -> SoftPrompt:
-        """B serialised messages of this very bridge → soft prompts (B, K, D_r); LatentWireError for any other bytes."""
+    def open(self, data: Sequence[bytes | tuple[bytes, ...]]) -> SoftPrompt:
+        """B serialised messages of this very bridge → soft prompts (B, K, D_r); LatentWireError for any other bytes.
+
+        In place of one message there may be several, as many for each row: they are read one after another.
+        """
         assert self.bridge is not None
+        counts = {1 if isinstance(item, bytes) else len(item) for item in data}
+        if len(counts) > 1 or 0 in counts:
+            raise LatentWireError("give as many messages for one answer as for the others, at least one")
+        flat = [one for item in data for one in ((item,) if isinstance(item, bytes) else item)]
         shape, free = self.bridge.shape, self.bridge.wants_windows
         count = None if free and self.bridge.ratio else shape.settings.latent_len
         wanted = Wanted(self.name, shape.settings.d_z, count, free, self.bridge.pooler.mixes)
-        messages = [Message.from_bytes(item, wanted) for item in data]
+        messages = [Message.from_bytes(item, wanted) for item in flat]
         latents, mask = padded([message.latents[0] for message in messages])
         words = tuple(row for message in messages for row in message.words or ()) or None
         together = replace(messages[0], latents=latents, mask=mask if free else None, words=words)
-        return self.lm.weave(self.bridge.decode(together, self.ear), words)
+        return self.lm.weave(self.bridge.decode(together, self.ear), words).in_turn(counts.pop())
 
     def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
         """One Answer per example; the same message with the same gold answer (constant controls) is heard once in a batch.
@@ -9134,10 +9149,13 @@ class Receiver:
             self.heard |= {key: answer for key, answer in new.items() if key not in self.heard}
         return [new[key] if key in new else self.known[key] for key in keys]
 
-    def listen(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool) -> list[Answer]:
+    def listen(
+        self, examples: Sequence[Example], data: Sequence[bytes | tuple[bytes, ...]] | None, text: bool
+    ) -> list[Answer]:
         """Answers to messages that were never heard before."""
         soft = self.open(data) if data is not None else None
-        answers = self.respond(self.prompting.pack(soft, examples, text=text), examples, [len(d) for d in data or ()])
+        sizes = [len(item) if isinstance(item, bytes) else sum(map(len, item)) for item in data or ()]
+        answers = self.respond(self.prompting.pack(soft, examples, text=text), examples, sizes)
         if soft is None:
             return answers
         counts = [soft.embeds.shape[1]] * len(answers) if soft.mask is None else soft.mask.sum(1).tolist()
@@ -10494,6 +10512,10 @@ def written_back(context: EvalContext, count: int = 64) -> dict[str, Any]:
     return {"bleu": score.score / 100, "n": len(examples), "signature": str(score), "first": [texts[0], generated[0]]}
 
 
+Sent = Message | bytes | Sequence[Message | bytes]
+"""What an answer is made from: a message, or several that are read in order."""
+
+
 class LoadedBridge:
     """A trained bridge beside its models, each loaded where it is first used: ``load("runs/sst2")`` gives one.
 
@@ -10575,12 +10597,13 @@ class LoadedBridge:
         return made
 
     def answer(
-        self, messages: Sequence[Message | bytes], questions: Sequence[str] | None = None, receiver: str | None = None
+        self, messages: Sequence[Sent], questions: Sequence[str] | None = None, receiver: str | None = None
     ) -> list[Answer]:
         """N messages → N Answers: ``text`` is a class word where there are such, with ``scores`` of all of them.
 
-        The receiver sees nothing else but the question. LatentWireError: bytes of no message, or of another bridge; no such
-        receiver; no question, where this bridge's messages do not hold one.
+        The receiver sees nothing else but the question; in place of a message there may be a list of them, as many for each
+        answer, which it reads in order. LatentWireError: bytes of no message, or of another bridge; no such receiver; no
+        question, where this bridge's messages do not hold one.
         """
         words, end, found = self.task["words"], self.receiver(receiver), list[Answer]()
         for rows in batches(self.asked(messages, questions), self.batch_size):
@@ -10590,7 +10613,7 @@ class LoadedBridge:
 
     @torch.no_grad()
     def prompt_embeds(
-        self, messages: Sequence[Message | bytes], questions: Sequence[str] | None = None, receiver: str | None = None
+        self, messages: Sequence[Sent], questions: Sequence[str] | None = None, receiver: str | None = None
     ) -> list[Tensor]:
         """N messages → N prompts (T, D_r) for an engine that takes embeddings: BOS, latents and words, question, anchor.
 
@@ -10603,15 +10626,21 @@ class LoadedBridge:
             found += prompt_embeds(end.prompting.pack(end.open(data), examples), end.lm)
         return found
 
+    @property
+    def told(self) -> bool:
+        """Whether the sender reads a question beside each text."""
+        return "{question}" in self.part.sender_prompt and not self.part.agnostic
+
     def asked(
-        self, messages: Sequence[Message | bytes], questions: Sequence[str] | None
-    ) -> list[tuple[Example, bytes]]:
+        self, messages: Sequence[Sent], questions: Sequence[str] | None
+    ) -> list[tuple[Example, bytes | tuple[bytes, ...]]]:
         """What the receiver is asked of each message, and its bytes; LatentWireError where a question lacks."""
         asked, gold = one_each(questions, messages, "messages"), (self.part.words or ("",))[:1]
         examples = [Example(str(i), "", question, gold) for i, question in enumerate(asked)]
         if any(not e.question and "\0" in self.part.question_text(replace(e, question="\0")) for e in examples):
             raise LatentWireError("the sender of this run saw no question; give it to the receiver with --question")
-        return [*zip(examples, map(bytes, messages), strict=True)]
+        data = [bytes(item) if isinstance(item, Message | bytes) else tuple(map(bytes, item)) for item in messages]
+        return [*zip(examples, data, strict=True)]
 
 
 def one_each(questions: Sequence[str] | None, things: Sequence[Any], what: str) -> Sequence[str]:
@@ -14796,6 +14825,15 @@ Flags with several values span the grid; --config takes a base with named varian
 and evaluated in a folder such as runs/mine/.../seed42; a finished one is never done again, a failed one is listed at \
 the end (exit code 1). --dry_run prints every run's commands and what each will about cost on this machine. At the \
 end aggregate, stats and report follow, in the experiment's folder.""",
+    "store": """  store build docs.jsonl --checkpoint runs/agnostic -o STORE
+  store ask STORE "Who designed the bridge?" --top 3
+  store compare STORE --num_samples 300
+Needs pip install lancedb==0.40.0. A document is a text file, or a row of a data file with its id; the sender reads it once, \
+and every receiver of the run can read what it wrote. A build that was stopped goes on, more documents may be added, equal \
+texts are kept once, and an id keeps its text. ask finds documents by a sentence encoder (of long ones it sees the first \
+512 tokens) and reads their latents in order, the nearest first, before the question. The sender must not need the question: \
+train with --protocol question-agnostic. compare asks test questions of the run's data set about the stored texts, with the \
+latents, with the texts themselves and with nothing, each in batches of 16; compare.jsonl holds the answers.""",
     "harness": """  harness --checkpoint runs/squad --tasks boolq --last_lines 2 --limit 200
   harness --checkpoint runs/squad --tasks boolq --last_lines 2 --limit 200 --send shuffled
   harness --checkpoint runs/squad --tasks triviaqa --send text --output_path results
@@ -15800,6 +15838,261 @@ def predict_command(settings: PredictSettings) -> None:
         write_atomic(out, pandas.DataFrame(flat).to_csv(index=False).encode())
 
 
+class StoreSettings(PluginSettings):
+    """Store"""
+
+    action: Literal["build", "ask", "compare"] = setting(..., "What to do.", positional=True)
+    file: str = setting(
+        ..., "build: texts, folders of *.txt, files of rows; ask: the store, then the question; compare: the store.",
+        positional=True,
+    )  # fmt: skip
+    checkpoint: Path | None = setting(None, "Run folder; asked only where the store is new, or it moved.", "ckpt")
+    output: Path | None = setting(None, "build: the store's folder; what is there already stays.", "o")
+    text_column: str | None = setting(None, "Column of a file of rows that is stored; default as in training.")
+    num_samples: int | None = setting(
+        None, "build: documents at most; compare: questions (default 300).", "limit", ge=1
+    )
+    top: int = setting(3, "Documents that are read for a question.", ge=1)
+    receiver: str | None = setting(None, "Which of the run's receivers; default the first.")
+    sentence_model: str = setting("minilm", "Frozen sentence encoder that finds documents: minilm, hub id or folder.")
+    json_lines: bool = setting(False, "ask: the answer and its documents as one line of JSON.", "json")
+    trust_remote_code: bool = TRUSTED
+
+
+class LatentStore:
+    """Documents that a bridge's sender has read once: a LanceDB table with a row for each, its id, the digest of its text,
+    its message, what else its row held, and a sentence encoder's vector (D,) by which it is found."""
+
+    INDEXED: ClassVar[int] = 10_000
+    """From so many documents on they are searched by an index (inverted file, 32 cells looked into), not one by one."""
+
+    def __init__(self, folder: Path, settings: StoreSettings, run: Path | None = None) -> None:
+        lancedb = require("lancedb", "lancedb==0.40.0")
+        self.folder, self.settings, note = folder, settings, folder / "store.json"
+        kept = json_object(note) if note.exists() else {}
+        if not kept and run is None:
+            raise LatentWireError(f"{folder} is no store; make one: store build FILE --checkpoint RUN -o {folder}")
+        self.bridge = load(run or Path(str(kept.get("checkpoint"))), settings.trust_remote_code)
+        if self.bridge.told:
+            raise LatentWireError("this bridge's sender reads the question, which a store cannot know; train with "
+                                  "--protocol question-agnostic")  # fmt: skip
+        trained, model = self.bridge.settings, str(kept.get("sentence_model", settings.sentence_model))
+        device = resolve_device(trained.sender_device or trained.device)
+        self.finder = SentenceReader(model, device, trained.offline, settings.trust_remote_code)
+        language = self.bridge.bridge.language(self.bridge.ear(settings.receiver))
+        origin = {"bridge": self.bridge.digest, "language": language, "sentence_revision": self.finder.revision}
+        if kept and {key: kept.get(key) for key in origin} != origin:
+            raise LatentWireError(
+                f"{folder} was made by another bridge or sentence encoder; give another folder with -o"
+            )
+        if not kept:
+            write_json(note, {**origin, "sentence_model": model, "checkpoint": str((run or Path()).resolve())})
+        import pyarrow
+
+        columns = {"id": pyarrow.string(), "digest": pyarrow.string(), "message": pyarrow.large_binary(),
+                   "metadata": pyarrow.string(), "vector": pyarrow.list_(pyarrow.float32(), self.finder.width)}  # fmt: skip
+        self.schema = pyarrow.schema(columns)
+        self.table = lancedb.connect(folder).create_table("documents", schema=self.schema, exist_ok=True)
+
+    @torch.no_grad()
+    def vectors(self, texts: Sequence[str]) -> Tensor:
+        """Mean token states (N, D) of length 1; of a long text its first tokens, as many as the encoder has places for."""
+        rows, found = (
+            [sender_ids(self.finder, text, self.finder.most) for text in texts],
+            torch.zeros(len(texts), self.finder.width),
+        )
+        for numbers in batches(sorted(range(len(rows)), key=lambda i: len(rows[i])), 64):
+            states = self.finder.states([rows[i] for i in numbers], [0])
+            weights = states.mask[..., None].float()
+            found[[*numbers]] = F.normalize((states.hidden[:, 0] * weights).sum(1) / weights.sum(1), dim=-1).cpu()
+        return found
+
+    def digests(self) -> dict[str, str]:
+        """The digest of each document's text, by its id."""
+        count = self.table.count_rows()
+        kept = (
+            self.table.search().select(["id", "digest"]).limit(count).to_arrow() if count else self.schema.empty_table()
+        )
+        return dict(zip(kept["id"].to_pylist(), kept["digest"].to_pylist(), strict=True))
+
+    def add(self, items: Sequence[Sendable], report: Report) -> tuple[int, int]:
+        """Read and keep the documents that are not there, a second's or a thousand's work at a time.
+
+        → how many, and how many of them were cut. LatentWireError for an id that stands for another text.
+        """
+        bridge, name = self.bridge, self.settings.receiver
+        known, new, cut = self.digests(), list[Sendable](), 0
+        seen = {*known.values()}
+        for item in items:
+            digest, there = digest_of(item.text), known.setdefault(item.name, digest_of(item.text))
+            if there != digest:
+                raise LatentWireError(f"{self.folder} holds another text as {item.name!r}; give it another id")
+            if digest not in seen:
+                seen.add(digest)
+                new.append(item)
+        waiting, began, done = list[Row](), time.monotonic(), 0
+        for batch in batches(new, bridge.batch_size):
+            texts = [item.text for item in batch]
+            messages, vectors = bridge.encode(texts, receiver=name), self.vectors(texts).numpy()
+            cut += sum(read < total for read, total in map(bridge.extent, texts))
+            waiting += [
+                {"id": i.name, "digest": digest_of(i.text), "message": bytes(m), "metadata": json.dumps(i.row, default=str),
+                 "vector": v} for i, m, v in zip(batch, messages, vectors, strict=True)
+            ]  # fmt: skip
+            done += len(batch)
+            if len(waiting) >= 1000 or time.monotonic() - began > 10 or done == len(new):
+                with unbroken(), saving(self.folder):
+                    self.table.add(waiting)
+                waiting, began = [], time.monotonic()
+            report.tick("documents", done, len(new))
+        if new:
+            self.settle()
+        return len(new), cut
+
+    def settle(self) -> None:
+        """Put what was added in many pieces together, and index it where it is much."""
+        from lancedb.index import IvfFlat
+
+        count = self.table.count_rows()
+        if count >= self.INDEXED and not self.table.list_indices():
+            self.table.create_index("vector", config=IvfFlat("cosine", num_partitions=math.isqrt(count)))
+        self.table.optimize()
+
+    def find(self, questions: Sequence[str]) -> list[list[Row]]:
+        """The nearest documents to each question, nearest first: id, digest, message, metadata, ``_distance`` (1 - cosine)."""
+        if (count := self.table.count_rows()) < self.settings.top:
+            raise LatentWireError(f"{self.folder} holds {count} documents; lower --top")
+        columns = ["id", "digest", "message", "metadata", "_distance"]
+        searches = [self.table.search(vector).distance_type("cosine") for vector in self.vectors(questions).numpy()]
+        return [search.nprobes(32).limit(self.settings.top).select(columns).to_list() for search in searches]
+
+
+def documents_to_store(settings: StoreSettings, trained: TrainSettings) -> list[Sendable]:
+    """What ``store build`` is given; a row is named by its id, if it has one."""
+    given = EncodeSettings(checkpoint=Path(), file=settings.file, text_column=settings.text_column)
+    found = [replace(item, name=str(item.row.get("id", item.name))) for item in texts_to_send(given, trained)]
+    named: dict[str, str] = {}
+    if twice := [item.name for item in found if named.setdefault(item.name, item.text) != item.text]:
+        raise LatentWireError(f"two of the documents are named {twice[0]!r}; an id belongs to one text")
+    return found
+
+
+@command(StoreSettings, USE)
+def store_command(settings: StoreSettings) -> None:
+    """Texts read once, asked many times: store build docs.jsonl --checkpoint runs/squad -o STORE; store ask STORE 'Who?'"""
+    with RichReport(errors=True, quiet=settings.action == "ask") as report:
+        if settings.action == "build":
+            if settings.output is None or not (settings.checkpoint or (settings.output / "store.json").exists()):
+                raise LatentWireError("store build needs --checkpoint RUN and -o STORE")
+            store = LatentStore(settings.output, settings, settings.checkpoint)
+            items = documents_to_store(settings, store.bridge.settings)
+            distinct = {item.text: item for item in reversed(items)}
+            items = [item for item in items if distinct[item.text] is item][: settings.num_samples]
+            count, cut = store.add(items, report)
+            notes = f"{count} documents added, {store.table.count_rows()} in all"
+            tell(f"{settings.output}: {notes}" + (f"; {cut} were cut, as in training" if cut else ""))
+            return
+        folder, *words = settings.file.split("\n")
+        store = LatentStore(
+            Path(folder), settings, settings.checkpoint if Path(folder, "store.json").exists() else None
+        )
+        if settings.action == "compare":
+            report.rows(compare_with_text(store, report))
+        else:
+            ask_store(store, " ".join(words))
+
+
+def ask_store(store: LatentStore, question: str) -> None:
+    """Answer a question from the documents nearest to it, and name them."""
+    if not question.strip():
+        raise LatentWireError("store ask needs a question: store ask STORE 'Who wrote it?'")
+    name, bridge = store.settings.receiver, store.bridge
+    bridge.receiver(name)
+    began = time.perf_counter()
+    [found] = store.find([question])
+    found_at = time.perf_counter()
+    [answer] = bridge.answer([[row["message"] for row in found]], [question], name)
+    times = {
+        "find_ms": round(1e3 * (found_at - began), 1),
+        "answer_ms": round(1e3 * (time.perf_counter() - found_at), 1),
+    }
+    if store.settings.json_lines:
+        documents = [
+            {"id": row["id"], "distance": round(row["_distance"], 4), "row": strict_json(row["metadata"].encode())}
+            for row in found
+        ]
+        put_lines(Path("-"), [{"question": question, **answer_line(answer, bridge), "documents": documents, **times}])
+        return
+    tell(answer.text)
+    named = ", ".join(f"{row['id']} ({1 - row['_distance']:.2f})" for row in found)
+    tell(f"from {named}; {answer.tokens} positions read; found in {times['find_ms']} ms, answered in {times['answer_ms']} ms",
+         sys.stderr)  # fmt: skip
+
+
+def compare_with_text(store: LatentStore, report: Report) -> TextTable:
+    """Test questions of the bridge's data set about stored documents, answered from their latents, from the documents' text,
+    and from nothing; each answer is a row of ``compare.jsonl`` in the store, and the table is made from these."""
+    bridge, rows, texts = store.bridge, list[Row](), dict[str, str]()
+    examples, there = make_task(bridge.settings).load("test")[0], {*store.digests().values()}
+    for example in examples:
+        texts[digest_of(example.context)] = example.context
+    if there - {*texts}:
+        raise LatentWireError(
+            f"{store.folder} holds documents that are no test texts of {bridge.settings.dataset}; they cannot be compared"
+        )
+    asked = [e for e in hash_order(examples, 0) if digest_of(e.context) in there][: store.settings.num_samples or 300]
+    for batch in batches(asked, 16):
+        rows += answered_in_each_way(store, batch, texts)
+        report.tick("questions", len(rows) // 3, len(asked))
+    write_atomic(store.folder / "compare.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    title = f"{len(asked)} questions, {len(there)} documents, {store.settings.top} read for each"
+    return table_of_reading(rows, title)
+
+
+def answered_in_each_way(store: LatentStore, batch: Sequence[Example], texts: Mapping[str, str]) -> Iterator[Row]:
+    """A row for each way of reading what was found for each question."""
+    end, part, f1 = store.bridge.receiver(store.settings.receiver), store.bridge.part, METRICS["f1"]
+    began = time.perf_counter()
+    found = store.find([example.question for example in batch])
+    find_ms = 1e3 * (time.perf_counter() - began) / len(batch)
+    wires = [tuple(row["message"] for row in near) for near in found]
+    contexts = ["\n".join(texts[row["digest"]] for row in near) for near in found]
+    whole = [replace(example, context=context) for example, context in zip(batch, contexts, strict=True)]
+    for name, examples, data in (("latents", batch, wires), ("text", whole, None), ("nothing", batch, None)):
+        began = time.perf_counter()
+        answers = end.listen(examples, data, text=name == "text")
+        ms = 1e3 * (time.perf_counter() - began) / len(batch)
+        for example, near, context, answer in zip(batch, found, contexts, answers, strict=True):
+            digest = digest_of(example.context)
+            yield {
+                "method": name, "id": example.id, "text": digest, "question": example.question, "gold": example.answers,
+                "documents": [row["id"] for row in near], "found": digest in [row["digest"] for row in near],
+                "answer": answer.text, "score": f1(part.settings).of(part, example, answer), "ms": ms, "find_ms": find_ms,
+                "tokens": {"latents": answer.tokens, "text": len(end.lm.ids(context)), "nothing": 0}[name],
+            }  # fmt: skip
+
+
+def table_of_reading(rows: Sequence[Row], title: str) -> TextTable:
+    """F1 with its interval, receiver tokens and milliseconds a question of each way, and p of latents against it; questions
+    about one text count as a cluster."""
+    by_method: dict[str, list[Row]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    ours, lines = by_method["latents"], list[list[str]]()
+    clusters, scores = [row["text"] for row in ours], [row["score"] for row in ours]
+    for name, mine in by_method.items():
+        f1, tokens, ms = (sum(row[key] for row in mine) / len(mine) for key in ("score", "tokens", "ms"))
+        theirs = [row["score"] for row in mine]
+        low, high = bootstrap_interval(theirs, 0, clusters=clusters)
+        p = None if name == "latents" else paired_p(scores, theirs, 0, clusters=clusters, graded=True)[0]
+        lines.append(
+            [name, f"{100 * f1:.1f}", f"{100 * low:.1f}–{100 * high:.1f}", f"{tokens:.0f}", f"{ms:.0f}", written_p(p)]
+        )
+    share, find_ms = (sum(row[key] for row in ours) / len(ours) for key in ("found", "find_ms"))
+    title += f"; the right one among them {100 * share:.1f} %, found in {find_ms:.0f} ms"
+    return TextTable(["read as", "F1", "95 % CI", "tokens", "ms", "p"], lines, title)
+
+
 class HarnessSettings(PluginSettings):
     """Harness"""
 
@@ -15835,8 +16128,7 @@ class HarnessRequests:
 
     def message_key(self, text: str, after: str) -> tuple[str, str]:
         """What a message depends on: its text and, where the sender knows it, the question."""
-        part = self.bridge.part
-        return text, after.strip() if "{question}" in part.sender_prompt and not part.agnostic else ""
+        return text, after.strip() if self.bridge.told else ""
 
     def read(self, contexts: Sequence[str]) -> list[tuple[bytes, str]]:
         """The message of each context, empty where nothing is sent, and the text after it; none is written twice."""

@@ -712,7 +712,7 @@ def test_what_is_needed_is_written_the_same_everywhere():
     source = (ROOT / "requirements.txt").read_text()
     pins = dict(re.findall(r"^(?:# no-deps: )?([a-z0-9-]+)==(\S+)$", source, re.M))
     extras = project["optional-dependencies"]
-    assert set(extras) == {"demo", "llmlingua", "serve", "dev"}
+    assert set(extras) == {"demo", "llmlingua", "serve", "store", "dev"}
     assert all(pins[item.partition("==")[0]] == item.partition("==")[2] for items in extras.values() for item in items)
     needed = [Requirement(item) for item in project["dependencies"]]
     assert [item.name for item in needed if pins[item.name] not in item.specifier] == []
@@ -765,7 +765,13 @@ def test_a_wheel_in_an_environment_of_its_own_runs(tmp_path):
     done = subprocess.run(into, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     [info] = lib.glob("latentwire-*.dist-info")
-    assert set(Distribution.at(info).metadata.get_all("Provides-Extra")) == {"demo", "llmlingua", "serve", "dev"}
+    assert set(Distribution.at(info).metadata.get_all("Provides-Extra")) == {
+        "demo",
+        "llmlingua",
+        "serve",
+        "store",
+        "dev",
+    }
 
     def installed(*words: object) -> str:
         env = {**os.environ, "PYTHONPATH": "", "LATENTWIRE_CACHE": str(tmp_path / "cache")}
