@@ -1263,7 +1263,9 @@ class AskedSettings(DataSettings, ModelSettings, DecodeSettings, RivalSettings):
 
 VLLM = setting(
     None,
-    "A vLLM server that answers in the receiver's place, such as http://127.0.0.1:8000; it needs --enable-prompt-embeds.",
+    "A vLLM server that answers in the receiver's place, such as http://127.0.0.1:8000 (with --enable-prompt-embeds); vllm "
+    "is one in this process.",
+    "engine",
 )
 
 
@@ -8984,7 +8986,7 @@ class VllmServer:
 
     def __init__(self, url: str, lm: LM) -> None:
         if urlparse(url).scheme not in ("http", "https"):
-            raise LatentWireError(f"--vllm {url}: give an address such as http://127.0.0.1:8000")
+            raise LatentWireError(f"--vllm {url}: give vllm, or an address such as http://127.0.0.1:8000")
         self.url, self.lm = url.rstrip("/"), lm
         self.model = self.ask("/v1/models")["data"][0]["id"]
         words = "A server's own tokens, \u00e9t\u00e9 1984."
@@ -9066,6 +9068,40 @@ class VllmServer:
         ]
         texts = [self.lm.tokenizer.decode([*row], skip_special_tokens=True).strip() for row in tokens]
         return [text.partition("\n")[0].strip() if line else text for text in texts]
+
+
+class VllmHere(VllmServer):
+    """The same within this process, where vllm is installed; LatentWireError where it is not, or the model has no files."""
+
+    def __init__(self, lm: LM) -> None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        vllm, self.lm, self.model = require("vllm"), lm, str(lm.model.name_or_path)
+        if not self.model:
+            raise LatentWireError(f"{lm.name} has no files, which --engine vllm needs; answer without it")
+        room = min(lm.most, getattr(lm.config, "max_position_embeddings", 8192), 8192)
+        slow = {"enforce_eager": True} if lm.device.type == "cpu" else {}  # compiling takes longer than it saves
+        dtype = str(lm.dtype).removeprefix("torch.")
+        self.vllm = vllm
+        self.llm = vllm.LLM(
+            self.model, dtype=dtype, enable_prompt_embeds=True, max_model_len=room, max_logprobs=20, **slow
+        )
+
+    def complete(self, prompts: Sequence[Tensor], **asked: Any) -> list[Row]:
+        rows: Any = [{"prompt_embeds": prompt} for prompt in prompts]
+        outputs = self.llm.generate(rows, self.vllm.SamplingParams(temperature=0, **asked), use_tqdm=False)
+        found = list[Row]()
+        for output in outputs:
+            [one] = output.outputs
+            tops = [
+                {f"token_id:{token}": known.logprob for token, known in place.items()} for place in one.logprobs or ()
+            ]
+            found.append({"token_ids": [*one.token_ids], "logprobs": {"top_logprobs": tops}})
+        return found
+
+
+def engine_at(place: str | None, lm: LM) -> VllmServer | None:
+    """Who answers in a receiver's place: a vLLM server by its address, ``vllm`` in this process, nobody."""
+    return None if not place else VllmHere(lm) if place == "vllm" else VllmServer(place, lm)
 
 
 def prompt_embeds(packed: Packed, lm: LM) -> list[Tensor]:
@@ -10344,7 +10380,7 @@ def open_context(settings: EvalSettings, checkpoint: Checkpoint, ear: int = 0) -
     check_asked(settings, trained, bridge, sender, anchor)
     how = {n: getattr(settings if n in settings.model_fields_set else trained, n) for n in DecodeSettings.fields()}
     prompting = prompting_of(trained, part, receiver, anchor, task.get("frames"))
-    server = VllmServer(settings.vllm, receiver) if settings.vllm else None
+    server = engine_at(settings.vllm, receiver)
     end = Receiver(prompting, bridge.to(receiver.device), settings.max_new_tokens, DecodeSettings(**how), server)
     setup = Setup(sender, receiver, part, splits, source, overlap, mixed=bridge.pooler.mixes)
     return EvalContext(setup, run, settings, end, first)
@@ -10564,7 +10600,7 @@ class LoadedBridge:
         self.checkpoint.lend_lora(None, lm, ear)
         prompting = prompting_of(self.settings, self.part, lm, self.task["anchor"], self.task.get("frames"))
         how = DecodeSettings(**self.settings.model_dump(include=set(DecodeSettings.fields())))
-        server = VllmServer(self.vllm, lm) if self.vllm else None
+        server = engine_at(self.vllm, lm)
         return self.ends.setdefault(ear, Receiver(prompting, self.bridge.to(lm.device), None, how, server))
 
     @property
@@ -10654,8 +10690,8 @@ def one_each(questions: Sequence[str] | None, things: Sequence[Any], what: str) 
 def load(run: Path | str, trust_remote_code: bool = False, vllm: str | None = None) -> LoadedBridge:
     """A trained bridge by its run folder: ``messages = bridge.encode(texts)``, then ``bridge.answer(messages)``.
 
-    ``vllm`` is the address of a server that answers in the receiver's place. LatentWireError where the folder holds no
-    finished checkpoint.
+    ``vllm`` is the address of a server that answers in the receiver's place, or "vllm" for one in this process.
+    LatentWireError where the folder holds no finished checkpoint.
     """
     return LoadedBridge(run, trust_remote_code, vllm=vllm)
 

@@ -6,9 +6,12 @@ import base64
 import http.server
 import io
 import json
+import sys
 import threading
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,6 +101,62 @@ def test_an_engine_gives_the_answers_and_scores_of_our_own_receiver(toy_run, eng
     assert ours == raw, "what is generated is cut alike"
 
 
+class InProcess:
+    """Stands for the module vllm: an LLM of the toy run's receiver, asked as the real one is."""
+
+    __spec__ = ModuleSpec("vllm", None)
+    lm: lw.LM
+    SamplingParams = dict
+
+    def LLM(self, path: str, **options: Any) -> InProcess:
+        self.made = path, options
+        return self
+
+    def generate(self, prompts: list[dict[str, Any]], params: dict[str, Any], use_tqdm: bool) -> list[Any]:
+        body = {"max_tokens": params["max_tokens"], **params}
+        outputs = []
+        for index, prompt in enumerate(prompts):
+            data = base64.b64encode(lw.tensor_file(prompt["prompt_embeds"])).decode()
+            found = Engine.choice(SimpleNamespace(lm=self.lm), index, data, body)
+            tops = (found["logprobs"] or {"top_logprobs": []})["top_logprobs"]
+            places = [{int(k.partition(":")[2]): SimpleNamespace(logprob=v) for k, v in top.items()} for top in tops]
+            outputs.append(
+                SimpleNamespace(outputs=[SimpleNamespace(token_ids=found["token_ids"], logprobs=places or None)])
+            )
+        return outputs
+
+
+def test_an_engine_in_this_process_answers_as_the_server_does(toy_run, tmp_path, monkeypatch, capsys):
+    own = lw.load(toy_run)
+    inside = InProcess()
+    inside.lm = own.lm(0)
+    monkeypatch.setitem(sys.modules, "vllm", inside)
+    messages = own.encode(TEXTS)
+    (tmp_path / "m.wire").write_bytes(bytes(messages[0]))
+    words = ["answer", str(tmp_path / "m.wire"), "--checkpoint", str(toy_run), "--engine", "vllm"]
+    assert lw.main(words) == 2
+    assert "has no files" in capsys.readouterr().err
+    load_lm = lw.load_lm
+
+    def with_files(*asked: Any) -> lw.LM:
+        lm = load_lm(*asked)
+        lm.model.name_or_path = "a/folder"
+        return lm
+
+    monkeypatch.setattr(lw, "load_lm", with_files)
+    here, there = own.answer(messages), lw.load(toy_run, vllm="vllm").answer(messages)
+    assert [a.text for a in there] == [a.text for a in here]
+    for a, b in zip(there, here, strict=True):
+        assert a.scores == pytest.approx(b.scores, abs=1e-3) and a.first_correct == b.first_correct
+    path, options = inside.made
+    assert path == "a/folder" and options["enable_prompt_embeds"] and options["dtype"] == "float32"
+    assert lw.main(words) == 0
+    assert capsys.readouterr().out.strip() == here[0].text
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert lw.main(words) == 2
+    assert "pip install vllm" in capsys.readouterr().err
+
+
 def test_an_evaluation_by_an_engine_has_rows_of_its_own(toy_run, engine, tmp_path):
     found, keys = [], []
     for words in ({}, {"vllm": engine[0]}):
@@ -130,7 +189,7 @@ def test_another_model_no_server_and_no_address_are_refused(toy_run, engine, tmp
     message.write_bytes(lw.encode_text(toy_run, TEXTS[0]))
     handler.shift = 1
     for address, phrase in ((url, "whose tokens are not those of"), ("http://127.0.0.1:9", "--enable-prompt-embeds"),
-                            ("file:///etc", "give an address")):  # fmt: skip
+                            ("file:///etc", "give vllm, or an address")):  # fmt: skip
         assert lw.main(["answer", str(message), "--checkpoint", str(toy_run), "--vllm", address]) == 2
         err = capsys.readouterr().err
         assert phrase in err and len(err.splitlines()) == 1

@@ -98,6 +98,39 @@ def saved(name: str) -> Path:
     return folder
 
 
+HERE = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import LATENTWIRE as lw
+if __name__ == "__main__":
+    own = lw.load(sys.argv[2])
+    messages = own.encode([e.context for e in own.part.load("test")[0][:32]])
+    pairs = [*zip(own.answer(messages), lw.load(sys.argv[2], vllm="vllm").answer(messages), strict=True)]
+    apart = max(abs(a - b) for x, y in pairs for a, b in zip(x.scores, y.scores, strict=True))
+    print(json.dumps([sum(x.text == y.text for x, y in pairs), apart]))
+"""
+
+
+def test_the_engine_in_our_own_process_predicts_as_we_do(tmp_path):
+    """In the engine's environment, which then has what we need as well."""
+    needed = ("datasets", "peft", "gguf", "pydantic", "typer", "rich", "scipy", "sklearn", "pandas", "statsmodels")
+    look = f"import importlib.util as u; print(*(n for n in {needed} if not u.find_spec(n)))"
+    if lacking := subprocess.run([VENV / "bin" / "python", "-c", look], capture_output=True, text=True).stdout.strip():
+        pytest.skip(f"the environment of vLLM lacks {lacking}")
+    run = tmp_path / "run"
+    lw.train(sender="smollm2-135m", receiver=str(saved("gemma-3-270m")), samples=64, val_samples=8, steps=2, device="cpu",
+             dtype="float32", output_dir=run, **SST2)  # fmt: skip
+    program = tmp_path / "here.py"
+    program.write_text(HERE)
+    cpu = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_NO_USAGE_STATS": "1"}
+    env = os.environ | cpu | {"LD_PRELOAD": str(VENV / "lib" / "libiomp5.so")}
+    command = [VENV / "bin" / "python", program, Path(lw.__file__).parent, run]
+    done = subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    same, apart = json.loads(done.stdout.strip().splitlines()[-1])
+    assert same == 32 and apart < 1e-3
+
+
 @pytest.mark.parametrize(("sender", "receiver"), PAIRS)
 def test_an_engine_predicts_as_we_do(sender, receiver, tmp_path, capsys):
     run, common = tmp_path / "run", {"device": "cpu", "dtype": "float32"}
