@@ -4904,9 +4904,12 @@ class LM:
         draws: Sequence[int] = (),
         line: bool = True,
         until: Sequence[str] = (),
+        said: Callable[[int, str], None] | None = None,
     ) -> list[str]:
         """Greedy answers of at most ``most`` tokens, up to the end token or, as ``line`` says, the end of the line; they
         consume the prefill's cache. With ``until``, as they are up to the first of these words instead.
+
+        ``said`` hears (row, what is written of it so far) after each token.
 
         ``how`` may ban the end for some steps and draw the first token from a nucleus, by one number of ``draws`` a row.
         """
@@ -4926,6 +4929,8 @@ class LM:
                 lines[b].append(token)
                 text = self.tokenizer.decode(lines[b]) if line or until else ""
                 ended = any(word in text for word in until) if until else "\n" in text.lstrip()
+                if said:
+                    said(b, self.answer_in(lines[b], line))
                 still += [place] if not ended and len(lines[b]) <= room[b] else []
             if not still or step == most - 1:
                 break
@@ -4933,10 +4938,16 @@ class LM:
                 kept = torch.tensor(still, device=self.device)
                 prefill, chosen, rows = prefill.branch(kept), chosen[kept], [rows[place] for place in still]
             prefill = self.extend(prefill, chosen[:, None], torch.ones_like(chosen[:, None], dtype=torch.bool))
-        texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in lines]
         if until:
+            texts = [self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in lines]
             return [functools.reduce(lambda left, word: left.partition(word)[0], until, text) for text in texts]
-        return [text.strip().partition("\n")[0].strip() if line else text.strip() for text in texts]
+        return [self.answer_in(tokens, line) for tokens in lines]
+
+    def answer_in(self, tokens: Iterable[int], line: bool = True) -> str:
+        """The answer that some tokens are: their text before the end token or, as ``line`` says, the end of the line."""
+        kept = itertools.takewhile(lambda token: token not in self.ends, tokens)
+        text = self.tokenizer.decode([*kept], skip_special_tokens=True).strip()
+        return text.partition("\n")[0].strip() if line else text
 
 
 def lora_targets(targets: Sequence[str], names: set[str]) -> tuple[list[str] | str, int]:
@@ -8996,8 +9007,9 @@ class VllmServer:
                 f"{self.url} serves {self.model}, whose tokens are not those of {lm.name}; serve {lm.name} there"
             )
 
-    def ask(self, path: str, body: Row | None = None) -> Any:
-        """JSON from the server, for JSON; LatentWireError in one line where it does not answer, or refuses."""
+    def reply(self, path: str, body: Row | None = None) -> Iterator[bytes]:
+        """Lines that the server sends, for JSON; LatentWireError in one line where it does not answer, or refuses."""
+        import http.client
         import urllib.error
         import urllib.request
 
@@ -9007,24 +9019,47 @@ class VllmServer:
             request.add_header("Authorization", f"Bearer {key}")
         try:
             with urllib.request.urlopen(request, timeout=600) as reply:
-                return strict_json(reply.read())
+                yield from reply
         except urllib.error.HTTPError as error:
             reason = brief(error.read().decode("utf-8", "replace"), 200)
             raise EngineError(f"{self.url}{path} refused: {error.code} {reason}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, http.client.HTTPException) as error:
             advice = "start one: python -m vllm.entrypoints.openai.api_server --model MODEL --enable-prompt-embeds"
             raise EngineError(f"no vLLM server at {self.url} ({brief(error, 120)}); {advice}") from None
+
+    def ask(self, path: str, body: Row | None = None) -> Any:
+        """JSON from the server, for JSON; LatentWireError as ``reply``, and where it sends something else."""
+        try:
+            return strict_json(b"".join(self.reply(path, body)))
+        except ValueError as error:
+            raise EngineError(f"no vLLM server at {self.url} ({brief(error, 120)})") from None
 
     def prefill(self, packed: Packed) -> ServedPrompts:
         """The prompts (B, T, D_r) without padding; LatentWireError for a soft prompt that is more than embeddings."""
         return ServedPrompts(prompt_embeds(packed, self.lm), packed.mask)
 
-    def complete(self, prompts: Sequence[Tensor], **asked: Any) -> list[Row]:
-        """One completion, greedy, for each prompt (T, D_r), token ids and log-probabilities with it."""
+    def complete(
+        self, prompts: Sequence[Tensor], said: Callable[[int, list[int]], None] | None = None, **asked: Any
+    ) -> list[Row]:
+        """One completion, greedy, for each prompt (T, D_r), token ids and log-probabilities with it; ``said`` hears (row, its
+        tokens so far) as they come."""
         bodies = [base64.b64encode(tensor_file(prompt)).decode() for prompt in prompts]
         common = {"model": self.model, "temperature": 0, "return_token_ids": True, "return_tokens_as_token_ids": True}
-        choices = self.ask("/v1/completions", {"prompt_embeds": bodies, **common, **asked})["choices"]
-        return sorted(choices, key=lambda choice: choice["index"])
+        body = {"prompt_embeds": bodies, **common, **asked}
+        if said is None:
+            return sorted(self.ask("/v1/completions", body)["choices"], key=lambda choice: choice["index"])
+        written, whole = [list[int]() for _ in prompts], False
+        for line in self.reply("/v1/completions", body | {"stream": True}):
+            whole = whole or line.startswith(b"data: [DONE]")
+            event = strict_json(line[6:]) if line.startswith(b"data: {") else {"choices": []}
+            if "error" in event:
+                raise EngineError(f"{self.url} ended in the midst of an answer: {brief(event['error'], 200)}")
+            for choice in event["choices"]:
+                written[choice["index"]] += choice.get("token_ids") or []
+                said(choice["index"], written[choice["index"]])
+        if not whole:
+            raise EngineError(f"{self.url} ended in the midst of an answer")
+        return [{"index": row, "token_ids": tokens} for row, tokens in enumerate(written)]
 
     def score(self, prefill: ServedPrompts, candidates: Sequence[Sequence[TokenIds]]) -> list[list[float]]:
         """Log-likelihood (nats) of each candidate of each row, token by token; one request for all rows that ask for a token."""
@@ -9053,21 +9088,17 @@ class VllmServer:
 
     def generate(
         self, prefill: ServedPrompts, most: int, settings: DecodeSettings | None = None, draws: Sequence[int] = (),
-        line: bool = True,
+        line: bool = True, said: Callable[[int, str], None] | None = None,
     ) -> list[str]:  # fmt: skip
-        """Greedy answers of at most ``most`` tokens, as ``LM.generate`` cuts them."""
+        """Greedy answers of at most ``most`` tokens, as ``LM.generate`` cuts and tells them."""
         settings = settings or DecodeSettings()
         if settings.first_token_temperature > 0:
             raise LatentWireError(
                 "--first_token_temperature draws by our own seeds, which no server does; answer without --vllm"
             )
-        ends = sorted(self.lm.ends)
-        choices = self.complete(prefill.rows, max_tokens=most, min_tokens=settings.eos_ban_steps, stop_token_ids=ends)
-        tokens = [
-            itertools.takewhile(lambda token: token not in self.lm.ends, choice["token_ids"]) for choice in choices
-        ]
-        texts = [self.lm.tokenizer.decode([*row], skip_special_tokens=True).strip() for row in tokens]
-        return [text.partition("\n")[0].strip() if line else text for text in texts]
+        asked = {"max_tokens": most, "min_tokens": settings.eos_ban_steps, "stop_token_ids": sorted(self.lm.ends)}
+        heard = (lambda row, tokens: said(row, self.lm.answer_in(tokens, line))) if said else None
+        return [self.lm.answer_in(choice["token_ids"], line) for choice in self.complete(prefill.rows, heard, **asked)]
 
 
 class VllmHere(VllmServer):
@@ -9086,7 +9117,9 @@ class VllmHere(VllmServer):
             self.model, dtype=dtype, enable_prompt_embeds=True, max_model_len=room, max_logprobs=20, **slow
         )
 
-    def complete(self, prompts: Sequence[Tensor], **asked: Any) -> list[Row]:
+    def complete(
+        self, prompts: Sequence[Tensor], said: Callable[[int, list[int]], None] | None = None, **asked: Any
+    ) -> list[Row]:
         rows: Any = [{"prompt_embeds": prompt} for prompt in prompts]
         outputs = self.llm.generate(rows, self.vllm.SamplingParams(temperature=0, **asked), use_tqdm=False)
         found = list[Row]()
@@ -9196,6 +9229,18 @@ class Receiver:
             return answers
         counts = [soft.embeds.shape[1]] * len(answers) if soft.mask is None else soft.mask.sum(1).tolist()
         return [replace(answer, tokens=int(count)) for answer, count in zip(answers, counts, strict=True)]
+
+    def write(
+        self, examples: Sequence[Example], data: Sequence[bytes | tuple[bytes, ...]], said: Callable[[int, str], None]
+    ) -> list[Answer]:
+        """Answers that are heard while they are written, ``said(row, text so far)``; nothing is scored."""
+        soft = self.open(data)
+        packed = self.prompting.pack(soft, examples)
+        texts = self.engine.generate(self.engine.prefill(packed), self.max_new_tokens, self.how, said=said)
+        slots, sizes = soft.embeds.shape[1], [len(i) if isinstance(i, bytes) else sum(map(len, i)) for i in data]
+        counts = [slots] * len(texts) if soft.mask is None else soft.mask.sum(1).tolist()
+        heard = zip(texts, sizes, counts, strict=True)
+        return [Answer(text, nbytes=size, tokens=int(count)) for text, size, count in heard]
 
     def respond(self, packed: Packed, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
         """What the receiver says to B prompts, of which equal ones (constant controls) are read once; ``sizes`` are the
@@ -10633,18 +10678,23 @@ class LoadedBridge:
         return made
 
     def answer(
-        self, messages: Sequence[Sent], questions: Sequence[str] | None = None, receiver: str | None = None
-    ) -> list[Answer]:
+        self, messages: Sequence[Sent], questions: Sequence[str] | None = None, receiver: str | None = None,
+        said: Callable[[int, str], None] | None = None,
+    ) -> list[Answer]:  # fmt: skip
         """N messages → N Answers: ``text`` is a class word where there are such, with ``scores`` of all of them.
 
         The receiver sees nothing else but the question; in place of a message there may be a list of them, as many for each
-        answer, which it reads in order. LatentWireError: bytes of no message, or of another bridge; no such receiver; no
-        question, where this bridge's messages do not hold one.
+        answer, which it reads in order. ``said`` hears (number, text so far) of what is written. LatentWireError: bytes of no
+        message, or of another bridge; no such receiver; no question, where this bridge's messages do not hold one.
         """
         words, end, found = self.task["words"], self.receiver(receiver), list[Answer]()
         for rows in batches(self.asked(messages, questions), self.batch_size):
             examples, data = zip(*rows, strict=True)
-            found += end.listen(examples, data, text=False)
+            if said and not words and end.how.first_token_temperature == 0:
+                first = len(found)  # of this batch
+                found += end.write(examples, data, lambda row, text, first=first: said(first + row, text))  # type: ignore[misc]
+            else:
+                found += end.listen(examples, data, text=False)
         return [replace(a, text=words[argmax(a.scores)] if words else a.text) for a in found]
 
     @torch.no_grad()
@@ -16363,6 +16413,8 @@ class Waiting:
 
     text: str
     question: str
+    said: Callable[[str], Any]
+    """Hears the answer while it is written."""
     reply: Any = field(default_factory=lambda: require("concurrent.futures").Future())
 
 
@@ -16427,7 +16479,8 @@ class Gateway:
         with self.seconds.labels("encode").time():
             messages = self.bridge.encode(texts, questions, self.settings.receiver)
         with self.seconds.labels("answer").time():
-            answers = self.bridge.answer(messages, questions, self.settings.receiver)
+            said = lambda number, text: batch[number].said(text)  # noqa: E731
+            answers = self.bridge.answer(messages, questions, self.settings.receiver, said)
         return [(answer, len(self.end.lm.ids(text))) for answer, text in zip(answers, texts, strict=True)]
 
     async def read(self, request: Any) -> ServedRequest:
@@ -16461,47 +16514,81 @@ class Gateway:
         chat = path.endswith("/chat/completions")
         try:
             asked = await self.read(request)
-            item = Waiting(*asked.parts(chat))
+            pieces, loop = asyncio.Queue[str | None](), asyncio.get_running_loop()
+            item = Waiting(*asked.parts(chat), lambda text: loop.call_soon_threadsafe(pieces.put_nowait, text))
             self.waiting.put_nowait(item)
-            body = self.body(asked, chat, *await asyncio.wrap_future(item.reply))
-            stream = (
-                StreamingResponse(self.chunks(body, chat), media_type="text/event-stream") if asked.stream else None
-            )
-            response = stream or JSONResponse(body)
+            answer = asyncio.wrap_future(item.reply)
+            answer.add_done_callback(lambda _: pieces.put_nowait(None))
+            if not asked.stream or (first := await pieces.get()) is None:  # nothing was said before it was whole
+                first, found = None, await answer
+            if asked.stream:
+                response: Any = StreamingResponse(
+                    self.chunks(asked, chat, answer, pieces, first), media_type="text/event-stream"
+                )
+            else:
+                response = JSONResponse(self.body(asked, chat, *found))
         except tuple(self.REFUSALS) as error:
-            code, kind = next(told for wrong, told in self.REFUSALS.items() if isinstance(error, wrong))
-            response = JSONResponse({"error": {"message": brief(error, 500) or kind, "type": kind}}, code)
+            code, told = self.refusal(error)
+            response = JSONResponse(told, code)
         self.requests.labels(path, str(code)).inc()
         return response
 
+    def refusal(self, error: BaseException) -> tuple[int, Row]:
+        """An error's status and JSON."""
+        code, kind = next(told for wrong, told in self.REFUSALS.items() if isinstance(error, wrong))
+        return code, {"error": {"message": brief(error, 500) or kind, "type": kind}}
+
+    def cut(self, asked: ServedRequest, text: str) -> tuple[str, int, bool]:
+        """A text as far as a request wants it, its tokens, and whether that is all of it."""
+        ids, most = self.end.lm.ids(text), asked.max_completion_tokens or asked.max_tokens or math.inf
+        if len(ids) <= most:
+            return text, len(ids), True
+        return self.end.lm.tokenizer.decode(ids[: int(most)]).strip(), int(most), False
+
+    def head(self, kind: str) -> Row:
+        """How the JSON of every answer begins."""
+        return {"id": f"lw-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": self.name}
+
     def body(self, asked: ServedRequest, chat: bool, answer: Answer, before: int) -> Row:
         """The JSON of an answer, its tokens counted as the receiver's."""
-        ids, most = self.end.lm.ids(answer.text), asked.max_completion_tokens or asked.max_tokens or math.inf
-        text = answer.text if len(ids) <= most else self.end.lm.tokenizer.decode(ids[: int(most)]).strip()
-        read, written = answer.tokens or 0, int(min(most, len(ids)))
+        (text, written, whole), read = self.cut(asked, answer.text), answer.tokens or 0
         self.tokens.labels("before").inc(before)
         self.tokens.labels("after").inc(read)
         said: Row = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         return {
-            "id": f"lw-{uuid.uuid4().hex}", "object": "chat.completion" if chat else "text_completion",
-            "created": int(time.time()), "model": self.name,
-            "choices": [{"index": 0, **said, "finish_reason": "stop" if len(ids) <= most else "length", "logprobs": None}],
+            **self.head("chat.completion" if chat else "text_completion"),
+            "choices": [{"index": 0, **said, "finish_reason": "stop" if whole else "length", "logprobs": None}],
             "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
             "latentwire": {"text_tokens": before, **answer_line(answer, self.bridge)},
-        }  # fmt: skip
+        }
 
-    def chunks(self, body: Row, chat: bool) -> Iterator[str]:
-        """A whole answer as a stream of its words, as OpenAI's clients read one."""
+    async def chunks(
+        self, asked: ServedRequest, chat: bool, answer: Any, pieces: Any, text: str | None
+    ) -> AsyncIterator[str]:
+        """An answer as a stream, as OpenAI's clients read one: what is new of its text after each token, ``text`` the first."""
+        head, sent = self.head("chat.completion.chunk" if chat else "text_completion"), ""
+
+        def event(new: str, reason: str | None = None) -> str:
+            delta: Row = {} if reason else {"role": "assistant", "content": new}
+            choice: Row = {"index": 0, **({"delta": delta} if chat else {"text": new}), "finish_reason": reason}
+            return f"data: {json.dumps({**head, 'choices': [choice]})}\n\n"
+
+        while text is not None:
+            text = self.cut(asked, text.rstrip("\ufffd"))[0]  # half a character is not said yet
+            if len(text) > len(sent) and text.startswith(sent):
+                yield event(text[len(sent) :])
+                sent = text
+            text = await pieces.get()
+        try:
+            found, before = await answer
+        except tuple(self.REFUSALS) as error:
+            yield f"data: {json.dumps(self.refusal(error)[1])}\n\n"
+            return
+        body = self.body(asked, chat, found, before)
         [choice] = body["choices"]
-        text = choice["message"]["content"] if chat else choice["text"]
-        start = {key: body[key] for key in ("id", "created", "model")}
-        start["object"] = "chat.completion.chunk" if chat else "text_completion"
-        for word in [*re.findall(r"\S+\s*|\s+", text), None]:
-            delta = {} if word is None else {"role": "assistant", "content": word}
-            said: Row = {"delta": delta} if chat else {"text": word or ""}
-            reason = choice["finish_reason"] if word is None else None
-            yield f"data: {json.dumps(start | {'choices': [{'index': 0, **said, 'finish_reason': reason}]})}\n\n"
-        yield "data: [DONE]\n\n"
+        if rest := (choice["message"]["content"] if chat else choice["text"])[len(sent) :]:
+            yield event(rest)
+        yield event("", choice["finish_reason"]) + "data: [DONE]\n\n"
 
     async def look(self, request: Any) -> Any:
         """/health, /v1/models and /metrics."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import http.server
 import io
+import itertools
 import json
 import sys
 import threading
@@ -28,6 +29,7 @@ class Engine(http.server.BaseHTTPRequestHandler):
     lm: lw.LM
     bodies: list[dict[str, Any]]
     broken = ""
+    stumbles = False
     shift = 0
 
     def log_message(self, *_: Any) -> None:
@@ -52,7 +54,17 @@ class Engine(http.server.BaseHTTPRequestHandler):
         if self.broken:
             self.reply(self.broken.encode(), 400 if self.broken.startswith("{") else 200)
             return
-        self.reply({"choices": [self.choice(i, prompt, body) for i, prompt in enumerate(body["prompt_embeds"])][::-1]})
+        choices = [self.choice(i, prompt, body) for i, prompt in enumerate(body["prompt_embeds"])][::-1]
+        if not body.get("stream"):
+            self.reply({"choices": choices})
+            return
+        rounds = itertools.zip_longest(*([(c["index"], token) for token in c["token_ids"]] for c in choices))
+        events = [{"choices": [{"index": said[0], "token_ids": [said[1]]}]} for turn in rounds for said in turn if said]
+        events = [*events[:2], {"error": {"message": "out of memory"}}] if self.stumbles else events
+        self.reply(
+            "".join(f"data: {json.dumps(event)}\n\n" for event in [*events, {"choices": []}]).encode()
+            + b"data: [DONE]\n\n"
+        )
 
     @torch.no_grad()
     def choice(self, index: int, prompt: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -95,6 +95,67 @@ def test_completions_and_chat_give_the_bridges_answers(port, bridge):
     assert deltas[-1]["finish_reason"] == "stop" and deltas[-1]["delta"] == {}
 
 
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose receiver writes answers of its own, not class words."""
+    folder = tmp_path_factory.mktemp("writer")
+    draw = random.Random(0)
+    rows = [
+        {"context": "".join(draw.choices("abcdwxyz", k=10)), "answer": f"{draw.randrange(10**6)} b"} for _ in range(40)
+    ]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lw.train_main(["--sender", "tiny-llama", "--receiver", "tiny-qwen", "--dataset", str(folder / "own.jsonl"), "--steps", "2",
+                   "--device", "cpu", "--dtype", "float32", "--output_dir", str(folder / "run")])  # fmt: skip
+    return folder / "run"
+
+
+def said(reply: str, chat: bool) -> list[str]:
+    """What each event of a stream adds."""
+    events = [json.loads(line.removeprefix("data: ")) for line in reply.splitlines() if line.startswith("data: {")]
+    choices = [event["choices"][0] for event in events]
+    return [choice["delta"].get("content", "") if chat else choice["text"] for choice in choices]
+
+
+@pytest.mark.parametrize("where", ["our own receiver", "an engine"])
+def test_what_is_written_is_streamed_as_it_comes(where, writer, toy_run, engine):  # noqa: F811
+    own = lw.load(writer)
+    wanted = [answer.text for answer in own.answer(own.encode(TEXTS[:4]))]
+    assert all(len(own.lm(0).ids(text)) > 3 for text in wanted)
+    served = own if where == "our own receiver" else lw.load(writer, vllm=engine[0])
+    with serving(served, writer) as port:
+        for chat, path in ((False, "/v1/completions"), (True, "/v1/chat/completions")):
+            asked = {"messages": [{"role": "user", "content": ""}]} if chat else {"prompt": ""}
+            for text, whole in zip(TEXTS[:4], wanted, strict=True):
+                body = asked | {"context": text}
+                told = json.loads(ask(port, path, body)[1])["choices"][0]
+                assert (told["message"]["content"] if chat else told["text"]) == whole
+                code, reply = ask(port, path, body | {"stream": True})
+                parts = said(reply, chat)
+                assert code == 200 and "".join(parts) == whole and len([part for part in parts if part]) > 2
+                assert reply.endswith("data: [DONE]\n\n") and '"finish_reason": "stop"' in reply
+            body = asked | {"context": TEXTS[0], "max_tokens": 2}
+            short = json.loads(ask(port, path, body)[1])["choices"][0]
+            code, reply = ask(port, path, body | {"stream": True})
+            assert "".join(said(reply, chat)) == (short["message"]["content"] if chat else short["text"])
+            assert '"finish_reason": "length"' in reply
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            bodies = [{"prompt": "", "context": text, "stream": bool(i % 2)} for i, text in enumerate(TEXTS[:4] * 8)]
+            replies = [*pool.map(lambda body: ask(port, "/v1/completions", body)[1], bodies)]
+    texts = ["".join(said(r, False)) if "data:" in r else json.loads(r)["choices"][0]["text"] for r in replies]
+    assert texts == wanted * 8
+
+
+def test_an_engine_that_stumbles_says_so_in_the_stream(writer, engine):  # noqa: F811
+    engine[1].stumbles = True
+    with serving(lw.load(writer, vllm=engine[0]), writer) as port:
+        code, reply = ask(port, "/v1/completions", {"prompt": "", "context": TEXTS[0], "stream": True})
+        assert code == 200 and "[DONE]" not in reply
+        assert "out of memory" in reply.splitlines()[-2] and "engine_error" in reply
+        engine[1].stumbles, engine[1].broken = False, "no JSON"
+        code, reply = ask(port, "/v1/completions", {"prompt": "", "context": TEXTS[0], "stream": True})
+        assert code == 502 and "in the midst of an answer" in reply
+
+
 def test_many_clients_at_once_get_their_own_answers(port, bridge):
     wanted = [answer.text for answer in bridge.answer(bridge.encode(TEXTS))]
 
