@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_papers import PAPERS
 
 import LATENTWIRE as lw
 
@@ -124,7 +125,7 @@ def test_a_preset_is_the_documents_configuration(name, values, say):
 
 
 def test_every_preset_is_in_the_table_and_fits_its_command():
-    assert {*lw.PRESETS} == {*PRESETS, "embedding-baselines"}
+    assert {*lw.PRESETS} == {*PRESETS, "embedding-baselines", *PAPERS}
     assert given("--preset", "embedding-baselines", kind=lw.EvalSettings) == {
         "methods": ["embed:raw", "embed:anchor", "embed:adapter"]
     }
