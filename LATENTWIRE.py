@@ -14970,6 +14970,12 @@ Flags with several values span the grid; --config takes a base with named varian
 and evaluated in a folder such as runs/mine/.../seed42; a finished one is never done again, a failed one is listed at \
 the end (exit code 1). --dry_run prints every run's commands and what each will about cost on this machine. At the \
 end aggregate, stats and report follow, in the experiment's folder.""",
+    "pair": """  pair smollm2-135m gemma-3-270m
+  pair llama-3.2-1b qwen2.5-0.5b --dataset sst2 --num_samples 500
+What stands in the way (positions, BOS, tokenizers' borders), what a linear map keeps of the receiver's embeddings (R² and \
+nearest token on texts held out), how like the text the receiver's attention answers to it (cosine at the last token, beside \
+another text's), and how far a bridge comes that only this map makes (--preset training-free), with its controls. None of it \
+has been shown to foretell what training reaches. Minutes on a CPU for small models.""",
     "store": """  store build docs.jsonl --checkpoint runs/agnostic -o STORE
   store ask STORE "Who designed the bridge?" --top 3
   store compare STORE --num_samples 300
@@ -16799,6 +16805,214 @@ def licence_of(name: str) -> str:
     return next(
         (f"{name}: {terms}" for start, terms in known.items() if name.startswith(start)), f"{name}: see its own card"
     )
+
+
+class PairSettings(PluginSettings):
+    """Pair"""
+
+    sender: str = setting(..., "Model that would read.", positional=True)
+    receiver: str = setting(..., "Model that would answer.", positional=True)
+    dataset: str = setting("rotten_tomatoes", "Task with classes to try them on.")
+    data_dir: Path | None = setting(None, "Folder of data sets; default LATENTWIRE_DATA, else the hub.")
+    num_samples: int = setting(200, "Test rows of the training-free bridge; twice as many texts calibrate it.", ge=20)
+    device: str = setting("auto", "Where both models are.")
+    dtype: str = setting("auto", "Their number format.")
+    output_dir: Path | None = setting(None, "Where pair.json and the training-free bridge go; default runs/pair-NAMES.")
+    trust_remote_code: bool = TRUSTED
+
+
+class PairOfModels:
+    """Two frozen models before any training: what stands in the way, and what a linear map between them keeps.
+
+    A third of the texts is held out; the map goes from the sender's states, averaged over each receiver token's characters,
+    to that token's input embedding.
+    """
+
+    LAYERS: ClassVar[tuple[str, ...]] = ("0.25", "0.5", "0.75", "1.0")
+
+    def __init__(self, sender: LM, receiver: LM, texts: Sequence[str]) -> None:
+        self.sender, self.receiver = sender, receiver
+        self.texts = [text for text in texts if sender.ids(text) and receiver.ids(text)]
+        self.cut = 2 * len(self.texts) // 3
+
+    def facts(self) -> TextTable:
+        """What each model is."""
+        names = ("family", "blocks", "width", "positions", "vocabulary", "BOS", "chat template", "keys and values")
+        rows = [[name, *(self.fact(lm, name) for lm in (self.sender, self.receiver))] for name in names]
+        return TextTable(["", f"sender {self.sender.name}", f"receiver {self.receiver.name}"], rows)
+
+    def fact(self, lm: LM, name: str) -> str:
+        """One of them, in a word."""
+        positions = min(lm.most, getattr(lm.config, "max_position_embeddings", lm.most))
+        attention: Any = getattr(lm.blocks[0], "self_attn", None)
+        return {
+            "family": lm.config.model_type, "blocks": str(lm.n_layers), "width": str(lm.width), "positions": f"{positions:,}",
+            "vocabulary": f"{lm.config.vocab_size:,}", "BOS": "yes" if lm.bos else "no",
+            "chat template": "yes" if lm.tokenizer.chat_template else "no",
+            "keys and values": "can be changed" if hasattr(attention, "k_proj") else "are one with queries",
+        }[name]  # fmt: skip
+
+    def tokenizers(self) -> dict[str, float]:
+        """Sender tokens per receiver token, and the share of the receiver's borders that are the sender's as well."""
+        theirs, ours, same = 0, 0, 0
+        for text in self.texts:
+            ends = {end for _, end in pieces_of(self.sender, text)[1]}
+            borders = [end for _, end in pieces_of(self.receiver, text)[1]]
+            theirs, ours, same = theirs + len(ends), ours + len(borders), same + sum(end in ends for end in borders)
+        return {"sender_tokens_per_receiver_token": theirs / ours, "borders_in_common": same / ours}
+
+    @torch.no_grad()
+    def states(self, text: str) -> Tensor:
+        """The sender's states (L, T, D_s) of the T tokens that the receiver has of a text, the mean where several overlap."""
+        layers = [self.sender.layer_index(name) for name in self.LAYERS]
+        rows, bos = [[*self.sender.bos, *self.sender.ids(text)]], len(self.sender.bos)
+        hidden = self.sender.states(rows, layers).hidden[0, :, bos:].float().cpu()
+        spans = pieces_of(self.sender, text)[1]
+        weights = torch.tensor(
+            [[float(a < end and start < b) for a, b in spans] for start, end in pieces_of(self.receiver, text)[1]]
+        )
+        return torch.einsum("rt,ltd->lrd", weights / weights.sum(1, keepdim=True).clamp(min=1), hidden)
+
+    @functools.cached_property
+    def tokens(self) -> list[tuple[Tensor, Tensor]]:
+        """States (L, T, D_s) and embeddings (T, D_r), in the table's RMS, of each text."""
+        lm = self.receiver
+        ids = [torch.tensor(lm.ids(text), device=lm.device) for text in self.texts]
+        return [
+            (self.states(text), lm.embed(row).float().cpu() / lm.embed_rms)
+            for text, row in zip(self.texts, ids, strict=True)
+        ]
+
+    def fit(self, number: int) -> tuple[Any, float]:
+        """Ridge from one of the layers to embeddings, its strength chosen within the first two thirds; R² on the others."""
+        from sklearn.linear_model import RidgeCV
+        from sklearn.metrics import r2_score
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        (x, y), (held_x, held_y) = (
+            [torch.cat(parts).numpy() for parts in zip(*((states[number], rows) for states, rows in part), strict=True)]
+            for part in (self.tokens[: self.cut], self.tokens[self.cut :])
+        )
+        model = make_pipeline(StandardScaler(), RidgeCV([10.0**power for power in range(7)])).fit(x, y)
+        return model, float(r2_score(held_y, model.predict(held_x), multioutput="variance_weighted"))
+
+    def mapped(self, model: Any, number: int) -> list[Tensor]:
+        """Held-out texts as the receiver would read them through a map: (T, D_r) each, in its own units."""
+        scale = self.receiver.embed_rms
+        return [
+            torch.from_numpy(model.predict(states[number].numpy())).float() * scale
+            for states, _ in self.tokens[self.cut :]
+        ]
+
+    @torch.no_grad()
+    def nearest(self, mapped: Sequence[Tensor], most: int = 500) -> float:
+        """Share of held-out tokens whose own embedding is the nearest of the whole table, by cosine."""
+        lm, wanted = (
+            self.receiver,
+            [token for text in self.texts[self.cut :] for token in self.receiver.ids(text)][:most],
+        )
+        table = F.normalize(lm.embed(torch.arange(lm.config.vocab_size, device=lm.device)).float(), dim=1)
+        found = torch.cat([*mapped])[:most].to(lm.device) @ table.T
+        return float((found.argmax(1).cpu() == torch.tensor(wanted)).float().mean())
+
+    @torch.no_grad()
+    def attention(self, mapped: Sequence[Tensor]) -> tuple[float, float] | None:
+        """Cosine of attention outputs after the map with those after the text itself, at the anchor's last token, the mean over
+        blocks and texts; and the same with another text's map. None where no block has a known attention."""
+        lm, seen = self.receiver, list[Tensor]()
+        parts = [
+            part
+            for block in lm.blocks
+            for name in ("self_attn", "attn", "attention")
+            if (part := getattr(block, name, None))
+        ]
+        texts, maps = [rows * lm.embed_rms for _, rows in self.tokens[self.cut :]], [*mapped]
+        if len(parts) != lm.n_layers or len(texts) < 2:
+            return None
+        hooks = [
+            part.register_forward_hook(lambda m, a, out: seen.append(out[0][:, -1].float().cpu())) for part in parts
+        ]
+        outputs = []
+        try:
+            for rows in (texts, maps, [*maps[1:], maps[0]]):
+                embeds, mask = padded([row.to(lm.device) for row in rows])
+                seen.clear()
+                soft = SoftPrompt(embeds.to(lm.dtype), mask.to(lm.device))
+                lm.forward(
+                    lay_out(lm, soft, [lm.ids("\nAnswer:")] * len(rows), None, lm.bos, left=True), use_cache=False
+                )
+                outputs.append(torch.stack(seen))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        text, own, other = outputs
+        return tuple(float(F.cosine_similarity(text, found, dim=-1).mean()) for found in (own, other))  # type: ignore[return-value]
+
+
+@command(PairSettings, LOOK)
+def pair_command(settings: PairSettings) -> None:
+    """Before any training: do two models fit, and what comes through: pair smollm2-135m gemma-3-270m"""
+    names = f"{Path(settings.sender).name}-{Path(settings.receiver).name}"
+    folder = settings.output_dir or Path("runs") / f"pair-{names}"
+    shared = settings.model_dump(
+        include={"sender", "receiver", "device", "dtype", "trust_remote_code", "dataset", "data_dir"}
+    )
+    trained = TrainSettings(**shared)
+    with RichReport() as report:
+        pair = pair_of(trained, settings)
+        report.rows(pair.facts())
+        report.say(f"terms: {licence_of(settings.sender)}; {licence_of(settings.receiver)}")
+        results: dict[str, Any] = {
+            "sender": pair.sender.identity(),
+            "receiver": pair.receiver.identity(),
+            **pair.tokenizers(),
+        }
+        fits = [pair.fit(number) for number in range(len(pair.LAYERS))]
+        best = argmax([r2 for _, r2 in fits])
+        mapped = pair.mapped(fits[best][0], best)
+        results["layers"] = dict(zip(pair.LAYERS, (r2 for _, r2 in fits), strict=True))
+        results |= {"nearest_token": pair.nearest(mapped), "attention_cosine": pair.attention(mapped)}
+        for line in told_of_pair(results):
+            report.say(line)
+        del pair, mapped  # the bridge is tried with models of its own
+        train(**shared, preset="training-free", layers=[PairOfModels.LAYERS[best]], protocol="question-aware", auto_resume=True,
+              samples=2 * settings.num_samples, output_dir=folder / "bridge")  # fmt: skip
+        methods = ["bridge", "control:shuffled", "control:none", "text", "probe"]
+        evaluation = evaluate(
+            folder / "bridge", num_samples=settings.num_samples, methods=methods, device=settings.device
+        )
+        report.table(evaluation)
+        results["training_free"] = {name: row["accuracy"] for name, row in evaluation["methods"].items()}
+        results["verdict"] = evaluation["verdict"]
+        text, flop = cost_of(trained.model_copy(update={"steps": 1000}), {"num_samples": 1000})
+        device = resolve_device(settings.device)
+        seconds = flop / (0.4 * device_limits(device, resolve_dtype(settings.dtype, device))["flop_per_s"])
+        report.say(f"training it: {text}, {duration(seconds)} at 40 % of this {device.type}'s rate")
+        write_json(folder / "pair.json", results)
+        report.say(f"as JSON: {folder / 'pair.json'}")
+
+
+def pair_of(trained: TrainSettings, settings: PairSettings) -> PairOfModels:
+    """Both models, and texts of the task's train split; LatentWireError where a model cannot be used."""
+    part = make_task(trained)
+    if not part.words:
+        raise LatentWireError(f"--dataset {settings.dataset} has no classes, by which a pair is tried; give another")
+    examples = hash_order(part.load("train")[0], 0)[: 2 * settings.num_samples]
+    sender, receiver = (load_lm(name, trained, trained.offline) for name in (settings.sender, settings.receiver))
+    return PairOfModels(sender, receiver, [example.context for example in examples])
+
+
+def told_of_pair(results: Row) -> Iterator[str]:
+    """What was measured before the bridge, in words."""
+    share, ratio = results["borders_in_common"], results["sender_tokens_per_receiver_token"]
+    yield f"tokenizers: {100 * share:.0f} % of the receiver's borders are the sender's, {ratio:.2f} sender tokens to one of its own"
+    layers = ", ".join(f"{name}: {value:.2f}" for name, value in results["layers"].items())
+    yield (f"a linear map to the receiver's embeddings keeps R² {layers} (layer: held-out texts); with the best, "
+           f"{100 * results['nearest_token']:.0f} % of tokens are the nearest in its table")  # fmt: skip
+    if results["attention_cosine"]:
+        own, other = results["attention_cosine"]
+        yield f"attention outputs after it have cosine {own:.2f} with those after the text, {other:.2f} after another text's"
 
 
 class ReportSettings(PluginSettings):
