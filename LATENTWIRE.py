@@ -4372,7 +4372,8 @@ class SoftPrompt:
         """Every ``count`` rows (B, K) as one row of all their slots, in order: (B / count, count·K)."""
         tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
         joined: dict[str, Any] = {
-            name: value.reshape(-1, count * value.shape[1], *value.shape[2:]) for name, value in tensors.items()
+            name: value.reshape(len(value) // count, count * value.shape[1], *value.shape[2:])
+            for name, value in tensors.items()
         }
         return replace(self, **joined)
 

@@ -192,6 +192,17 @@ def test_compare_answers_from_latents_texts_and_nothing(here, toy_run, finder, c
     )
 
 
+def test_messages_without_a_latent_are_read_in_turn_as_well():
+    soft = lw.SoftPrompt(torch.arange(24.0).view(4, 3, 2), memory=torch.zeros(4, 0, 5), mask=torch.ones(4, 3).bool())
+    for count in (1, 2, 4):
+        joined = soft.in_turn(count)
+        assert joined.embeds.shape == (4 // count, 3 * count, 2) and joined.memory.shape == (4 // count, 0, 5)
+        assert joined.embeds.flatten().tolist() == soft.embeds.flatten().tolist() and joined.mask.shape == (
+            4 // count,
+            3 * count,
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.alone
 def test_a_large_store_survives_being_killed(here, toy_run, finder):
