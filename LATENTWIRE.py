@@ -14985,7 +14985,7 @@ and every receiver of the run can read what it wrote. A build that was stopped g
 texts are kept once, and an id keeps its text. ask finds documents by a sentence encoder (of long ones it sees the first \
 512 tokens) and reads their latents in order, the nearest first, before the question. The sender must not need the question: \
 train with --protocol question-agnostic. compare asks test questions of the run's data set about the stored texts, with the \
-latents, with the texts themselves and with nothing, each in batches of 16; compare.jsonl holds the answers.""",
+latents, with the texts themselves and with nothing, each in batches of 16; compare-*.jsonl there holds the answers.""",
     "harness": """  harness --checkpoint runs/squad --tasks boolq --last_lines 2 --limit 200
   harness --checkpoint runs/squad --tasks boolq --last_lines 2 --limit 200 --send shuffled
   harness --checkpoint runs/squad --tasks triviaqa --send text --output_path results
@@ -16019,7 +16019,7 @@ class LatentStore:
     """From so many documents on they are searched by an index (inverted file, 32 cells looked into), not one by one."""
 
     def __init__(self, folder: Path, settings: StoreSettings, run: Path | None = None) -> None:
-        lancedb = require("lancedb", "lancedb==0.40.0")
+        require("lancedb", "lancedb==0.40.0")
         self.folder, self.settings, note = folder, settings, folder / "store.json"
         kept = json_object(note) if note.exists() else {}
         if not kept and run is None:
@@ -16037,14 +16037,19 @@ class LatentStore:
             raise LatentWireError(
                 f"{folder} was made by another bridge or sentence encoder; give another folder with -o"
             )
-        if not kept:
-            write_json(note, {**origin, "sentence_model": model, "checkpoint": str((run or Path()).resolve())})
+        self.note = kept or {**origin, "sentence_model": model, "checkpoint": str((run or Path()).resolve())}
+
+    @functools.cached_property
+    def table(self) -> Any:
+        """The documents; made where there are none yet."""
+        import lancedb
         import pyarrow
 
         columns = {"id": pyarrow.string(), "digest": pyarrow.string(), "message": pyarrow.large_binary(),
                    "metadata": pyarrow.string(), "vector": pyarrow.list_(pyarrow.float32(), self.finder.width)}  # fmt: skip
-        self.schema = pyarrow.schema(columns)
-        self.table = lancedb.connect(folder).create_table("documents", schema=self.schema, exist_ok=True)
+        write_json(self.folder / "store.json", self.note)
+        schema = pyarrow.schema(columns)
+        return lancedb.connect(self.folder).create_table("documents", schema=schema, exist_ok=True)
 
     @torch.no_grad()
     def vectors(self, texts: Sequence[str]) -> Tensor:
@@ -16059,16 +16064,20 @@ class LatentStore:
             found[[*numbers]] = F.normalize((states.hidden[:, 0] * weights).sum(1) / weights.sum(1), dim=-1).cpu()
         return found
 
+    @staticmethod
+    def digest(text: str) -> str:
+        """A text's SHA-256."""
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
     def digests(self) -> dict[str, str]:
         """The digest of each document's text, by its id."""
-        count = self.table.count_rows()
-        kept = (
-            self.table.search().select(["id", "digest"]).limit(count).to_arrow() if count else self.schema.empty_table()
-        )
+        if not (count := self.table.count_rows()):
+            return {}
+        kept = self.table.search().select(["id", "digest"]).limit(count).to_arrow()
         return dict(zip(kept["id"].to_pylist(), kept["digest"].to_pylist(), strict=True))
 
     def add(self, items: Sequence[Sendable], report: Report) -> tuple[int, int]:
-        """Read and keep the documents that are not there, a second's or a thousand's work at a time.
+        """Read and keep the documents that are not there, a thousand or ten seconds' work at a time.
 
         → how many, and how many of them were cut. LatentWireError for an id that stands for another text.
         """
@@ -16076,8 +16085,8 @@ class LatentStore:
         known, new, cut = self.digests(), list[Sendable](), 0
         seen = {*known.values()}
         for item in items:
-            digest, there = digest_of(item.text), known.setdefault(item.name, digest_of(item.text))
-            if there != digest:
+            digest = self.digest(item.text)
+            if known.setdefault(item.name, digest) != digest:
                 raise LatentWireError(f"{self.folder} holds another text as {item.name!r}; give it another id")
             if digest not in seen:
                 seen.add(digest)
@@ -16088,7 +16097,7 @@ class LatentStore:
             messages, vectors = bridge.encode(texts, receiver=name), self.vectors(texts).numpy()
             cut += sum(read < total for read, total in map(bridge.extent, texts))
             waiting += [
-                {"id": i.name, "digest": digest_of(i.text), "message": bytes(m), "metadata": json.dumps(i.row, default=str),
+                {"id": i.name, "digest": self.digest(i.text), "message": bytes(m), "metadata": json.dumps(i.row, default=str),
                  "vector": v} for i, m, v in zip(batch, messages, vectors, strict=True)
             ]  # fmt: skip
             done += len(batch)
@@ -16149,7 +16158,9 @@ def store_command(settings: StoreSettings) -> None:
             Path(folder), settings, settings.checkpoint if Path(folder, "store.json").exists() else None
         )
         if settings.action == "compare":
-            report.rows(compare_with_text(store, report))
+            table = compare_with_text(store, report)
+            report.rows(replace(table, title=""))
+            report.say(table.title)
         else:
             ask_store(store, " ".join(words))
 
@@ -16183,20 +16194,27 @@ def ask_store(store: LatentStore, question: str) -> None:
 
 def compare_with_text(store: LatentStore, report: Report) -> TextTable:
     """Test questions of the bridge's data set about stored documents, answered from their latents, from the documents' text,
-    and from nothing; each answer is a row of ``compare.jsonl`` in the store, and the table is made from these."""
+    and from nothing; each answer is a row of ``compare-*.jsonl`` in the store, and the table is made from these."""
     bridge, rows, texts = store.bridge, list[Row](), dict[str, str]()
     examples, there = make_task(bridge.settings).load("test")[0], {*store.digests().values()}
+    if not all(example.question for example in examples):
+        raise LatentWireError(f"{bridge.settings.dataset} has no questions, by which documents are found")
+    bridge.receiver(store.settings.receiver).lm.pack()
     for example in examples:
-        texts[digest_of(example.context)] = example.context
+        texts[store.digest(example.context)] = example.context
     if there - {*texts}:
         raise LatentWireError(
             f"{store.folder} holds documents that are no test texts of {bridge.settings.dataset}; they cannot be compared"
         )
-    asked = [e for e in hash_order(examples, 0) if digest_of(e.context) in there][: store.settings.num_samples or 300]
+    asked = [e for e in hash_order(examples, 0) if store.digest(e.context) in there][
+        : store.settings.num_samples or 300
+    ]
     for batch in batches(asked, 16):
         rows += answered_in_each_way(store, batch, texts)
         report.tick("questions", len(rows) // 3, len(asked))
-    write_atomic(store.folder / "compare.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    names = f"top{store.settings.top}", f"n{len(asked)}", *filter(None, [store.settings.receiver])
+    path = store.folder / f"compare-{'-'.join(names).replace('/', '_')}.jsonl"
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     title = f"{len(asked)} questions, {len(there)} documents, {store.settings.top} read for each"
     return table_of_reading(rows, title)
 
@@ -16215,7 +16233,7 @@ def answered_in_each_way(store: LatentStore, batch: Sequence[Example], texts: Ma
         answers = end.listen(examples, data, text=name == "text")
         ms = 1e3 * (time.perf_counter() - began) / len(batch)
         for example, near, context, answer in zip(batch, found, contexts, answers, strict=True):
-            digest = digest_of(example.context)
+            digest = store.digest(example.context)
             yield {
                 "method": name, "id": example.id, "text": digest, "question": example.question, "gold": example.answers,
                 "documents": [row["id"] for row in near], "found": digest in [row["digest"] for row in near],
@@ -16501,6 +16519,8 @@ class Gateway:
 
         self.bridge, self.settings, self.name = bridge, settings, settings.run.name
         self.end = bridge.receiver(settings.receiver)
+        if not settings.vllm:
+            self.end.lm.pack()
         self.waiting: queue.Queue[Waiting | None] = queue.Queue(1000)
         self.registry = CollectorRegistry()
         self.requests = Counter(

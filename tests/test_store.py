@@ -133,7 +133,7 @@ def test_vectors_have_length_one_and_are_a_texts_own(store):
         (["build", "docs.jsonl"], "store build needs"), (["build", "docs.jsonl", "-o", "new"], "store build needs"),
         (["ask", "nowhere", "x"], "nowhere is no store"), (["ask", "ST"], "needs a question"),
         (["ask", "ST", "x", "--top", "9"], "holds 4 documents; lower --top"), (["frob", "ST"], "'build', 'ask' or 'compare'"),
-        (["build", "other.jsonl", "-o", "ST"], "another text as 'doc 1'"), (["compare", "ST"], "no test texts of toy"),
+        (["build", "other.jsonl", "-o", "ST"], "another text as 'doc 1'"), (["compare", "ST"], "toy has no questions"),
         (["build", "twice.jsonl", "-o", "ST"], "two of the documents are named 'x'"),
     ],
 )  # fmt: skip
@@ -168,28 +168,65 @@ def test_without_lancedb_it_says_what_to_install(here, toy_run, monkeypatch, cap
     assert "pip install lancedb==0.40.0" in capsys.readouterr().err
 
 
-def test_compare_answers_from_latents_texts_and_nothing(here, toy_run, finder, capsys):
-    rows = [{"text": e.context} for e in lw.make_task(lw.DataSettings(dataset="toy")).load("test")[0][:40]]
-    Path("toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert run("build", "toy.jsonl", "--checkpoint", toy_run, "--sentence_model", finder, "-o", "ST") == 0
-    capsys.readouterr()
-    assert run("compare", "ST", "--num_samples", 20, "--top", 2) == 0
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with questions about texts, two for each, and a run that learned little from them."""
+    folder, draw = tmp_path_factory.mktemp("questions"), random.Random(0)
+    rows = []
+    for number in range(120):
+        text = rows[-1]["context"] if number % 2 else "".join(draw.choices("abcdwxyz", k=24))
+        rows.append({"context": text, "question": f"{text[:6]} {number}?", "answer": text[8:12]})
+    (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lw.train(dataset=str(folder / "qa.jsonl"), sender="tiny-llama", receiver="tiny-qwen", device="cpu", dtype="float32", steps=3,
+             protocol="question-agnostic", output_dir=folder / "run")  # fmt: skip
+    tested = [e.context for e in lw.make_task(lw.DataSettings(dataset=str(folder / "qa.jsonl"))).load("test")[0]]
+    (folder / "docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in tested))
+    return folder
+
+
+def test_compare_answers_from_latents_texts_and_nothing(questions, finder, tmp_path, capsys):
+    out = tmp_path / "ST"
+    assert (
+        run("build", questions / "docs.jsonl", "--checkpoint", questions / "run", "--sentence_model", finder, "-o", out)
+        == 0
+    )
+    count = len(set(opened(str(out)).digests().values()))
+    assert f"{count} documents added" in capsys.readouterr().out and 8 <= count <= 24
+    assert run("compare", out, "--num_samples", 18, "--top", 2) == 0
     told = capsys.readouterr().err
-    assert "20 questions" in told and "2 read for each" in told and "right one among them" in told
-    kept = lw.read_rows(Path("ST/compare.jsonl"))
-    assert [row["method"] for row in kept[:40]] == ["latents"] * 16 + ["text"] * 16 + ["nothing"] * 8
-    assert len(kept) == 60 and len({row["id"] for row in kept}) == 20
+    assert "18 questions" in told and "2 read for each" in told and "right one among them" in told
+    kept = lw.read_rows(out / "compare-top2-n18.jsonl")
+    assert [row["method"] for row in kept] == ["latents"] * 16 + ["text"] * 16 + ["nothing"] * 16 + ["latents"] * 2 + [
+        "text"
+    ] * 2 + ["nothing"] * 2
+    assert len({row["id"] for row in kept}) == 18 and len({row["text"] for row in kept}) < 18
     table = lw.table_of_reading(kept, "")
     for name, f1, interval, tokens, ms, p in table.rows:
         mine = [row for row in kept if row["method"] == name]
-        assert f1 == f"{100 * sum(row['score'] for row in mine) / 20:.1f}"
-        assert tokens == {"latents": "16", "text": "21", "nothing": "0"}[name]
+        assert f1 == f"{100 * sum(row['score'] for row in mine) / 18:.1f}"
+        assert tokens == {"latents": "16", "text": "49", "nothing": "0"}[name]
         assert bool(p) == (name != "latents") and float(ms) >= 0
         low, high = map(float, interval.split("–"))
         assert low <= float(f1) <= high
-    assert all(
-        row["found"] == (row["text"] in {lw.digest_of(r["text"]) for r in rows}) or not row["found"] for row in kept
-    )
+        assert f"{name} " in told
+    texts = {
+        lw.LatentStore.digest(row["text"]): f"docs-{i}"
+        for i, row in reversed([*enumerate(lw.read_rows(questions / "docs.jsonl"), 1)])
+    }
+    assert all(row["found"] == (texts[row["text"]] in row["documents"]) for row in kept)
+    [answer] = lw.load(questions / "run").answer([row_messages(out, kept[0])], [kept[0]["question"]])
+    assert answer.text == kept[0]["answer"]
+
+
+def row_messages(out: Path, row: dict[str, Any]) -> list[bytes]:
+    """The messages of the documents that a row names, in its order."""
+    kept = {item["id"]: item["message"] for item in opened(str(out)).table.search().limit(100).to_list()}
+    return [kept[name] for name in row["documents"]]
+
+
+def test_nothing_is_left_where_the_documents_are_not_there(here, toy_run, finder, capsys):
+    assert run("build", "missing.jsonl", "--checkpoint", toy_run, "--sentence_model", finder, "-o", "ST") == 2
+    assert "missing.jsonl" in capsys.readouterr().err and not Path("ST").exists()
 
 
 def test_messages_without_a_latent_are_read_in_turn_as_well():
@@ -225,7 +262,7 @@ def test_a_large_store_survives_being_killed(here, toy_run, finder):
     subprocess.run(command, check=True, capture_output=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     store = opened("ST")
-    assert store.digests() == {f"d{i}": lw.digest_of(text) for i, text in enumerate(texts)}
+    assert store.digests() == {f"d{i}": lw.LatentStore.digest(text) for i, text in enumerate(texts)}
     assert [index.num_unindexed_rows for index in store.table.list_indices()] == [0]
     store.find([texts[0]])
     times = []
