@@ -16285,6 +16285,7 @@ class HarnessRequests:
     def __init__(self, bridge: LoadedBridge, settings: HarnessSettings, report: Report) -> None:
         self.bridge, self.settings, self.report = bridge, settings, report
         self.end, self.sent = bridge.receiver(settings.receiver), dict[tuple[str, str], bytes]()
+        self.end.lm.pack()
         self.cut = 0
 
     def parts(self, context: str) -> tuple[str, str]:
@@ -16316,9 +16317,10 @@ class HarnessRequests:
             self.report.tick("messages", len(self.sent), len(self.sent) + len(new))
         whose = {key: key for key in wanted}
         if self.settings.send == "shuffled":
-            whose = dict(zip(wanted, [*wanted[1:], *wanted[:1]], strict=True))
-            if len(wanted) == 1:
+            if len({text for text, _ in wanted}) == 1:
                 raise LatentWireError("--send shuffled needs a second text; raise --limit")
+            turned = [itertools.islice(itertools.cycle(wanted), i + 1, None) for i in range(len(wanted))]
+            whose = {key: next(k for k in others if k[0] != key[0]) for key, others in zip(wanted, turned, strict=True)}
         return [(self.sent[whose[key]] if key else b"", after) for key, (_, after) in zip(keys, parts, strict=True)]
 
     def in_batches(self, read: Sequence[tuple[bytes, str]]) -> Iterator[tuple[list[int], SoftPrompt | None, list[str]]]:
@@ -16375,7 +16377,10 @@ class HarnessRequests:
             alike.setdefault((tuple(filter(None, until)), int(limits.get("max_gen_toks", 256))), []).append(number)
         found, lm = dict[int, str](), self.end.lm
         for (until, most), chosen in alike.items():
-            for places, soft, after in self.in_batches(self.read([requests[i].args[0].rstrip() for i in chosen])):
+            contexts = [requests[i].args[0] for i in chosen]
+            if self.settings.send != "text":
+                contexts = [context.rstrip() for context in contexts]  # its last line is no empty one
+            for places, soft, after in self.in_batches(self.read(contexts)):
                 prompts = [self.prompt(soft, text, most) for text in after]
                 prefill = lm.prefill(self.end.prompting.joined(soft, prompts, None, left=True))
                 texts = lm.generate(prefill, most, line=False, until=until)

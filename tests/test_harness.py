@@ -119,6 +119,17 @@ def test_a_sender_that_knows_the_question_is_told_the_last_lines(bridge, toy_run
     assert harness.message_key("text", "\nWho? ") == ("text", "Who?")
 
 
+def test_another_text_is_never_the_same_one_asked_otherwise(bridge, toy_run, monkeypatch):
+    monkeypatch.setattr(bridge.part, "sender_prompt", "{question}\n{context}")
+    harness = requests(bridge, toy_run, send="shuffled")
+    contexts = [f"{text}\n{question}" for text in TEXTS[:2] for question in ("who?", "when?", "why?")]
+    wires = [wire for wire, _ in harness.read(contexts)]
+    texts = {wire: key[0] for key, wire in harness.sent.items()}
+    assert [texts[wire] for wire in wires] == [TEXTS[1]] * 3 + [TEXTS[0]] * 3
+    with pytest.raises(lw.LatentWireError, match="second text"):
+        harness.read(contexts[:3])
+
+
 def test_no_message_is_written_twice(bridge, toy_run, monkeypatch):
     encode, made = lw.LoadedBridge.encode, list[str]()
     monkeypatch.setattr(
