@@ -165,6 +165,20 @@ def test_words_and_latents_are_published_with_their_records(kept):
     assert "carry nothing that is shown" in found["verdict"] and "one seed" in unwrapped(TABLES)
 
 
+def test_a_second_seed_is_published_with_its_records(kept):
+    """It is behind the trained reader of the best sentences, and both pages say so."""
+    found = made_again(kept("mixed123"))
+    f1 = {method: percent(summary["f1"]) for method, summary in found["methods"].items()}
+    low, high = map(percent, found["methods"]["bridge"]["ci"])
+    rival = f1["extractive+prompt_tuning"]
+    assert f"A second seed: {f1['bridge']} and {rival}." in unwrapped(README)
+    tables = unwrapped(TABLES)
+    assert f"has {f1['bridge']} ({low}–{high}), and its trained prompt {rival}: there" in tables
+    assert f"have {f1['parts:other_latents']}." in tables and f"({f1['extractive']} and {f1['text']})" in tables
+    assert f"p {found['p_bridge_vs']['extractive+prompt_tuning']:.3f}".replace("0.", ".") in tables
+    assert "carry nothing that is shown" in found["verdict"]
+
+
 def agnostic_sentence(found: dict[str, Any]) -> str:
     """README's sentence on a sender that does not know the question."""
     f1 = {method: percent(summary["f1"]) for method, summary in found["methods"].items()}
