@@ -785,6 +785,8 @@ def divided(kind: type[Settings], words: Sequence[str]) -> tuple[list[str], list
         if word.startswith("--"):
             key = word[2:].partition("=")[0].replace("-", "_")
             matches = key in known or key.removeprefix("no_") in known
+        elif re.fullmatch("-[A-Za-z]", word):
+            matches = word[1:] in known
         groups[matches].append(word)
     return groups[True], groups[False]
 
@@ -1812,16 +1814,14 @@ def lock_on(handle: int) -> bool | None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Nobody else on this machine trains in ``folder`` meanwhile; the lock goes with the process, however that ends."""
+def alone_in(folder: Path, flag: str = "--output_dir") -> Iterator[None]:
+    """Nobody else on this machine works in ``folder`` meanwhile; the lock goes with the process, however that ends."""
     with contextlib.ExitStack() as stack:
         if os.name == "posix":  # elsewhere a folder cannot be opened
             handle = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, handle)
             if lock_on(handle) is False:
-                raise LatentWireError(
-                    f"another process is training in {folder}; wait, stop it, or take another --output_dir"
-                )
+                raise LatentWireError(f"another process is working in {folder}; wait, stop it, or take another {flag}")
         yield
 
 
@@ -4835,6 +4835,11 @@ class LM:
         del self.blocks[layer + 1 :]
 
     @property
+    def room(self) -> int:
+        """How many positions it reads: those it has learned, or was made for."""
+        return int(min(self.most, getattr(self.config, "max_position_embeddings", None) or self.most))
+
+    @property
     def top(self) -> int:
         """The highest layer that can still be read."""
         return self.n_layers if len(self.blocks) == self.n_layers else len(self.blocks) - 1
@@ -7645,11 +7650,12 @@ def trackers(settings: TrainSettings, folder: Path) -> Iterator[Callable[[dict[s
                     writer.add_scalar(name, value, row["step"])
 
         yield to_tensorboard
-    of_this_run: Row = {"project": "latentwire", "name": folder.name, "config": settings.determining()}
+    of_this_run: dict[str, Any] = {"project": "latentwire", "name": folder.name, "config": settings.determining()}
     if "wandb" in settings.track:
         wandb_run = require("wandb").init(dir=str(folder), **of_this_run)
         yield lambda row: wandb_run.log(row, step=row["step"])
     if "trackio" in settings.track:
+        of_this_run["name"] += f"-{digest_of(str(folder.resolve()))[:6]}"  # by it a run is gone on with
         trackio_run = require("trackio").init(resume="allow", embed=False, **of_this_run)
         yield lambda row: trackio_run.log(row, step=row["step"])
 
@@ -9169,13 +9175,17 @@ class VllmHere(VllmServer):
         vllm, self.lm, self.model = require("vllm"), lm, str(lm.model.name_or_path)
         if not self.model:
             raise LatentWireError(f"{lm.name} has no files, which --engine vllm needs; answer without it")
-        room = min(lm.most, getattr(lm.config, "max_position_embeddings", 8192), 8192)
-        slow = {"enforce_eager": True} if lm.device.type == "cpu" else {}  # compiling takes longer than it saves
-        dtype = str(lm.dtype).removeprefix("torch.")
+        room = min(lm.room, 8192)
+        options: dict[str, Any] = {"enforce_eager": True}  # on a CPU compiling takes longer than it saves
+        if lm.device.type == "cuda":  # where our own model is as well
+            free, total = torch.cuda.mem_get_info(lm.device)
+            options = {"gpu_memory_utilization": round(0.9 * free / total, 2)}
+        options |= {"dtype": str(lm.dtype).removeprefix("torch."), "enable_prompt_embeds": True, "max_model_len": room}
         self.vllm = vllm
-        self.llm = vllm.LLM(
-            self.model, dtype=dtype, enable_prompt_embeds=True, max_model_len=room, max_logprobs=20, **slow
-        )
+        try:
+            self.llm = vllm.LLM(self.model, max_logprobs=20, **options)
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
+            raise EngineError(f"vllm does not take {lm.name}: {brief(error, 200)}") from error
 
     def complete(
         self, prompts: Sequence[Tensor], said: Callable[[int, list[int]], None] | None = None, **asked: Any
@@ -9252,13 +9262,19 @@ class Receiver:
             raise LatentWireError("give as many messages for one answer as for the others, at least one")
         flat = [one for item in data for one in ((item,) if isinstance(item, bytes) else item)]
         shape, free = self.bridge.shape, self.bridge.wants_windows
-        count = None if free and self.bridge.ratio else shape.settings.latent_len
-        wanted = Wanted(self.name, shape.settings.d_z, count, free, self.bridge.pooler.mixes)
+        slots = None if free and self.bridge.ratio else shape.settings.latent_len
+        wanted = Wanted(self.name, shape.settings.d_z, slots, free, self.bridge.pooler.mixes)
         messages = [Message.from_bytes(item, wanted) for item in flat]
         latents, mask = padded([message.latents[0] for message in messages])
         words = tuple(row for message in messages for row in message.words or ()) or None
         together = replace(messages[0], latents=latents, mask=mask if free else None, words=words)
-        return self.lm.weave(self.bridge.decode(together, self.ear), words).in_turn(counts.pop())
+        soft = self.lm.weave(self.bridge.decode(together, self.ear), words).in_turn(count := counts.pop())
+        need = len(self.lm.bos) + soft.embeds.shape[1] + len(self.prompting.ending()) + self.max_new_tokens
+        if count > 1 and need > self.lm.room:
+            raise LatentWireError(
+                f"{count} messages and an answer take {need} positions, {self.lm.name} has {self.lm.room}; read fewer (--top)"
+            )
+        return soft
 
     def answers(self, examples: Sequence[Example], data: Sequence[bytes] | None, text: bool = False) -> list[Answer]:
         """One Answer per example; the same message with the same gold answer (constant controls) is heard once in a batch.
@@ -15722,8 +15738,8 @@ def rows_to_send(path: Path, settings: TextSettings, trained: TrainSettings) -> 
     return found
 
 
-def texts_to_send(settings: EncodeSettings, trained: TrainSettings) -> list[Sendable]:
-    """What ``encode`` is given, in its order: --text, texts, folders of texts, files of rows; no two of one name."""
+def texts_to_send(settings: EncodeSettings, trained: TrainSettings, unique: bool = True) -> list[Sendable]:
+    """What ``encode`` is given, in its order: --text, texts, folders of texts, files of rows; ``unique``: no two of one name."""
     names = settings.file.split("\n") if settings.file is not None else []
     if bool(names) == (settings.text is not None):
         raise LatentWireError("give one text: a file, - for standard input, or --text WORDS")
@@ -15741,7 +15757,7 @@ def texts_to_send(settings: EncodeSettings, trained: TrainSettings) -> list[Send
         found += [Sendable(Path(file).stem, text_in(file), settings.question) for file in files]
     if not all(item.text.strip() for item in found):
         raise LatentWireError("the text is empty; there is nothing to encode")
-    counts = collections.Counter(item.name for item in found)
+    counts = collections.Counter(item.name for item in found if unique)
     if twice := [name for name, count in counts.items() if count > 1]:
         raise LatentWireError(
             f"two of the texts are named {twice[0]!r}; a name belongs to one message, rename one file"
@@ -16029,6 +16045,8 @@ class LatentStore:
             raise LatentWireError("this bridge's sender reads the question, which a store cannot know; train with "
                                   "--protocol question-agnostic")  # fmt: skip
         trained, model = self.bridge.settings, str(kept.get("sentence_model", settings.sentence_model))
+        if "sentence_model" in settings.model_fields_set and settings.sentence_model != model:
+            raise LatentWireError(f"{folder} finds its documents by {model}; leave --sentence_model out")
         device = resolve_device(trained.sender_device or trained.device)
         self.finder = SentenceReader(model, device, trained.offline, settings.trust_remote_code)
         language = self.bridge.bridge.language(self.bridge.ear(settings.receiver))
@@ -16081,6 +16099,12 @@ class LatentStore:
 
         → how many, and how many of them were cut. LatentWireError for an id that stands for another text.
         """
+        _ = self.table  # whose folder is there now
+        with alone_in(self.folder, "-o"):
+            return self.add_alone(items, report)
+
+    def add_alone(self, items: Sequence[Sendable], report: Report) -> tuple[int, int]:
+        """The same while nobody else adds."""
         bridge, name = self.bridge, self.settings.receiver
         known, new, cut = self.digests(), list[Sendable](), 0
         seen = {*known.values()}
@@ -16106,8 +16130,7 @@ class LatentStore:
                     self.table.add(waiting)
                 waiting, began = [], time.monotonic()
             report.tick("documents", done, len(new))
-        if new:
-            self.settle()
+        self.settle()
         return len(new), cut
 
     def settle(self) -> None:
@@ -16117,7 +16140,8 @@ class LatentStore:
         count = self.table.count_rows()
         if count >= self.INDEXED and not self.table.list_indices():
             self.table.create_index("vector", config=IvfFlat("cosine", num_partitions=math.isqrt(count)))
-        self.table.optimize()
+        if count:
+            self.table.optimize()
 
     def find(self, questions: Sequence[str]) -> list[list[Row]]:
         """The nearest documents to each question, nearest first: id, digest, message, metadata, ``_distance`` (1 - cosine)."""
@@ -16131,7 +16155,8 @@ class LatentStore:
 def documents_to_store(settings: StoreSettings, trained: TrainSettings) -> list[Sendable]:
     """What ``store build`` is given; a row is named by its id, if it has one."""
     given = EncodeSettings(checkpoint=Path(), file=settings.file, text_column=settings.text_column)
-    found = [replace(item, name=str(item.row.get("id", item.name))) for item in texts_to_send(given, trained)]
+    found = texts_to_send(given, trained, unique=False)
+    found = [replace(i, name=str(i.name if missing(i.row.get("id")) else i.row["id"])) for i in found]
     named: dict[str, str] = {}
     if twice := [item.name for item in found if named.setdefault(item.name, item.text) != item.text]:
         raise LatentWireError(f"two of the documents are named {twice[0]!r}; an id belongs to one text")
@@ -16195,13 +16220,15 @@ def ask_store(store: LatentStore, question: str) -> None:
 def compare_with_text(store: LatentStore, report: Report) -> TextTable:
     """Test questions of the bridge's data set about stored documents, answered from their latents, from the documents' text,
     and from nothing; each answer is a row of ``compare-*.jsonl`` in the store, and the table is made from these."""
-    bridge, rows, texts = store.bridge, list[Row](), dict[str, str]()
+    bridge, texts = store.bridge, dict[str, str]()
     examples, there = make_task(bridge.settings).load("test")[0], {*store.digests().values()}
     if not all(example.question for example in examples):
         raise LatentWireError(f"{bridge.settings.dataset} has no questions, by which documents are found")
     bridge.receiver(store.settings.receiver).lm.pack()
     for example in examples:
         texts[store.digest(example.context)] = example.context
+    if not there:
+        raise LatentWireError(f"{store.folder} holds no documents yet; go on with its build")
     if there - {*texts}:
         raise LatentWireError(
             f"{store.folder} holds documents that are no test texts of {bridge.settings.dataset}; they cannot be compared"
@@ -16209,12 +16236,20 @@ def compare_with_text(store: LatentStore, report: Report) -> TextTable:
     asked = [e for e in hash_order(examples, 0) if store.digest(e.context) in there][
         : store.settings.num_samples or 300
     ]
-    for batch in batches(asked, 16):
-        rows += answered_in_each_way(store, batch, texts)
-        report.tick("questions", len(rows) // 3, len(asked))
-    names = f"top{store.settings.top}", f"n{len(asked)}", *filter(None, [store.settings.receiver])
+    names = (
+        f"top{store.settings.top}",
+        f"n{len(asked)}",
+        digest_of(sorted(there)),
+        *filter(None, [store.settings.receiver]),
+    )
     path = store.folder / f"compare-{'-'.join(names).replace('/', '_')}.jsonl"
-    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    rows = read_rows(path)
+    done = {row["id"] for row in rows}
+    for batch in batches([e for e in asked if e.id not in done], 16):
+        new = [dict(row) for row in answered_in_each_way(store, batch, texts)]
+        append_rows(path, new)
+        rows += new
+        report.tick("questions", len(rows) // 3, len(asked))
     title = f"{len(asked)} questions, {len(there)} documents, {store.settings.top} read for each"
     return table_of_reading(rows, title)
 
@@ -16335,12 +16370,20 @@ class HarnessRequests:
 
     def prompt(self, soft: SoftPrompt | None, after: str, more: int) -> TokenIds:
         """Ids of the receiver's own text, where there is nothing at all the end token; LatentWireError where it is too long."""
-        lm = self.end.lm
-        ids = lm.ids(after) or ([] if soft or lm.bos else [lm.tokenizer.eos_token_id])
-        room = min(lm.most, getattr(lm.config, "max_position_embeddings", lm.most))
-        if (need := len(lm.bos) + (soft.embeds.shape[1] if soft else 0) + len(ids) + more) > room:
-            raise LatentWireError(f"{lm.name} reads {room} positions, a request has {need}; lower --num_fewshot")
+        lm, frame = self.end.lm, ([], []) if self.settings.send == "text" else self.end.prompting.frame
+        ids = [*lm.ids(after), *frame[1]] or ([] if soft or lm.bos else [lm.tokenizer.eos_token_id])
+        need = len(lm.bos) + len(frame[0]) + (soft.embeds.shape[1] if soft else 0) + len(ids) + more
+        if need > lm.room:
+            raise LatentWireError(f"{lm.name} reads {lm.room} positions, a request has {need}; lower --num_fewshot")
         return ids
+
+    def laid_out(
+        self, soft: SoftPrompt | None, prompts: Sequence[TokenIds], answers: Sequence[TokenIds] | None, left: bool
+    ) -> Packed:
+        """The batch as in training, a chat's frame around it; of text alone as the harness itself would have it."""
+        if self.settings.send == "text":
+            return lay_out(self.end.lm, None, prompts, answers, self.end.lm.bos, left)
+        return self.end.prompting.joined(soft, prompts, answers, left)
 
     @torch.no_grad()
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
@@ -16352,7 +16395,7 @@ class HarnessRequests:
         for numbers, soft, after in self.in_batches(self.read(bare)):
             answers = [lm.continuation(text, more[i]) for text, i in zip(after, numbers, strict=True)]
             prompts = [self.prompt(soft, text, len(ids)) for text, ids in zip(after, answers, strict=True)]
-            supervised = supervise(lm, self.end.prompting.joined(soft, prompts, answers))
+            supervised = supervise(lm, self.laid_out(soft, prompts, answers, left=False))
             nats, likeliest = supervised.judged
             for place, number in enumerate(numbers):
                 mine = supervised.rows == place
@@ -16374,7 +16417,9 @@ class HarnessRequests:
                     "this task draws its answers, a bridge does not; add --gen_kwargs do_sample=False"
                 )
             until = [limits["until"]] if isinstance(limits.get("until"), str) else limits.get("until") or []
-            alike.setdefault((tuple(filter(None, until)), int(limits.get("max_gen_toks", 256))), []).append(number)
+            lengths = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+            most = next((int(limits[name]) for name in lengths if limits.get(name)), 256)
+            alike.setdefault((tuple(filter(None, until)), most), []).append(number)
         found, lm = dict[int, str](), self.end.lm
         for (until, most), chosen in alike.items():
             contexts = [requests[i].args[0] for i in chosen]
@@ -16382,7 +16427,7 @@ class HarnessRequests:
                 contexts = [context.rstrip() for context in contexts]  # its last line is no empty one
             for places, soft, after in self.in_batches(self.read(contexts)):
                 prompts = [self.prompt(soft, text, most) for text in after]
-                prefill = lm.prefill(self.end.prompting.joined(soft, prompts, None, left=True))
+                prefill = lm.prefill(self.laid_out(soft, prompts, None, left=True))
                 texts = lm.generate(prefill, most, line=False, until=until)
                 found |= zip((chosen[i] for i in places), texts, strict=True)
         return [found[number] for number in range(len(requests))]
@@ -16393,6 +16438,13 @@ class HarnessRequests:
         return {"bridge": self.bridge.digest, "receiver": self.end.lm.identity(), **asked}
 
 
+HARNESS_REFUSES = {
+    "--model_args": "the model is the bridge", "--device": "the device is that of the bridge's training",
+    "--apply_chat_template": "the bridge brings the frame that it was trained with",
+    "--use_cache": "it keeps answers by their requests alone, whatever was sent",
+}  # fmt: skip
+
+
 @command(HarnessSettings, USE, "Any flag of lm-evaluation-harness as well, such as --tasks and --limit.")
 def harness_command(settings: HarnessSettings, words: list[str]) -> None:
     """Tasks of lm-evaluation-harness read through the wire: harness --checkpoint runs/squad --tasks boolq --limit 100"""
@@ -16401,9 +16453,10 @@ def harness_command(settings: HarnessSettings, words: list[str]) -> None:
     from lm_eval.api.model import LM as HarnessLM
     from lm_eval.api.registry import register_model
 
-    ours = {"--model", "-M", "--model_args", "-a", "--device", "-d"}
-    if taken := [word for word in words if word.partition("=")[0] in ours]:
-        raise LatentWireError(f"{taken[0]}: the model and its device are those of the bridge; leave it out")
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    for flag, whole in itertools.product(flags, HARNESS_REFUSES):
+        if flag in ("-M", "-a", "-d") or (whole.startswith(flag) and len(flag) > 4):
+            raise LatentWireError(f"{flag}: {HARNESS_REFUSES[whole]}; leave it out")
     bridge = load(settings.checkpoint, settings.trust_remote_code)
     with RichReport(errors=True) as report:
         asked = HarnessRequests(bridge, settings, report)
@@ -16428,6 +16481,8 @@ def harness_command(settings: HarnessSettings, words: list[str]) -> None:
         )
         try:
             cli_evaluate()
+        except (ValueError, NotImplementedError, ImportError, OSError) as error:
+            raise LatentWireError(f"lm-evaluation-harness: {type(error).__name__}: {brief(error, 300)}") from error
         finally:
             sys.argv = before
     if asked.cut:
@@ -16858,7 +16913,12 @@ class PairOfModels:
 
     def __init__(self, sender: LM, receiver: LM, texts: Sequence[str]) -> None:
         self.sender, self.receiver = sender, receiver
-        self.texts = [text for text in texts if sender.ids(text) and receiver.ids(text)]
+        most = min(sender.room, receiver.room, 512) - 16  # longer ones are left out
+        self.texts = [text for text in texts if all(0 < len(lm.ids(text)) <= most for lm in (sender, receiver))]
+        if len(self.texts) < 6:
+            raise LatentWireError(
+                f"{len(self.texts)} of {len(texts)} texts have 1 to {most} tokens; give another --dataset"
+            )
         self.cut = 2 * len(self.texts) // 3
 
     def facts(self) -> TextTable:
@@ -16869,10 +16929,9 @@ class PairOfModels:
 
     def fact(self, lm: LM, name: str) -> str:
         """One of them, in a word."""
-        positions = min(lm.most, getattr(lm.config, "max_position_embeddings", lm.most))
         attention: Any = getattr(lm.blocks[0], "self_attn", None)
         return {
-            "family": lm.config.model_type, "blocks": str(lm.n_layers), "width": str(lm.width), "positions": f"{positions:,}",
+            "family": lm.config.model_type, "blocks": str(lm.n_layers), "width": str(lm.width), "positions": f"{lm.room:,}",
             "vocabulary": f"{lm.config.vocab_size:,}", "BOS": "yes" if lm.bos else "no",
             "chat template": "yes" if lm.tokenizer.chat_template else "no",
             "keys and values": "can be changed" if hasattr(attention, "k_proj") else "are one with queries",
@@ -16962,13 +17021,16 @@ class PairOfModels:
         outputs = []
         try:
             for rows in (texts, maps, [*maps[1:], maps[0]]):
-                embeds, mask = padded([row.to(lm.device) for row in rows])
-                seen.clear()
-                soft = SoftPrompt(embeds.to(lm.dtype), mask.to(lm.device))
-                lm.forward(
-                    lay_out(lm, soft, [lm.ids("\nAnswer:")] * len(rows), None, lm.bos, left=True), use_cache=False
-                )
-                outputs.append(torch.stack(seen))
+                found = []
+                for some in batches(rows, 16):
+                    embeds, mask = padded([row.to(lm.device) for row in some])
+                    soft = SoftPrompt(embeds.to(lm.dtype), mask.to(lm.device))
+                    seen.clear()
+                    lm.forward(
+                        lay_out(lm, soft, [lm.ids("\nAnswer:")] * len(some), None, lm.bos, True), use_cache=False
+                    )
+                    found.append(torch.stack(seen))
+                outputs.append(torch.cat(found, 1))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -16979,8 +17041,8 @@ class PairOfModels:
 @command(PairSettings, LOOK)
 def pair_command(settings: PairSettings) -> None:
     """Before any training: do two models fit, and what comes through: pair smollm2-135m gemma-3-270m"""
-    names = f"{Path(settings.sender).name}-{Path(settings.receiver).name}"
-    folder = settings.output_dir or Path("runs") / f"pair-{names}"
+    names = "-".join((settings.sender, settings.receiver, settings.dataset, str(settings.num_samples)))
+    folder = settings.output_dir or Path("runs") / f"pair-{names.replace('/', '_')}"
     shared = settings.model_dump(
         include={"sender", "receiver", "device", "dtype", "trust_remote_code", "dataset", "data_dir"}
     )
@@ -17005,9 +17067,8 @@ def pair_command(settings: PairSettings) -> None:
         train(**shared, preset="training-free", layers=[PairOfModels.LAYERS[best]], protocol="question-aware", auto_resume=True,
               samples=2 * settings.num_samples, output_dir=folder / "bridge")  # fmt: skip
         methods = ["bridge", "control:shuffled", "control:none", "text", "probe"]
-        evaluation = evaluate(
-            folder / "bridge", num_samples=settings.num_samples, methods=methods, device=settings.device
-        )
+        again = settings.model_dump(include={"num_samples", "device", "trust_remote_code", "data_dir"})
+        evaluation = evaluate(folder / "bridge", methods=methods, **again)
         report.table(evaluation)
         results["training_free"] = {name: row["accuracy"] for name, row in evaluation["methods"].items()}
         results["verdict"] = evaluation["verdict"]

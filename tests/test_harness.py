@@ -155,6 +155,62 @@ def test_what_cannot_be_asked_is_refused_in_a_line(bridge, toy_run, settings, as
         ask(requests(bridge, toy_run, **settings))
 
 
+def test_a_chat_has_its_frame_and_text_has_none(bridge, toy_run, monkeypatch):
+    monkeypatch.setitem(vars(bridge.receiver().prompting), "frame", ([5, 6], [7]))
+    read, lay_out = [], lw.lay_out
+    monkeypatch.setattr(
+        lw,
+        "lay_out",
+        lambda lm, soft, after, answers=None, before=(), left=False: (
+            read.append((list(before), after)) or lay_out(lm, soft, after, answers, before, left)
+        ),
+    )
+    lm = bridge.receiver().lm
+    for send, before, after in (("latents", [*lm.bos, 5, 6], [*lm.ids("?"), 7]), ("text", lm.bos, lm.ids("ab\n?"))):
+        harness = requests(bridge, toy_run, send=send)
+        for ask in (
+            lambda h: h.loglikelihood(asked(("ab\n?", " a"))),
+            lambda h: h.generate_until(asked(("ab\n?", {"max_new_tokens": 1}))),
+        ):
+            read.clear()
+            ask(harness)
+            assert read[-1] == (before, [after])
+
+
+@pytest.mark.parametrize("alias", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_a_limit_of_tokens_has_several_names(alias, bridge, toy_run):
+    [text] = requests(bridge, toy_run).generate_until(asked((f"{TEXTS[0]}\n?", {alias: 1})))
+    assert len(bridge.receiver().lm.ids(text)) <= 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model", "hf"],
+        ["--mod", "hf"],
+        ["--model_args=a"],
+        ["-M", "hf"],
+        ["--device", "x"],
+        ["--apply_chat_template"],
+        ["--use_cache", "x"],
+    ],
+)
+def test_flags_that_would_change_what_is_measured_are_refused(words, toy_run, monkeypatch, capsys):
+    from types import ModuleType
+
+    for name in ("lm_eval", "lm_eval.__main__", "lm_eval.api", "lm_eval.api.model", "lm_eval.api.registry"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name, what in (
+        ("lm_eval.__main__", "cli_evaluate"),
+        ("lm_eval.api.model", "LM"),
+        ("lm_eval.api.registry", "register_model"),
+    ):
+        setattr(sys.modules[name], what, None)
+    assert lw.main(["harness", "--checkpoint", str(toy_run), "-t", "boolq", *words]) == 2
+    line = capsys.readouterr().err
+    assert "leave it out" in line and words[0].partition("=")[0] in line
+
+
 def test_the_command_says_what_to_install_and_what_to_leave_out(toy_run, monkeypatch, capsys):
     words = ["harness", "--checkpoint", str(toy_run), "--tasks", "boolq"]
     monkeypatch.setitem(sys.modules, "lm_eval", None)

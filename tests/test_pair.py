@@ -70,6 +70,13 @@ def test_the_held_out_texts_are_never_fitted(pair, monkeypatch):
     assert seen == [sum(len(rows) for _, rows in pair.tokens[: pair.cut])] and pair.cut == 60
 
 
+def test_texts_that_a_model_has_no_room_for_are_left_out(pair):
+    long = "a" * (pair.receiver.room + 1)
+    assert long not in lw.PairOfModels(pair.sender, pair.receiver, [*TEXTS, long]).texts
+    with pytest.raises(lw.LatentWireError, match="0 of 2 texts"):
+        lw.PairOfModels(pair.sender, pair.receiver, ["", long])
+
+
 def test_attention_without_a_known_part_is_left_out(pair, monkeypatch):
     model, _ = pair.fit(0)
     monkeypatch.setattr(pair.receiver, "blocks", torch.nn.ModuleList([torch.nn.Linear(2, 2)] * pair.receiver.n_layers))

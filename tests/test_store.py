@@ -121,6 +121,34 @@ def test_texts_without_rows_are_named_by_their_files(here, toy_run, finder, caps
     assert set(opened("ST").digests()) == {"n0", "n1", "n2"}
 
 
+def test_only_one_builds_at_a_time(store, capsys):
+    Path("more.jsonl").write_text(json.dumps({"id": "new", "text": "new"}) + "\n")
+    with lw.alone_in(Path(store)):
+        other = subprocess.run(
+            [sys.executable, lw.__file__, "store", "build", "more.jsonl", "-o", store], capture_output=True, text=True
+        )
+    assert other.returncode == 2 and "another process is working in ST" in other.stderr
+    assert run("build", "more.jsonl", "-o", store) == 0
+
+
+def test_rows_without_an_id_and_files_of_one_name(here, toy_run, finder, capsys):
+    for folder, texts in {"fa": ["one", "two"], "fb": ["three"]}.items():
+        Path(folder).mkdir()
+        rows = [{"id": f"{folder}-{i}" if folder == "fb" else None, "text": text} for i, text in enumerate(texts)]
+        Path(folder, "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--checkpoint", toy_run, "--sentence_model", finder, "-o", "ST"]
+    assert run("build", "fa/d.jsonl", "fb/d.jsonl", *words) == 0
+    assert set(opened("ST").digests()) == {"d-1", "d-2", "fb-0"}
+
+
+def test_more_messages_than_the_receiver_has_room_for_are_refused(toy_run):
+    bridge = lw.load(toy_run)
+    [message] = bridge.encode(TEXTS[:1])
+    room = bridge.receiver().lm.room
+    with pytest.raises(lw.LatentWireError, match=rf"tiny-qwen has {room:}; read fewer"):
+        bridge.answer([[message] * (room // 8)])
+
+
 def test_vectors_have_length_one_and_are_a_texts_own(store):
     found = opened(store).vectors([*TEXTS, "a longer text than the others of them", "", "x" * 5000])
     assert found.norm(dim=1).tolist() == pytest.approx([1.0] * 7, abs=1e-5)
@@ -135,6 +163,7 @@ def test_vectors_have_length_one_and_are_a_texts_own(store):
         (["ask", "ST", "x", "--top", "9"], "holds 4 documents; lower --top"), (["frob", "ST"], "'build', 'ask' or 'compare'"),
         (["build", "other.jsonl", "-o", "ST"], "another text as 'doc 1'"), (["compare", "ST"], "toy has no questions"),
         (["build", "twice.jsonl", "-o", "ST"], "two of the documents are named 'x'"),
+        (["ask", "ST", "x", "--sentence_model", "other"], "leave --sentence_model out"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_in_a_line(words, line, store, capsys):
@@ -195,7 +224,7 @@ def test_compare_answers_from_latents_texts_and_nothing(questions, finder, tmp_p
     assert run("compare", out, "--num_samples", 18, "--top", 2) == 0
     told = capsys.readouterr().err
     assert "18 questions" in told and "2 read for each" in told and "right one among them" in told
-    kept = lw.read_rows(out / "compare-top2-n18.jsonl")
+    kept = lw.read_rows(next(out.glob("compare-top2-n18-*.jsonl")))
     assert [row["method"] for row in kept] == ["latents"] * 16 + ["text"] * 16 + ["nothing"] * 16 + ["latents"] * 2 + [
         "text"
     ] * 2 + ["nothing"] * 2
@@ -214,6 +243,8 @@ def test_compare_answers_from_latents_texts_and_nothing(questions, finder, tmp_p
         for i, row in reversed([*enumerate(lw.read_rows(questions / "docs.jsonl"), 1)])
     }
     assert all(row["found"] == (texts[row["text"]] in row["documents"]) for row in kept)
+    assert run("compare", out, "--num_samples", 18, "--top", 2) == 0  # nothing is answered again
+    assert lw.read_rows(next(out.glob("compare-top2-n18-*.jsonl"))) == kept
     [answer] = lw.load(questions / "run").answer([row_messages(out, kept[0])], [kept[0]["question"]])
     assert answer.text == kept[0]["answer"]
 
