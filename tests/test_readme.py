@@ -200,6 +200,26 @@ def test_words_chosen_before_the_question_are_published_with_their_records(kept)
     assert f1["bridge"] >= 0.9 * f1["text"]
 
 
+def store_sentence(rows: list[dict[str, Any]]) -> str:
+    """README's sentence on a store of latents beside a store of texts."""
+    cells = {name: more for name, *more in lw.table_of_reading(rows, "").rows}
+    (ours, _, read, ms, _), (text, _, length, longer, _) = cells["latents"], cells["text"]
+    return (
+        f"A store keeps what the sender read: of 1,000 SQuAD paragraphs three are read for each of {len(rows) // 3} questions, as "
+        f"latents F1 {ours} ({read} tokens, {ms} ms), as text {text} ({length}, {longer} ms)."
+    )
+
+
+def test_a_store_is_published_with_its_records(kept):
+    [path] = kept("store").glob("compare-top3-*.jsonl")
+    rows = lw.read_rows(path)
+    assert store_sentence(rows) in unwrapped(README)
+    table = lw.table_of_reading(rows, "")
+    assert table.markdown().strip() in TABLES
+    found = [row["found"] for row in rows if row["method"] == "latents"]
+    assert f"the right one is among them for {percent(sum(found) / len(found))} %" in unwrapped(TABLES)
+
+
 def test_notes_are_published_with_their_records(kept):
     """One message, four questions; nothing but the message can answer, and it is not the latents that do."""
     found = made_again(kept("notes"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -290,8 +289,10 @@ def test_a_large_store_survives_being_killed(here, toy_run, finder):
         building.wait()
         counts.append(held())
     assert 0 < counts[1] < counts[2] < count
-    subprocess.run(command, check=True, capture_output=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    measured = "import resource as r, subprocess as s, sys; s.run(sys.argv[1:], check=True, stdout=s.DEVNULL, stderr=s.DEVNULL)"
+    measured += "; print(r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", measured, *command], check=True, capture_output=True, text=True)
+    peak = int(done.stdout) / 1024
     store = opened("ST")
     assert store.digests() == {f"d{i}": lw.LatentStore.digest(text) for i, text in enumerate(texts)}
     assert [index.num_unindexed_rows for index in store.table.list_indices()] == [0]
