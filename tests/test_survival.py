@@ -734,7 +734,7 @@ def test_a_second_process_in_the_same_folder_is_refused(half, whole, tmp_path):
         while not ready.exists():
             assert not os.waitpid(pid, os.WNOHANG)[0], log.read_text()
             time.sleep(0.01)
-        with pytest.raises(lw.LatentWireError, match=r"another process is training in .*; wait, stop it") as refused:
+        with pytest.raises(lw.LatentWireError, match=r"another process is working in .*; wait, stop it") as refused:
             train(half, "--resume")
         assert "\n" not in str(refused.value)
     finally:
