@@ -4368,6 +4368,11 @@ class SoftPrompt:
         selected: dict[str, Any] = {name: value[chosen] for name, value in vars(self).items() if torch.is_tensor(value)}
         return replace(self, **selected)
 
+    @property
+    def lengths(self) -> list[int]:
+        """How many slots of each row are real."""
+        return [self.embeds.shape[1]] * len(self.embeds) if self.mask is None else self.mask.sum(1).tolist()
+
     def in_turn(self, count: int) -> SoftPrompt:
         """Every ``count`` rows (B, K) as one row of all their slots, in order: (B / count, count·K)."""
         tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
@@ -6955,8 +6960,7 @@ class Prompting:
         if self.receiver.most < LM.MOST:
             sizes = [*map(len, gold or [self.gold_ids(example.answers[0]) for example in examples])]
             if soft is not None:
-                whole = [soft.embeds.shape[1]] * len(examples)
-                latents = whole if soft.mask is None else soft.mask.sum(1).tolist()
+                latents = soft.lengths
         after = [self.after(example, text, *room) for example, *room in zip(examples, latents, sizes, strict=True)]
         return self.joined(soft, after, gold, left=not answers)
 
@@ -9299,12 +9303,10 @@ class Receiver:
     ) -> list[Answer]:
         """Answers to messages that were never heard before."""
         soft = self.open(data) if data is not None else None
-        sizes = [len(item) if isinstance(item, bytes) else sum(map(len, item)) for item in data or ()]
-        answers = self.respond(self.prompting.pack(soft, examples, text=text), examples, sizes)
+        answers = self.respond(self.prompting.pack(soft, examples, text=text), examples, bytes_of(data or ()))
         if soft is None:
             return answers
-        counts = [soft.embeds.shape[1]] * len(answers) if soft.mask is None else soft.mask.sum(1).tolist()
-        return [replace(answer, tokens=int(count)) for answer, count in zip(answers, counts, strict=True)]
+        return [replace(answer, tokens=count) for answer, count in zip(answers, soft.lengths, strict=True)]
 
     def write(
         self, examples: Sequence[Example], data: Sequence[bytes | tuple[bytes, ...]], said: Callable[[int, str], None]
@@ -9313,10 +9315,8 @@ class Receiver:
         soft = self.open(data)
         packed = self.prompting.pack(soft, examples)
         texts = self.engine.generate(self.engine.prefill(packed), self.max_new_tokens, self.how, said=said)
-        slots, sizes = soft.embeds.shape[1], [len(i) if isinstance(i, bytes) else sum(map(len, i)) for i in data]
-        counts = [slots] * len(texts) if soft.mask is None else soft.mask.sum(1).tolist()
-        heard = zip(texts, sizes, counts, strict=True)
-        return [Answer(text, nbytes=size, tokens=int(count)) for text, size, count in heard]
+        heard = zip(texts, bytes_of(data), soft.lengths, strict=True)
+        return [Answer(text, nbytes=size, tokens=count) for text, size, count in heard]
 
     def respond(self, packed: Packed, examples: Sequence[Example], sizes: Sequence[int] = ()) -> list[Answer]:
         """What the receiver says to B prompts, of which equal ones (constant controls) are read once; ``sizes`` are the
@@ -9365,6 +9365,11 @@ class Receiver:
                 prefill, [[self.prompting.answer_ids(text) for text in row] for row in candidates]
             )
         return scores
+
+
+def bytes_of(data: Sequence[bytes | tuple[bytes, ...]]) -> list[int]:
+    """How many bytes travelled for each answer: of its message, or of several."""
+    return [len(item) if isinstance(item, bytes) else sum(map(len, item)) for item in data]
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

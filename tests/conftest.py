@@ -99,6 +99,24 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def sentence_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random one-layer BERT that reads bytes."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    import LATENTWIRE as lw
+
+    folder = tmp_path_factory.mktemp("sentences")
+    tokenizer = lw.byte_tokenizer(("<pad>", "<bos>", "<eos>"), [("t", "h")], add_bos=False)
+    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertModel(BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def box() -> Iterator[SlurmBox]:
     """Two nodes of 8 CPUs and 4 pretended GPUs; the account must be right."""
     if SlurmBox.missing():

@@ -340,21 +340,6 @@ def test_a_row_has_the_same_latents_alone_and_beside_longer_rows(reads: str, poo
         assert torch.allclose(own, prompts.embeds[number, : len(own)], atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def sentence_model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a random one-layer BERT that reads bytes."""
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("sentences")
-    tokenizer = lw.byte_tokenizer(("<pad>", "<bos>", "<eos>"), [("t", "h")], add_bos=False)
-    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        BertModel(BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize("pooler", ["resampler", "few windows", "ridge"])
 @pytest.mark.parametrize("encoder", ["stq", "simple-st"])
 def test_sentence_encoders_read_a_row_alone_as_in_a_batch(encoder: str, pooler: str, sentence_model: str) -> None:

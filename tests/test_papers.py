@@ -37,21 +37,15 @@ PAPERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def words(tmp_path_factory: pytest.TempPathFactory, sentence_model: str) -> list[str]:
     """Questions about texts, for tiny models on a CPU, and a tiny sentence encoder."""
-    from transformers import BertConfig, BertModel
-
     folder, draw = tmp_path_factory.mktemp("papers"), random.Random(0)
     rows = []
     for _ in range(80):
         text, place = "".join(draw.choices("abcdwxyz", k=24)), draw.randrange(20)
         rows.append({"context": text, "question": f"after {text[place]}?", "answer": text[place + 1 : place + 3]})
     (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    tokenizer = lw.byte_tokenizer(("<pad>", "<bos>", "<eos>"), [("t", "h")], add_bos=False)
-    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
-    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / "bert")
-    tokenizer.save_pretrained(folder / "bert")
-    return ["--dataset", str(folder / "qa.jsonl"), "--sentence_model", str(folder / "bert"), "--sender", "tiny-llama", "--device",
+    return ["--dataset", str(folder / "qa.jsonl"), "--sentence_model", sentence_model, "--sender", "tiny-llama", "--device",
             "cpu", "--receiver", "tiny-qwen", "--dtype", "float32", "--samples", "48", "--val_samples", "8", "--max_tokens", "64",
             "--batch_size", "8"]  # fmt: skip
 

@@ -20,21 +20,6 @@ import LATENTWIRE as lw
 TEXTS = ["aabawzaxya", "ccxcwcczcy", "wdxddydddz", "bbbwzbxbyb"]
 
 
-@pytest.fixture(scope="module")
-def finder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The folder of a random one-layer BERT that reads bytes."""
-    from transformers import BertConfig, BertModel
-
-    folder = tmp_path_factory.mktemp("finder")
-    tokenizer = lw.byte_tokenizer(("<pad>", "<bos>", "<eos>"), [("t", "h")], add_bos=False)
-    sizes = {"hidden_size": 24, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        BertModel(BertConfig(vocab_size=len(tokenizer), initializer_range=0.3, **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with documents."""
@@ -53,8 +38,8 @@ def opened(folder: str, **settings: Any) -> lw.LatentStore:
 
 
 @pytest.fixture
-def store(here: Path, toy_run: Path, finder: str, capsys: pytest.CaptureFixture[str]) -> str:
-    assert run("build", "docs.jsonl", "--checkpoint", toy_run, "--sentence_model", finder, "-o", "ST") == 0
+def store(here: Path, toy_run: Path, sentence_model: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert run("build", "docs.jsonl", "--checkpoint", toy_run, "--sentence_model", sentence_model, "-o", "ST") == 0
     assert "4 documents added, 4 in all" in capsys.readouterr().out
     return "ST"
 
@@ -110,12 +95,24 @@ def test_what_is_there_stays_and_more_is_added_once(store, toy_run, monkeypatch,
     assert set(opened(store).digests()) == {"a", *(f"doc {i}" for i in range(4))}
 
 
-def test_texts_without_rows_are_named_by_their_files(here, toy_run, finder, capsys):
+def test_texts_without_rows_are_named_by_their_files(here, toy_run, sentence_model, capsys):
     Path("texts").mkdir()
     for number, text in enumerate(TEXTS):
         Path("texts", f"n{number}.txt").write_text(text)
     assert (
-        run("build", "texts", "--checkpoint", toy_run, "--sentence_model", finder, "-o", "ST", "--num_samples", 3) == 0
+        run(
+            "build",
+            "texts",
+            "--checkpoint",
+            toy_run,
+            "--sentence_model",
+            sentence_model,
+            "-o",
+            "ST",
+            "--num_samples",
+            3,
+        )
+        == 0
     )
     assert set(opened("ST").digests()) == {"n0", "n1", "n2"}
 
@@ -130,12 +127,12 @@ def test_only_one_builds_at_a_time(store, capsys):
     assert run("build", "more.jsonl", "-o", store) == 0
 
 
-def test_rows_without_an_id_and_files_of_one_name(here, toy_run, finder, capsys):
+def test_rows_without_an_id_and_files_of_one_name(here, toy_run, sentence_model, capsys):
     for folder, texts in {"fa": ["one", "two"], "fb": ["three"]}.items():
         Path(folder).mkdir()
         rows = [{"id": f"{folder}-{i}" if folder == "fb" else None, "text": text} for i, text in enumerate(texts)]
         Path(folder, "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["--checkpoint", toy_run, "--sentence_model", finder, "-o", "ST"]
+    words = ["--checkpoint", toy_run, "--sentence_model", sentence_model, "-o", "ST"]
     assert run("build", "fa/d.jsonl", "fb/d.jsonl", *words) == 0
     assert set(opened("ST").digests()) == {"d-1", "d-2", "fb-0"}
 
@@ -183,9 +180,9 @@ def test_another_bridge_or_sentence_encoder_is_refused(store, toy_run, tmp_path,
     assert run("ask", store, "x") == 2
 
 
-def test_a_sender_that_needs_the_question_has_no_store(here, toy_run, finder, monkeypatch, capsys):
+def test_a_sender_that_needs_the_question_has_no_store(here, toy_run, sentence_model, monkeypatch, capsys):
     monkeypatch.setattr(lw.LoadedBridge, "told", True)
-    assert run("build", "docs.jsonl", "--checkpoint", toy_run, "--sentence_model", finder, "-o", "ST") == 2
+    assert run("build", "docs.jsonl", "--checkpoint", toy_run, "--sentence_model", sentence_model, "-o", "ST") == 2
     assert "--protocol question-agnostic" in capsys.readouterr().err
     assert not Path("ST").exists()
 
@@ -212,10 +209,19 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_compare_answers_from_latents_texts_and_nothing(questions, finder, tmp_path, capsys):
+def test_compare_answers_from_latents_texts_and_nothing(questions, sentence_model, tmp_path, capsys):
     out = tmp_path / "ST"
     assert (
-        run("build", questions / "docs.jsonl", "--checkpoint", questions / "run", "--sentence_model", finder, "-o", out)
+        run(
+            "build",
+            questions / "docs.jsonl",
+            "--checkpoint",
+            questions / "run",
+            "--sentence_model",
+            sentence_model,
+            "-o",
+            out,
+        )
         == 0
     )
     count = len(set(opened(str(out)).digests().values()))
@@ -254,8 +260,8 @@ def row_messages(out: Path, row: dict[str, Any]) -> list[bytes]:
     return [kept[name] for name in row["documents"]]
 
 
-def test_nothing_is_left_where_the_documents_are_not_there(here, toy_run, finder, capsys):
-    assert run("build", "missing.jsonl", "--checkpoint", toy_run, "--sentence_model", finder, "-o", "ST") == 2
+def test_nothing_is_left_where_the_documents_are_not_there(here, toy_run, sentence_model, capsys):
+    assert run("build", "missing.jsonl", "--checkpoint", toy_run, "--sentence_model", sentence_model, "-o", "ST") == 2
     assert "missing.jsonl" in capsys.readouterr().err and not Path("ST").exists()
 
 
@@ -272,13 +278,13 @@ def test_messages_without_a_latent_are_read_in_turn_as_well():
 
 @pytest.mark.slow
 @pytest.mark.alone
-def test_a_large_store_survives_being_killed(here, toy_run, finder):
+def test_a_large_store_survives_being_killed(here, toy_run, sentence_model):
     """Twice with SIGKILL; then it has every document once, is searched by its index, and little memory was needed."""
     count, draw = int(os.environ.get("LATENTWIRE_DOCUMENTS", "20000")), random.Random(0)
     texts = ["".join(draw.choice("abcdwxyz") for _ in range(12)) for _ in range(count)]
     Path("many.jsonl").write_text("".join(json.dumps({"id": f"d{i}", "text": t}) + "\n" for i, t in enumerate(texts)))
     command = [sys.executable, lw.__file__, "store", "build", "many.jsonl", "--checkpoint", str(toy_run),
-               "--sentence_model", finder, "-o", "ST"]  # fmt: skip
+               "--sentence_model", sentence_model, "-o", "ST"]  # fmt: skip
     counts = [0]
     for _ in range(2):
         building = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
